@@ -1,0 +1,183 @@
+"""A dataset of shards: open, iterate, verify. What other experiments import."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+
+from schemas.errors import FormatError, UserError
+from schemas.saliency import SaliencyMap
+from schemas.sample import LABEL_MEMBER, SALIENCY_MEMBER, Sample
+from schemas.shard import Member, members_of
+from schemas.storage import Store
+from schemas.tables import (
+    CARD,
+    REJECTS,
+    REJECTS_SCHEMA,
+    SAMPLES,
+    SAMPLES_SCHEMA,
+    SHARD_FOLDER,
+    SHARDS,
+    SHARDS_SCHEMA,
+    DatasetCard,
+    ShardRow,
+    from_parquet,
+    shard_name,
+)
+from schemas.verify import VerifyReport, verify_dataset
+
+
+class ShardDataset:
+    """Images with their saliency, in WebDataset shards. Needs neither torch nor DALI nor Ray.
+
+    Iterating yields a `Sample` at a time, in the order on disk (shuffled once, when written).
+
+    Attributes:
+        card: what the dataset is and how it was made.
+        shards: one `ShardRow` a shard, in order.
+    """
+
+    def __init__(self, store: Store, card: DatasetCard, shards: list[ShardRow]):
+        self.store = store
+        self.card = card
+        self.shards = shards
+
+    @classmethod
+    def open(cls, url: str | Path) -> "ShardDataset":
+        """Open a dataset by its folder: a plain path or any fsspec URL.
+
+        Raises:
+            UserError: nothing is there, or the job that writes it has not ended.
+            FormatError: it is of another format version, or its card or table is damaged.
+        """
+        store = Store(url)
+        try:
+            content = store.read(CARD)
+        except FileNotFoundError as error:
+            if store.list(SHARD_FOLDER):
+                raise UserError(
+                    f"{store.url}: not finished: it has shards but no {CARD}; "
+                    "run the same precompute command again to complete it"
+                ) from error
+            raise UserError(
+                f"{store.url}: no dataset here (no {CARD}); write one with `make precompute`"
+            ) from error
+        card = DatasetCard.from_json(content, store.location(CARD))
+        dataset = cls(store, card, [])
+        dataset.shards = [
+            ShardRow(**row) for row in dataset._table(SHARDS, SHARDS_SCHEMA).to_pylist()
+        ]
+        return dataset
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label; empty when nothing is labelled."""
+        return self.card.classes
+
+    @property
+    def shard_urls(self) -> list[str]:
+        """The tars in order: plain paths for a local dataset, otherwise URLs."""
+        return [self.store.location(shard_name(row.shard, "tar")) for row in self.shards]
+
+    @property
+    def index_urls(self) -> list[str]:
+        """The DALI indices, in the order of `shard_urls`."""
+        return [self.store.location(shard_name(row.shard, "idx")) for row in self.shards]
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """samples.parquet: one row a sample, in the order on disk."""
+        return self._table(SAMPLES, SAMPLES_SCHEMA)
+
+    @cached_property
+    def rejects(self) -> pa.Table:
+        """rejects.parquet: one row for every input that was not written."""
+        return self._table(REJECTS, REJECTS_SCHEMA)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the shards' own sha256: the same for the same bytes, wherever they lie."""
+        return hashlib.sha256(json.dumps([list(row) for row in self.shards]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.card.samples
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yields samples; raises FormatError where a shard does not hold what the tables say."""
+        start = 0
+        for row in self.shards:
+            yield from self._read_shard(row, self.samples.slice(start, row.samples))
+            start += row.samples
+
+    def verify(
+        self, workers: int = 4, progress: Callable[[int], None] | None = None
+    ) -> VerifyReport:
+        """Compare every byte with the tables.
+
+        Args:
+            workers: shards read at a time; each is held in memory whole.
+            progress: called with the number of samples of each shard that is done.
+        """
+        return verify_dataset(self, workers, progress)
+
+    def _table(self, name: str, schema: pa.Schema) -> pa.Table:
+        location = self.store.location(name)
+        try:
+            return from_parquet(self.store.read(name), schema, location)
+        except FileNotFoundError as error:
+            raise FormatError(f"{location}: missing; the dataset is damaged") from error
+
+    def _read_shard(self, row: ShardRow, table: pa.Table) -> Iterator[Sample]:
+        name = shard_name(row.shard, "tar")
+        location = self.store.location(name)
+        try:
+            tar = self.store.read(name)
+            bundles = bundle(members_of(tar))
+        except FileNotFoundError as error:
+            raise FormatError(f"{location}: missing; `verify` lists all that is wrong") from error
+        except FormatError as error:
+            raise FormatError(f"{location}: {error}; `verify` lists all that is wrong") from error
+        if [key for key, _ in bundles] != table["key"].to_pylist():
+            raise FormatError(f"{location}: other samples than in {SAMPLES}; see `verify`")
+        for (key, members), fields in zip(bundles, table.to_pylist(), strict=True):
+            content = {m.extension: tar[m.offset : m.offset + m.size] for m in members}
+            image = next(iter(content))
+            saliency = SaliencyMap.from_png(
+                content[SALIENCY_MEMBER], fields["saliency_min"], fields["saliency_max"]
+            )
+            yield Sample(
+                key=key,
+                image=content[image],
+                extension=image,
+                saliency=saliency.values(),
+                label=int(content[LABEL_MEMBER]),
+                height=fields["height"],
+                width=fields["width"],
+                source=fields["source"],
+                reencoded=fields["reencoded"],
+            )
+
+
+def bundle(members: Iterator[Member]) -> list[tuple[str, list[Member]]]:
+    """Members in a row that share a key, as samples.
+
+    Raises:
+        FormatError: a sample has other members than an image, a map and a label, in this order.
+    """
+    samples: list[tuple[str, list[Member]]] = []
+    for member in members:
+        if not samples or samples[-1][0] != member.key:
+            samples.append((member.key, []))
+        samples[-1][1].append(member)
+    for key, group in samples:
+        found = [m.extension for m in group]
+        if found[1:] != [SALIENCY_MEMBER, LABEL_MEMBER]:
+            raise FormatError(f"sample {key} has the members {found}")
+    return samples

@@ -1,0 +1,76 @@
+"""A saliency map: float grid <-> 8-bit PNG, with the affine range kept.
+
+The relaxed-SCDA rule, foreground where `A >= mean(A) - 0.6 std(A)`, does not change under a
+positive affine map of A, so scaling a map to 0..255 loses nothing but the rounding. Measured on 140
+ImageNet photos at 28 x 28: FIGURE_SCDA of the cells of scda maps (MobileNetV2, 224 + 448) keep
+their side of the threshold, and FIGURE_SPECTRAL of those of spectral maps.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+LEVELS = 255
+
+
+@dataclass(frozen=True, eq=False)
+class SaliencyMap:
+    """A quantised map.
+
+    Attributes:
+        grid: (side, side) uint8; 0 is `minimum`, 255 is `maximum`.
+        minimum, maximum: the limits of the float map.
+    """
+
+    grid: np.ndarray
+    minimum: float
+    maximum: float
+
+    @classmethod
+    def quantise(cls, values: np.ndarray) -> "SaliencyMap":
+        """Min-max scale a (side, side) float map to 8 bits. A constant map becomes all zeros.
+
+        Raises:
+            ValueError: not a square map, or a value is not finite.
+        """
+        values = np.asarray(values, dtype=np.float32)
+        if values.ndim != 2 or values.shape[0] != values.shape[1] or values.size == 0:
+            raise ValueError(f"a saliency map must be square, this one is {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError("a saliency map must be finite, this one has NaN or infinity")
+        minimum, maximum = float(values.min()), float(values.max())
+        if maximum == minimum:
+            return cls(np.zeros(values.shape, np.uint8), minimum, maximum)
+        # float64: the range of two large float32 values may overflow float32
+        scaled = (values.astype(np.float64) - minimum) / (maximum - minimum) * LEVELS
+        return cls(np.rint(scaled).astype(np.uint8), minimum, maximum)
+
+    def values(self) -> np.ndarray:
+        """The (side, side) float32 map, to within half a step of (maximum - minimum) / 255."""
+        span = self.maximum - self.minimum
+        return (self.minimum + self.grid.astype(np.float64) * (span / LEVELS)).astype(np.float32)
+
+    def to_png(self) -> bytes:
+        """An 8-bit grayscale PNG of side x side pixels."""
+        buffer = io.BytesIO()
+        Image.fromarray(self.grid).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    @classmethod
+    def from_png(cls, png: bytes, minimum: float, maximum: float) -> "SaliencyMap":
+        """Read a map back; its limits come from the sample's row in the tables.
+
+        Raises:
+            ValueError: not a sound 8-bit grayscale PNG (every chunk's checksum is tested).
+        """
+        try:
+            Image.open(io.BytesIO(png), formats=["PNG"]).verify()
+            image = Image.open(io.BytesIO(png), formats=["PNG"])
+            image.load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"not a sound PNG: {error}") from error
+        if image.mode != "L" or image.width != image.height:
+            raise ValueError(f"not a square 8-bit grayscale PNG but {image.mode} {image.size}")
+        return cls(np.asarray(image), minimum, maximum)

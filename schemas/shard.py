@@ -1,0 +1,193 @@
+"""One shard: a tar, its DALI index, and the parquet file that marks it as written.
+
+They are written in this order, each atomically, so a shard counts as written exactly when its
+parquet file is there. Tars are plain USTAR with fixed times and owners: DALI reads no PAX headers,
+and equal samples give equal bytes.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from schemas.errors import FormatError
+from schemas.saliency import SaliencyMap
+from schemas.sample import LABEL_MEMBER, SALIENCY_MEMBER, Sample
+from schemas.storage import Store
+from schemas.tables import (
+    SAMPLES_SCHEMA,
+    Reject,
+    ShardRow,
+    from_parquet,
+    shard_name,
+    to_parquet,
+)
+
+INDEX_VERSION = "v1.2"
+MARKER_METADATA = b"saliency_shards"
+BLOCK = tarfile.BLOCKSIZE
+
+
+class Member(NamedTuple):
+    """One file in a tar: `KEY.extension`, its content at `offset` for `size` bytes."""
+
+    key: str
+    extension: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ShardMarker:
+    """What a shard's parquet file says.
+
+    Attributes:
+        row: its row of shards.parquet.
+        samples: its rows of samples.parquet.
+        rejects: its share of rejects.parquet.
+        settings: what the job that wrote it was asked to do; a job with other settings must not
+            add to it.
+    """
+
+    row: ShardRow
+    samples: pa.Table
+    rejects: list[Reject]
+    settings: dict[str, Any]
+
+
+def write_shard(
+    store: Store,
+    shard: int,
+    samples: Iterable[Sample],
+    rejects: Iterable[Reject] = (),
+    settings: dict[str, Any] | None = None,
+) -> ShardMarker:
+    """Write one shard: tar, then index, then its marker. The tar is held in memory until then.
+
+    Raises:
+        ValueError: two samples with one key, or a map that is not square and finite.
+        UserError: no space left, or no permission.
+    """
+    tar, rows = pack(shard, samples)
+    row = ShardRow(shard, len(rows), len(tar), hashlib.sha256(tar).hexdigest())
+    table = pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA)
+    marker = ShardMarker(row, table, list(rejects), settings or {})
+    store.write(shard_name(shard, "tar"), tar)
+    store.write(shard_name(shard, "idx"), index_of(tar))
+    store.write(shard_name(shard, "parquet"), marker_to_parquet(marker))
+    return marker
+
+
+def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, Any]]]:
+    """The tar of these samples, and their rows of samples.parquet."""
+    buffer = io.BytesIO()
+    rows: list[dict[str, Any]] = []
+    keys: set[str] = set()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, sample in enumerate(samples):
+            if sample.key in keys:
+                raise ValueError(f"key {sample.key} twice in shard {shard}")
+            keys.add(sample.key)
+            saliency = SaliencyMap.quantise(sample.saliency)
+            members = {
+                sample.extension: sample.image,
+                SALIENCY_MEMBER: saliency.to_png(),
+                LABEL_MEMBER: str(sample.label).encode("ascii"),
+            }
+            for extension, content in members.items():
+                # TarInfo's defaults are fixed: no time, no owner, mode 0644
+                info = tarfile.TarInfo(f"{sample.key}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            rows.append(
+                {
+                    "key": sample.key,
+                    "shard": shard,
+                    "index": index,
+                    "label": sample.label,
+                    "height": sample.height,
+                    "width": sample.width,
+                    "image_bytes": len(sample.image),
+                    "image_sha256": hashlib.sha256(sample.image).hexdigest(),
+                    "saliency_min": saliency.minimum,
+                    "saliency_max": saliency.maximum,
+                    "source": sample.source,
+                    "reencoded": sample.reencoded,
+                }
+            )
+    return buffer.getvalue(), rows
+
+
+def members_of(tar: bytes) -> Iterator[Member]:
+    """The files of a tar in order.
+
+    tarfile takes a damaged header for the end of the archive; here it is an error.
+
+    Raises:
+        FormatError: a header is damaged, or the tar ends too early.
+    """
+    position, last = 0, "the start"
+    while True:
+        block = tar[position : position + BLOCK]
+        if len(block) < BLOCK:
+            raise FormatError(f"cut short after {last}, at byte {len(tar)}")
+        if block == bytes(BLOCK):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise FormatError(f"damaged header at byte {position}, after {last}") from error
+        if info.type != tarfile.REGTYPE:
+            raise FormatError(f"{info.name} at byte {position} is not a plain file")
+        if position + BLOCK + info.size > len(tar):
+            raise FormatError(f"cut short inside {info.name}, at byte {len(tar)}")
+        key, _, extension = info.name.partition(".")
+        yield Member(key, extension, position + BLOCK, info.size)
+        last = info.name
+        position += BLOCK * (1 + -(-info.size // BLOCK))
+
+
+def index_of(tar: bytes) -> bytes:
+    """DALI's index of a tar: a line a sample, `extension offset size name` for each member."""
+    lines: dict[str, list[str]] = {}
+    for key, extension, offset, size in members_of(tar):
+        lines.setdefault(key, []).append(f"{extension} {offset} {size} {key}.{extension}")
+    text = [f"{INDEX_VERSION} {len(lines)}", *(" ".join(line) for line in lines.values())]
+    return ("\n".join(text) + "\n").encode("ascii")
+
+
+def marker_to_parquet(marker: ShardMarker) -> bytes:
+    record = {
+        "shard": marker.row._asdict(),
+        "rejects": [reject._asdict() for reject in marker.rejects],
+        "settings": marker.settings,
+    }
+    metadata = {MARKER_METADATA: json.dumps(record, sort_keys=True).encode()}
+    return to_parquet(marker.samples.replace_schema_metadata(metadata))
+
+
+def read_marker(store: Store, shard: int) -> ShardMarker:
+    """Read a shard's parquet file back.
+
+    Raises:
+        FileNotFoundError: the shard is not written.
+        FormatError: the file is damaged or not a shard's.
+    """
+    name = shard_name(shard, "parquet")
+    location = store.location(name)
+    table = from_parquet(store.read(name), SAMPLES_SCHEMA, location)
+    metadata = (table.schema.metadata or {}).get(MARKER_METADATA)
+    if metadata is None:
+        raise FormatError(f"{location}: not a shard's parquet file: its metadata is missing")
+    record = json.loads(metadata)
+    return ShardMarker(
+        row=ShardRow(**record["shard"]),
+        samples=table.replace_schema_metadata(None),
+        rejects=[Reject(**reject) for reject in record["rejects"]],
+        settings=record["settings"],
+    )

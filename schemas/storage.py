@@ -1,0 +1,129 @@
+"""One folder of files behind an fsspec URL, written atomically."""
+
+import errno
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from schemas.errors import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class Store:
+    """Reads and writes files below one folder, by names relative to it.
+
+    Args:
+        url: a plain path or any fsspec URL (`s3://bucket/folder`, `memory://folder` ...).
+
+    Raises:
+        UserError: the URL's protocol is unknown or its driver is not installed.
+    """
+
+    def __init__(self, url: str | Path):
+        self.url = str(url).rstrip("/") or "/"
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.url}: {error}") from error
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.root = self.root.rstrip("/")
+
+    def path(self, name: str) -> str:
+        """The file system's own path of a file in this folder."""
+        return posixpath.join(self.root, name) if name else self.root
+
+    def location(self, name: str) -> str:
+        """A plain path for a local folder, otherwise a URL: what other tools are given."""
+        return self.path(name) if self.is_local else self.fs.unstrip_protocol(self.path(name))
+
+    def exists(self, name: str) -> bool:
+        return self.fs.exists(self.path(name))
+
+    def size(self, name: str) -> int:
+        """Size in bytes. Raises FileNotFoundError."""
+        return self.fs.info(self.path(name))["size"]
+
+    def read(self, name: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        return self.fs.cat_file(self.path(name))
+
+    def open(self, name: str) -> BinaryIO:
+        """The file, open for reading. Raises FileNotFoundError."""
+        return self.fs.open(self.path(name), "rb")
+
+    def list(self, folder: str) -> dict[str, int]:
+        """Names (relative to `folder`) and sizes in bytes of the files directly in it, sorted."""
+        path = self.path(folder)
+        self.fs.invalidate_cache(path)
+        if not self.fs.isdir(path):
+            return {}
+        entries = self.fs.ls(path, detail=True)
+        files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
+        return dict(sorted(files.items()))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a whole file such that a reader sees all of it or nothing.
+
+        On a local disk: temporary name, fsync, rename, fsync of the folder. Object stores commit a
+        file as one when it is closed, so there it is one put.
+
+        Raises:
+            UserError: no space left, or no permission.
+        """
+        with explained(self.location(name)):
+            if self.is_local:
+                write_locally(Path(self.path(name)), content)
+            else:
+                self.fs.pipe_file(self.path(name), content)
+
+    def remove_temporaries(self, folder: str) -> int:
+        """Delete what a killed writer left half written; how many files that were."""
+        names = [name for name in self.list(folder) if name.endswith(TEMPORARY_SUFFIX)]
+        for name in names:
+            self.fs.rm_file(self.path(posixpath.join(folder, name)))
+        return len(names)
+
+
+def write_locally(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own for each attempt: two writers of one shard must not share a temporary file
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def explained(location: str) -> Iterator[None]:
+    """Turn what a disk refuses into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "no space left; free some or choose another folder, then run the command again"
+        elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            advice = "no permission to write; choose a folder that you may write to"
+        elif isinstance(error, (NotADirectoryError, FileExistsError)):
+            advice = "a file is in the way of a folder; choose another folder"
+        else:
+            raise
+        raise UserError(f"{location}: {advice}") from error

@@ -1,0 +1,150 @@
+"""The tables beside the shards, and the card that says the dataset is whole."""
+
+import dataclasses
+import io
+import json
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import FormatError
+
+FORMAT_VERSION = 1
+
+CARD = "dataset.json"
+SAMPLES = "samples.parquet"
+SHARDS = "shards.parquet"
+REJECTS = "rejects.parquet"
+SHARD_FOLDER = "shards"
+
+SAMPLES_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.int32()),
+        ("index", pa.int32()),  # place within its shard, from 0
+        ("label", pa.int32()),  # -1: none
+        ("height", pa.int32()),  # pixels, EXIF orientation applied
+        ("width", pa.int32()),
+        ("image_bytes", pa.int64()),
+        ("image_sha256", pa.string()),
+        ("saliency_min", pa.float32()),
+        ("saliency_max", pa.float32()),
+        ("source", pa.string()),  # relative to the source's root
+        ("reencoded", pa.bool_()),
+    ]
+)
+SHARDS_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("samples", pa.int32()),
+        ("bytes", pa.int64()),  # of the tar
+        ("sha256", pa.string()),  # of the tar
+    ]
+)
+REJECTS_SCHEMA = pa.schema(
+    [("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
+
+
+class ShardRow(NamedTuple):
+    """One row of shards.parquet."""
+
+    shard: int
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class Reject(NamedTuple):
+    """One row of rejects.parquet: an input that was not written.
+
+    `reason` is a short fixed word to count by, `detail` a line for a person.
+    """
+
+    source: str
+    reason: str
+    detail: str
+
+
+def shard_name(shard: int, suffix: str) -> str:
+    """The name of a shard's file: `shard_name(3, "tar")` is `shards/000003.tar`."""
+    return f"{SHARD_FOLDER}/{shard:06d}.{suffix}"
+
+
+def table_of(rows: list[ShardRow] | list[Reject], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist([row._asdict() for row in rows], schema=schema)
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def from_parquet(content: bytes, schema: pa.Schema, location: str) -> pa.Table:
+    """Raises FormatError when the content is no parquet file or has other columns."""
+    try:
+        table = pq.read_table(io.BytesIO(content))
+    except pa.ArrowException as error:
+        raise FormatError(f"{location}: not a readable parquet file ({error})") from error
+    if not table.schema.equals(schema):
+        found = ", ".join(f"{f.name} {f.type}" for f in table.schema)
+        raise FormatError(f"{location}: its columns are not those of format 1 but {found}")
+    return table
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """`dataset.json`, written last: its presence means that the dataset is whole.
+
+    Attributes:
+        name, split: as the user called them.
+        samples, shards, rejects: rows of the three tables.
+        classes: names by label; empty when nothing is labelled.
+        saliency_side: cells on a side of every stored map.
+        estimator: its name, all its parameters, and the sha256 of its weights (None without any).
+        plan: sha256 of which source image belongs to which shard.
+        seed: of the global shuffle.
+        versions: of the packages that wrote it.
+    """
+
+    name: str
+    split: str
+    samples: int
+    shards: int
+    rejects: int
+    classes: list[str]
+    saliency_side: int
+    estimator: dict[str, Any]
+    plan: str
+    seed: int
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> bytes:
+        fields = {"format_version": self.format_version, **dataclasses.asdict(self)}
+        return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, location: str) -> "DatasetCard":
+        """Raises FormatError: no JSON, another format version, or a field is missing."""
+        try:
+            fields = json.loads(content)
+        except ValueError as error:
+            raise FormatError(f"{location}: not JSON ({error})") from error
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        if version != FORMAT_VERSION:
+            advice = (
+                "it was written by a newer version of this project; upgrade to read it"
+                if isinstance(version, int) and version > FORMAT_VERSION
+                else "it is not a card of this project"
+            )
+            raise FormatError(
+                f"{location}: format version {version!r}, not {FORMAT_VERSION}: {advice}"
+            )
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise FormatError(f"{location}: {str(error).removeprefix('DatasetCard.')}") from error
