@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 LEVELS = 255
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,8 @@ class SaliencyMap:
             image.load()
         except (OSError, SyntaxError) as error:
             raise ValueError(f"not a sound PNG: {error}") from error
+        if not png.endswith(PNG_END):  # the one chunk that Pillow does not look at
+            raise ValueError("not a sound PNG: its end is damaged")
         if image.mode != "L" or image.width != image.height:
             raise ValueError(f"not a square 8-bit grayscale PNG but {image.mode} {image.size}")
         return cls(np.asarray(image), minimum, maximum)

@@ -1,0 +1,259 @@
+"""A dataset on disk: written, opened, iterated, on any fsspec URL, by anyone's reader."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import wds2idx
+import webdataset
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+
+from schemas import FormatError, Sample, ShardDataset, UserError, write_dataset
+
+Make = Callable[..., Sample]
+MEMBERS = ["jpg", "saliency.png", "cls"]
+
+
+@pytest.fixture
+def samples(make_sample: Make) -> list[Sample]:
+    return [make_sample(index) for index in range(25)]
+
+
+def write(url: str | Path, samples: list[Sample]) -> ShardDataset:
+    return write_dataset(
+        url, samples, name="test", classes=["a", "b", "c"], shard_samples=10, split="train"
+    )
+
+
+@pytest.mark.parametrize("where", ["path", "memory"])
+def test_what_is_written_is_read_back(where: str, samples: list[Sample], tmp_path: Path) -> None:
+    url = tmp_path / "set" if where == "path" else f"memory://{tmp_path.name}/set"
+    write(url, samples)
+    dataset = ShardDataset.open(url)
+    assert len(dataset) == 25
+    assert [row.samples for row in dataset.shards] == [10, 10, 5]
+    assert dataset.classes == ["a", "b", "c"]
+    for read, written in zip(dataset, samples, strict=True):
+        for field in dataclasses.fields(Sample):
+            if field.name != "saliency":
+                assert getattr(read, field.name) == getattr(written, field.name)
+        step = np.ptp(written.saliency) / 255
+        assert abs(read.saliency - written.saliency).max() <= step
+    assert dataset.verify().clean
+    for location in dataset.shard_urls + dataset.index_urls:
+        assert fsspec.open(location).open().read(1)
+
+
+def test_equal_samples_give_equal_bytes(samples: list[Sample], tmp_path: Path) -> None:
+    write(tmp_path / "a", samples)
+    write(tmp_path / "b", samples)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 4 + 3 * 3
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_digest_follows_content(samples: list[Sample], tmp_path: Path) -> None:
+    first = write(tmp_path / "a", samples)
+    assert write("memory://digest/b", samples).digest == first.digest
+    assert write(tmp_path / "c", samples[:24]).digest != first.digest
+
+
+def test_index_is_that_of_dalis_own_tool(samples: list[Sample], tmp_path: Path) -> None:
+    dataset = write(tmp_path, samples)
+    for tar, index in zip(dataset.shard_urls, dataset.index_urls, strict=True):
+        with wds2idx.IndexCreator(tar, str(tmp_path / "theirs.idx"), verbose=False) as creator:
+            creator.create_index()
+        assert (tmp_path / "theirs.idx").read_bytes() == Path(index).read_bytes()
+
+
+def test_tarfile_reads_the_shards(samples: list[Sample], tmp_path: Path) -> None:
+    dataset = write(tmp_path, samples)
+    written = iter(samples)
+    for url in dataset.shard_urls:
+        with tarfile.open(url, "r:") as tar:
+            members = tar.getmembers()
+            assert [m.name.partition(".")[2] for m in members] == MEMBERS * (len(members) // 3)
+            assert {(m.mtime, m.uid, m.gid, m.uname, m.type) for m in members} == {
+                (0, 0, 0, "", tarfile.REGTYPE)
+            }
+            assert all(not m.pax_headers for m in members)
+            for image, saliency, label in zip(*[iter(members)] * 3, strict=True):
+                sample = next(written)
+                assert image.name == f"{sample.key}.jpg"
+                assert tar.extractfile(image).read() == sample.image
+                assert Image.open(tar.extractfile(saliency)).size == (28, 28)
+                assert int(tar.extractfile(label).read()) == sample.label
+    assert next(written, None) is None
+
+
+def test_webdataset_reads_the_shards(samples: list[Sample], tmp_path: Path) -> None:
+    dataset = write(tmp_path, samples)
+    read = list(webdataset.WebDataset(dataset.shard_urls, shardshuffle=False).decode("pil"))
+    for theirs, sample in zip(read, samples, strict=True):
+        assert theirs["__key__"] == sample.key
+        assert theirs["cls"] == sample.label
+        assert theirs["jpg"].size == (sample.width, sample.height)
+        assert theirs["saliency.png"].size == (28, 28)
+
+
+def test_dali_reads_the_shards(samples: list[Sample], tmp_path: Path) -> None:
+    dataset = write(tmp_path, samples)
+
+    @pipeline_def(batch_size=25, num_threads=2, device_id=None)
+    def plain() -> tuple:
+        image, saliency, label = fn.readers.webdataset(
+            paths=dataset.shard_urls,
+            index_paths=dataset.index_urls,
+            ext=MEMBERS,
+            missing_component_behavior="error",
+        )
+        return fn.decoders.image(image, device="cpu"), fn.decoders.image(saliency), label
+
+    graph = plain()
+    graph.build()
+    images, maps, labels = graph.run()
+    for place, sample in enumerate(samples):
+        assert images.at(place).shape == (sample.height, sample.width, 3)
+        assert maps.at(place).shape[:2] == (28, 28)
+        assert int(bytes(labels.at(place))) == sample.label
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": "a.b"}, "other characters"),
+        ({"key": "a/b"}, "other characters"),
+        ({"key": ""}, "other characters"),
+        ({"key": "k" * 88}, "longer than 87"),
+        ({"label": -2}, "below -1"),
+        ({"extension": "exe"}, "unknown image extension"),
+        ({"image": b""}, "no bytes"),
+        ({"height": 0}, "0 x 56"),
+    ],
+)
+def test_a_sample_that_cannot_be_stored_is_refused(
+    change: dict, message: str, make_sample: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(make_sample(0), **change)
+
+
+def test_the_longest_key_fits(make_sample: Make, tmp_path: Path) -> None:
+    sample = dataclasses.replace(make_sample(0), key="k" * 87)
+    assert [s.key for s in write(tmp_path, [sample])] == ["k" * 87]
+
+
+def test_a_key_that_comes_twice_is_refused(make_sample: Make, tmp_path: Path) -> None:
+    samples = [make_sample(index) for index in range(15)]
+    with pytest.raises(UserError, match="sample-0003 comes twice"):
+        write(tmp_path, [*samples, samples[3]])
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_maps_of_two_sides_are_refused(make_sample: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"one side, not of \[14, 28\]"):
+        write(tmp_path, [make_sample(0), make_sample(1, side=14)])
+
+
+def test_a_folder_in_use_is_refused(samples: list[Sample], tmp_path: Path) -> None:
+    write(tmp_path, samples)
+    with pytest.raises(UserError, match="has shards already"):
+        write(tmp_path, samples)
+
+
+def test_opening_nothing_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no dataset here.*make precompute"):
+        ShardDataset.open(tmp_path / "absent")
+    with pytest.raises(UserError, match="nonsense"):
+        ShardDataset.open("nonsense://bucket/set")
+
+
+def test_opening_an_unfinished_dataset_says_so(samples: list[Sample], tmp_path: Path) -> None:
+    write(tmp_path, samples)
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(UserError, match=r"not finished.*precompute command again"):
+        ShardDataset.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format version 2.*newer version.*upgrade"),
+        ({"format_version": None}, "not a card"),
+        ({"samples": ...}, "missing 1 required positional argument: 'samples'"),
+        ({"extra": 1}, "unexpected keyword argument 'extra'"),
+    ],
+)
+def test_a_card_of_another_format_is_refused(
+    change: dict, message: str, samples: list[Sample], tmp_path: Path
+) -> None:
+    write(tmp_path, samples)
+    card = json.loads((tmp_path / "dataset.json").read_text()) | change
+    card = {key: value for key, value in card.items() if value is not ...}
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    with pytest.raises(FormatError, match=message):
+        ShardDataset.open(tmp_path)
+
+
+def test_a_card_that_is_no_json_is_refused(samples: list[Sample], tmp_path: Path) -> None:
+    write(tmp_path, samples)
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(FormatError, match="not JSON"):
+        ShardDataset.open(tmp_path)
+
+
+def test_iterating_never_yields_less_than_the_tables_say(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    dataset = write(tmp_path, samples)
+    shard = tmp_path / "shards" / "000001.tar"
+    shard.write_bytes(shard.read_bytes()[:20000])
+    with pytest.raises(FormatError, match=r"000001\.tar: cut short inside sample-"):
+        list(dataset)
+    shard.unlink()
+    with pytest.raises(FormatError, match=r"000001\.tar: missing"):
+        list(dataset)
+
+
+def test_schemas_imports_neither_torch_nor_dali_nor_ray() -> None:
+    code = (
+        "import sys, schemas, schemas.__main__\n"
+        "print([m for m in ('torch', 'nvidia', 'ray') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.strip() == b"[]"
+
+
+def test_info_names_what_a_person_asks(samples: list[Sample], tmp_path: Path) -> None:
+    write(tmp_path, samples)
+    result = subprocess.run(
+        [sys.executable, "-m", "schemas", "info", str(tmp_path)], capture_output=True, check=True
+    )
+    text = result.stdout.decode()
+    for words in ("25 in 3 shards, 5 to 10 a shard", "rejects    none", "3 classes", "    a 9\n"):
+        assert words in text
+    assert f"{sum(len(sample.image) for sample in samples):,} of them images" in text
+
+
+def test_the_members_are_the_formats_own(samples: list[Sample], tmp_path: Path) -> None:
+    """The label of an unlabelled sample is the two characters -1; the map is 8-bit gray."""
+    sample = dataclasses.replace(samples[0], label=-1)
+    dataset = write_dataset(tmp_path, [sample], name="one")
+    with tarfile.open(dataset.shard_urls[0]) as tar:
+        assert tar.extractfile("sample-0000.cls").read() == b"-1"
+        image = Image.open(io.BytesIO(tar.extractfile("sample-0000.saliency.png").read()))
+    assert image.mode == "L"
+    assert image.getextrema() == (0, 255)
+    row = dataset.samples.to_pylist()[0]
+    assert row["saliency_min"] == pytest.approx(sample.saliency.min())
+    assert row["saliency_max"] == pytest.approx(sample.saliency.max())

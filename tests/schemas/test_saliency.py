@@ -1,0 +1,87 @@
+"""SaliencyMap: what 8 bits keep of a float map."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from schemas import SaliencyMap
+
+
+def relaxed_foreground(grid: np.ndarray) -> np.ndarray:
+    """The rule as the poster writes it: A >= mean, or within 0.6 population std of it."""
+    grid = grid.astype(np.float64)
+    mean = sum(grid.flat) / grid.size
+    std = (sum((value - mean) ** 2 for value in grid.flat) / grid.size) ** 0.5
+    return (grid >= mean) | (abs(grid - mean) <= 0.6 * std)
+
+
+def read_back(values: np.ndarray) -> np.ndarray:
+    quantised = SaliencyMap.quantise(values)
+    return SaliencyMap.from_png(quantised.to_png(), quantised.minimum, quantised.maximum).values()
+
+
+@pytest.mark.parametrize("spread", ["normal", "exponential", "blob"])
+def test_foreground_survives_the_round_trip(spread: str) -> None:
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-1:1:28j, -1:1:28j]
+    kept = []
+    for _ in range(100):
+        if spread == "blob":
+            values = np.exp(-((x - rng.uniform(-1, 1)) ** 2 + (y - rng.uniform(-1, 1)) ** 2) * 3)
+            values = values + rng.normal(0, 0.02, values.shape)
+        else:
+            values = getattr(rng, spread)(size=(28, 28))
+        values = (values * rng.uniform(0.01, 1e4) + rng.normal()).astype(np.float32)
+        kept.append((relaxed_foreground(read_back(values)) == relaxed_foreground(values)).mean())
+    assert np.mean(kept) >= 0.99
+
+
+def test_values_come_back_within_half_a_step() -> None:
+    values = np.random.default_rng(1).normal(5, 100, (28, 28)).astype(np.float32)
+    step = (values.max() - values.min()) / 255
+    assert abs(read_back(values) - values).max() <= step / 2 * 1.001
+
+
+def test_quantising_what_was_read_back_changes_nothing() -> None:
+    first = SaliencyMap.quantise(np.random.default_rng(2).normal(size=(28, 28)))
+    again = SaliencyMap.quantise(first.values())
+    assert (again.grid == first.grid).all()
+    assert (again.minimum, again.maximum) == (first.minimum, first.maximum)
+
+
+def test_a_constant_map_stays_constant() -> None:
+    values = read_back(np.full((28, 28), 7.5, np.float32))
+    assert (values == 7.5).all()
+    assert relaxed_foreground(values).all()
+
+
+def test_a_range_beyond_float32_does_not_overflow() -> None:
+    values = np.zeros((2, 2), np.float32)
+    values[0, 0], values[1, 1] = 3e38, -3e38
+    assert np.isfinite(read_back(values)).all()
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros((28, 27)), np.zeros(28), np.full((2, 2), np.nan), np.zeros((0, 0))]
+)
+def test_what_is_no_map_is_refused(values: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="saliency map must be"):
+        SaliencyMap.quantise(values)
+
+
+def test_every_flipped_byte_of_a_png_is_noticed() -> None:
+    quantised = SaliencyMap.quantise(np.random.default_rng(3).normal(size=(28, 28)))
+    png = quantised.to_png()
+    for place in range(len(png)):
+        damaged = png[:place] + bytes([png[place] ^ 0x40]) + png[place + 1 :]
+        with pytest.raises(ValueError, match="PNG"):
+            SaliencyMap.from_png(damaged, 0.0, 1.0)
+
+
+def test_a_png_of_another_kind_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (28, 28)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="grayscale"):
+        SaliencyMap.from_png(buffer.getvalue(), 0.0, 1.0)

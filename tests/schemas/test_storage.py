@@ -1,0 +1,55 @@
+"""Writing a file whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from schemas import UserError
+from schemas.storage import Store
+
+
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    store.write("folder/file", b"before")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"folder/file: no space left.*run the command again"):
+        store.write("folder/file", b"after")
+    assert store.read("folder/file") == b"before"
+    assert os.listdir(tmp_path / "folder") == ["file"]
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.write("file", b"before")
+    seen: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(store.read("file")))
+    store.write("file", b"after")
+    assert seen[0] == b"before"
+    assert store.read("file") == b"after"
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "shards").write_text("")
+    with pytest.raises(UserError, match="a file is in the way"):
+        Store(tmp_path).write("shards/000000.tar", b"")
+
+
+def test_left_over_temporaries_are_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("shards/000000.tar", b"whole")
+    (tmp_path / "shards" / "000001.tar.deadbeef.tmp").write_bytes(b"ha")
+    assert store.remove_temporaries("shards") == 1
+    assert list(store.list("shards")) == ["000000.tar"]
+
+
+def test_list_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert Store(tmp_path / "absent").list("shards") == {}
+    assert Store("memory://absent").list("shards") == {}

@@ -1,0 +1,187 @@
+"""`verify` finds and names whatever is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas import Problem, Sample, ShardDataset, write_dataset
+from schemas.shard import Member, members_of
+
+
+@pytest.fixture(scope="module")
+def whole(make_sample: Callable[..., Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    samples = [make_sample(index) for index in range(9)]
+    write_dataset(folder, samples, name="test", classes=["a", "b", "c"], shard_samples=3)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "set"))
+
+
+def problems(folder: Path) -> list[Problem]:
+    return ShardDataset.open(folder).verify().problems
+
+
+def member(folder: Path, shard: int, extension: str) -> tuple[Path, Member]:
+    """A shard's file, and its middle sample's member."""
+    path = folder / "shards" / f"{shard:06d}.tar"
+    found = [m for m in members_of(path.read_bytes()) if m.extension == extension]
+    return path, found[1]
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x01
+    path.write_bytes(content)
+
+
+def rewrite_table(path: Path, change: Callable[[list[dict]], list[dict]]) -> None:
+    table = pq.read_table(path)
+    pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=table.schema), path)
+
+
+def test_a_whole_dataset_is_clean(folder: Path) -> None:
+    report = ShardDataset.open(folder).verify()
+    assert report.clean
+    assert (report.samples, report.shards) == (9, 3)
+    assert "clean: 9 samples, 3 shards" in str(report)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "saliency.png", "cls"])
+def test_a_flipped_byte_is_named_by_its_member(folder: Path, extension: str) -> None:
+    path, where = member(folder, 1, extension)
+    flip(path, where.offset + where.size // 2)
+    [problem] = problems(folder)
+    assert problem.where == f"shards/000001.tar: {where.key}.{extension}"
+
+
+def test_no_flipped_byte_of_a_shard_goes_unseen(folder: Path) -> None:
+    """Headers, contents, padding, end: a byte in each block of the tar."""
+    path = folder / "shards" / "000002.tar"
+    good = path.read_bytes()
+    for place in range(7, len(good), 509):
+        flip(path, place)
+        found = problems(folder)
+        assert found, f"byte {place}"
+        assert all("000002.tar" in problem.where for problem in found)
+        path.write_bytes(good)
+
+
+def test_progress_counts_every_sample(folder: Path) -> None:
+    counted: list[int] = []
+    ShardDataset.open(folder).verify(progress=counted.append)
+    assert sum(counted) == 9
+
+
+def test_a_cut_tar(folder: Path) -> None:
+    path, where = member(folder, 1, "jpg")
+    path.write_bytes(path.read_bytes()[: where.offset + 10])
+    found = problems(folder)
+    assert any("bytes, the table says" in p.what for p in found)
+    assert any(f"cut short inside {where.key}.jpg" in p.what for p in found)
+    assert {p.where for p in found} == {"shards/000001.tar"}
+
+
+def test_a_missing_tar(folder: Path) -> None:
+    (folder / "shards" / "000000.tar").unlink()
+    assert problems(folder) == [Problem("shards/000000.tar", "missing")]
+
+
+def test_a_missing_index(folder: Path) -> None:
+    (folder / "shards" / "000000.idx").unlink()
+    assert problems(folder) == [Problem("shards/000000.idx", "missing")]
+
+
+def test_a_stale_index(folder: Path) -> None:
+    shutil.copy(folder / "shards" / "000001.idx", folder / "shards" / "000000.idx")
+    [problem] = problems(folder)
+    assert problem.where == "shards/000000.idx"
+    assert "stale" in problem.what
+
+
+def test_a_shard_that_the_tables_do_not_know(folder: Path) -> None:
+    shutil.copy(folder / "shards" / "000001.tar", folder / "shards" / "000007.tar")
+    [problem] = problems(folder)
+    assert problem.where == "shards/000007.tar"
+
+
+def test_a_row_without_its_sample(folder: Path) -> None:
+    def add(rows: list[dict]) -> list[dict]:
+        return [*rows, rows[-1] | {"key": "ghost", "index": 3}]
+
+    rewrite_table(folder / "samples.parquet", add)
+    found = problems(folder)
+    assert Problem("shards/000002.tar: ghost", "in samples.parquet but not in the tar") in found
+    assert any(p.where == "dataset.json" and "counts 9 samples" in p.what for p in found)
+
+
+def test_a_sample_without_its_row(folder: Path) -> None:
+    rewrite_table(folder / "samples.parquet", lambda rows: rows[1:])
+    found = problems(folder)
+    assert any("in the tar but not in samples.parquet" in p.what for p in found)
+
+
+def test_a_key_that_comes_twice(folder: Path) -> None:
+    rewrite_table(folder / "samples.parquet", lambda rows: [rows[1], *rows[1:]])
+    assert any("more than once" in p.what for p in problems(folder))
+
+
+def test_a_label_without_a_class(folder: Path) -> None:
+    card = json.loads((folder / "dataset.json").read_text())
+    card["classes"] = ["a"]
+    (folder / "dataset.json").write_text(json.dumps(card))
+    [problem] = problems(folder)
+    assert problem.what == "has labels [1, 2] of 1 classes"
+
+
+@pytest.mark.parametrize("field", ["samples", "shards", "rejects"])
+def test_a_wrong_count_in_the_card(folder: Path, field: str) -> None:
+    card = json.loads((folder / "dataset.json").read_text())
+    card[field] += 1
+    (folder / "dataset.json").write_text(json.dumps(card))
+    [problem] = problems(folder)
+    assert problem.where == "dataset.json"
+    assert f"counts {card[field]} {field}" in problem.what
+
+
+def test_a_wrong_count_in_the_shards_table(folder: Path) -> None:
+    rewrite_table(folder / "shards.parquet", lambda rows: [rows[0] | {"samples": 4}, *rows[1:]])
+    found = problems(folder)
+    assert any("000000.tar has 4 samples, samples.parquet 3" in p.what for p in found)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_a_marker_that_is_not_the_shards(folder: Path, damage: str) -> None:
+    marker = folder / "shards" / "000001.parquet"
+    if damage == "missing":
+        marker.unlink()
+    elif damage == "cut":
+        marker.write_bytes(marker.read_bytes()[:100])
+    else:
+        shutil.copy(folder / "shards" / "000000.parquet", marker)
+    [problem] = problems(folder)
+    assert problem.where == "shards/000001.parquet"
+
+
+def test_the_command_exits_with_1_and_names_the_problem(folder: Path) -> None:
+    path, where = member(folder, 1, "jpg")
+    flip(path, where.offset)
+    command = [sys.executable, "-m", "schemas", "verify", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"{where.key}.jpg" in result.stdout
+    (folder / "dataset.json").unlink()
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
