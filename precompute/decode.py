@@ -80,6 +80,8 @@ def reencode(image: SourceImage, opened: Image.Image) -> bytes:
 def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Reject]]:
     """Decode a batch; where it fails, one by one, to find which.
 
+    A TIFF that DALI cannot read but Pillow can is re-encoded.
+
     Returns:
         the images that decode, their pixels as a DALI batch of (height, width, 3) uint8 RGB with
         EXIF orientation applied (None when there are none), and the others.
@@ -90,18 +92,25 @@ def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Re
         good, rejects = [], []
         for encoded in images:
             try:
-                decode_batch([encoded])
-                good.append(encoded)
-            except RuntimeError as error:
-                detail = f"damaged or cut short: {first_line(error)}"
-                rejects.append(Reject(encoded.image.location, "undecodable", detail))
+                good.append(readable(encoded))
+            except RejectedError as error:
+                rejects.append(error.reject)
     return good, decode_batch(good) if good else None, rejects
+
+
+def readable(encoded: EncodedImage) -> EncodedImage:
+    """The image as it is, or re-encoded, such that DALI decodes it. Raises RejectedError."""
+    try:
+        decode_batch([encoded])
+    except RuntimeError as error:
+        if encoded.extension != "tiff":
+            detail = "damaged or cut short; replace or remove it"
+            raise RejectedError(encoded.image, "undecodable", detail) from error
+        png = reencode(encoded.image, Image.open(io.BytesIO(encoded.content)))
+        return EncodedImage(encoded.image, png, "png", reencoded=True)
+    return encoded
 
 
 def decode_batch(images: list[EncodedImage]) -> Any:
     encoded = ndd.as_batch([np.frombuffer(image.content, np.uint8) for image in images])
     return ndd.decoders.image(encoded, device="cpu", output_type=types.RGB).evaluate()
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -86,6 +86,7 @@ def last_convolutional_map(model: nn.Module, name: str) -> nn.Module:
         for node, value in values.items()
         if isinstance(value, torch.Tensor) and value.ndim == 4 and min(value.shape[-2:]) > 1
     ]
-    if not maps or maps[-1] == nodes[0]:
-        raise UserError(f"backbone {name}: it has no convolutional map; choose a CNN")
+    behind = [values[node] for node in nodes[nodes.index(maps[-1]) :]]
+    if maps[-1] == nodes[0] or any(torch.is_tensor(v) and v.ndim == 3 for v in behind):
+        raise UserError(f"backbone {name}: its last map is of patches for tokens; choose a CNN")
     return create_feature_extractor(model, {maps[-1]: "map"}).eval()

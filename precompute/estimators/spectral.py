@@ -16,6 +16,9 @@ from precompute.estimators.options import SpectralOptions
 
 # Luma of ITU-R BT.601, as Pillow's and MATLAB's conversion to gray
 LUMA = torch.tensor([0.299, 0.587, 0.114])
+# Of the amplitude, in gray levels summed over the picture: ours. Rounding a picture to 8 bits alone
+# gives each frequency about 18; a flat one has nothing but its mean, and log 0 has no average.
+FLOOR = 1.0
 
 
 class SpectralEstimator:
@@ -36,7 +39,7 @@ class SpectralEstimator:
 def saliency(gray: torch.Tensor, average: int, sigma: float, side: int) -> torch.Tensor:
     """(N, S, S) gray values -> (N, side, side) maps."""
     spectrum = torch.fft.fft2(gray)
-    log_amplitude = torch.log(spectrum.abs().clamp_min(torch.finfo(gray.dtype).tiny))
+    log_amplitude = torch.log(spectrum.abs().clamp_min(FLOOR))
     padded = F.pad(log_amplitude[:, None], [average // 2] * 4, mode="replicate")
     residual = log_amplitude - F.avg_pool2d(padded, average, stride=1)[:, 0]
     maps = torch.fft.ifft2(torch.polar(residual.exp(), spectrum.angle())).abs() ** 2

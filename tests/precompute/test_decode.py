@@ -1,0 +1,135 @@
+"""Which inputs get into a shard: whatever DALI reads, or can be made to; nothing else."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from precompute.decode import RejectedError, check, decode
+from precompute.sources import SourceImage
+from tests.conftest import encode, noise
+
+PIXELS = noise(0, height=37, width=53)
+IMAGE = Image.fromarray(PIXELS)
+SIXTEEN_BIT = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+
+
+def saved(image: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def oriented(orientation: int, image_format: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(IMAGE, image_format, exif=exif)
+
+
+def read(content: bytes) -> tuple[str, bool, np.ndarray]:
+    """Extension, whether it was re-encoded, and pixels; raises RejectedError."""
+    encoded = check(SourceImage("key", "a/b.jpg", 0), content)
+    good, pixels, rejects = decode([encoded])
+    if rejects:
+        raise RejectedError(encoded.image, *rejects[0][1:])
+    return good[0].extension, good[0].reencoded, np.asarray(pixels.tensors[0])
+
+
+def by_pillow(content: bytes) -> np.ndarray:
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    ("content", "extension"),
+    [
+        pytest.param(saved(IMAGE, "JPEG"), "jpg", id="jpeg"),
+        pytest.param(saved(IMAGE, "JPEG", progressive=True), "jpg", id="progressive"),
+        pytest.param(saved(IMAGE.convert("L"), "JPEG"), "jpg", id="gray"),
+        pytest.param(saved(IMAGE.convert("CMYK"), "JPEG"), "jpg", id="cmyk"),
+        pytest.param(saved(IMAGE.convert("RGBA"), "PNG"), "png", id="alpha"),
+        pytest.param(saved(IMAGE.convert("P"), "PNG"), "png", id="palette"),
+        pytest.param(saved(IMAGE.convert("1"), "PNG"), "png", id="one bit"),
+        pytest.param(saved(IMAGE, "WEBP"), "webp", id="webp"),
+        pytest.param(saved(IMAGE, "BMP"), "bmp", id="bmp"),
+        pytest.param(saved(IMAGE, "TIFF"), "tiff", id="tiff"),
+        pytest.param(saved(IMAGE, "PPM"), "pnm", id="ppm"),
+        pytest.param(saved(IMAGE.resize((1, 1)), "JPEG"), "jpg", id="one pixel"),
+        pytest.param(saved(IMAGE.resize((1, 500)), "PNG"), "png", id="one pixel wide"),
+        *[pytest.param(oriented(n), "jpg", id=f"orientation {n}") for n in range(1, 9)],
+        pytest.param(oriented(6, "PNG"), "png", id="oriented png"),
+        pytest.param(oriented(6, "WEBP"), "webp", id="oriented webp"),
+    ],
+)
+def test_what_dali_reads_is_kept_as_it_is(content: bytes, extension: str) -> None:
+    found, reencoded, pixels = read(content)
+    assert (found, reencoded) == (extension, False)
+    expected = by_pillow(content)
+    assert pixels.shape == expected.shape
+    assert abs(pixels.astype(int) - expected).mean() < 1
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    _, _, pixels = read(saved(SIXTEEN_BIT, "PNG"))
+    assert abs(pixels[..., 0].astype(int) - PIXELS[..., 0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(saved(IMAGE.convert("P"), "GIF"), id="gif"),
+        pytest.param(saved(IMAGE, "TGA"), id="tga"),
+        pytest.param(saved(IMAGE, "TIFF", compression="lzma"), id="a tiff that DALI does not know"),
+    ],
+)
+def test_what_dali_does_not_read_is_reencoded_without_loss(content: bytes) -> None:
+    extension, reencoded, pixels = read(content)
+    assert (extension, reencoded) == ("png", True)
+    assert (pixels == by_pillow(content)).all()
+
+
+# of noise, so that most of its bytes are pixels and a cut goes through them
+JPEG = encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(b"", "empty", id="empty"),
+        pytest.param(b"a line of text\n" * 99, "not-an-image", id="text"),
+        pytest.param(bytes(range(256)), "not-an-image", id="garbage"),
+        pytest.param(JPEG[:20], "not-an-image", id="a jpeg's first bytes"),
+        pytest.param(JPEG[:100], "undecodable", id="half a jpeg's header"),
+        pytest.param(JPEG[: len(JPEG) // 2], "undecodable", id="half a jpeg"),
+        pytest.param(JPEG[:-2], "undecodable", id="a jpeg without its end marker"),
+        pytest.param(saved(IMAGE, "PNG")[:-30], "undecodable", id="a png cut short"),
+        pytest.param(saved(IMAGE, "WEBP")[:-30], "undecodable", id="a webp cut short"),
+        pytest.param(saved(IMAGE.convert("P"), "GIF")[:-300], "undecodable", id="half a gif"),
+    ],
+)
+def test_what_cannot_be_read_is_rejected_with_a_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(RejectedError) as raised:
+        read(content)
+    assert raised.value.reject.source == "a/b.jpg"
+    assert raised.value.reject.reason == reason
+    assert "\n" not in raised.value.reject.detail
+
+
+def test_a_decompression_bomb_is_rejected_by_its_header() -> None:
+    """A PNG of 30,000 x 30,000 pixels in a few bytes: the size stands in the header."""
+    png = bytearray(encode(np.zeros((8, 8, 3), np.uint8), "PNG"))
+    png[16:24] = (30000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    with pytest.raises(RejectedError) as raised:
+        read(bytes(png))
+    assert raised.value.reject.reason == "too-large"
+
+
+def test_one_bad_image_does_not_cost_its_batch() -> None:
+    contents = [JPEG, JPEG[: len(JPEG) // 2], saved(IMAGE, "PNG")]
+    encoded = [check(SourceImage(f"k{i}", f"{i}", 0), c) for i, c in enumerate(contents)]
+    good, pixels, rejects = decode(encoded)
+    assert [one.image.key for one in good] == ["k0", "k2"]
+    assert [reject.source for reject in rejects] == ["1"]
+    assert len(pixels.tensors) == 2

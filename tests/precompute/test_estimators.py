@@ -1,0 +1,207 @@
+"""Saliency maps against independent references, and against objects whose place is known."""
+
+from pathlib import Path
+
+import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from precompute import demo
+from precompute.estimators import ESTIMATORS, ScdaOptions, SpectralOptions
+from precompute.estimators.scda import last_convolutional_map
+from precompute.estimators.weights import load_weights, sha256_of
+from schemas import SaliencyMap, UserError
+from tests.conftest import noise
+
+
+def batch(*images: np.ndarray) -> object:
+    return ndd.as_batch(list(images))
+
+
+def on_pixels(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A map, stretched over its image."""
+    return np.asarray(Image.fromarray(grid).resize(shape[::-1], Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_maps_have_the_promised_form(name: str) -> None:
+    options = (
+        ScdaOptions("resnet18", "random", sizes=(64,)) if name == "scda" else SpectralOptions()
+    )
+    estimator = options.build()
+    images = [noise(0, 40, 90), noise(1, 200, 31), noise(2, 1, 1), noise(3, 1, 300)]
+    maps = estimator(batch(*images))
+    assert maps.shape == (4, estimator.side, estimator.side)
+    assert maps.dtype == np.float32
+    assert np.isfinite(maps).all()
+    assert options.parameters()["name"] == name
+
+
+def test_spectral_is_the_published_listing() -> None:
+    """Hou & Zhang's listing, step by step in float64 NumPy, on a picture of its own size."""
+    gray = np.asarray(Image.fromarray(noise(0, 64, 64)).convert("RGB"), np.float64) @ [
+        0.299,
+        0.587,
+        0.114,
+    ]
+    spectrum = np.fft.fft2(gray)
+    log_amplitude = np.log(abs(spectrum))
+    padded = np.pad(log_amplitude, 1, mode="edge")
+    average = sum(padded[y : y + 64, x : x + 64] for y in range(3) for x in range(3)) / 9
+    phase = np.angle(spectrum)
+    residual = abs(np.fft.ifft2(np.exp(log_amplitude - average + 1j * phase))) ** 2
+    steps = np.arange(-10, 11)
+    kernel = np.exp(-0.5 * (steps / 2.5) ** 2)
+    kernel /= kernel.sum()
+    wide = np.pad(residual, 10, mode="edge")
+    rows = sum(k * wide[:, i : i + 64] for i, k in enumerate(kernel))
+    expected = sum(k * rows[i : i + 64] for i, k in enumerate(kernel))
+
+    found = SpectralOptions(side=64).build()(batch(noise(0, 64, 64)))[0]
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9999
+    assert np.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.max())
+
+
+def test_spectral_finds_the_objects_of_generated_scenes() -> None:
+    """Chance is the object's share of the picture, about 0.14, for both figures."""
+    scenes = [demo.scene(index, "train") for index in range(64)]
+    maps = SpectralOptions().build()(batch(*[scene.image for scene in scenes]))
+    peaks, lifts = [], []
+    for scene, grid in zip(scenes, maps, strict=True):
+        saliency = on_pixels(grid, scene.mask.shape)
+        peaks.append(scene.mask[np.unravel_index(saliency.argmax(), saliency.shape)])
+        lifts.append(saliency[scene.mask].mean() / saliency[~scene.mask].mean())
+    assert np.mean(peaks) > 0.5
+    assert np.median(lifts) > 3
+
+
+def test_a_flat_picture_has_a_finite_map() -> None:
+    flat = np.full((50, 60, 3), 128, np.uint8)
+    assert np.isfinite(SpectralOptions().build()(batch(flat))).all()
+    scda = ScdaOptions("resnet18", "random", sizes=(64,)).build()
+    assert np.isfinite(scda(batch(flat, np.zeros_like(flat)))).all()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels", "side"),
+    [("resnet18", 512, 7), ("mobilenet_v2", 1280, 7), ("densenet121", 1024, 7), ("vgg11", 512, 7)],
+)
+def test_the_last_map_of_any_cnn(backbone: str, channels: int, side: int) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(backbone).eval()
+    trunk = last_convolutional_map(model, backbone)
+    inputs = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        found = trunk(inputs)["map"]
+        if backbone == "resnet18":
+            value = model.maxpool(model.relu(model.bn1(model.conv1(inputs))))
+            expected = model.layer4(model.layer3(model.layer2(model.layer1(value))))
+        elif backbone == "densenet121":
+            expected = torch.relu(model.features(inputs))
+        else:
+            expected = model.features(inputs)
+    assert found.shape == (2, channels, side, side)
+    assert torch.equal(found, expected)
+
+
+def test_aggregation_is_the_sum_over_channels() -> None:
+    """One size, at which the stored side is the map's own: the z-scored channel sum and no more."""
+    estimator = ScdaOptions("resnet18", "random", sizes=(224,), side=7, precision="fp32").build()
+    pixels = noise(0, 224, 224)
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18().eval()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    inputs = torch.from_numpy(((pixels / 255.0 - mean) / std).transpose(2, 0, 1)).float()[None]
+    with torch.inference_mode():
+        value = model.maxpool(model.relu(model.bn1(model.conv1(inputs))))
+        tensor = model.layer4(model.layer3(model.layer2(model.layer1(value))))[0].double().numpy()
+    expected = tensor.sum(axis=0)
+    expected = (expected - expected.mean()) / expected.std()
+    assert np.allclose(estimator(batch(pixels))[0], expected, atol=1e-3)
+
+
+def test_scales_are_averaged_after_z_scoring() -> None:
+    options = ScdaOptions("resnet18", "random", precision="fp32")
+    both = ScdaOptions("resnet18", "random", sizes=(64, 128), precision="fp32").build()
+    single = [
+        ScdaOptions(options.backbone, "random", sizes=(size,), precision="fp32").build()
+        for size in (64, 128)
+    ]
+    images = batch(noise(0), noise(1))
+    expected = sum(one(images) for one in single) / 2
+    assert np.allclose(both(images), expected, atol=1e-4)
+
+
+def test_random_weights_are_the_same_in_every_worker() -> None:
+    first, second = (ScdaOptions("resnet18", "random", sizes=(64,)).build() for _ in range(2))
+    assert first.weights_sha256 == second.weights_sha256
+    assert (first(batch(noise(0))) == second(batch(noise(0)))).all()
+
+
+def test_weights_may_lack_the_classifier_but_nothing_else(tmp_path: Path) -> None:
+    model = torchvision.models.get_model("resnet18")
+    state = model.state_dict()
+    path = tmp_path / "encoder.pt"
+
+    def load(content: object) -> str:
+        torch.save(content, path)
+        other = torchvision.models.get_model("resnet18").eval()
+        trunk = last_convolutional_map(other, "resnet18")
+        load_weights(trunk, other, "resnet18", str(path))
+        return sha256_of(trunk.state_dict())
+
+    headless = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    assert load(state) == load(headless)
+    with pytest.raises(UserError, match=r"lacks conv1\.weight"):
+        load({key: value for key, value in state.items() if key != "conv1.weight"})
+    with pytest.raises(UserError, match="has unknown extra"):
+        load(state | {"extra": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"misshapes conv1\.weight"):
+        load(state | {"conv1.weight": torch.zeros(64, 3, 3, 3)})
+    with pytest.raises(UserError, match="not a state_dict"):
+        load([1, 2])
+    path.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="not a readable state_dict"):
+        load_weights(model, model, "resnet18", str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ScdaOptions("resnet5"), "did you mean resnet50"),
+        (ScdaOptions("resnet18", "IMAGENET1K_V9"), "did you mean IMAGENET1K_V1"),
+        (ScdaOptions("resnet18", "absent.pt"), "absent.pt: no such weights file"),
+        (ScdaOptions("vit_b_16", "random"), "choose a CNN"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(options: ScdaOptions, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        options.build()
+    assert "\n" not in str(raised.value)
+
+
+def test_no_sizes_is_refused() -> None:
+    with pytest.raises(UserError, match="at least one input size"):
+        ScdaOptions(sizes=())
+
+
+@pytest.mark.parametrize("name", ["scda", "spectral"])
+def test_eight_bits_keep_the_foreground_of_real_maps(
+    name: str, photos: Path, mobilenet_weights: Path
+) -> None:
+    options = (
+        ScdaOptions("mobilenet_v2", str(mobilenet_weights), sizes=(224,))
+        if name == "scda"
+        else SpectralOptions()
+    )
+    files = sorted(photos.rglob("*.JPEG"))[:32]
+    maps = options.build()(batch(*[np.asarray(Image.open(f).convert("RGB")) for f in files]))
+
+    def foreground(grid: np.ndarray) -> np.ndarray:
+        return grid >= grid.mean(dtype=np.float64) - 0.6 * grid.std(dtype=np.float64)
+
+    kept = [(foreground(SaliencyMap.quantise(m).values()) == foreground(m)).mean() for m in maps]
+    assert np.mean(kept) >= 0.99

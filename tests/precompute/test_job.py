@@ -1,0 +1,299 @@
+"""The job from end to end, as a user runs it: interrupted, repeated, refused, with bad inputs."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray import cloudpickle
+
+from precompute.__main__ import main
+from precompute.estimators import ScdaOptions, SpectralOptions
+from precompute.job import Job, run_job
+from precompute.plan import make_plan
+from precompute.resume import refuse_other_settings
+from precompute.sources import DemoSource, SourceImage, list_images
+from schemas import ShardDataset, UserError
+from schemas.shard import read_marker
+from schemas.storage import Store
+from tests.conftest import encode, noise
+
+pytestmark = pytest.mark.slow
+# this file is not a module that Ray's workers could import
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "precompute", *map(str, arguments)]
+
+
+def precompute(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def demo_arguments(out: Path) -> list[object]:
+    return [
+        *("--dataset", "demo", "--out", out, "--limit", 240, "--shard-samples", 6),
+        *("--batch-size", 4, "--estimator", "spectral"),
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("job") / "uninterrupted"
+    result = precompute(*demo_arguments(out))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def markers(out: Path) -> int:
+    return len(list(out.glob("shards/*.parquet")))
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of the driver three times: before the first shard, and twice among them."""
+    out, rng = tmp_path / "out", random.Random(0)
+    for moment in (0, 4, 17):
+        job = subprocess.Popen(
+            command(*demo_arguments(out)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while markers(out) < moment and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05) if moment else rng.uniform(1, 3))
+        assert job.poll() is None, "the job ended before it could be killed"
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        assert not (out / "dataset.json").exists()
+        assert markers(out) >= moment
+    written = {path.name: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
+    result = precompute(*demo_arguments(out))
+    assert result.returncode == 0, result.stderr
+    assert contents(out) == contents(uninterrupted)
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
+    assert len(written) >= 17
+    assert written.items() <= kept.items(), "a shard that was there was written again"
+
+
+def test_a_killed_worker_does_not_stop_the_job(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = subprocess.Popen(
+        command(*demo_arguments(out)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while markers(out) < 2 and job.poll() is None:
+        time.sleep(0.002)
+    workers = subprocess.run(
+        ["pgrep", "-s", str(job.pid), "-f", "ray::MapWorker"], capture_output=True, check=False
+    )
+    assert workers.stdout.split(), "no worker found to kill"
+    os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
+    _, errors = job.communicate(timeout=240)
+    assert job.returncode == 0, errors
+    assert contents(out) == contents(uninterrupted)
+
+
+def test_nothing_is_left_to_do_the_second_time(uninterrupted: Path) -> None:
+    before = contents(uninterrupted)
+    result = precompute(*demo_arguments(uninterrupted))
+    assert result.returncode == 0
+    assert "nothing to do" in result.stdout
+    assert contents(uninterrupted) == before
+
+
+def test_what_is_damaged_is_made_again(uninterrupted: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
+    tar = out / "shards" / "000003.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    (out / "shards" / "000005.idx").unlink()
+    (out / "shards" / "000007.parquet").write_bytes(b"damaged")
+    (out / "shards" / "000009.tar.0badcafe.tmp").write_bytes(b"half")
+    result = precompute(*demo_arguments(out))
+    assert result.returncode == 0, result.stderr
+    assert contents(out) == contents(uninterrupted)
+
+
+def run_here(*arguments: object) -> int:
+    """The command in this process: its imports, seconds long, are paid once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["precompute", *map(str, arguments)])
+        return main()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--seed", 1], "seed is 0 there and 1 now"),
+        (["--estimator.sigma", 3], "estimator.sigma is 2.5 there and 3.0 now"),
+        (["--limit", 120], "images is 240 there and 120 now"),
+        (["--split", "val"], "split is train there and val now"),
+    ],
+)
+def test_other_settings_are_refused(uninterrupted: Path, change: list, message: str) -> None:
+    before = contents(uninterrupted)
+    with pytest.raises(UserError, match=message):
+        run_here(*demo_arguments(uninterrupted), *change)
+    assert contents(uninterrupted) == before
+
+
+def test_other_source_images_are_refused(uninterrupted: Path) -> None:
+    there = read_marker(Store(uninterrupted), 0).settings
+    with pytest.raises(UserError, match="other source images"):
+        refuse_other_settings(Store(uninterrupted), there, there | {"plan": "other"})
+
+
+def test_bad_inputs_are_rejected_and_all_else_is_written(tmp_path: Path) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    good = encode(noise(0))
+    inputs = {
+        "ant/good.jpg": good,
+        "ant/wrong-extension.png": encode(noise(1)),
+        "ant/cut.jpg": good[:-40],
+        "ant/empty.jpg": b"",
+        "ant/notes.txt": b"no image",
+        "bee/cat.jpg": encode(noise(2)),
+        "bee/cat.png": encode(noise(3), "PNG"),
+        "bee/moving.gif": encode(noise(4), "GIF"),
+        "loose.jpg": good,
+    }
+    for name, content in inputs.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    (root / "bee" / "dangling.jpg").symlink_to(root / "nowhere.jpg")
+    result = precompute(
+        "--dataset", "folder", "--root", root, "--out", out, "--estimator", "spectral"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "rejects: 6" in result.stdout
+    dataset = ShardDataset.open(out)
+    reasons = {row["source"]: row["reason"] for row in dataset.rejects.to_pylist()}
+    assert reasons == {
+        "ant/cut.jpg": "undecodable",
+        "ant/empty.jpg": "empty",
+        "ant/notes.txt": "not-an-image",
+        "bee/cat.png": "key-collision",
+        "bee/dangling.jpg": "unreadable",
+        "loose.jpg": "no-class",
+    }
+    assert dataset.verify().clean
+    samples = {sample.source: sample for sample in dataset}
+    assert samples.keys() | reasons.keys() == inputs.keys() | {"bee/dangling.jpg"}
+    assert samples["ant/wrong-extension.png"].extension == "jpg"
+    assert samples["bee/moving.gif"].reencoded
+    assert not samples["ant/good.jpg"].reencoded
+    assert samples["ant/good.jpg"].image == good
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "folder", "--root", "absent"], "absent: no such folder"),
+        (["--dataset", "folder", "--root", "."], "no images in it"),
+        (["--dataset", "foldr"], "did you mean folder"),
+        (["--dataset", "demo", "--estimator", "spectrl"], "did you mean spectral"),
+        (["--dataset", "demo", "--shard-samples", "0"], "--shard-samples must be at least 1"),
+        (["--dataset", "demo", "--estimator.weights", "no.pt"], "no.pt: no such weights file"),
+    ],
+)
+def test_a_users_mistake_is_named(
+    arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
+        run_here(*arguments, "--out", tmp_path / "out")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_users_mistake_is_one_line_without_traceback(tmp_path: Path) -> None:
+    result = precompute("--dataset", "folder", "--root", tmp_path / "absent", "--out", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: {tmp_path}/absent: no such folder; ROOT is a folder with one folder a class\n"
+    )
+
+
+def test_nothing_readable_ends_with_an_error_and_the_reasons(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "notes.txt").write_text("no image")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"none of the images could be read; see rejects\.parquet"):
+        run_here(
+            *("--dataset", "folder", "--root", tmp_path / "root", "--out", out),
+            *("--estimator", "spectral"),
+        )
+    assert ShardDataset.open(out).rejects["reason"].to_pylist() == ["not-an-image"]
+
+
+class PoisonSource(DemoSource):
+    """Its scene 3 kills whatever process reads it."""
+
+    def read(self, image: SourceImage) -> bytes:
+        if image.location == "3":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(image)
+
+
+class FullDisk(DemoSource):
+    """Stands for a folder on which no file can be made any more, from the first shard on."""
+
+    def __init__(self, out: Path):
+        super().__init__("", "train")
+        self.out = out
+
+    def read(self, image: SourceImage) -> bytes:
+        self.out.mkdir(exist_ok=True)
+        (self.out / "shards").write_text("in the way")
+        return super().read(image)
+
+
+def job(source: DemoSource, out: Path) -> Job:
+    images = list_images(source)[0][:8]
+    plan = make_plan(images, seed=0, shard_samples=4)
+    return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
+
+
+def test_an_input_that_kills_its_worker_ends_the_job_after_bounded_attempts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"shard \d failed: its worker died 3 times"):
+        run_job(job(PoisonSource("", "train"), tmp_path / "out"), workers=1, address=None)
+    assert not ray.is_initialized()
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_an_output_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="a file is in the way of a folder"):
+        run_job(job(FullDisk(out), out), workers=1, address=None)
+
+
+def test_scda_runs_in_workers_on_photos(
+    photos: Path, mobilenet_weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = precompute(
+        *("--dataset", "folder", "--root", photos, "--out", out, "--limit", 8),
+        *("--shard-samples", 4, "--estimator.backbone", "mobilenet_v2"),
+        *("--estimator.weights", mobilenet_weights),
+    )
+    assert result.returncode == 0, result.stderr
+    dataset = ShardDataset.open(out)
+    assert dataset.verify().clean
+    assert dataset.card.estimator["backbone"] == "mobilenet_v2"
+    assert len(dataset.card.estimator["weights_sha256"]) == 64
+    assert ScdaOptions.name == dataset.card.estimator["name"]

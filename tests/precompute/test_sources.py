@@ -1,0 +1,110 @@
+"""What a source lists: every input once, with a key of its own, or a reject with a reason."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from precompute import demo
+from precompute.sources import DemoSource, FolderSource, SourceImage, key_of, list_images
+from schemas import UserError
+from schemas.sample import check_key
+
+
+def tree(root: Path, *files: str) -> FolderSource:
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.encode())
+    return FolderSource(str(root), "train")
+
+
+def test_classes_are_the_sorted_folders(tmp_path: Path) -> None:
+    source = tree(tmp_path, "cat/1.jpg", "ant/2.jpg", "ant/deep/3.png", "bee/4.txt")
+    images, rejects = list_images(source)
+    assert source.classes == ["ant", "bee", "cat"]
+    assert images == [
+        SourceImage("ant_2", "ant/2.jpg", 0),
+        SourceImage("ant_deep_3", "ant/deep/3.png", 0),
+        SourceImage("bee_4", "bee/4.txt", 1),
+        SourceImage("cat_1", "cat/1.jpg", 2),
+    ]
+    assert not rejects
+    assert source.read(images[1]) == b"ant/deep/3.png"
+
+
+def test_a_folder_without_classes_is_unlabelled(tmp_path: Path) -> None:
+    source = tree(tmp_path, "1.jpg", "2.jpg")
+    images, _ = list_images(source)
+    assert source.classes == []
+    assert [image.label for image in images] == [-1, -1]
+
+
+def test_hidden_files_are_no_inputs(tmp_path: Path) -> None:
+    images, rejects = list_images(tree(tmp_path, ".cache/x.jpg", "a/.DS_Store", "a/1.jpg"))
+    assert [image.key for image in images] == ["a_1"]
+    assert not rejects
+
+
+def test_a_file_beside_the_classes_is_rejected(tmp_path: Path) -> None:
+    _, rejects = list_images(tree(tmp_path, "a/1.jpg", "list.txt"))
+    assert [(r.source, r.reason) for r in rejects] == [("list.txt", "no-class")]
+
+
+def test_colliding_keys_cost_the_later_one(tmp_path: Path) -> None:
+    source = tree(tmp_path, "a/b_c.jpg", "a_b/c.jpg", "a/b_c.png")
+    images, rejects = list_images(source)
+    assert [image.location for image in images] == ["a/b_c.jpg"]
+    assert [(r.source, r.reason) for r in rejects] == [
+        ("a/b_c.png", "key-collision"),
+        ("a_b/c.jpg", "key-collision"),
+    ]
+    assert all("a/b_c.jpg; rename" in reject.detail for reject in rejects)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["a/b.jpg", "a/ü.jpg", "a b/c.jpg", "a.b/c.tar.gz", "x" * 300 + ".jpg", "图/猫.jpg", ".../a"],
+)
+def test_every_path_gives_a_key_that_can_be_stored(location: str) -> None:
+    check_key(key_of(location))
+
+
+def test_replaced_characters_do_not_make_keys_collide() -> None:
+    names = ["图.jpg", "猫.jpg", "a b.jpg", "a.b.jpg", "x" * 300 + "1.jpg", "x" * 300 + "2.jpg"]
+    assert len({key_of(name) for name in names}) == len(names)
+    assert key_of("n01440764/n01440764_10026.JPEG") == "n01440764_n01440764_10026"
+
+
+def test_a_root_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        FolderSource(str(tmp_path / "absent"), "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a folder"):
+        FolderSource(str(tmp_path / "file"), "train")
+
+
+def test_demo_scenes_follow_from_split_and_index() -> None:
+    first, again, other = demo.scene(3, "train"), demo.scene(3, "train"), demo.scene(3, "val")
+    assert (first.image == again.image).all()
+    assert first.image.shape != other.image.shape or (first.image != other.image).any()
+    assert first.label == other.label == demo.label_of(3)
+
+
+def test_demo_objects_are_where_the_mask_says() -> None:
+    for index in range(2 * len(demo.CLASSES)):
+        scene = demo.scene(index, "train")
+        assert scene.mask.shape == scene.image.shape[:2]
+        assert 0.01 < scene.mask.mean() < 0.5
+        inside, outside = (scene.image[m].mean(axis=0) for m in (scene.mask, ~scene.mask))
+        spread = scene.image[scene.mask].std()
+        assert abs(inside - outside).max() > 2 or spread > 2
+
+
+def test_demo_source_lists_every_class_alike() -> None:
+    images, rejects = list_images(DemoSource("", "train"))
+    assert len(images) == demo.SCENES
+    assert not rejects
+    assert len(set(np.bincount([image.label for image in images]))) == 1
+    assert all(re.fullmatch(r"scene-\d{5}", image.key) for image in images)
