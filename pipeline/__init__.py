@@ -1,0 +1,7 @@
+"""Shards -> masked views on the device."""
+
+from pipeline.loader import Batch, MaskedViews
+from pipeline.plain import PlainBatch, PlainViews
+from pipeline.recipes import RECIPES, Recipe, get_recipe
+
+__all__ = ["RECIPES", "Batch", "MaskedViews", "PlainBatch", "PlainViews", "Recipe", "get_recipe"]

@@ -1,0 +1,311 @@
+"""MaskedViews: the DALI graph and the masks as one iterable of batches, with exact state.
+
+The graph (decode, one window for image and saliency, jitter, image-wide filters, normalisation)
+runs on the device ahead of the trainer; masks and fills are a few tensor operations on its output.
+
+**Order.** The samples were shuffled when they were written. Here the shards change places each
+epoch and a buffer of 1024 samples mixes further. Ranks share an epoch's samples evenly and
+disjointly. Each rank takes `floor(floor(samples / world_size) / batch_size)` steps; what is left
+over at an epoch's end (other samples in each epoch) is read and thrown away, so ranks never drift
+apart; `dropped` counts it.
+
+**Draws.** The graph's are keyed by (seed, world size, global rank), those of the masks also by
+epoch and step. Same settings, same batches, bit for bit.
+"""
+
+import dataclasses
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from nvidia import dali
+from nvidia.dali import Pipeline
+from torch import Tensor
+
+from pipeline import fills, masks, reader
+from pipeline.graph import SHUFFLE_BUFFER, View, graph, repeated, view_of
+from pipeline.recipes import Recipe, get_recipe
+from schemas import UserError
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+MAY_CHANGE_BETWEEN_EPOCHS = ("world_size", "rank", "batch_size")
+
+Extra = Literal["masks", "saliency", "windows", "keys"]
+EXTRAS: tuple[Extra, ...] = ("masks", "saliency", "windows", "keys")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N samples on the device. Images are float32, normalised, channels_last; H = W = crop_size.
+
+    With n hard negatives a key, row j * N + i of `hard_negative` is the j-th of sample i.
+
+    Attributes:
+        query, key: (N, 3, H, W).
+        hard_negative: (n * N, 3, H, W), or None where the recipe has none.
+        label: (N,) int64; -1 for none.
+        query_mask, key_mask, hard_negative_mask: extra "masks": bool, as their images, True where
+            filled; None where nothing is masked.
+        query_ratio, hard_negative_ratio: extra "masks": float64, the drawn mask ratio of each row;
+            focal windows do not follow it.
+        query_focal, hard_negative_focal: extra "masks": bool, rows with a window in place of cells.
+        query_saliency, key_saliency: extra "saliency": (N, grid, grid) float32 in 0 .. 255, what
+            the masks were drawn from.
+        query_window, key_window: extra "windows": (N, 4) float32 on the CPU, y0 x0 y1 x1 as shares
+            of the image; x0 > x1 when flipped.
+        sample_keys: extra "keys": N sample keys.
+    """
+
+    query: Tensor
+    key: Tensor
+    hard_negative: Tensor | None
+    label: Tensor
+    query_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    hard_negative_mask: Tensor | None = None
+    query_ratio: Tensor | None = None
+    hard_negative_ratio: Tensor | None = None
+    query_focal: Tensor | None = None
+    hard_negative_focal: Tensor | None = None
+    query_saliency: Tensor | None = None
+    key_saliency: Tensor | None = None
+    query_window: Tensor | None = None
+    key_window: Tensor | None = None
+    sample_keys: list[str] | None = None
+
+
+class MaskedViews:
+    """Masked query, key and hard-negative views of a dataset; iterating yields a `Batch` a step.
+
+    An iteration ends with the epoch; iterating again is the next one. After an iteration that was
+    left early, or a state that was loaded, the rest of that epoch comes first.
+
+    Args:
+        url: the dataset's folder: a plain path or s3://.
+        recipe: a name of `RECIPES` or a recipe.
+        batch_size: samples a step on this rank.
+        device: `cuda` or `cpu`, where the graph runs and the batches are.
+        rank, world_size: this process among all (the global rank).
+        seed: of everything drawn.
+        report: extras to put into each batch, any of "masks", "saliency", "windows", "keys".
+
+    Attributes:
+        epoch, step: of the batch that comes next, from 0.
+        samples: in the dataset. dropped: how many of them an epoch leaves out, over all ranks.
+
+    Raises:
+        UserError: the dataset, its size, the recipe or the device does not allow it.
+    """
+
+    def __init__(
+        self,
+        url: str | Path,
+        recipe: str | Recipe = "hp",
+        batch_size: int = 256,
+        device: str = "cuda",
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        report: Sequence[Extra] = (),
+    ):
+        self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+        self.device = reader.device_of(device)
+        for extra in report:
+            if extra not in EXTRAS:
+                raise UserError(f"unknown extra {extra!r} in report: there are {', '.join(EXTRAS)}")
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise UserError(
+                f"batch size {batch_size}, rank {rank}, world size {world_size}: a batch has at "
+                "least 1 sample, and ranks are 0 .. world size - 1"
+            )
+        self.report = frozenset(report)
+        self.shards = reader.open_shards(url)
+        self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
+
+        self.samples = self.shards.samples
+        self._steps = self.samples // world_size // batch_size
+        self.dropped = self.samples - self._steps * batch_size * world_size
+        if self._steps == 0:
+            raise UserError(
+                f"{url}: {self.samples} samples are too few for {world_size} ranks x batch "
+                f"{batch_size} = {world_size * batch_size}; choose a smaller batch"
+            )
+        if rank == 0:
+            log.info(
+                f"{url}: {self.samples} samples, {self._steps} steps an epoch of {world_size} x "
+                f"{batch_size}; {self.dropped} samples, other ones each epoch, are left out"
+            )
+        self.epoch = self.step = 0
+        self._begun = 0  # the epoch in which this order and these draws began
+        self._checkpoint: bytes | None = None
+        self._pipeline: Pipeline | None = None
+
+    def __len__(self) -> int:
+        """Steps an epoch, the same on every rank."""
+        return self._steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            batch = self._next()
+            yield batch
+            if self.step == 0:
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch stands, on this rank.
+
+        Returns:
+            version (int), fingerprint (dict), epoch, step (int, of the next batch), begun (int, the
+            epoch in which this order began) and pipeline (DALI's checkpoint, bytes; None before the
+            first batch).
+        """
+        if self._pipeline is not None:
+            self._checkpoint = self._pipeline.checkpoint()
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self._fingerprint(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "begun": self._begun,
+            "pipeline": self._checkpoint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`: the batches that follow are those that would have followed.
+
+        Between epochs a state may come from another world size (and then any rank and batch size):
+        the epoch counts on, the order and the draws start afresh, keyed by it.
+
+        Raises:
+            UserError: the state is of another version, or of other settings; it names which differ.
+        """
+        if state["version"] != STATE_VERSION:
+            raise UserError(
+                f"loader state of version {state['version']}, this is version {STATE_VERSION}"
+            )
+        mine, theirs = self._fingerprint(), state["fingerprint"]
+        differ = [name for name in mine if mine[name] != theirs.get(name)]
+        resized = "world_size" in differ and set(differ) <= set(MAY_CHANGE_BETWEEN_EPOCHS)
+        if differ and not (resized and state["step"] == 0):
+            changes = ", ".join(f"{name} {theirs.get(name)} -> {mine[name]}" for name in differ)
+            inside = f" inside epoch {state['epoch']}; between epochs it may" if resized else ""
+            raise UserError(
+                f"the loader's state cannot go on under other settings{inside}: {changes}"
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._begun = self.epoch if resized else state["begun"]
+        self._checkpoint = None if resized else state["pipeline"]
+        self._pipeline = None
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the order and the draws depend on."""
+        return {
+            "dataset": self.shards.digest,
+            **{f"recipe.{k}": str(v) for k, v in dataclasses.asdict(self.recipe).items()},
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "rank": self.rank,
+            "seed": self.seed,
+            "device": self.device.type,
+            "shuffle_buffer": SHUFFLE_BUFFER,
+            "dali": dali.__version__,
+        }
+
+    def _build(self) -> Pipeline:
+        shared = (self.seed, self.world_size, self._begun)
+        order = list(range(len(self.shards.tars)))
+        random.Random(reader.derived_seed("shards", *shared)).shuffle(order)
+        pipeline = graph(
+            self.shards.in_order(order),
+            self.recipe,
+            self.device,
+            self.rank,
+            self.world_size,
+            shuffle_seed=reader.derived_seed("reader", *shared),
+            batch_size=self.batch_size,
+            num_threads=reader.threads(),
+            device_id=self.device.index,
+            seed=reader.derived_seed("graph", *shared, self.rank),
+            enable_checkpointing=True,
+            checkpoint=self._checkpoint,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _run(self) -> list[Any]:
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        return reader.run(self._pipeline, self.device)
+
+    def _next(self) -> Batch:
+        batch = self._batch(self._run())
+        self.step += 1
+        if self.step == self._steps:
+            # every rank reads the same number of batches, the last one padded: see `graph`
+            longest_share = -(-self.samples // self.world_size)
+            for _ in range(-(-longest_share // self.batch_size) - self._steps):
+                self._run()
+            self.epoch, self.step = self.epoch + 1, 0
+        return batch
+
+    def _batch(self, outputs: list[Any]) -> Batch:
+        label, source, *rest = outputs
+        parts = len(rest) // 2
+        query, key = view_of(rest[:parts]), view_of(rest[parts:])
+        recipe = self.recipe
+        generator = torch.Generator(self.device).manual_seed(
+            reader.derived_seed(
+                "masks", self.seed, self.world_size, self.rank, self._begun, self.epoch, self.step
+            )
+        )
+
+        def mask(view: View, role: masks.Role) -> tuple[Tensor, masks.Masks]:
+            drawn = masks.draw(view.saliency, recipe, role, generator)
+            deviation = recipe.noise_query if role == "query" else recipe.noise_hard_negative
+            fill = fills.FILLS[recipe.fill]
+            image = fill(view.image, drawn.pixels, view.blur, deviation, recipe.cell, generator)
+            return image, drawn
+
+        query_image, key_image = query.image, key.image
+        query_drawn = key_drawn = hard_drawn = hard_negative = None
+        if recipe.fill != "none":
+            if recipe.hard_negatives:
+                hard_negative, hard_drawn = mask(
+                    repeated(key, recipe.hard_negatives), "hard_negative"
+                )
+            if recipe.mask_query:
+                query_image, query_drawn = mask(query, "query")
+            if recipe.mask_key:
+                key_image, key_drawn = mask(key, "query")
+
+        extras: dict[str, Any] = {}
+        if "masks" in self.report:
+            if query_drawn:
+                extras |= {
+                    "query_mask": query_drawn.pixels,
+                    "query_ratio": query_drawn.ratio,
+                    "query_focal": query_drawn.focal,
+                }
+            if key_drawn:
+                extras["key_mask"] = key_drawn.pixels
+            if hard_drawn:
+                extras |= {
+                    "hard_negative_mask": hard_drawn.pixels,
+                    "hard_negative_ratio": hard_drawn.ratio,
+                    "hard_negative_focal": hard_drawn.focal,
+                }
+        if "saliency" in self.report:
+            extras |= {"query_saliency": query.saliency, "key_saliency": key.saliency}
+        if "windows" in self.report:
+            extras |= {"query_window": query.window, "key_window": key.window}
+        if "keys" in self.report:
+            extras["sample_keys"] = reader.parse_keys(reader.tensor(source))
+        labels = reader.parse_labels(reader.tensor(label)).to(self.device, non_blocking=True)
+        return Batch(query_image, key_image, hard_negative, labels, **extras)

@@ -1,0 +1,200 @@
+"""Shards in a DALI graph: checked, read and decoded."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+
+from schemas import ShardDataset, ShardRow, UserError
+from schemas.sample import IMAGE_EXTENSIONS, LABEL_MEMBER, SALIENCY_MEMBER
+from schemas.shard import INDEX_VERSION
+from schemas.tables import shard_name
+
+PROTOCOLS = ("", "file", "s3", "gs")
+"""Where DALI's WebDataset reader reads from (2.4: s3 and, experimentally, gs)."""
+
+CHECKS_AT_A_TIME = 16
+"""Shards checked at a time on opening: enough to hide an object store's latency."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a dataset that hold samples.
+
+    Attributes:
+        tars, indices: locations that DALI opens, in one order.
+        samples: how many samples they hold in all.
+        digest: of the dataset's shard table.
+    """
+
+    tars: tuple[str, ...]
+    indices: tuple[str, ...]
+    samples: int
+    digest: str
+
+    def in_order(self, order: list[int]) -> "Shards":
+        """The same shards, the one that `order` names first at the front."""
+        tars = tuple(self.tars[place] for place in order)
+        return Shards(
+            tars, tuple(self.indices[place] for place in order), self.samples, self.digest
+        )
+
+
+def open_shards(url: str | Path) -> Shards:
+    """Open a dataset for DALI and check every index: DALI reads a stale one without a word.
+
+    Raises:
+        UserError: no dataset there, DALI cannot read from there, or a shard's tar or index is not
+            what the tables say; the message names the shard.
+    """
+    dataset = ShardDataset.open(url)
+    protocol = urlsplit(dataset.url).scheme
+    if protocol not in PROTOCOLS:
+        raise UserError(
+            f"{dataset.url}: DALI does not read from {protocol}://; copy the dataset to a local "
+            "folder"
+        )
+    with ThreadPoolExecutor(CHECKS_AT_A_TIME) as pool:
+        list(pool.map(lambda row: check_shard(dataset, row), dataset.shards))
+    held = [place for place, row in enumerate(dataset.shards) if row.samples]
+    tars, indices = dataset.shard_urls, dataset.index_urls
+    return Shards(
+        tars=tuple(tars[place] for place in held),
+        indices=tuple(indices[place] for place in held),
+        samples=sum(row.samples for row in dataset.shards),
+        digest=dataset.digest,
+    )
+
+
+def check_shard(dataset: ShardDataset, row: ShardRow) -> None:
+    """Raises UserError unless tar, index and table agree on sizes and the number of samples."""
+    tar, index = shard_name(row.shard, "tar"), shard_name(row.shard, "idx")
+    try:
+        size = dataset.store.size(tar)
+        lines = dataset.store.read(index).decode("ascii").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{dataset.url}: shard {row.shard}: {error.args[-1]} is missing") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{dataset.store.location(index)}: not an index") from error
+    problem = index_problem(lines, row, size)
+    if problem:
+        raise UserError(
+            f"{dataset.store.location(index)}: shard {row.shard}: {problem}; "
+            "`python -m schemas verify` shows all that is wrong with the dataset"
+        )
+
+
+def index_problem(lines: list[str], row: ShardRow, size: int) -> str:
+    """What is wrong with a shard of `size` bytes and its index's lines; "" if nothing is."""
+    if size != row.bytes:
+        return f"the tar beside it has {size} bytes, the table says {row.bytes}"
+    head = lines[0].split() if lines else []
+    if head != [INDEX_VERSION, str(row.samples)]:
+        return f"its first line is {' '.join(head)!r}, not '{INDEX_VERSION} {row.samples}'"
+    if len(lines) - 1 != row.samples:
+        return f"{len(lines) - 1} samples are listed, the table says {row.samples}"
+    if row.samples:
+        try:
+            *_, offset, length, _ = lines[-1].split()
+            end = int(offset) + int(length)
+        except ValueError:
+            return f"its last line is {lines[-1]!r}"
+        if end > size:
+            return f"its last member ends at byte {end}, the tar at {size}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample in the graph, as bytes; label and source (tar:offset:name) are padded with zeros."""
+
+    image: Any
+    saliency: Any
+    label: Any
+    source: Any
+
+
+def read(shards: Shards, rank: int, world_size: int, **options: Any) -> Encoded:
+    """In the graph: this rank's share of the samples, as bytes."""
+    image, saliency, label = fn.readers.webdataset(  # type: ignore[misc]
+        paths=list(shards.tars),
+        index_paths=list(shards.indices),
+        ext=[";".join(dict.fromkeys(IMAGE_EXTENSIONS.values())), SALIENCY_MEMBER, LABEL_MEMBER],
+        missing_component_behavior="error",
+        shard_id=rank,
+        num_shards=world_size,
+        **options,
+    )
+    source = fn.get_property(image, key="source_info")
+    return Encoded(image, saliency, fn.pad(label), fn.pad(source))
+
+
+def decode(encoded: Any, device: torch.device, output_type: Any = types.RGB) -> Any:
+    """In the graph: bytes -> uint8 HWC on the device, with EXIF orientation applied."""
+    decoder = "mixed" if device.type == "cuda" else "cpu"
+    return fn.decoders.image(encoded, device=decoder, output_type=output_type)
+
+
+def run(pipeline: Pipeline, device: torch.device) -> list[Any]:
+    """The next batch's outputs, ready for what PyTorch's current stream does next."""
+    if device.type == "cpu":
+        return list(pipeline.run())
+    return list(pipeline.run(torch.cuda.current_stream(device)))
+
+
+def tensor(output: Any) -> Tensor:
+    """A uniform output of the graph as a tensor, without a copy."""
+    return torch.from_dlpack(output.as_tensor())
+
+
+def parse_labels(ascii_digits: Tensor) -> Tensor:
+    """(N, L) uint8 ASCII such as "17" or "-1", padded with zeros -> (N,) int64."""
+    value = torch.zeros(len(ascii_digits), dtype=torch.int64)
+    for column in ascii_digits.long().unbind(1):
+        digit = column - ord("0")
+        value = torch.where((digit >= 0) & (digit <= 9), 10 * value + digit, value)
+    return torch.where(ascii_digits[:, 0] == ord("-"), -value, value)
+
+
+def parse_keys(sources: Tensor) -> list[str]:
+    """(N, L) uint8 of "tar:offset:KEY.extension", padded with zeros -> N keys."""
+    names = [bytes(row).rstrip(b"\0").decode() for row in sources.numpy()]
+    return [name.rsplit(":", 1)[-1].split(".", 1)[0] for name in names]
+
+
+def device_of(name: str) -> torch.device:
+    """The device by its name; `cuda` is the current GPU. Raises UserError where there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r}: choose cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r}: choose cpu or cuda")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: PyTorch sees no GPU here; choose cpu")
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device.index >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def threads() -> int:
+    """DALI's CPU threads: the cores of this process, shared with torchrun's other ranks here."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def derived_seed(*parts: str | int) -> int:
+    """A seed in 0 .. 2^31 - 1 that depends on every part."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1

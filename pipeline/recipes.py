@@ -1,0 +1,189 @@
+"""Named recipes: every number of the views, masks and fills, and no code.
+
+The photometric augmentation is MoCo v2's `--aug-plus` (facebookresearch/moco, main_moco.py). Masks
+and fills are those of the released code of the saliency-guided masking method (WACV 2024; loader.py
+and random_mask_*.py of joycenerd/Saliency-Guided-Masking-for-ConvNets), in the form that its poster
+means; where the two differ, the module that decides says so. Lengths in pixels.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+from schemas import UserError
+from schemas.cli import lookup
+
+REFERENCE_CROP = 224
+"""The crop for which the focal windows are given, in pixels."""
+
+Range = tuple[float, float]
+Fill = Literal["noise", "blur", "mean", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a view is and how it is masked. The defaults are those of `hp`.
+
+    Raises:
+        UserError: a value makes no sense; the message names the field.
+    """
+
+    crop_size: int = REFERENCE_CROP
+    """Side of a view in pixels; a multiple of `grid`. Kernel sizes stay as they are."""
+    crop_area: Range = (0.2, 1.0)
+    """Share of the image's area that a crop window covers (MoCo v2)."""
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    """Width over height of the window in the image (torchvision's RandomResizedCrop)."""
+    flip_probability: float = 0.5
+    """Of a horizontal flip (MoCo v2)."""
+
+    jitter_probability: float = 0.8
+    """Of brightness, contrast, saturation and hue being changed together (MoCo v2)."""
+    brightness: float = 0.4
+    """The factor is drawn from 1 - b .. 1 + b (MoCo v2)."""
+    contrast: float = 0.4
+    """As `brightness`, about the view's mean gray (MoCo v2)."""
+    saturation: float = 0.4
+    """As `brightness`, about each pixel's gray (MoCo v2)."""
+    hue: float = 0.1
+    """The shift is drawn from -h .. h; 1 is a full turn of the colour circle (MoCo v2)."""
+    grayscale_probability: float = 0.2
+    """MoCo v2."""
+    soft_blur_probability: float = 0.5
+    """Of the photometric Gaussian blur (MoCo v2)."""
+    soft_blur_sigma: Range = (0.1, 2.0)
+    """Its standard deviation in pixels (MoCo v2: the radius that PIL's GaussianBlur is given)."""
+
+    high_pass: bool = True
+    """Whether the encoder sees x - GaussianBlur(x) in place of x, in every view (loader.py)."""
+    high_pass_kernel: int = 11
+    """Width of that blur's window in pixels, odd (loader.py)."""
+    high_pass_sigma: float = 5.0
+    """Its standard deviation in pixels (loader.py)."""
+
+    fill: Fill = "noise"
+    """What replaces a masked pixel; `none` masks nothing."""
+    noise_query: float = 0.18
+    """Standard deviation of the noise in query and key, in normalised units (random_mask_hp.py)."""
+    noise_hard_negative: float = 0.14
+    """The same in the hard negative (random_mask_hp.py)."""
+    blur_kernel: int = 31
+    """Width in pixels of the window of the blur that fills, odd (loader.py)."""
+    blur_sigma: float = 10.0
+    """Its standard deviation in pixels (loader.py)."""
+
+    grid: int = 7
+    """Cells along a side of a view: 7 is ResNet-50's last map at 224 pixels (localize.py)."""
+    guided: bool = True
+    """Whether masks know foreground from background; otherwise cells are drawn from all alike."""
+    foreground_margin: float = 0.6
+    """A cell is foreground where A >= mean - margin * std (relaxed SCDA; poster, localize.py)."""
+    mask_query: bool = True
+    """Whether the query is masked (poster: it is)."""
+    mask_key: bool = False
+    """Whether the key is masked, by the query's rule (poster: it is not)."""
+    query_ratio: Range = (0.05, 0.25)
+    """Share of the cells that is masked in a query (main_moco.py)."""
+    hard_negatives: int = 1
+    """Hard negatives made of each key (the released README: 1)."""
+    hard_negative_ratio: Range = (0.4, 0.7)
+    """Share of the foreground cells that is masked in a hard negative (main_moco.py)."""
+    foreground_cap: Range | None = (0.56, 0.55)
+    """(limit, value): where ratio * foreground share reaches the limit, the value stands in its
+    place; none for no cap (random_mask_hp.py)."""
+    focal_probability: float = 0.2
+    """Of one window in place of cells (random_mask_hp.py)."""
+    channel_probability: float = 0.7
+    """Of each channel having cells of its own, given that it is cells (random_mask_hp.py)."""
+    focal_kept: int = 200
+    """Side of the window that a focal query keeps, in pixels of a 224 crop; scaled to others."""
+    focal_filled: int = 130
+    """Side of the window that a focal hard negative loses, likewise (random_mask_hp.py)."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_probability"):
+                check(0 <= value <= 1, field.name, value, "a probability, between 0 and 1")
+            if field.name.endswith("_ratio") and field.name != "crop_ratio":
+                check(0 <= value[0] <= value[1] <= 1, field.name, value, "low and high, in 0 .. 1")
+            if field.name.endswith("_kernel"):
+                check(value > 0 and value % 2 == 1, field.name, value, "odd and above 0")
+            if field.name in ("noise_query", "noise_hard_negative", "hard_negatives"):
+                check(value >= 0, field.name, value, "0 or more")
+            if field.name in ("high_pass_sigma", "blur_sigma", "grid"):
+                check(value > 0, field.name, value, "above 0")
+            if field.name in ("brightness", "contrast", "saturation"):
+                check(0 <= value <= 1, field.name, value, "between 0 and 1")
+        check(self.fill in get_args(Fill), "fill", self.fill, f"one of {', '.join(get_args(Fill))}")
+        check(
+            self.crop_size > 0 and self.crop_size % self.grid == 0,
+            "crop_size",
+            self.crop_size,
+            f"a multiple of the grid, {self.grid}",
+        )
+        # a reflected border must lie inside the view
+        widest = max(
+            [1]
+            + [self.high_pass_kernel // 2 + 1] * self.high_pass
+            + [self.blur_kernel // 2 + 1] * (self.fill == "blur")
+        )
+        check(self.crop_size >= widest, "crop_size", self.crop_size, f"at least {widest}")
+        low, high = self.crop_area
+        check(0 < low <= high <= 1, "crop_area", self.crop_area, "low and high, in 0 .. 1")
+        low, high = self.crop_ratio
+        check(0 < low <= high, "crop_ratio", self.crop_ratio, "low and high, above 0")
+        low, high = self.soft_blur_sigma
+        check(0 < low <= high, "soft_blur_sigma", self.soft_blur_sigma, "low and high, above 0")
+        check(0 <= self.hue <= 0.5, "hue", self.hue, "between 0 and 0.5")
+        for name in ("focal_kept", "focal_filled"):
+            value = getattr(self, name)
+            check(0 < value <= REFERENCE_CROP, name, value, f"between 1 and {REFERENCE_CROP}")
+        if self.foreground_cap is not None:
+            limit, value = self.foreground_cap
+            check(0 <= value <= limit, "foreground_cap", self.foreground_cap, "limit, then value")
+        check(
+            self.fill != "none" or self.hard_negatives == 0,
+            "hard_negatives",
+            self.hard_negatives,
+            "0 where the fill is none: nothing would set it apart from the key",
+        )
+
+    @property
+    def cell(self) -> int:
+        """Side of a cell in pixels: 32 at 224."""
+        return self.crop_size // self.grid
+
+    def focal_side(self, window: int) -> int:
+        """A focal window's side in this recipe's crop: never above the crop, at least one pixel."""
+        return max(1, round(window * self.crop_size / REFERENCE_CROP))
+
+
+def check(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"recipe: {name} is {value}, it must be {wanted}")
+
+
+HP = Recipe()
+# the same cells in all channels, no windows, no cap
+MEAN = Recipe(
+    high_pass=False,
+    fill="mean",
+    foreground_cap=None,
+    focal_probability=0.0,
+    channel_probability=0.0,
+)
+
+RECIPES: dict[str, Recipe] = {
+    "hp": HP,
+    "blur": replace(MEAN, fill="blur"),
+    "mean": MEAN,
+    # MSCN-style (Jing et al. 2022 released no code): hp's masks, blind to saliency, on both views
+    "mscn": Recipe(guided=False, mask_key=True, hard_negatives=0),
+    # plain MoCo v2
+    "none": Recipe(high_pass=False, fill="none", mask_query=False, hard_negatives=0),
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """A recipe by its name. Raises UserError that suggests the nearest name."""
+    return lookup("recipe", name, RECIPES)

@@ -1,0 +1,88 @@
+"""The contact sheet and the command that writes it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import __main__ as command
+from pipeline.preview import FOREGROUND, KEY, QUERY, outline, view_tile
+from schemas import ShardDataset, UserError
+from schemas.cli import run
+from tests.pipeline.conftest import small
+
+
+def preview(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["pipeline", "preview", *arguments])
+    return command.main()
+
+
+def colours(path: Path) -> set[tuple[int, ...]]:
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    return set(map(tuple, np.unique(pixels, axis=0).tolist()))
+
+
+@pytest.mark.parametrize("recipe", ["hp", "none"])
+def test_a_sheet_is_written(
+    dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    out = tmp_path / "sheet.png"
+    arguments = ["--data", dataset.url, "--recipe", recipe, "--out", str(out)]
+    assert preview(monkeypatch, *arguments, "--samples", "3", "--crop-size", "56") == 0
+    found = colours(out)
+    assert {QUERY, KEY} <= found
+    assert (FOREGROUND in found) == (recipe == "hp")
+
+
+def test_more_samples_and_hard_negatives_make_a_larger_sheet(
+    dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {}
+    for samples, hard in ((1, 1), (2, 1), (1, 2)):
+        out = tmp_path / "sheet.png"
+        arguments = ["--data", dataset.url, "--out", str(out), "--crop-size", "56"]
+        arguments += ["--samples", str(samples), "--recipe.hard-negatives", str(hard)]
+        preview(monkeypatch, *arguments)
+        sizes[samples, hard] = Image.open(out).size
+    assert sizes[2, 1][1] > sizes[1, 1][1]
+    assert sizes[1, 2][0] > sizes[1, 1][0]
+
+
+def test_the_outline_runs_around_the_foreground() -> None:
+    tile = Image.new("RGB", (224, 224))
+    front = np.zeros((7, 7), bool)
+    front[2, 3] = True
+    outline(tile, front)
+    rows, columns = (np.asarray(tile) == FOREGROUND).all(-1).nonzero()
+    # cell (2, 3) spans rows 64 .. 96 and columns 96 .. 128; lines are two pixels wide
+    assert (rows.min(), rows.max()) == pytest.approx((64, 96), abs=2)
+    assert (columns.min(), columns.max()) == pytest.approx((96, 128), abs=2)
+
+
+def test_a_high_pass_view_is_shown_about_middle_gray() -> None:
+    tile = view_tile(torch.zeros(3, 56, 56), torch.zeros(7, 7), small("mscn"))
+    assert np.unique(np.asarray(tile)).tolist() == [128]
+
+
+def test_mistakes_end_with_one_line(
+    dataset: ShardDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pipeline", "preview", "--data", "x", "--recipe", "hpp"])
+    with pytest.raises(SystemExit) as stop:
+        run(command.main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: unknown recipe 'hpp': did you mean hp?")
+    monkeypatch.setattr("sys.argv", ["pipeline", "previw"])
+    with pytest.raises(UserError, match="unknown command 'previw': there is preview"):
+        command.main()
+    out = tmp_path / "missing" / "sheet.png"
+    with pytest.raises(UserError, match="cannot be written"):
+        preview(
+            monkeypatch, "--data", dataset.url, "--out", str(out), "--samples", "1",
+            "--crop-size", "56",
+        )  # fmt: skip

@@ -1,0 +1,13 @@
+from collections.abc import Iterator
+
+import pytest
+from ranks import Ranks, add_tiny_encoders
+
+add_tiny_encoders()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()

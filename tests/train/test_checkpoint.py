@@ -1,0 +1,155 @@
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from schemas import UserError
+from train import checkpoint
+from train.checkpoint import Checkpoints
+from train.optim import build_sgd
+from train.record import truncate
+
+SETTINGS = {"lr": 0.03, "epochs": 2, "steps_per_epoch": 4}
+
+
+class Loader:
+    def __init__(self, position=0):
+        self.position = position
+
+    def state_dict(self):
+        return {"position": self.position, "opaque": b"\x00\xff"}
+
+    def load_state_dict(self, state):
+        assert state["opaque"] == b"\x00\xff"
+        self.position = state["position"]
+
+
+def state(seed=0, position=0):
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_sgd(model, 0.9, 1e-4)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()  # momentum buffers exist
+    return model, optimizer, Loader(position)
+
+
+def checkpoints(folder, keep=2, **changes):
+    return Checkpoints(folder=folder, keep=keep, settings=SETTINGS | changes)
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+
+def test_restore_brings_back_all_of_it(tmp_path):
+    model, optimizer, loader = state(seed=1, position=7)
+    checkpoints(tmp_path).save(3, model, optimizer, loader)
+    expected = draws()
+    other_model, other_optimizer, other_loader = state(seed=2)
+    assert checkpoints(tmp_path).restore(other_model, other_optimizer, other_loader) == 3
+    assert draws() == expected
+    assert other_loader.position == 7
+    for mine, theirs in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        mine_momentum = optimizer.state[mine]["momentum_buffer"]
+        assert torch.equal(mine_momentum, other_optimizer.state[theirs]["momentum_buffer"])
+
+
+def test_nothing_to_restore(tmp_path):
+    assert checkpoints(tmp_path / "missing").restore(*state()) == 0
+
+
+def test_keeps_the_last_and_goes_on_from_it(tmp_path):
+    for step in (1, 2, 3, 10):
+        checkpoints(tmp_path).save(step, *state())
+    assert checkpoints(tmp_path).steps() == [3, 10]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+    assert checkpoints(tmp_path).restore(*state()) == 10
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer")])
+def test_failure_while_saving_leaves_earlier_ones_whole(tmp_path, monkeypatch, error):
+    checkpoints(tmp_path).save(1, *state(seed=1))
+    save, calls = torch.save, []
+
+    def second_fails(content, file):
+        calls.append(content)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise error
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", second_fails)
+    with pytest.raises(UserError, match="step 2 could not be written"):
+        checkpoints(tmp_path, keep=1).save(2, *state(seed=2))
+    monkeypatch.undo()
+    assert checkpoints(tmp_path).steps() == [1]
+    assert checkpoints(tmp_path).restore(*state()) == 1
+    checkpoints(tmp_path, keep=1).save(2, *state(seed=2))  # what was left half does not hinder
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    checkpoints(tmp_path).save(1, *state())
+    with pytest.raises(UserError, match=r"epochs was 2, is 3; lr was 0.03, is 0.1\. Repeat"):
+        checkpoints(tmp_path, lr=0.1, epochs=3).restore(*state())
+
+
+def test_other_world_size_only_where_an_epoch_ends(tmp_path, monkeypatch):
+    checkpoints(tmp_path).save(4, *state())
+    monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
+    assert checkpoints(tmp_path).restore(*state()) == 4
+    monkeypatch.undo()
+    checkpoints(tmp_path).save(5, *state())
+    monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="made by 1 processes in the middle of an epoch"):
+        checkpoints(tmp_path).restore(*state())
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_damage_and_foreign_code_are_refused(tmp_path, capsys):
+    checkpoints(tmp_path).save(1, *state())
+    file = tmp_path / "step-00000001" / "state.pt"
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", pickle.dumps(Payload(), protocol=2)):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoints(tmp_path).restore(*state())
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_metrics_are_cut_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    truncate(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    truncate(path, 0)
+    assert path.read_text() == ""
+
+
+def saving(folder, failing_rank):
+    if torch.distributed.get_rank() == failing_rank:
+        torch.save = lambda content, file: (_ for _ in ()).throw(OSError(28, "disk full"))
+    try:
+        checkpoints(folder).save(1, *state())
+    except (UserError, SystemExit) as error:
+        return str(error)
+    finally:
+        torch.save = torch.serialization.save
+    return sorted(path.name for path in (folder / "step-00000001").iterdir())
+
+
+def test_ranks_save_together_or_not_at_all(tmp_path, two_ranks):
+    failed = two_ranks(saving, tmp_path / "a", 1)
+    assert "rank 1" in failed[0]
+    assert "disk full" in failed[0]
+    assert failed[1] == "2"
+    assert not list((tmp_path / "a").glob("step-*"))
+    names = ["rank-0000.pt", "rank-0001.pt", "state.pt"]
+    assert names in two_ranks(saving, tmp_path / "b", None)

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from schemas import UserError
+from train import distributed
+
+
+def shuffled(rows):
+    rank = distributed.rank()
+    x = torch.arange(rank * rows, (rank + 1) * rows).view(rows, 1, 1, 1).expand(rows, 3, 2, 2)
+    x = x.contiguous(memory_format=torch.channels_last)
+    share, restore = distributed.shuffle(x, torch.Generator().manual_seed(3))
+    back = restore(share[:, :, 0, 0])
+    return share[:, 0, 0, 0].tolist(), torch.equal(back, x[:, :, 0, 0]), share.shape
+
+
+def test_shuffle_deals_every_row_once_and_restores_exactly(two_ranks):
+    (first, first_back, shape), (second, second_back, _) = two_ranks(shuffled, 8)
+    assert sorted(first + second) == list(range(16))
+    assert set(first) != set(range(8))  # rows did cross the ranks
+    assert first_back
+    assert second_back
+    assert shape == (8, 3, 2, 2)
+
+
+def test_shuffle_of_one_rank_is_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x, before = torch.randn(4, 3, 2, 2), generator.get_state()
+    share, restore = distributed.shuffle(x, generator)
+    assert share is x
+    assert restore(x) is x
+    assert torch.equal(generator.get_state(), before)
+
+
+def gathered():
+    rank = distributed.rank()
+    rows = distributed.all_gather(torch.full((2, 3), float(rank)))
+    return rows[:, 0].tolist(), distributed.all_mean(torch.tensor([rank, 4.0 * rank])).tolist()
+
+
+def test_gather_and_mean(two_ranks):
+    assert two_ranks(gathered) == [([0.0, 0.0, 1.0, 1.0], [0.5, 2.0])] * 2
+
+
+def failing(rank, error):
+    try:
+        with distributed.together():
+            if distributed.rank() == rank:
+                raise error
+    except SystemExit as exit_:
+        return f"exit {exit_.code}"
+    except UserError as failure:
+        return str(failure)
+    return "went on"
+
+
+def test_failure_of_one_rank_ends_all_and_rank_0_speaks(two_ranks):
+    assert two_ranks(failing, 1, UserError("no shard")) == ["rank 1: no shard", "exit 2"]
+    full = OSError(28, "No space left on device", "run/x")
+    assert two_ranks(failing, 0, full) == ["rank 0: run/x: No space left on device", "exit 2"]
+    assert two_ranks(failing, 5, UserError("nobody")) == ["went on", "went on"]
+
+
+def test_missing_gpu_is_a_user_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cpu"):
+        distributed.pick_device("cuda")

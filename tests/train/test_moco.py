@@ -1,0 +1,239 @@
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ranks import random_batch
+from torch.nn.functional import cross_entropy
+
+from schemas import UserError
+from train.loop import parallel
+from train.methods import MoCo, MoCoConfig
+from train.methods.moco import contrastive_logits
+
+RHO, TAU = 2.0, 0.2
+
+
+def reference_loss(q, key, queue, hard):
+    """The formula, one number at a time. Lists of vectors; hard[i] are those of query i."""
+    total = 0.0
+    for i in range(len(q)):
+        similar = [sum(a * b for a, b in zip(q[i], key[i], strict=True))]
+        similar += [sum(a * b for a, b in zip(q[i], n, strict=True)) for n in queue]
+        similar += [RHO * sum(a * b for a, b in zip(q[i], n, strict=True)) for n in hard[i]]
+        denominator = sum(math.exp(s / TAU) for s in similar)
+        total -= math.log(math.exp(similar[0] / TAU) / denominator)
+    return total / len(q)
+
+
+def reference_gradient(q, key, queue, hard, step=1e-6):
+    """d loss / d q by central differences of the formula."""
+    gradient = np.zeros_like(q)
+    for i in range(q.shape[0]):
+        for d in range(q.shape[1]):
+            up, down = q.copy(), q.copy()
+            up[i, d] += step
+            down[i, d] -= step
+            rise = reference_loss(up, key, queue, hard) - reference_loss(down, key, queue, hard)
+            gradient[i, d] = rise / (2 * step)
+    return gradient
+
+
+def unit(generator, *shape):
+    x = generator.standard_normal(shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 1, 3])
+def test_loss_and_gradient_equal_the_formula(hard_negatives):
+    generator = np.random.default_rng(hard_negatives)
+    q, key, queue = unit(generator, 5, 8), unit(generator, 5, 8), unit(generator, 7, 8)
+    hard = unit(generator, 5, hard_negatives, 8)
+    query = torch.tensor(q, requires_grad=True)
+    logits = contrastive_logits(
+        query,
+        torch.tensor(key),
+        torch.tensor(queue),
+        torch.tensor(hard),
+        rho=RHO,
+        temperature=TAU,
+    )
+    assert logits.shape == (5, 1 + 7 + hard_negatives)
+    loss = cross_entropy(logits, torch.zeros(5, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == pytest.approx(reference_loss(q, key, queue, hard), abs=1e-12)
+    np.testing.assert_allclose(
+        query.grad.numpy(), reference_gradient(q, key, queue, hard), atol=1e-8
+    )
+
+
+def embed(images, weights):
+    """Tiny + head in numpy float64: convolution as loops, mean, two linear layers, unit length."""
+    w = {name: value.double().numpy() for name, value in weights.items()}
+    n = len(images)
+    padded = np.pad(images.double().numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    features = np.zeros((n, 6, 4, 4))
+    for row in range(4):
+        for column in range(4):
+            patch = padded[:, :, row : row + 3, column : column + 3]
+            features[:, :, row, column] = np.einsum(
+                "nchw,fchw->nf", patch, w["encoder.conv.weight"]
+            )
+    features += w["encoder.conv.bias"][None, :, None, None]
+    pooled = np.maximum(features, 0).mean(axis=(2, 3))
+    hidden = np.maximum(pooled @ w["head.0.weight"].T + w["head.0.bias"], 0)
+    z = hidden @ w["head.2.weight"].T + w["head.2.bias"]
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+def branch(method, prefix):
+    """The weights of one branch, named without its prefix."""
+    state = {k: v.clone() for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
+    return {
+        k.removeprefix(prefix): v
+        for k, v in state.items()
+        if k.startswith((f"{prefix}encoder", f"{prefix}head"))
+    }
+
+
+def tiny_moco(encoder="tiny", *, batch_size=4, queue=11, seed=0, **options):
+    torch.manual_seed(seed)
+    config = MoCoConfig(queue=queue, projection=5, rho=RHO, temperature=TAU, **options)
+    return MoCo(encoder, config, batch_size=batch_size, seed=seed).train()
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 1, 3])
+def test_step_equals_the_formula_from_images_on(hard_negatives):
+    """Own hard negative for each query; momentum weights moved before the keys are made."""
+    method = tiny_moco(ema_momentum=0.5)
+    with torch.no_grad():  # let the branches differ
+        for parameter in method.momentum_encoder.parameters():
+            parameter.add_(0.3)
+    student, teacher = branch(method, ""), branch(method, "momentum_")
+    moved = {k: 0.5 * teacher[k].double() + 0.5 * student[k].double() for k in teacher}
+    batch, queue = random_batch(4, hard_negatives), method.queue.double().numpy()
+    hard = np.zeros((4, hard_negatives, 5))
+    for j in range(hard_negatives):
+        for i in range(4):  # row j * N + i is the j-th of sample i
+            hard[i, j] = embed(batch.hard_negative[j * 4 + i][None], moved)[0]
+    expected = reference_loss(
+        embed(batch.query, student), embed(batch.key, moved), queue.copy(), hard
+    )
+    assert method(batch)["loss"].item() == pytest.approx(expected, abs=2e-6)
+
+
+def test_contrastive_accuracy_counts_positives_that_win():
+    method = tiny_moco(ema_momentum=0.0)
+    batch = random_batch(4, 0)
+    batch.key = batch.query  # with m = 0 the key is the query itself: similarity 1
+    assert method(batch)["contrastive_accuracy"].item() == 1.0
+    batch.hard_negative = batch.query  # rho = 2 lifts the hard negative above it
+    assert method(batch)["contrastive_accuracy"].item() == 0.0
+
+
+def test_queue_holds_keys_only_and_wraps_anywhere():
+    method = tiny_moco(batch_size=4, queue=7, ema_momentum=1.0)  # 7 is no multiple of 4
+    expected = list(method.queue.numpy().copy())
+    weights = branch(method, "momentum_")
+    for step in range(5):
+        batch = random_batch(4, hard_negatives=1, seed=step)
+        method(batch)["loss"].backward()  # also: the loss survives the queue's change
+        for i, key in enumerate(embed(batch.key, weights)):
+            expected[(4 * step + i) % 7] = key
+        np.testing.assert_allclose(method.queue.numpy(), np.array(expected), atol=1e-6)
+
+
+def test_queue_starts_as_seeded_unit_vectors():
+    first, again, other = tiny_moco(seed=1), tiny_moco(seed=1), tiny_moco(seed=2)
+    torch.testing.assert_close(first.queue.norm(dim=1), torch.ones(11))
+    assert torch.equal(first.queue, again.queue)
+    assert not torch.equal(first.queue, other.queue)
+
+
+def test_queue_shorter_than_the_batch_is_refused():
+    with pytest.raises(UserError, match="queue 11: smaller than the batch of 12"):
+        tiny_moco(batch_size=12)
+
+
+def test_moving_average_changes_parameters_and_no_buffers():
+    method = tiny_moco("tiny_norm", ema_momentum=0.9)
+    with torch.no_grad():
+        for parameter in method.encoder.parameters():
+            parameter.add_(1.0)
+    before = {k: v.clone() for k, v in method.momentum_encoder.named_parameters()}
+    alone = copy.deepcopy(method.momentum_encoder)
+    batch = random_batch(4, hard_negatives=1)
+    method(batch)
+    for name, parameter in method.momentum_encoder.named_parameters():
+        target = dict(method.encoder.named_parameters())[name]
+        torch.testing.assert_close(parameter.data, 0.9 * before[name] + 0.1 * target.data)
+    # its statistics are of key and hard negative alone, as an encoder with these weights sees them
+    with torch.no_grad():
+        for mine, theirs in zip(
+            alone.parameters(), method.momentum_encoder.parameters(), strict=True
+        ):
+            mine.copy_(theirs)
+        alone(batch.key)
+        alone(batch.hard_negative)
+    for name, buffer in method.momentum_encoder.named_buffers():
+        assert torch.equal(buffer, dict(alone.named_buffers())[name]), name
+    assert method.momentum_encoder.norm.num_batches_tracked == 2
+    assert method.encoder.norm.num_batches_tracked == 1
+
+
+def test_momentum_branch_sees_whole_batches_and_has_no_gradient():
+    method = tiny_moco("tiny_norm")
+    sizes = []
+    method.momentum_encoder.norm.register_forward_hook(lambda m, x, y: sizes.append(len(x[0])))
+    method(random_batch(4, hard_negatives=3))["loss"].backward()
+    assert sizes == [4, 4, 4, 4]
+    assert all(p.grad is None for p in method.momentum_encoder.parameters())
+    assert all(
+        p.grad is not None for p in [*method.encoder.parameters(), *method.head.parameters()]
+    )
+
+
+def sharded_step(batch):
+    """One DDP step on this rank's half of `batch`."""
+    rank = torch.distributed.get_rank()
+    method = tiny_moco(batch_size=8)
+    half = slice(4 * rank, 4 * rank + 4)
+    hard = torch.cat([view[half] for view in batch.hard_negative.split(8)])
+    mine = SimpleNamespace(query=batch.query[half], key=batch.key[half], hard_negative=hard)
+    model = parallel(method)
+    scalars = model(mine)
+    scalars["loss"].backward()
+    gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    return scalars["loss"].item(), gradients, method.queue, method.generator.get_state()
+
+
+def test_two_ranks_compute_the_gradients_of_one(two_ranks):
+    """Without batch normalisation the split does not matter; keys come back to their queries."""
+    batch = random_batch(8, hard_negatives=3)
+    whole = tiny_moco(batch_size=8)
+    loss = whole(batch)["loss"]
+    loss.backward()
+    results = two_ranks(sharded_step, batch)
+    assert np.mean([r[0] for r in results]) == pytest.approx(loss.item(), abs=1e-6)
+    for _, gradients, queue, generator in results:
+        torch.testing.assert_close(queue, whole.queue, atol=1e-6, rtol=0)
+        assert torch.equal(generator, results[0][3])  # ranks go on drawing the same permutations
+        for name, gradient in gradients.items():
+            expected = dict(whole.named_parameters())[name].grad
+            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    assert torch.equal(results[0][2], results[1][2])
+    assert not torch.equal(results[0][3], whole.generator.get_state())  # it did shuffle
+
+
+def test_state_dict_holds_queue_and_shuffling():
+    method, other = tiny_moco(seed=1), tiny_moco(seed=2)
+    method(random_batch(4, 1))
+    torch.randperm(9, generator=method.generator)
+    other.load_state_dict(method.state_dict())
+    assert torch.equal(other.queue, method.queue)
+    assert other.queue_next == 4
+    assert torch.equal(
+        torch.randperm(9, generator=other.generator), torch.randperm(9, generator=method.generator)
+    )

@@ -1,0 +1,207 @@
+"""Checkpoints of a run: whole or not there, and refused under other settings.
+
+    RUN/checkpoints/step-00000120/state.pt       settings, step, model with its queue, optimiser
+                                  rank-0000.pt   of each rank: its loader and its random generators
+
+A folder under this name is whole: ranks write into a hidden one, everything is fsynced, and rank 0
+renames it. Files are read with weights_only=True, so that one from elsewhere can run no code.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from schemas import UserError
+from train.distributed import is_main, rank, together, world_size
+
+VERSION = 1
+PREFIX = "step-"
+
+
+class Resumable(Protocol):
+    """A loader with an exact state."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        folder: where they lie; all ranks see the same one.
+        keep: how many of the last stay.
+        settings: what a checkpoint must have in common with this run, name -> plain value;
+            among them `steps_per_epoch`.
+    """
+
+    folder: Path
+    keep: int
+    settings: dict[str, Any]
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(
+            int(path.name.removeprefix(PREFIX)) for path in self.folder.glob(f"{PREFIX}*")
+        )
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{PREFIX}{step:08d}"
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, loader: Resumable) -> None:
+        """Write the state after `step` steps; called by all ranks.
+
+        Raises:
+            UserError: on every rank, when any could not write. Earlier checkpoints are untouched.
+        """
+        temporary = self.folder / f".{PREFIX}{step:08d}.tmp"
+        with together():
+            if is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with together(), keeps_earlier(self.folder, step):
+            write(temporary / rank_file(rank()), {"loader": loader.state_dict(), **random_state()})
+            if is_main():
+                state = {
+                    "version": VERSION,
+                    "settings": self.settings,
+                    "world_size": world_size(),
+                    "step": step,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+                write(temporary / "state.pt", state)
+        with together():
+            if is_main():
+                sync(temporary)
+                temporary.rename(self.path(step))
+                sync(self.folder)
+                for old in self.steps()[: -self.keep]:
+                    self.remove(old)
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, loader: Resumable) -> int:
+        """Load the last checkpoint, if there is one, on all ranks; returns its step, else 0.
+
+        Another number of processes is accepted where an epoch ended.
+
+        Raises:
+            UserError: it was made with other settings; names each that differs.
+        """
+        if not self.steps():
+            return 0
+        path = self.path(self.steps()[-1])
+        state = read(path / "state.pt")
+        self.check(path, state)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        same_world = state["world_size"] == world_size()
+        own = read(path / rank_file(rank() if same_world else 0))
+        loader.load_state_dict(own["loader"])
+        if same_world:
+            set_random_state(own)
+        return state["step"]
+
+    def check(self, path: Path, state: dict[str, Any]) -> None:
+        """Raises UserError unless this run may go on from `state`."""
+        if state["version"] != VERSION:
+            raise UserError(
+                f"{path}: checkpoint version {state['version']}, this code reads {VERSION}"
+            )
+        then, now = state["settings"], self.settings
+        differing = [
+            f"{name} was {then.get(name)}, is {now.get(name)}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"{path}: made with other settings: {'; '.join(differing)}. "
+                "Repeat the first command, or choose another --out"
+            )
+        if state["world_size"] != world_size() and state["step"] % now["steps_per_epoch"]:
+            raise UserError(
+                f"{path}: made by {state['world_size']} processes in the middle of an epoch, now "
+                f"there are {world_size()}; their number may change only where an epoch ends"
+            )
+
+    def remove(self, step: int) -> None:
+        """Delete one so that none is ever seen half deleted."""
+        doomed = self.folder / f".{PREFIX}{step:08d}.old"
+        self.path(step).rename(doomed)
+        shutil.rmtree(doomed)
+
+
+@contextmanager
+def keeps_earlier(folder: Path, step: int) -> Iterator[None]:
+    """Turn a failure to write a checkpoint into a message that says what is left."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(
+            f"{folder}: the checkpoint of step {step} could not be written ({error}); "
+            "earlier ones are whole: with room made, the same command goes on from the last"
+        ) from error
+
+
+def rank_file(number: int) -> str:
+    return f"rank-{number:04d}.pt"
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}); "
+            f"remove {path.parent} to go on from the checkpoint before it"
+        ) from error
+
+
+def sync(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, numpy's, torch's and, where there is one, the GPU's generator, as plain values."""
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  libraries draw from it
+    keys = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {**numpy["state"], "key": keys}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    numpy = state["numpy"]
+    keys = numpy["state"]["key"].numpy().astype(np.uint32)
+    random.setstate(state["python"])
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": keys}})  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

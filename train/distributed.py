@@ -1,0 +1,142 @@
+"""One process or many, with the same code: joins what `torchrun` started, else is rank 0 of 1.
+
+Collectives on CPU tensors go through gloo and on CUDA tensors through nccl. Whatever a person can
+mend is raised on every rank at once (`together`), so that no rank waits for one that has left.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from schemas import UserError
+
+# A rank that is silent for this long is taken for dead. Long enough for one epoch's first batch.
+TIMEOUT = timedelta(minutes=10)
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Join the processes of `torchrun` (RANK is set) or stay alone; share out the CPU cores."""
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if "RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    yield  # not in try/finally: after an error the group may hang on ranks that have gone
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` | `cpu` | `cuda` -> this rank's device: on CUDA, GPU number LOCAL_RANK."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device cuda: torch finds no GPU here; use --device cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: this machine has "
+            f"{torch.cuda.device_count()}; start no more processes than GPUs"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@torch.no_grad()
+def all_gather(x: Tensor) -> Tensor:
+    """Rows of every rank in rank order, without gradient: (N, ...) -> (world size * N, ...)."""
+    if world_size() == 1:
+        return x
+    rows = x.new_empty((world_size() * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(rows, x.contiguous())
+    return rows
+
+
+@torch.no_grad()
+def all_mean(x: Tensor) -> Tensor:
+    """The mean of `x` over the ranks, the same bits on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. For small things: it is pickled."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shuffle(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Deal the images of all ranks anew: batch statistics then do not tell which belong together.
+
+    Args:
+        x: this rank's images, (N, C, H, W), the same N on every rank.
+        generator: on the CPU and in the same state on every rank, so that all draw one permutation.
+
+    Returns:
+        This rank's share (N, C, H, W) of the permuted images, channels_last, and the function that
+        brings results (N, D) computed from such a share back to the rows of `x`. With one rank
+        there is nothing to deal: both leave their argument as it is, and nothing is drawn.
+    """
+    if world_size() == 1:
+        return x, lambda y: y
+    order = torch.randperm(world_size() * len(x), generator=generator)
+    share = order.view(world_size(), -1)[rank()].to(x.device)
+    origin = order.argsort().view(world_size(), -1)[rank()].to(x.device)
+    rows = all_gather(x.permute(0, 2, 3, 1))  # NHWC: no copy when x is channels_last
+    return rows[share].permute(0, 3, 1, 2), lambda y: all_gather(y)[origin]
+
+
+def fail(message: str) -> None:
+    """Stop on every rank; called by all of them, rank 0 speaks."""
+    if is_main():
+        raise UserError(message)
+    raise SystemExit(2)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A section that fails on all ranks when it fails on one. Every rank must enter it.
+
+    Covers UserError and OSError; anything else is a defect and ends its process at once, upon which
+    torchrun ends the others.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:
+        raise  # the reader of our output has left
+    except OSError as error:
+        message = f"{error.filename or 'file system'}: {error.strerror or error}"
+    messages = gather_objects(message)
+    failed = [r for r, text in enumerate(messages) if text is not None]
+    if failed:
+        where = "" if len(failed) == len(messages) else f"rank {failed[0]}: "
+        fail(where + messages[failed[0]])

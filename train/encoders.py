@@ -1,0 +1,79 @@
+"""Encoders: torchvision ResNets without their classifier, and the file that holds a trained one."""
+
+import os
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from schemas import UserError
+from schemas.cli import lookup
+
+# resnet18 ... resnet152, resnext*, wide_resnet*: all torchvision models of the class ResNet.
+ENCODERS = {
+    name: torchvision.models.get_model_builder(name)
+    for name in torchvision.models.list_models(module=torchvision.models)
+    if "resne" in name
+}
+
+
+def build_encoder(name: str) -> tuple[nn.Module, int]:
+    """A randomly initialised encoder (N, 3, H, W) -> (N, D) pooled features, and its D.
+
+    Its state_dict has torchvision's key names without `fc`. Weights come from torch's global RNG.
+
+    Raises:
+        UserError: no such torchvision ResNet.
+    """
+    encoder = lookup("encoder", name, ENCODERS)(weights=None)
+    features = encoder.fc.in_features
+    encoder.fc = nn.Identity()
+    return encoder, features
+
+
+def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:
+    """Write `encoder` to one safetensors file, atomically; `metadata` must name its `encoder`."""
+    tensors = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
+    """Read what `save_encoder` wrote: (encoder on the CPU, metadata, the file's path).
+
+    Args:
+        location: the safetensors file, or the folder of the run that wrote `encoder.safetensors`.
+
+    Raises:
+        UserError: no such file, or not one that `save_encoder` wrote.
+    """
+    path = Path(location)
+    if path.is_dir():
+        path = path / "encoder.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such encoder; has its training ended?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    if "encoder" not in metadata:
+        raise UserError(f"{path}: names no encoder in its metadata; not written by train")
+    encoder, _ = build_encoder(metadata["encoder"])
+    encoder.load_state_dict(tensors)
+    return encoder, metadata, path
+
+
+def untrained_encoder(name: str, seed: int) -> nn.Module:
+    """The same architecture as first initialised, from `seed` alone; torch's global RNG stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder, _ = build_encoder(name)
+    return encoder

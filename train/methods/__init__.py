@@ -1,0 +1,16 @@
+"""Methods by name. A new one: a file with its options and its class, and its place in METHODS."""
+
+from typing import Any
+
+from train.methods.method import Method
+from train.methods.moco import MoCo, MoCoConfig
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in [MoCo]}
+
+
+def method_of(config: Any) -> type[Method]:
+    """The method whose options `config` is."""
+    return next(method for method in METHODS.values() if method.Config is type(config))
+
+
+__all__ = ["METHODS", "Method", "MoCo", "MoCoConfig", "method_of"]

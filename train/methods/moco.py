@@ -1,0 +1,179 @@
+"""MoCo v2 with hard negatives.
+
+    x_q   masked query view --> encoder + head ------------> q       gradient
+    x_k   plain key view -----> momentum encoder + head ---> k+      no gradient, enters the queue
+    x_k-  the key view with most of its foreground masked -> k-      the same, but is never queued
+
+    logits = [ q.k+ , q.n_1 .. q.n_K , rho q.k-_1 .. rho q.k-_H ] / tau     loss = CE(logits, 0)
+
+The loss is that of the released code of saliency-guided masking for ConvNets (WACV 2024; its
+builder.py): the positive stands in the denominator, and rho scales the similarity of a hard
+negative. The form of that logit is from Ge et al., NeurIPS 2021 (arXiv 2110.14189). Unlike that
+code, each query meets the hard negatives of its own image, as the poster has it, and the momentum
+encoder never normalises over a single image (the code indexes the batch axis: it sends one image of
+each batch through batch normalisation alone, and compares all queries with that one).
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from schemas import UserError
+from train.distributed import all_gather, shuffle, world_size
+from train.encoders import build_encoder
+from train.methods.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoConfig:
+    """Numbers of MoCo v2 (facebookresearch/moco) and, for rho, of the masked variant's README."""
+
+    queue: int = 65_536
+    """Keys that are remembered as negatives; at least the global batch, any number."""
+    ema_momentum: float = 0.999
+    """Share of its own weights that the momentum encoder keeps at each step, 0 to 1."""
+    temperature: float = 0.2
+    """tau: similarities are divided by it."""
+    rho: float = 2.0
+    """Factor on the similarity of a hard negative; 1 makes it like any other negative."""
+    projection: int = 128
+    """Width of the projected embedding; the hidden layer is as wide as the encoder's features."""
+
+
+def contrastive_logits(
+    q: Tensor, key: Tensor, queue: Tensor, hard: Tensor, *, rho: float, temperature: float
+) -> Tensor:
+    """The logits of every query; the positive is column 0.
+
+    Args:
+        q: unit queries, (N, D).
+        key: unit keys, row i of the same image as query i, (N, D).
+        queue: unit keys of earlier batches, (K, D).
+        hard: unit hard negatives, row i those of query i's image, (N, H, D); H may be 0.
+
+    Returns:
+        (N, 1 + K + H): positive, queue, hard negatives.
+    """
+    positive = torch.einsum("nd,nd->n", q, key)[:, None]  # (N, 1)
+    negatives = q @ queue.T  # (N, K)
+    hard_negatives = rho * torch.einsum("nd,nhd->nh", q, hard)  # (N, H)
+    return torch.cat([positive, negatives, hard_negatives], dim=1) / temperature
+
+
+class MoCo(Method):
+    """Reads `query`, `key` and `hard_negative` of a batch; needs no label."""
+
+    name = "moco"
+    Config = MoCoConfig
+
+    queue: Tensor
+    queue_next: Tensor
+
+    def __init__(self, encoder: str, config: MoCoConfig, *, batch_size: int, seed: int) -> None:
+        super().__init__(encoder, config, batch_size=batch_size, seed=seed)
+        if config.queue < batch_size:
+            raise UserError(
+                f"queue {config.queue}: smaller than the batch of {batch_size}, whose keys must "
+                "all enter it; use a longer --queue or a smaller --batch-size"
+            )
+        self.config = config
+        self.encoder, width = build_encoder(encoder)
+        self.head = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.projection)
+        )
+        self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.move_average = get_ema_multi_avg_fn(config.ema_momentum)
+
+        # Drawn from `seed` alone, so equal on all ranks whatever was drawn before.
+        self.generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(config.queue, config.projection, generator=self.generator)
+        self.register_buffer("queue", normalize(start, dim=1))  # (K, D)
+        self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))  # row to write next
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        q = self.project(self.encoder, self.head, batch.query)  # (N, D)
+        with torch.no_grad():
+            self.update_momentum_branch()
+            key = self.momentum_project(batch.key)  # (N, D)
+            hard = self.hard_negatives(batch.hard_negative, key)  # (N, H, D)
+
+        with torch.autocast(q.device.type, enabled=False):  # a softmax over K+1+H wants float32
+            logits = contrastive_logits(
+                q,
+                key,
+                self.queue.clone(),  # the backward pass needs it as it is before `enqueue`
+                hard,
+                rho=self.config.rho,
+                temperature=self.config.temperature,
+            )
+            target = torch.zeros(len(q), dtype=torch.long, device=q.device)
+            loss = cross_entropy(logits, target)
+        self.enqueue(key)
+        accuracy = (logits.detach().argmax(dim=1) == 0).float().mean()
+        return {"loss": loss, "contrastive_accuracy": accuracy}
+
+    def exported(self) -> nn.Module:
+        return self.encoder
+
+    def notes(self, samples: int) -> list[str]:
+        notes = []
+        if world_size() == 1:
+            notes.append("one process: shuffling batch normalisation has nothing to shuffle")
+        if self.config.queue > samples:
+            notes.append(
+                f"the queue of {self.config.queue} keys is longer than the {samples} images: every "
+                "query meets older keys of its own image among its negatives"
+            )
+        return notes
+
+    @staticmethod
+    def project(encoder: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> float32 unit vectors (N, D)."""
+        return normalize(head(encoder(images)).float(), dim=1)
+
+    def momentum_project(self, images: Tensor) -> Tensor:
+        """`project` through the momentum branch, its batches dealt anew across the ranks."""
+        images, restore = shuffle(images, self.generator)
+        return restore(self.project(self.momentum_encoder, self.momentum_head, images))
+
+    def hard_negatives(self, images: Tensor | None, key: Tensor) -> Tensor:
+        """(H * N, 3, h, w), the first N rows one of each sample, and so on -> (N, H, D).
+
+        One forward a view, so each is normalised over a batch of one kind, as the key is.
+        """
+        if images is None:
+            return key.new_empty(len(key), 0, key.shape[1])
+        views = images.split(len(key))
+        return torch.stack([self.momentum_project(view) for view in views], dim=1)
+
+    @torch.no_grad()
+    def update_momentum_branch(self) -> None:
+        """p_momentum <- m p_momentum + (1 - m) p; parameters only.
+
+        Buffers stay the momentum branch's own: batch normalisation in it has seen other images.
+        """
+        for average, model in (
+            (self.momentum_encoder, self.encoder),
+            (self.momentum_head, self.head),
+        ):
+            self.move_average(list(average.parameters()), list(model.parameters()), None)
+
+    @torch.no_grad()
+    def enqueue(self, key: Tensor) -> None:
+        """Write the keys of all ranks over the oldest ones; wraps wherever the end falls."""
+        keys = all_gather(key)  # (M, D)
+        rows = (self.queue_next + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[rows] = keys
+        self.queue_next.add_(len(keys)).remainder_(len(self.queue))
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())

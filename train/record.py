@@ -1,0 +1,90 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar or log lines. On rank 0 only."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Record:
+    """The record of a run from step `start` on; lines that a killed process wrote beyond it go.
+
+    A line of metrics.jsonl is one step: `step` and `epoch` (both from 1), `loss` and what else the
+    method reports and `data_wait` (seconds that the step waited for its batch), both means over
+    the ranks, `lr`, and `images_per_second` (of all ranks; over the steps since the last log line).
+    """
+
+    def __init__(self, folder: Path, *, start: int, total: int, epoch_steps: int) -> None:
+        self.total, self.epochs = total, -(-total // epoch_steps)
+        self.path = folder / "metrics.jsonl"
+        truncate(self.path, start)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        self.started, self.first = time.monotonic(), start
+        self.bar = (
+            tqdm(total=total, initial=start, unit="step", smoothing=0.05)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def steps(self, rows: list[dict[str, Any]], seconds: float) -> None:
+        """Tell of steps finished in the last `seconds`; the last of them on the terminal."""
+        for row in rows:
+            self.file.write(json.dumps(row) + "\n")
+            for name in row.keys() - {"step", "epoch"}:
+                self.board.add_scalar(name, row[name], row["step"])
+        self.file.flush()
+        last = rows[-1]
+        waiting = sum(row["data_wait"] for row in rows) / seconds
+        text = (
+            f"epoch {last['epoch']}/{self.epochs}, loss {last['loss']:.4f}, "
+            f"{last['images_per_second']:.1f} images/s, {waiting:.0%} waiting for data"
+        )
+        if self.bar is None:
+            left = (time.monotonic() - self.started) * (self.total - last["step"])
+            left /= max(1, last["step"] - self.first)
+            self.say(f"step {last['step']}/{self.total}, {text}, {clock(left)} left")
+        else:
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(last["step"] - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """One line for a person, above the bar if there is one."""
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text)
+
+    def sync(self) -> None:
+        """Bring all lines to the disk: a checkpoint must not outlive the steps before it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self.file.close()
+        self.board.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last line cut short by a kill; atomic."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in kept if json.loads(line)["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
