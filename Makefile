@@ -1,0 +1,100 @@
+# Saliency once, offline; masked views on the device; any method on top.
+#
+# Every target sets up what it needs on first use and passes ARGS="..." on to its command.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || echo python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+METHOD ?= moco
+RECIPE ?= hp
+NPROC ?= 1
+SPLIT ?= train
+ESTIMATOR ?= $(if $(filter demo,$(DATASET)),spectral,scda)
+OUT ?= out/$(or $(DATASET),demo)
+RUN ?= out/runs/$(METHOD)-$(RECIPE)
+ARGS ?=
+LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,$(VENV)/bin/torchrun --nproc-per-node $(NPROC) -m train)
+
+# $(call need,NAME,EXAMPLE): stop with one line when a variable is not given
+need = @test -n "$($(1))" || { echo "error: give $(1)=..., for example: $(2)" >&2; exit 2; }
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(READY) ## Make .venv with everything pinned in requirements.txt
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+		echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; give another by PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.txt)"
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet -r requirements.txt
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps -e .
+	@touch $(READY)
+
+.PHONY: lock
+lock: $(READY) ## Compile requirements.txt anew from the ranges in pyproject.toml
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade \
+		--no-emit-index-url --no-header --no-annotate -o requirements.txt pyproject.toml
+
+.PHONY: demo
+demo: $(READY) ## The whole job on generated scenes: shards, preview, MoCo v2 on 2 processes, kNN
+	$(PY) examples/demo.py --out out/demo $(ARGS)
+
+.PHONY: precompute
+precompute: $(READY) ## DATASET=folder ROOT=... OUT=...: images -> shards with saliency
+	$(call need,DATASET,make precompute DATASET=folder ROOT=photos OUT=out/photos)
+	$(PY) -m precompute --dataset $(DATASET) --root "$(ROOT)" --out "$(OUT)" --split $(SPLIT) \
+		--estimator $(ESTIMATOR) $(ARGS)
+
+.PHONY: verify
+verify: $(READY) ## DATA=...: every byte of the shards against their tables
+	$(call need,DATA,make verify DATA=out/photos)
+	$(PY) -m schemas verify "$(DATA)" $(ARGS)
+
+.PHONY: info
+info: $(READY) ## DATA=...: counts, classes, bytes, rejects by reason
+	$(call need,DATA,make info DATA=out/photos)
+	$(PY) -m schemas info "$(DATA)" $(ARGS)
+
+.PHONY: preview
+preview: $(READY) ## DATA=... RECIPE=hp: a contact sheet of what the network sees
+	$(call need,DATA,make preview DATA=out/photos RECIPE=hp)
+	$(PY) -m pipeline preview --data "$(DATA)" --recipe $(RECIPE) $(ARGS)
+
+.PHONY: pretrain
+pretrain: $(READY) ## DATA=... METHOD=moco RECIPE=hp NPROC=1 RUN=...: shards -> encoder
+	$(call need,DATA,make pretrain DATA=out/photos METHOD=moco RECIPE=hp)
+	$(LAUNCH) --data "$(DATA)" --out "$(RUN)" --method $(METHOD) --recipe $(RECIPE) $(ARGS)
+
+.PHONY: evaluate
+evaluate: $(READY) ## ENCODER=... DATA=...: kNN accuracy of an encoder
+	$(call need,DATA,make evaluate ENCODER=out/runs/moco-hp DATA=out/photos)
+	$(call need,ENCODER,make evaluate ENCODER=out/runs/moco-hp DATA=out/photos)
+	$(PY) -m train.evaluate --encoder "$(ENCODER)" --data "$(DATA)" $(ARGS)
+
+.PHONY: bench
+bench: $(READY) ## Rates of this machine: precompute and loader, median and spread
+	$(PY) -m bench $(ARGS)
+
+.PHONY: test
+test: $(READY) ## All tests
+	$(PY) -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(READY) ## Format, lint and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+.PHONY: clean
+clean: ## Remove .venv and what the demo wrote
+	rm -rf $(VENV) out

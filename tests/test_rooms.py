@@ -1,0 +1,65 @@
+"""The house rules: who may import whom, and how large a file may grow."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {"schemas", "precompute", "pipeline", "train", "bench"}
+# what each room may import of the others, and heavy packages it must do without
+MAY_IMPORT = {
+    "schemas": set(),
+    "precompute": {"schemas"},
+    "pipeline": {"schemas"},
+    "train": {"schemas", "pipeline"},
+    "bench": {"schemas", "precompute", "pipeline", "train"},
+}
+MAY_NOT_NEED = {
+    "schemas": {"torch", "torchvision", "nvidia", "ray"},
+    "precompute": set(),
+    "pipeline": {"ray"},
+    "train": {"ray"},
+    "bench": set(),
+}
+MAX_LINES = 300
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a file imports, wherever in it."""
+    packages: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides which room it means"
+            packages.add((node.module or "").split(".")[0])
+    return packages
+
+
+def test_imported_sees_what_a_file_imports(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text("import ray.data as r\nfrom train import x\ndef f():\n    import torch\n")
+    assert imported(file) == {"ray", "train", "torch"}
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_follow_the_flow_of_data(room: str) -> None:
+    assert sources(room), f"{room} is empty"
+    for path in sources(room):
+        found = imported(path)
+        others = (found & ROOMS) - {room} - MAY_IMPORT[room]
+        assert not others, f"{path.relative_to(ROOT)} imports {sorted(others)}"
+        heavy = found & MAY_NOT_NEED[room]
+        assert not heavy, f"{path.relative_to(ROOT)} needs {sorted(heavy)}"
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_no_file_outgrows_its_room(room: str) -> None:
+    for path in sources(room):
+        lines = len(path.read_text().splitlines())
+        assert lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {lines} lines; is it two rooms?"
