@@ -19,7 +19,7 @@ ESTIMATOR ?= $(if $(filter demo,$(DATASET)),spectral,scda)
 OUT ?= out/$(or $(DATASET),demo)
 RUN ?= out/runs/$(METHOD)-$(RECIPE)
 ARGS ?=
-LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,$(VENV)/bin/torchrun --nproc-per-node $(NPROC) -m train)
+LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node $(NPROC) -m train)
 
 # $(call need,NAME,EXAMPLE): stop with one line when a variable is not given
 need = @test -n "$($(1))" || { echo "error: give $(1)=..., for example: $(2)" >&2; exit 2; }
@@ -82,8 +82,9 @@ evaluate: $(READY) ## ENCODER=... DATA=...: kNN accuracy of an encoder
 	$(PY) -m train.evaluate --encoder "$(ENCODER)" --data "$(DATA)" $(ARGS)
 
 .PHONY: bench
-bench: $(READY) ## Rates of this machine: precompute and loader, median and spread
-	$(PY) -m bench $(ARGS)
+bench: $(READY) ## DATA=...: rates of loader and estimators on this machine, median and spread
+	$(call need,DATA,make bench DATA=out/photos)
+	$(PY) -m bench --data "$(DATA)" $(ARGS)
 
 .PHONY: test
 test: $(READY) ## All tests

@@ -1,6 +1,7 @@
 """Shards -> masked views on the device."""
 
-from pipeline.loader import Batch, MaskedViews
+from pipeline.batch import Batch
+from pipeline.loader import MaskedViews
 from pipeline.plain import PlainBatch, PlainViews
 from pipeline.recipes import RECIPES, Recipe, get_recipe
 

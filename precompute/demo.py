@@ -45,16 +45,18 @@ def scene(index: int, split: str) -> Scene:
     rng = np.random.default_rng([zlib.crc32(split.encode()), index])
     height, width = rng.integers(SIDES[0], SIDES[1] + 1, size=2)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    ground = mix(cloud(rng, height, width), *colours(rng, near=0.35))
+    ground_colour = rng.uniform(0, 1, 3)
+    ground = mix(cloud(rng, height, width), ground_colour, away(ground_colour, 0.35))
 
-    radius = rng.uniform(0.22, 0.36) * min(height, width)
+    radius = rng.uniform(0.28, 0.42) * min(height, width)
     centre_y = rng.uniform(radius, height - radius)
     centre_x = rng.uniform(radius, width - radius)
     angle = rng.uniform(0, 2 * math.pi)
     u = ((x - centre_x) * math.cos(angle) + (y - centre_y) * math.sin(angle)) / radius
     v = ((y - centre_y) * math.cos(angle) - (x - centre_x) * math.sin(angle)) / radius
     mask = shape(label, u, v)
-    surface = mix(texture(label, u, v, rng), *colours(rng, near=0.9))
+    colour = away(ground.mean(axis=(0, 1)), rng.uniform(0.3, 0.5, 3))
+    surface = mix(texture(label, u, v, rng), colour, away(colour, 0.9))
 
     image = np.where(mask[..., None], surface, ground)
     image = image + rng.normal(0, 0.02, image.shape)
@@ -67,11 +69,9 @@ def to_jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def colours(rng: np.random.Generator, near: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two RGB colours in [0, 1], `near` apart in each channel before clipping."""
-    first = rng.uniform(0, 1, 3)
-    away = np.where(first > 0.5, -1, 1) * near
-    return first, np.clip(first + away, 0, 1)
+def away(colour: np.ndarray, distance: np.ndarray | float) -> np.ndarray:
+    """The RGB colour in [0, 1] that far darker or lighter, whichever has more room."""
+    return np.clip(colour + (-1 if colour.mean() > 0.5 else 1) * distance, 0, 1)
 
 
 def mix(amount: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -133,4 +133,4 @@ def texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) 
         case 7:
             return rng.uniform(0, 1, u.shape).astype(np.float32)
         case _:
-            return np.full(u.shape, rng.uniform(0, 1), np.float32)
+            return np.zeros(u.shape, np.float32)

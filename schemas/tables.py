@@ -86,7 +86,10 @@ def to_parquet(table: pa.Table) -> bytes:
 def from_parquet(content: bytes, schema: pa.Schema, location: str) -> pa.Table:
     """Raises FormatError when the content is no parquet file or has other columns."""
     try:
-        table = pq.read_table(io.BytesIO(content))
+        # Not from a Python file: Arrow reads such a one in a thread of its own, which aborts the
+        # process (apache/arrow#34314) when it lets go of the file while Python exits.
+        source = pa.BufferReader(content)
+        table = pq.ParquetFile(source, pre_buffer=False).read(use_threads=False)
     except pa.ArrowException as error:
         raise FormatError(f"{location}: not a readable parquet file ({error})") from error
     if not table.schema.equals(schema):

@@ -234,6 +234,20 @@ def test_schemas_imports_neither_torch_nor_dali_nor_ray() -> None:
     assert result.stdout.strip() == b"[]"
 
 
+def test_opening_starts_no_thread(samples: list[Sample], tmp_path: Path) -> None:
+    """A thread of Arrow's that holds a Python object when Python exits aborts the process."""
+    write(tmp_path, samples)
+    code = (
+        "import os, sys, schemas\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "dataset = schemas.ShardDataset.open(sys.argv[1])\n"
+        "assert len(list(dataset)) == 25 and len(dataset.rejects) == 0\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"0\n"
+
+
 def test_info_names_what_a_person_asks(samples: list[Sample], tmp_path: Path) -> None:
     write(tmp_path, samples)
     result = subprocess.run(

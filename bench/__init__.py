@@ -1,0 +1,1 @@
+"""Every figure that the README quotes, from one command each."""

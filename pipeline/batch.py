@@ -1,0 +1,49 @@
+"""What a step of `MaskedViews` hands out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Extra = Literal["masks", "saliency", "windows", "keys"]
+EXTRAS: tuple[Extra, ...] = ("masks", "saliency", "windows", "keys")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N samples on the device. Images are float32, normalised, channels_last; H = W = crop_size.
+
+    With n hard negatives a key, row j * N + i of `hard_negative` is the j-th of sample i.
+
+    Attributes:
+        query, key: (N, 3, H, W).
+        hard_negative: (n * N, 3, H, W), or None where the recipe has none.
+        label: (N,) int64; -1 for none.
+        query_mask, key_mask, hard_negative_mask: extra "masks": bool, as their images, True where
+            filled; None where nothing is masked.
+        query_ratio, hard_negative_ratio: extra "masks": float64, the drawn mask ratio of each row;
+            focal windows do not follow it.
+        query_focal, hard_negative_focal: extra "masks": bool, rows with a window in place of cells.
+        query_saliency, key_saliency: extra "saliency": (N, grid, grid) float32 in 0 .. 255, what
+            the masks were drawn from.
+        query_window, key_window: extra "windows": (N, 4) float32 on the CPU, y0 x0 y1 x1 as shares
+            of the image; x0 > x1 when flipped.
+        sample_keys: extra "keys": N sample keys.
+    """
+
+    query: Tensor
+    key: Tensor
+    hard_negative: Tensor | None
+    label: Tensor
+    query_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    hard_negative_mask: Tensor | None = None
+    query_ratio: Tensor | None = None
+    hard_negative_ratio: Tensor | None = None
+    query_focal: Tensor | None = None
+    hard_negative_focal: Tensor | None = None
+    query_saliency: Tensor | None = None
+    key_saliency: Tensor | None = None
+    query_window: Tensor | None = None
+    key_window: Tensor | None = None
+    sample_keys: list[str] | None = None
