@@ -6,7 +6,10 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || echo python3)
+# the first Python on the path that starts and is of a version that every package has wheels for
+FITS := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python $(FITS) 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -32,8 +35,8 @@ help: ## List the targets
 setup: $(READY) ## Make .venv with everything pinned in requirements.txt
 
 $(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
-		echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; give another by PYTHON=..." >&2; exit 2; }
+	@$(or $(PYTHON),false) $(FITS) 2>/dev/null || { \
+		echo "error: no Python 3.11, 3.12 or 3.13 here; name one by PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.txt)"
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet -r requirements.txt
