@@ -180,7 +180,7 @@ def build_shards(
             ShardActor,
             fn_constructor_args=(factory, ledger, threads),
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-            num_cpus=threads,
+            num_cpus=min(threads, cores / workers),  # more workers than cores share them
             num_gpus=min(1, gpus / workers) if gpus else None,
         )
         with watch(ledger, sum(map(len, images.values()))):

@@ -23,6 +23,7 @@ from schemas import ShardDataset, UserError
 from schemas.shard import read_marker
 from schemas.storage import Store
 from tests.conftest import encode, noise
+from tests.readers import READERS
 
 pytestmark = pytest.mark.slow
 # this file is not a module that Ray's workers could import
@@ -282,18 +283,34 @@ def test_an_output_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:
         run_job(job(FullDisk(out), out), workers=1, address=None)
 
 
-def test_scda_runs_in_workers_on_photos(
-    photos: Path, mobilenet_weights: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def photo_shards(
+    photos: Path, mobilenet_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ShardDataset:
+    out = tmp_path_factory.mktemp("photos") / "out"
     result = precompute(
         *("--dataset", "folder", "--root", photos, "--out", out, "--limit", 8),
         *("--shard-samples", 4, "--estimator.backbone", "mobilenet_v2"),
         *("--estimator.weights", mobilenet_weights),
     )
     assert result.returncode == 0, result.stderr
-    dataset = ShardDataset.open(out)
-    assert dataset.verify().clean
-    assert dataset.card.estimator["backbone"] == "mobilenet_v2"
-    assert len(dataset.card.estimator["weights_sha256"]) == 64
-    assert ScdaOptions.name == dataset.card.estimator["name"]
+    return ShardDataset.open(out)
+
+
+def test_scda_runs_in_workers_on_photos(photo_shards: ShardDataset) -> None:
+    assert photo_shards.verify().clean
+    card = photo_shards.card
+    assert (card.samples, card.shards, card.rejects) == (8, 2, 0)
+    assert card.estimator["name"] == ScdaOptions.name
+    assert card.estimator["backbone"] == "mobilenet_v2"
+    assert len(card.estimator["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_others_read_the_shards_of_photos(photo_shards: ShardDataset, reader: str) -> None:
+    rows = photo_shards.samples.to_pylist()
+    seen = list(READERS[reader](photo_shards))
+    assert [label for label, _, _ in seen] == [row["label"] for row in rows]
+    for (_, image, saliency), row in zip(seen, rows, strict=True):
+        assert sorted(image) == sorted((row["height"], row["width"]))  # stored, not yet oriented
+        assert saliency == (28, 28)

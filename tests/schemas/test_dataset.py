@@ -13,14 +13,12 @@ import fsspec
 import numpy as np
 import pytest
 import wds2idx
-import webdataset
-from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from schemas import FormatError, Sample, ShardDataset, UserError, write_dataset
+from tests.readers import MEMBERS, READERS
 
 Make = Callable[..., Sample]
-MEMBERS = ["jpg", "saliency.png", "cls"]
 
 
 @pytest.fixture
@@ -96,36 +94,10 @@ def test_tarfile_reads_the_shards(samples: list[Sample], tmp_path: Path) -> None
     assert next(written, None) is None
 
 
-def test_webdataset_reads_the_shards(samples: list[Sample], tmp_path: Path) -> None:
-    dataset = write(tmp_path, samples)
-    read = list(webdataset.WebDataset(dataset.shard_urls, shardshuffle=False).decode("pil"))
-    for theirs, sample in zip(read, samples, strict=True):
-        assert theirs["__key__"] == sample.key
-        assert theirs["cls"] == sample.label
-        assert theirs["jpg"].size == (sample.width, sample.height)
-        assert theirs["saliency.png"].size == (28, 28)
-
-
-def test_dali_reads_the_shards(samples: list[Sample], tmp_path: Path) -> None:
-    dataset = write(tmp_path, samples)
-
-    @pipeline_def(batch_size=25, num_threads=2, device_id=None)
-    def plain() -> tuple:
-        image, saliency, label = fn.readers.webdataset(
-            paths=dataset.shard_urls,
-            index_paths=dataset.index_urls,
-            ext=MEMBERS,
-            missing_component_behavior="error",
-        )
-        return fn.decoders.image(image, device="cpu"), fn.decoders.image(saliency), label
-
-    graph = plain()
-    graph.build()
-    images, maps, labels = graph.run()
-    for place, sample in enumerate(samples):
-        assert images.at(place).shape == (sample.height, sample.width, 3)
-        assert maps.at(place).shape[:2] == (28, 28)
-        assert int(bytes(labels.at(place))) == sample.label
+@pytest.mark.parametrize("reader", READERS)
+def test_others_read_the_shards(samples: list[Sample], tmp_path: Path, reader: str) -> None:
+    seen = list(READERS[reader](write(tmp_path, samples)))
+    assert seen == [(s.label, (s.height, s.width), (28, 28)) for s in samples]
 
 
 @pytest.mark.parametrize(

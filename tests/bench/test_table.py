@@ -1,0 +1,35 @@
+"""How rates are taken and shown."""
+
+import json
+from pathlib import Path
+
+from bench.table import Row, measure, show, write
+
+
+def test_ways_are_measured_in_turn_after_one_run_that_does_not_count() -> None:
+    calls: list[str] = []
+
+    def way(name: str) -> int:
+        calls.append(name)
+        return 7
+
+    rows = measure({"a": lambda: way("a"), "b": lambda: way("b")}, repeats=3)
+    assert "".join(calls) == "ab" + "ababab"
+    assert [(row.name, len(row.rates)) for row in rows] == [("a", 3), ("b", 3)]
+    assert all(rate > 0 for row in rows for rate in row.rates)
+
+
+def test_a_table_shows_median_spread_and_ratio() -> None:
+    text = show("T", [Row("slow", [10, 30, 20]), Row("fast", [40, 50, 60])], relative_to="slow")
+    assert "| slow | 20 | 10 .. 30 | 1.00 |" in text
+    assert "| fast | 50 | 40 .. 60 | 2.50 |" in text
+
+
+def test_what_is_written_says_where_it_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "bench.json"
+    write(path, {"T": [Row("way", [1.234, 5.678])]}, {"batch_size": 32})
+    content = json.loads(path.read_text())
+    assert content["images_per_second"] == {"T": {"way": [1.23, 5.68]}}
+    assert content["settings"] == {"batch_size": 32}
+    assert content["machine"]["cores"] >= 1
+    assert "torch" in content["machine"]["versions"]
