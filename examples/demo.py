@@ -60,8 +60,8 @@ def report(out: Path, seconds: float) -> str:
             f"views       {out / 'preview.png'}",
             f"encoder     {out / 'run' / 'encoder.safetensors'}",
             f"curves      tensorboard --logdir {out / 'run'}",
-            f"training    {len(steps)} steps, loss {losses}, median {rates[len(rates) // 2]:.0f} "
-            "images/s",
+            f"training    {len(steps)} steps, median {rates[len(rates) // 2]:.0f} images/s",
+            f"loss        {losses} (need not fall: the hard negative counts twice, rho = 2)",
             f"kNN (k=20)  {latest['trained']:.1%} pretrained, {latest['untrained']:.1%} untrained",
         ]
     )
