@@ -15,6 +15,7 @@ from precompute.sources import SOURCES, list_images
 from schemas.cli import lookup, parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
+from schemas.storage import Store
 
 if TYPE_CHECKING:
     from precompute.job import Summary
@@ -50,15 +51,19 @@ class Options:
     """How saliency is estimated."""
 
     def __post_init__(self) -> None:
-        for option in ("shard_samples", "batch_size"):
-            if not isinstance(getattr(self, option), int) or getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} must be at least 1")
+        least = {"shard_samples": 1, "batch_size": 1, "limit": 1, "workers": 0}
+        for option, bound in least.items():
+            value = getattr(self, option)
+            if value is not None and value < bound:
+                raise UserError(f"--{option.replace('_', '-')} is {value}; at least {bound}")
 
 
 def main() -> int:
     options = parse(Options, named={"estimator": ESTIMATORS})
     from precompute.job import Job, run_job  # torch, DALI and Ray: not before the options are sound
 
+    if options.root and f"{Store(options.out).root}/".startswith(f"{Store(options.root).root}/"):
+        raise UserError(f"{options.out}: lies inside {options.root}, whose files are the inputs")
     source = lookup("dataset", options.dataset, SOURCES)(options.root, options.split)
     images, rejects = list_images(source)
     if not images:

@@ -23,7 +23,7 @@ from precompute.sources import Source, SourceImage
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.storage import Store
-from schemas.tables import CARD, Reject
+from schemas.tables import CARD, SHARD_FOLDER, Reject
 from schemas.writer import PACKAGES, finish_dataset
 
 # A worker that dies takes its shard with it; Ray starts both again without end. After so many times
@@ -96,6 +96,7 @@ def run_job(job: Job, workers: int, address: str | None) -> Summary:
     estimator = job.estimator.build()
     settings = job.settings(estimator.weights_sha256)
     missing = missing_shards(store, settings)
+    store.make_folder(SHARD_FOLDER)
     if missing:
         build_shards(job, settings, missing, workers, address)
     elif store.exists(CARD):

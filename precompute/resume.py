@@ -16,7 +16,7 @@ def missing_shards(store: Store, settings: dict[str, Any]) -> list[int]:
     Raises:
         UserError: what is there was made with other settings.
     """
-    files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.list(SHARD_FOLDER).items()}
+    files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
     own = {shard_name(shard, suffix) for shard in range(settings["shards"]) for suffix in SUFFIXES}
     missing = []
     for shard in range(settings["shards"]):
@@ -46,6 +46,8 @@ def refuse_other_settings(store: Store, there: dict[str, Any], now: dict[str, An
     """Raises UserError naming what differs."""
     if there == now:
         return
+    if there["estimator"]["name"] != now["estimator"]["name"]:  # then all its options differ too
+        there, now = ({"estimator": settings["estimator"]["name"]} for settings in (there, now))
     old, new = flat(there), flat(now)
     differs = [
         f"{key} is {old.get(key)} there and {new.get(key)} now"

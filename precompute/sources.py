@@ -58,6 +58,8 @@ class FolderSource:
 
     def __init__(self, root: str, split: str):
         del split  # a tree is one split; the name goes into the card only
+        if not root:
+            raise UserError("--root is missing: a folder with one folder a class")
         self.store = Store(root)
         fs, path = self.store.fs, self.store.root
         if not fs.exists(path):
@@ -71,8 +73,7 @@ class FolderSource:
 
     def images(self) -> Iterator[SourceImage | Reject]:
         labels = {name: label for label, name in enumerate(self.classes)}
-        for path in sorted(self.store.fs.find(self.store.root)):
-            location = posixpath.relpath(path, self.store.root)
+        for location in self.store.files():
             parts = PurePosixPath(location).parts
             if any(part.startswith(".") for part in parts):
                 continue

@@ -57,7 +57,7 @@ class ShardDataset:
         try:
             content = store.read(CARD)
         except FileNotFoundError as error:
-            if store.list(SHARD_FOLDER):
+            if store.sizes(SHARD_FOLDER):
                 raise UserError(
                     f"{store.url}: not finished: it has shards but no {CARD}; "
                     "run the same precompute command again to complete it"

@@ -28,6 +28,8 @@ class Store:
     """
 
     def __init__(self, url: str | Path):
+        if not str(url):
+            raise UserError("the name of a folder is empty; give a path or a URL")
         self.url = str(url).rstrip("/") or "/"
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.url)
@@ -59,7 +61,7 @@ class Store:
         """The file, open for reading. Raises FileNotFoundError."""
         return self.fs.open(self.path(name), "rb")
 
-    def list(self, folder: str) -> dict[str, int]:
+    def sizes(self, folder: str) -> dict[str, int]:
         """Names (relative to `folder`) and sizes in bytes of the files directly in it, sorted."""
         path = self.path(folder)
         self.fs.invalidate_cache(path)
@@ -68,6 +70,23 @@ class Store:
         entries = self.fs.ls(path, detail=True)
         files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
         return dict(sorted(files.items()))
+
+    def files(self) -> list[str]:
+        """Names of all files below the folder, however deep, sorted; links are followed.
+
+        Raises:
+            UserError: a folder that cannot be listed, or links that lead in a circle.
+        """
+        if not self.is_local:
+            found = self.fs.find(self.root)
+            return sorted(posixpath.relpath(path, self.root) for path in found)
+
+        def fail(error: OSError) -> None:
+            raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+        walk = os.walk(self.root, onerror=fail, followlinks=True)
+        paths = (os.path.join(folder, name) for folder, _, names in walk for name in names)
+        return sorted(os.path.relpath(path, self.root) for path in paths)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file such that a reader sees all of it or nothing.
@@ -84,9 +103,16 @@ class Store:
             else:
                 self.fs.pipe_file(self.path(name), content)
 
+    def make_folder(self, name: str) -> None:
+        """Make a folder, and find out early whether it can be written to. Raises UserError."""
+        with explained(self.location(name)):
+            self.fs.makedirs(self.path(name), exist_ok=True)
+            if self.is_local and not os.access(self.path(name), os.W_OK):
+                raise PermissionError(self.path(name))
+
     def remove_temporaries(self, folder: str) -> int:
         """Delete what a killed writer left half written; how many files that were."""
-        names = [name for name in self.list(folder) if name.endswith(TEMPORARY_SUFFIX)]
+        names = [name for name in self.sizes(folder) if name.endswith(TEMPORARY_SUFFIX)]
         for name in names:
             self.fs.rm_file(self.path(posixpath.join(folder, name)))
         return len(names)
@@ -125,5 +151,5 @@ def explained(location: str) -> Iterator[None]:
         elif isinstance(error, (NotADirectoryError, FileExistsError)):
             advice = "a file is in the way of a folder; choose another folder"
         else:
-            raise
+            advice = f"cannot be written ({error}); choose another folder"
         raise UserError(f"{location}: {advice}") from error

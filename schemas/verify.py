@@ -101,7 +101,7 @@ def check_tables(dataset: ShardDataset) -> Iterator[Problem]:
     expected = {
         shard_name(shard, suffix) for shard in known for suffix in ("tar", "idx", "parquet")
     }
-    for file in dataset.store.list(SHARD_FOLDER):
+    for file in dataset.store.sizes(SHARD_FOLDER):
         if f"{SHARD_FOLDER}/{file}" not in expected:
             yield Problem(f"{SHARD_FOLDER}/{file}", f"not a file of any shard in {SHARDS}")
 

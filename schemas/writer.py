@@ -115,7 +115,7 @@ def write_dataset(
         UserError: the folder has a dataset already, there is no sample, or a key comes twice.
     """
     store = Store(url)
-    if store.exists(CARD) or store.list(SHARD_FOLDER):
+    if store.exists(CARD) or store.sizes(SHARD_FOLDER):
         raise UserError(f"{store.url}: has shards already; choose another folder")
     shards, sides = 0, set()
     for shard, group in enumerate(batched(samples, shard_samples)):

@@ -47,8 +47,9 @@ class ScdaOptions(EstimatorOptions):
     """Of the backbone's forward pass."""
 
     def __post_init__(self) -> None:
-        if not self.sizes:
-            raise UserError("--estimator.sizes: give at least one input size")
+        check(len(self.sizes) > 0, "sizes", "give at least one input size")
+        check(min(self.sizes) >= 1, "sizes", "must be 1 pixel or more")
+        check(self.side >= 1, "side", "must be 1 cell or more")
 
     def build(self) -> Estimator:
         from precompute.estimators.scda import ScdaEstimator
@@ -72,10 +73,21 @@ class SpectralOptions(EstimatorOptions):
     side: int = 28
     """Cells on a side of the stored map."""
 
+    def __post_init__(self) -> None:
+        check(self.size >= 1, "size", "must be 1 pixel or more")
+        check(self.average >= 1 and self.average % 2 == 1, "average", "must be odd, 1 or more")
+        check(self.sigma > 0, "sigma", "must be above 0")
+        check(self.side >= 1, "side", "must be 1 cell or more")
+
     def build(self) -> Estimator:
         from precompute.estimators.spectral import SpectralEstimator
 
         return SpectralEstimator(self)
+
+
+def check(holds: bool, option: str, rule: str) -> None:
+    if not holds:
+        raise UserError(f"--estimator.{option}: {rule}")
 
 
 ESTIMATORS: dict[str, EstimatorOptions] = {

@@ -183,9 +183,13 @@ def test_wrong_options_are_one_clear_line(options: ScdaOptions, message: str) ->
     assert "\n" not in str(raised.value)
 
 
-def test_no_sizes_is_refused() -> None:
+def test_options_without_sense_are_refused() -> None:
     with pytest.raises(UserError, match="at least one input size"):
         ScdaOptions(sizes=())
+    with pytest.raises(UserError, match="side: must be 1 cell or more"):
+        ScdaOptions(side=0)
+    with pytest.raises(UserError, match="average: must be odd"):
+        SpectralOptions(average=2)
 
 
 @pytest.mark.parametrize("name", ["scda", "spectral"])

@@ -156,6 +156,9 @@ def test_other_settings_are_refused(uninterrupted: Path, change: list, message: 
 
 def test_other_source_images_are_refused(uninterrupted: Path) -> None:
     there = read_marker(Store(uninterrupted), 0).settings
+    other = there | {"estimator": {"name": "scda", "backbone": "resnet50"}}
+    with pytest.raises(UserError, match=r"settings: estimator is spectral there and scda now\."):
+        refuse_other_settings(Store(uninterrupted), there, other)
     with pytest.raises(UserError, match="other source images"):
         refuse_other_settings(Store(uninterrupted), there, there | {"plan": "other"})
 
@@ -206,17 +209,23 @@ def test_bad_inputs_are_rejected_and_all_else_is_written(tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (["--dataset", "folder", "--root", "absent"], "absent: no such folder"),
-        (["--dataset", "folder", "--root", "."], "no images in it"),
+        (["--dataset", "folder", "--root", "empty"], "no images in it"),
+        (["--dataset", "folder"], "--root is missing"),
+        (["--dataset", "folder", "--root", ".."], "out: lies inside"),
         (["--dataset", "foldr"], "did you mean folder"),
         (["--dataset", "demo", "--estimator", "spectrl"], "did you mean spectral"),
-        (["--dataset", "demo", "--shard-samples", "0"], "--shard-samples must be at least 1"),
+        (["--dataset", "demo", "--shard-samples", "0"], "--shard-samples is 0; at least 1"),
+        (["--dataset", "demo", "--limit", "-3"], "--limit is -3; at least 1"),
+        (["--dataset", "demo", "--workers", "-1"], "--workers is -1; at least 0"),
+        (["--dataset", "demo", "--estimator.sizes", "0"], "sizes: must be 1 pixel or more"),
         (["--dataset", "demo", "--estimator.weights", "no.pt"], "no.pt: no such weights file"),
     ],
 )
 def test_a_users_mistake_is_named(
     arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "empty").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match=message) as raised:
         run_here(*arguments, "--out", tmp_path / "out")
     assert "\n" not in str(raised.value)
@@ -252,15 +261,16 @@ class PoisonSource(DemoSource):
 
 
 class FullDisk(DemoSource):
-    """Stands for a folder on which no file can be made any more, from the first shard on."""
+    """Stands for a folder in which no file can be made any more, from the first shard on."""
 
     def __init__(self, out: Path):
         super().__init__("", "train")
         self.out = out
 
     def read(self, image: SourceImage) -> bytes:
-        self.out.mkdir(exist_ok=True)
-        (self.out / "shards").write_text("in the way")
+        if (self.out / "shards").is_dir():
+            (self.out / "shards").rmdir()
+            (self.out / "shards").write_text("in the way")
         return super().read(image)
 
 
@@ -275,6 +285,12 @@ def test_an_input_that_kills_its_worker_ends_the_job_after_bounded_attempts(tmp_
         run_job(job(PoisonSource("", "train"), tmp_path / "out"), workers=1, address=None)
     assert not ray.is_initialized()
     assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_an_output_that_is_a_file_is_found_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="a file is in the way of a folder"):
+        run_job(job(DemoSource("", "train"), tmp_path / "out"), workers=1, address=None)
 
 
 def test_an_output_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:

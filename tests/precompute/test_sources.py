@@ -10,6 +10,7 @@ from precompute import demo
 from precompute.sources import DemoSource, FolderSource, SourceImage, key_of, list_images
 from schemas import UserError
 from schemas.sample import check_key
+from schemas.storage import Store
 
 
 def tree(root: Path, *files: str) -> FolderSource:
@@ -83,6 +84,27 @@ def test_a_root_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not a folder"):
         FolderSource(str(tmp_path / "file"), "train")
+
+
+def test_linked_folders_are_followed_and_circles_refused(tmp_path: Path) -> None:
+    tree(tmp_path / "elsewhere", "1.jpg")
+    tree(tmp_path / "root", "ant/2.jpg")
+    (tmp_path / "root" / "bee").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "ant" / "dangling.jpg").symlink_to("nowhere")
+    images, _ = list_images(FolderSource(str(tmp_path / "root"), "train"))
+    assert [image.location for image in images] == ["ant/2.jpg", "ant/dangling.jpg", "bee/1.jpg"]
+    (tmp_path / "root" / "ant" / "circle").symlink_to(tmp_path / "root" / "ant")
+    with pytest.raises(UserError, match="cannot be listed"):
+        list_images(FolderSource(str(tmp_path / "root"), "train"))
+
+
+def test_a_root_may_be_a_url() -> None:
+    store = Store("memory://sources/root")
+    store.write("ant/1.jpg", b"one")
+    source = FolderSource("memory://sources/root/", "train")
+    images, _ = list_images(source)
+    assert images == [SourceImage("ant_1", "ant/1.jpg", 0)]
+    assert source.read(images[0]) == b"one"
 
 
 def test_demo_scenes_follow_from_split_and_index() -> None:

@@ -47,9 +47,9 @@ def test_left_over_temporaries_are_removed(tmp_path: Path) -> None:
     store.write("shards/000000.tar", b"whole")
     (tmp_path / "shards" / "000001.tar.deadbeef.tmp").write_bytes(b"ha")
     assert store.remove_temporaries("shards") == 1
-    assert list(store.list("shards")) == ["000000.tar"]
+    assert list(store.sizes("shards")) == ["000000.tar"]
 
 
 def test_list_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert Store(tmp_path / "absent").list("shards") == {}
-    assert Store("memory://absent").list("shards") == {}
+    assert Store(tmp_path / "absent").sizes("shards") == {}
+    assert Store("memory://absent").sizes("shards") == {}
