@@ -84,8 +84,13 @@ class Store:
         def fail(error: OSError) -> None:
             raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
-        walk = os.walk(self.root, onerror=fail, followlinks=True)
-        paths = (os.path.join(folder, name) for folder, _, names in walk for name in names)
+        paths: list[str] = []
+        for folder, folders, names in os.walk(self.root, onerror=fail, followlinks=True):
+            here = os.path.realpath(folder) + "/"
+            for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
+                if here.startswith(os.path.realpath(link) + "/"):
+                    raise UserError(f"{link}: leads back to a folder that holds it; remove it")
+            paths += [os.path.join(folder, name) for name in names]
         return sorted(os.path.relpath(path, self.root) for path in paths)
 
     def write(self, name: str, content: bytes) -> None:
