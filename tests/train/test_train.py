@@ -252,6 +252,9 @@ def test_evaluation_refuses_what_it_cannot_do(shards, run, tmp_path):
     unlabelled = write_images(tmp_path / "unlabelled", label=-1)
     with pytest.raises(UserError, match="26 of 26 images have no label"):
         evaluate(replace(options, data=unlabelled))
+    alike = write_images(tmp_path / "alike", label=1)
+    with pytest.raises(UserError, match="images of one class alone"):
+        evaluate(replace(options, data=alike))
 
 
 def torchrun(data: str, out: Path) -> list[str]:

@@ -10,16 +10,19 @@ from train.config import autocast, pick_precision
 
 
 def labelled(url: str) -> ShardDataset:
-    """Open a dataset to evaluate on. Raises UserError when an image in it has no label."""
+    """Open a dataset to evaluate on. Raises UserError when it has none or one class."""
     dataset = ShardDataset.open(url)
     if len(dataset) == 0:
         raise UserError(f"{url}: holds no images")
-    unlabelled = sum(label < 0 for label in dataset.samples["label"].to_pylist())
+    labels = dataset.samples["label"].to_pylist()
+    unlabelled = sum(label < 0 for label in labels)
     if unlabelled:
         raise UserError(
             f"{url}: {unlabelled} of {len(dataset)} images have no label; an evaluation needs "
             "labelled ones (DATASET=folder takes the names of the subfolders)"
         )
+    if len(set(labels)) == 1:
+        raise UserError(f"{url}: has images of one class alone; an accuracy on it says nothing")
     return dataset
 
 
