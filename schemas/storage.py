@@ -36,7 +36,7 @@ class Store:
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
-        self.root = self.root.rstrip("/")
+        self.root = os.path.abspath(self.root) if self.is_local else self.root.rstrip("/")
 
     def path(self, name: str) -> str:
         """The file system's own path of a file in this folder."""
