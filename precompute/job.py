@@ -23,7 +23,7 @@ from precompute.sources import Source, SourceImage
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.storage import Store
-from schemas.tables import CARD, SHARD_FOLDER, Reject
+from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, Reject
 from schemas.writer import PACKAGES, finish_dataset
 
 # A worker that dies takes its shard with it; Ray starts both again without end. After so many times
@@ -88,13 +88,16 @@ def run_job(job: Job, workers: int, address: str | None) -> Summary:
         address: of a running Ray cluster; None for a local one that ends with the job.
 
     Raises:
-        UserError: the output has other settings, cannot be written, or a shard keeps failing.
+        UserError: the output has other settings or another format version, cannot be written, or a
+            shard keeps failing.
     """
     start = time.monotonic()
     store = Store(job.out)
     # loaded here too, so that weights that are wrong or missing are found before Ray is started
     estimator = job.estimator.build()
     settings = job.settings(estimator.weights_sha256)
+    if store.exists(CARD):  # of a newer format its shards would look damaged, and be written over
+        DatasetCard.from_json(store.read(CARD), store.location(CARD))
     missing = missing_shards(store, settings)
     store.make_folder(SHARD_FOLDER)
     if missing:

@@ -1,5 +1,6 @@
 """The job from end to end, as a user runs it: interrupted, repeated, refused, with bad inputs."""
 
+import json
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ from precompute.job import Job, run_job
 from precompute.plan import make_plan
 from precompute.resume import refuse_other_settings
 from precompute.sources import DemoSource, SourceImage, list_images
-from schemas import ShardDataset, UserError
+from schemas import FormatError, ShardDataset, UserError
 from schemas.shard import read_marker
 from schemas.storage import Store
 from tests.conftest import encode, noise
@@ -152,6 +153,17 @@ def test_other_settings_are_refused(uninterrupted: Path, change: list, message: 
     with pytest.raises(UserError, match=message):
         run_here(*demo_arguments(uninterrupted), *change)
     assert contents(uninterrupted) == before
+
+
+def test_a_newer_format_is_left_alone(uninterrupted: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
+    card = json.loads((out / "dataset.json").read_text()) | {"format_version": 2}
+    (out / "dataset.json").write_text(json.dumps(card))
+    (out / "shards" / "000000.parquet").write_bytes(b"of a form that is not known yet")
+    before = contents(out)
+    with pytest.raises(FormatError, match=r"format version 2.*upgrade to read it"):
+        run_here(*demo_arguments(out))
+    assert contents(out) == before
 
 
 def test_other_source_images_are_refused(uninterrupted: Path) -> None:
