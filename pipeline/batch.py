@@ -1,12 +1,14 @@
 """What a step of `MaskedViews` hands out."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-Extra = Literal["masks", "saliency", "windows", "keys"]
-EXTRAS: tuple[Extra, ...] = ("masks", "saliency", "windows", "keys")
+from pipeline.photometric import Photometric
+
+Extra = Literal["masks", "saliency", "windows", "photometric", "keys"]
+EXTRAS: tuple[Extra, ...] = get_args(Extra)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +23,15 @@ class Batch:
         label: (N,) int64; -1 for none.
         query_mask, key_mask, hard_negative_mask: extra "masks": bool, as their images, True where
             filled; None where nothing is masked.
-        query_ratio, hard_negative_ratio: extra "masks": float64, the drawn mask ratio of each row;
-            focal windows do not follow it.
-        query_focal, hard_negative_focal: extra "masks": bool, rows with a window in place of cells.
+        query_ratio, key_ratio, hard_negative_ratio: extra "masks": float64, the drawn mask ratio of
+            each row; focal windows do not follow it. None where nothing is masked.
+        query_focal, key_focal, hard_negative_focal: extra "masks": bool, rows with a window in
+            place of cells; likewise.
         query_saliency, key_saliency: extra "saliency": (N, grid, grid) float32 in 0 .. 255, what
             the masks were drawn from.
         query_window, key_window: extra "windows": (N, 4) float32 on the CPU, y0 x0 y1 x1 as shares
             of the image; x0 > x1 when flipped.
+        query_photometric, key_photometric: extra "photometric": what changed the colours.
         sample_keys: extra "keys": N sample keys.
     """
 
@@ -39,11 +43,15 @@ class Batch:
     key_mask: Tensor | None = None
     hard_negative_mask: Tensor | None = None
     query_ratio: Tensor | None = None
+    key_ratio: Tensor | None = None
     hard_negative_ratio: Tensor | None = None
     query_focal: Tensor | None = None
+    key_focal: Tensor | None = None
     hard_negative_focal: Tensor | None = None
     query_saliency: Tensor | None = None
     key_saliency: Tensor | None = None
     query_window: Tensor | None = None
     key_window: Tensor | None = None
+    query_photometric: Photometric | None = None
+    key_photometric: Photometric | None = None
     sample_keys: list[str] | None = None

@@ -1,7 +1,7 @@
 """MaskedViews: the DALI graph and the masks as one iterable of batches, with exact state.
 
-The graph (decode, one window for image and saliency, jitter, image-wide filters, normalisation)
-runs on the device ahead of the trainer; masks and fills are a few tensor operations on its output.
+The graph (read, decode, one window for image and saliency) runs on the device ahead of the trainer;
+jitter, filters, masks and fills are tensor operations on its output.
 
 **Order.** The samples were shuffled when they were written. Here the shards change places each
 epoch and a buffer of 1024 samples mixes further. Ranks share an epoch's samples evenly and
@@ -9,8 +9,8 @@ disjointly. Each rank takes `floor(floor(samples / world_size) / batch_size)` st
 over at an epoch's end (other samples in each epoch) is read and thrown away, so ranks never drift
 apart; `dropped` counts it.
 
-**Draws.** The graph's are keyed by (seed, world size, global rank), those of the masks also by
-epoch and step. Same settings, same batches, bit for bit.
+**Draws.** The windows are keyed by (seed, world size, global rank), everything else also by epoch
+and step. Same settings, same batches, bit for bit.
 """
 
 import dataclasses
@@ -20,15 +20,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from nvidia import dali
 from nvidia.dali import Pipeline
-from torch import Tensor
 
-from pipeline import fills, masks, reader
+from pipeline import reader
+from pipeline.assemble import View, assemble, cut_all
 from pipeline.batch import EXTRAS, Batch, Extra
-from pipeline.graph import SHUFFLE_BUFFER, View, graph, repeated, view_of
+from pipeline.draws import Draws
+from pipeline.fills import FILLS
+from pipeline.graph import SHUFFLE_BUFFER, graph
+from pipeline.masks import MASKS
 from pipeline.recipes import Recipe, get_recipe
+from pipeline.registry import find
 from schemas import UserError
 
 log = logging.getLogger(__name__)
@@ -51,7 +54,8 @@ class MaskedViews:
         device: `cuda` or `cpu`, where the graph runs and the batches are.
         rank, world_size: this process among all (the global rank).
         seed: of everything drawn.
-        report: extras to put into each batch, any of "masks", "saliency", "windows", "keys".
+        report: extras to put into each batch, any of "masks", "saliency", "windows",
+            "photometric", "keys".
 
     Attributes:
         epoch, step: of the batch that comes next, from 0.
@@ -74,6 +78,11 @@ class MaskedViews:
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.device = reader.device_of(device)
+        self._cuts = self.device.type == "cuda"  # where the views are cut: see `pipeline.views`
+        if self.recipe.fill != "none":
+            find("fill", self.recipe.fill, FILLS)
+            for name in (self.recipe.query_mask, self.recipe.hard_negative_mask):
+                find("mask", name, MASKS)
         for extra in report:
             if extra not in EXTRAS:
                 raise UserError(f"unknown extra {extra!r} in report: there are {', '.join(EXTRAS)}")
@@ -185,6 +194,7 @@ class MaskedViews:
             self.device,
             self.rank,
             self.world_size,
+            cuts=self._cuts,
             shuffle_seed=reader.derived_seed("reader", *shared),
             batch_size=self.batch_size,
             num_threads=reader.threads(),
@@ -214,55 +224,20 @@ class MaskedViews:
 
     def _batch(self, outputs: list[Any]) -> Batch:
         label, source, *rest = outputs
-        parts = len(rest) // 2
-        query, key = view_of(rest[:parts]), view_of(rest[parts:])
-        recipe = self.recipe
-        generator = torch.Generator(self.device).manual_seed(
-            reader.derived_seed(
-                "masks", self.seed, self.world_size, self.rank, self._begun, self.epoch, self.step
-            )
+        images = None if self._cuts else rest.pop(0)
+        query, key = (
+            self._view(images, part) for part in (rest[: len(rest) // 2], rest[len(rest) // 2 :])
         )
-
-        def mask(view: View, role: masks.Role) -> tuple[Tensor, masks.Masks]:
-            drawn = masks.draw(view.saliency, recipe, role, generator)
-            deviation = recipe.noise_query if role == "query" else recipe.noise_hard_negative
-            fill = fills.FILLS[recipe.fill]
-            image = fill(view.image, drawn.pixels, view.blur, deviation, recipe.cell, generator)
-            return image, drawn
-
-        query_image, key_image = query.image, key.image
-        query_drawn = key_drawn = hard_drawn = hard_negative = None
-        if recipe.fill != "none":
-            if recipe.hard_negatives:
-                hard_negative, hard_drawn = mask(
-                    repeated(key, recipe.hard_negatives), "hard_negative"
-                )
-            if recipe.mask_query:
-                query_image, query_drawn = mask(query, "query")
-            if recipe.mask_key:
-                key_image, key_drawn = mask(key, "query")
-
-        extras: dict[str, Any] = {}
-        if "masks" in self.report:
-            if query_drawn:
-                extras |= {
-                    "query_mask": query_drawn.pixels,
-                    "query_ratio": query_drawn.ratio,
-                    "query_focal": query_drawn.focal,
-                }
-            if key_drawn:
-                extras["key_mask"] = key_drawn.pixels
-            if hard_drawn:
-                extras |= {
-                    "hard_negative_mask": hard_drawn.pixels,
-                    "hard_negative_ratio": hard_drawn.ratio,
-                    "hard_negative_focal": hard_drawn.focal,
-                }
-        if "saliency" in self.report:
-            extras |= {"query_saliency": query.saliency, "key_saliency": key.saliency}
-        if "windows" in self.report:
-            extras |= {"query_window": query.window, "key_window": key.window}
+        seed = reader.derived_seed(
+            "views", self.seed, self.world_size, self.rank, self._begun, self.epoch, self.step
+        )
+        fields = assemble(query, key, self.recipe, Draws(seed, self.device), self.report)
         if "keys" in self.report:
-            extras["sample_keys"] = reader.parse_keys(reader.tensor(source))
+            fields["sample_keys"] = reader.parse_keys(reader.tensor(source))
         labels = reader.parse_labels(reader.tensor(label)).to(self.device, non_blocking=True)
-        return Batch(query_image, key_image, hard_negative, labels, **extras)
+        return Batch(label=labels, **{"hard_negative": None, **fields})
+
+    def _view(self, images: Any, outputs: list[Any]) -> View:
+        saliency, window, *view = map(reader.tensor, outputs)
+        image = view[0] if view else cut_all(reader.tensors(images), window, self.recipe.crop_size)
+        return View(image, saliency.squeeze(-1), window)

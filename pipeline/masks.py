@@ -1,7 +1,7 @@
-"""Which pixels of a view are masked: saliency -> foreground -> counts -> cells or a window.
+"""Where a view is masked: saliency -> foreground -> counts -> cells, or a window.
 
 Everything is a tensor operation on the batch: no Python loop over samples or cells, no sort, no
-trip to the host. Against the released code (methods table D1, D2, D10-D13), decided once here:
+wait for the device. Against the released code (methods table D1, D2, D10-D13), decided once here:
 
 * D1 the foreground stays where the saliency is (the release sorts each row before thresholding);
 * D2 each sample's hard negative is made of its own key (the release picks one image of the batch);
@@ -9,32 +9,44 @@ trip to the host. Against the released code (methods table D1, D2, D10-D13), dec
 * D11 focal windows ignore saliency, as released and as in the poster's figure;
 * D12 a background count is never negative (the release then masks all but one cell);
 * D13 a group of a single cell can be masked (the release drops it).
+
+A mask of your own is one function; import its module and name it, `--recipe.query-mask border`, or
+have it imported, `--recipe.query-mask my_masks:border`:
+
+    @mask("border")
+    def border(saliency, ratio, recipe, draws):
+        cells = torch.ones_like(saliency, dtype=torch.bool)
+        cells[:, 1:-1, 1:-1] = False
+        return cells
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pipeline.recipes import Range, Recipe
+from pipeline.draws import Draws
+from pipeline.recipes import Recipe
+from pipeline.registry import find, register
 
 Role = Literal["query", "hard_negative"]
 
+Mask = Callable[[Tensor, Tensor, Recipe, Draws], Tensor]
+"""(saliency, ratio, recipe, draws) -> (N, h, w) bool, True where filled; h and w divide the crop.
 
-@dataclass(frozen=True)
-class Masks:
-    """What a batch of masks is.
+saliency: (N, grid, grid) float32, each view's own, any scale. ratio: (N,) float64, the drawn mask
+ratio. draws: for all randomness. For channel-wise masks a view comes three times in a row.
+"""
 
-    Attributes:
-        pixels: (N, 3, H, W) bool, channels_last; True where the view is filled.
-        ratio: (N,) float64; the drawn mask ratio.
-        focal: (N,) bool; True where a window was drawn in place of cells.
-    """
+MASKS: dict[str, Mask] = {}
+mask = partial(register, "mask", registry=MASKS)
+"""`@mask("name")` makes a function a mask that a recipe can name."""
 
-    pixels: Tensor
-    ratio: Tensor
-    focal: Tensor
+BLOCK_ASPECT = (0.3, 3.3)
+"""Height over width of a block (the block masks among ADIOS's controls; log-uniform is ours)."""
 
 
 def foreground(saliency: Tensor, margin: float) -> Tensor:
@@ -51,101 +63,153 @@ def foreground(saliency: Tensor, margin: float) -> Tensor:
     return (cells >= mean - margin * deviation).view(saliency.shape)
 
 
-def counts(
-    ratio: Tensor, in_foreground: Tensor, cells: int, role: Role, cap: Range | None
-) -> Tensor:
-    """How many cells are masked in the foreground and in the background.
-
-    With share = in_foreground / cells: round(ratio * share * cells) of the foreground, ties to
-    even; for a query also floor(ratio * cells) less that of the background, never below 0.
-
-    Args:
-        ratio: (N,) float64. in_foreground: (N,) int64, foreground cells.
-        cap: (limit, value) for ratio * share.
-
-    Returns:
-        (N, 2) int64: foreground, background.
-    """
-    masked_share = ratio * in_foreground / cells
-    if cap is not None:
-        limit, value = cap
-        masked_share = torch.where(masked_share >= limit, value, masked_share)
-    of_foreground = (masked_share * cells).round().long()
-    if role == "query":
-        of_background = ((ratio * cells).floor().long() - of_foreground).clamp(min=0)
-    else:
-        of_background = torch.zeros_like(of_foreground)
-    return torch.stack([of_foreground, of_background], dim=1)
-
-
-def pick(group: Tensor, count: Tensor, generator: torch.Generator) -> Tensor:
+def pick(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
     """`count` members of each group, uniformly and without replacement.
 
     Every cell has a uniform score; those whose rank within the group is below the count are picked.
 
     Args:
-        group: (..., C) bool. count: (..., 1) integer; above the group's size it takes all of it.
+        group: (N, C) bool. count: (N,) integer; above the group's size it takes all of it.
+        score: (N, C) float64 in 0 .. 1 (float32 has so few values that two of them would tie).
 
     Returns:
-        (..., C) bool.
+        (N, C) bool.
     """
-    # float64: two equal scores would make one cell too many, and float32 has only 2^24 of them
-    score = torch.rand(group.shape, dtype=torch.float64, device=group.device, generator=generator)
     score = score.masked_fill(~group, 2.0)
     rank = (score.unsqueeze(-2) < score.unsqueeze(-1)).sum(-1)
-    return group & (rank < count)
+    return group & (rank < count.unsqueeze(1))
 
 
-def draw(saliency: Tensor, recipe: Recipe, role: Role, generator: torch.Generator) -> Masks:
+def foreground_count(ratio: Tensor, front: Tensor, recipe: Recipe) -> Tensor:
+    """round(ratio * foreground share * cells), ties to even, under the recipe's cap.
+
+    Args:
+        ratio: (N,) float64. front: (N, cells) bool.
+    """
+    share = ratio * front.sum(1) / front.shape[1]
+    if recipe.foreground_cap is not None:
+        limit, value = recipe.foreground_cap
+        share = torch.where(share >= limit, value, share)
+    return (share * front.shape[1]).round().long()
+
+
+@mask("spread")
+def spread(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+    """floor(ratio * cells) in all, spread evenly over foreground and background (the method's)."""
+    front = foreground(saliency, recipe.foreground_margin).flatten(1)
+    of_front = foreground_count(ratio, front, recipe)
+    of_back = ((ratio * front.shape[1]).floor().long() - of_front).clamp(min=0)
+    score = draws.uniform(*front.shape)
+    picked = pick(front, of_front, score) | pick(~front, of_back, score)
+    return picked.view(saliency.shape)
+
+
+@mask("foreground")
+def of_foreground(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+    """That ratio of the foreground's cells, under the recipe's cap (the method's hard negative)."""
+    front = foreground(saliency, recipe.foreground_margin).flatten(1)
+    count = foreground_count(ratio, front, recipe)
+    return pick(front, count, draws.uniform(*front.shape)).view(saliency.shape)
+
+
+@mask("background")
+def of_background(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+    """That ratio of the background's cells, rounded to even."""
+    back = ~foreground(saliency, recipe.foreground_margin).flatten(1)
+    count = (ratio * back.sum(1)).round().long()
+    return pick(back, count, draws.uniform(*back.shape)).view(saliency.shape)
+
+
+@mask("random")
+def at_random(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+    """floor(ratio * cells) of all cells, whatever the saliency."""
+    cells = torch.ones_like(saliency, dtype=torch.bool).flatten(1)
+    count = (ratio * cells.shape[1]).floor().long()
+    return pick(cells, count, draws.uniform(*cells.shape)).view(saliency.shape)
+
+
+@mask("block")
+def block(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+    """One rectangle of that ratio's area anywhere in the view, whatever the saliency."""
+    low, high = torch.tensor(BLOCK_ASPECT, dtype=torch.float64).log().tolist()
+    aspect = (low + (high - low) * draws.uniform(len(ratio))).exp()
+    side = recipe.crop_size
+    height = (side * (ratio * aspect).sqrt()).round().clamp(max=side)
+    width = (side * (ratio / aspect).sqrt()).round().clamp(max=side)
+    return rectangle(height, width, side, draws.uniform(2, len(ratio)))
+
+
+def rectangle(height: Tensor, width: Tensor, side: int, position: Tensor) -> Tensor:
+    """A rectangle in each view of `side` pixels, every place as likely.
+
+    Args:
+        height, width: (N,) whole numbers up to `side`. position: (2, N) uniform in 0 .. 1.
+
+    Returns:
+        (N, side, side) bool, True inside.
+    """
+    axis = torch.arange(side, device=position.device)
+
+    def inside(extent: Tensor, place: Tensor) -> Tensor:
+        start = (place * (side - extent + 1)).floor().unsqueeze(1)
+        return (axis >= start) & (axis < start + extent.unsqueeze(1))
+
+    return inside(height, position[0]).unsqueeze(2) & inside(width, position[1]).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What was drawn for a batch of views.
+
+    Attributes:
+        cells: (N, C, h, w) bool, C 1 or 3, True where filled; h and w divide the crop.
+        window: (N, crop, crop) bool, True where filled; None in a recipe without windows.
+        ratio: (N,) float64; the drawn mask ratio.
+        focal: (N,) bool; True where the window holds in place of the cells.
+    """
+
+    cells: Tensor
+    window: Tensor | None
+    ratio: Tensor
+    focal: Tensor
+
+    def pixels(self, rows: slice, side: int) -> Tensor:
+        """Of these rows: (n, C, side, side) float32, 1 where filled and 0 elsewhere."""
+        cells = self.cells[rows].float()
+        pixels = cells.repeat_interleave(side // cells.shape[3], 3)
+        pixels = pixels.repeat_interleave(side // cells.shape[2], 2)
+        if self.window is not None:
+            window = self.window[rows].unsqueeze(1).float()
+            pixels = torch.lerp(pixels, window, self.focal[rows].float().view(-1, 1, 1, 1))
+        return pixels
+
+
+def draw(saliency: Tensor, recipe: Recipe, role: Role, draws: Draws) -> Masks:
     """Draw the masks of a batch of views.
 
     Args:
-        saliency: (N, G, G) float, on the generator's device: each view's own.
-        role: a `query` is masked all over; a `hard_negative` in its foreground only.
+        saliency: (N, G, G) float32, each view's own.
+        role: which mask and which ratio of the recipe; a focal `query` keeps what is inside the
+            window, a `hard_negative` loses it.
     """
-    size, device = len(saliency), saliency.device
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
-
+    size = len(saliency)
     low, high = recipe.query_ratio if role == "query" else recipe.hard_negative_ratio
-    ratio = low + (high - low) * uniform(size)
-    focal = uniform(size) < recipe.focal_probability
-    by_channel = uniform(size) < recipe.channel_probability
-
-    cells = recipe.grid**2
-    if recipe.guided:
-        front = foreground(saliency, recipe.foreground_margin).flatten(1)
-        number = counts(ratio, front.sum(1), cells, role, recipe.foreground_cap)
+    ratio = low + (high - low) * draws.uniform(size)
+    function = find("mask", getattr(recipe, f"{role}_mask"), MASKS)
+    if recipe.channel_probability > 0:
+        thrice, ratios = saliency.repeat_interleave(3, 0), ratio.repeat_interleave(3)
+        cells = function(thrice, ratios, recipe, draws).unflatten(0, (size, 3))
+        by_channel = draws.uniform(size, 1, 1, 1) < recipe.channel_probability
+        cells = torch.where(by_channel, cells, cells[:, :1])
     else:
-        front = torch.ones(size, cells, dtype=torch.bool, device=device)
-        number = torch.stack([(ratio * cells).floor().long(), torch.zeros_like(focal).long()], 1)
-    groups = torch.stack([front, ~front], dim=1)  # (N, 2, cells)
-    channels = groups.unsqueeze(1).expand(-1, 3, -1, -1)  # a draw for each channel
-    picked = pick(channels, number[:, None, :, None], generator).any(2)  # (N, 3, cells)
-    picked = torch.where(by_channel[:, None, None], picked, picked[:, :1])
+        cells = function(saliency, ratio, recipe, draws).unsqueeze(1)
 
-    grid = picked.view(size, 3, recipe.grid, recipe.grid).permute(0, 2, 3, 1)
-    pixels = grid.repeat_interleave(recipe.cell, 1).repeat_interleave(recipe.cell, 2)
+    focal, window = torch.zeros_like(ratio, dtype=torch.bool), None
     if recipe.focal_probability > 0:
-        window = focal_window(recipe, role, uniform(2, size))
-        torch.where(focal[:, None, None, None], window.unsqueeze(-1), pixels, out=pixels)
-    return Masks(pixels.permute(0, 3, 1, 2), ratio, focal)
-
-
-def focal_window(recipe: Recipe, role: Role, position: Tensor) -> Tensor:
-    """A window at a uniform place: a query keeps what is inside, a hard negative loses it.
-
-    Args:
-        position: (2, N) in 0 .. 1, the first for rows, the second for columns.
-
-    Returns:
-        (N, H, W) bool, True where filled.
-    """
-    kept = role == "query"
-    side = recipe.focal_side(recipe.focal_kept if kept else recipe.focal_filled)
-    start = (position * (recipe.crop_size - side + 1)).long().unsqueeze(-1)  # (2, N, 1)
-    axis = torch.arange(recipe.crop_size, device=position.device)
-    rows, columns = (axis >= start) & (axis < start + side)
-    inside = rows.unsqueeze(2) & columns.unsqueeze(1)
-    return ~inside if kept else inside
+        focal = draws.uniform(size) < recipe.focal_probability
+        kept = role == "query"
+        side = recipe.focal_side(recipe.focal_kept if kept else recipe.focal_filled)
+        extent = torch.full_like(ratio, side)
+        window = rectangle(extent, extent, recipe.crop_size, draws.uniform(2, size))
+        window = ~window if kept else window
+    return Masks(cells, window, ratio, focal)

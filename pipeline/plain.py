@@ -9,7 +9,8 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from pipeline import fills, reader
+from pipeline import reader
+from pipeline.assemble import normalised
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
 from schemas import UserError
 
@@ -86,7 +87,6 @@ class PlainViews:
     def __iter__(self) -> Iterator[PlainBatch]:
         pipeline = plain_graph(
             self.shards,
-            self.recipe,
             self.device,
             self.rank,
             self.world_size,
@@ -101,20 +101,20 @@ class PlainViews:
             # DALI fills the last batch from the next pass
             count = min(self.batch_size, self.samples - start)
             labels = reader.parse_labels(label[:count]).to(self.device)
-            yield PlainBatch(image[:count].permute(0, 3, 1, 2), labels)
+            unmasked = image[:count].permute(0, 3, 1, 2).float().div_(255)
+            yield PlainBatch(normalised(unmasked, self.recipe), labels)
 
 
 @pipeline_def
 def plain_graph(
     shards: reader.Shards,
-    recipe: Recipe,
     device: torch.device,
     rank: int,
     world_size: int,
     resize: int,
     crop_size: int,
 ) -> tuple[Any, ...]:
-    """The DALI graph: label, image (float32 HWC)."""
+    """The DALI graph: label, image (uint8 HWC)."""
     sample = reader.read(shards, rank, world_size)
     image = reader.decode(sample.image, device)
     # the centre's share of the short side: resize and crop as one, so that no side is rounded
@@ -127,4 +127,4 @@ def plain_graph(
         size=[crop_size, crop_size],
         interp_type=types.INTERP_LINEAR,
     )
-    return sample.label, fills.encoder_input(fn.cast(view, dtype=types.FLOAT), recipe)
+    return sample.label, view

@@ -10,8 +10,10 @@ import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from pipeline import fills, masks
-from pipeline.loader import Batch, MaskedViews
+from pipeline import masks
+from pipeline.assemble import MEAN, STD
+from pipeline.batch import Batch
+from pipeline.loader import MaskedViews
 from pipeline.recipes import Recipe
 from schemas import ShardDataset, UserError
 from schemas.sample import SALIENCY_MEMBER
@@ -82,6 +84,12 @@ def sheet(dataset: ShardDataset, batch: Batch, recipe: Recipe) -> Image.Image:
     return picture
 
 
+def guided(recipe: Recipe) -> bool:
+    """Whether any mask of the recipe may look at the saliency."""
+    names = {recipe.query_mask} | ({recipe.hard_negative_mask} if recipe.hard_negatives else set())
+    return recipe.fill != "none" and not names <= {"random", "block"}
+
+
 def header(draw: ImageDraw.ImageDraw, dataset: ShardDataset, recipe: Recipe) -> None:
     details = f"fill {recipe.fill}, crop {recipe.crop_size}"
     if recipe.high_pass:
@@ -95,7 +103,7 @@ def header(draw: ImageDraw.ImageDraw, dataset: ShardDataset, recipe: Recipe) -> 
     draw.text((left, 50), "query", fill=QUERY, font=font(13))
     left += draw.textlength("query ", font=font(13))
     draw.text((left, 50), "key", fill=KEY, font=font(13))
-    if recipe.guided and recipe.fill != "none":
+    if guided(recipe):
         margin = f"A >= mean - {recipe.foreground_margin:g} std"
         text = f"dots and lines, not fed: cells that are foreground in the view, {margin}"
         draw.text((GAP, 29), text, fill=FAINT, font=font(13))
@@ -155,10 +163,10 @@ def view_tile(view: Tensor, saliency: Tensor, recipe: Recipe) -> Image.Image:
     if recipe.high_pass:
         shown = 0.5 + HIGH_PASS_CONTRAST * values
     else:
-        shown = values * np.array(fills.STD) + np.array(fills.MEAN)
+        shown = values * np.array(STD) + np.array(MEAN)
     pixels = (255 * shown.clip(0, 1)).round().astype(np.uint8)
     tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
-    if recipe.guided and recipe.fill != "none":
+    if guided(recipe):
         front = masks.foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0]
         outline(tile, front.cpu().numpy())
     return tile

@@ -154,6 +154,11 @@ def tensor(output: Any) -> Tensor:
     return torch.from_dlpack(output.as_tensor())
 
 
+def tensors(output: Any) -> list[Tensor]:
+    """An output of the graph whose samples differ in shape, without a copy."""
+    return [torch.from_dlpack(sample) for sample in output]
+
+
 def parse_labels(ascii_digits: Tensor) -> Tensor:
     """(N, L) uint8 ASCII such as "17" or "-1", padded with zeros -> (N,) int64."""
     value = torch.zeros(len(ascii_digits), dtype=torch.int64)

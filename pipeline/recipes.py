@@ -6,6 +6,7 @@ and random_mask_*.py of joycenerd/Saliency-Guided-Masking-for-ConvNets), in the 
 means; where the two differ, the module that decides says so. Lengths in pixels.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -16,7 +17,7 @@ REFERENCE_CROP = 224
 """The crop for which the focal windows are given, in pixels."""
 
 Range = tuple[float, float]
-Fill = Literal["noise", "blur", "mean", "none"]
+Branch = Literal["query", "key", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,9 @@ class Recipe:
     high_pass_sigma: float = 5.0
     """Its standard deviation in pixels (loader.py)."""
 
-    fill: Fill = "noise"
-    """What replaces a masked pixel; `none` masks nothing."""
+    fill: str = "noise"
+    """What replaces a masked pixel: a name of `pipeline.fills.FILLS` or your own `module:function`;
+    `none` masks nothing."""
     noise_query: float = 0.18
     """Standard deviation of the noise in query and key, in normalised units (random_mask_hp.py)."""
     noise_hard_negative: float = 0.14
@@ -73,20 +75,20 @@ class Recipe:
 
     grid: int = 7
     """Cells along a side of a view: 7 is ResNet-50's last map at 224 pixels (localize.py)."""
-    guided: bool = True
-    """Whether masks know foreground from background; otherwise cells are drawn from all alike."""
     foreground_margin: float = 0.6
     """A cell is foreground where A >= mean - margin * std (relaxed SCDA; poster, localize.py)."""
-    mask_query: bool = True
-    """Whether the query is masked (poster: it is)."""
-    mask_key: bool = False
-    """Whether the key is masked, by the query's rule (poster: it is not)."""
+    query_mask: str = "spread"
+    """Where a query is masked: a name of `pipeline.masks.MASKS`, or your own `module:function`."""
+    hard_negative_mask: str = "foreground"
+    """Where a hard negative is masked, likewise."""
+    branch: Branch = "query"
+    """Which branch gets the query's mask (the poster: the query; its ablation: each)."""
     query_ratio: Range = (0.05, 0.25)
-    """Share of the cells that is masked in a query (main_moco.py)."""
+    """Mask ratio of a query: for `spread`, the share of the cells that is masked (main_moco.py)."""
     hard_negatives: int = 1
     """Hard negatives made of each key (the released README: 1)."""
     hard_negative_ratio: Range = (0.4, 0.7)
-    """Share of the foreground cells that is masked in a hard negative (main_moco.py)."""
+    """Mask ratio of a hard negative: for `foreground`, the share of its cells (main_moco.py)."""
     foreground_cap: Range | None = (0.56, 0.55)
     """(limit, value): where ratio * foreground share reaches the limit, the value stands in its
     place; none for no cap (random_mask_hp.py)."""
@@ -114,7 +116,7 @@ class Recipe:
                 check(value > 0, field.name, value, "above 0")
             if field.name in ("brightness", "contrast", "saturation"):
                 check(0 <= value <= 1, field.name, value, "between 0 and 1")
-        check(self.fill in get_args(Fill), "fill", self.fill, f"one of {', '.join(get_args(Fill))}")
+        check(self.branch in get_args(Branch), "branch", self.branch, "query, key or both")
         check(
             self.crop_size > 0 and self.crop_size % self.grid == 0,
             "crop_size",
@@ -126,6 +128,7 @@ class Recipe:
             [1]
             + [self.high_pass_kernel // 2 + 1] * self.high_pass
             + [self.blur_kernel // 2 + 1] * (self.fill == "blur")
+            + [math.ceil(3 * self.soft_blur_sigma[1]) + 1] * (self.soft_blur_probability > 0)
         )
         check(self.crop_size >= widest, "crop_size", self.crop_size, f"at least {widest}")
         low, high = self.crop_area
@@ -147,6 +150,14 @@ class Recipe:
             self.hard_negatives,
             "0 where the fill is none: nothing would set it apart from the key",
         )
+
+    @property
+    def masks_query(self) -> bool:
+        return self.fill != "none" and self.branch in ("query", "both")
+
+    @property
+    def masks_key(self) -> bool:
+        return self.fill != "none" and self.branch in ("key", "both")
 
     @property
     def cell(self) -> int:
@@ -178,9 +189,9 @@ RECIPES: dict[str, Recipe] = {
     "blur": replace(MEAN, fill="blur"),
     "mean": MEAN,
     # MSCN-style (Jing et al. 2022 released no code): hp's masks, blind to saliency, on both views
-    "mscn": Recipe(guided=False, mask_key=True, hard_negatives=0),
+    "mscn": Recipe(query_mask="random", branch="both", hard_negatives=0),
     # plain MoCo v2
-    "none": Recipe(high_pass=False, fill="none", mask_query=False, hard_negatives=0),
+    "none": Recipe(high_pass=False, fill="none", hard_negatives=0),
 }
 
 

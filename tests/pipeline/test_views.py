@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from pipeline import Batch, MaskedViews, Recipe
-from pipeline.fills import MEAN, STD
+from pipeline.assemble import MEAN, STD
 from schemas import Sample, ShardDataset
 from tests.pipeline.conftest import CROP, STILL, Write, picture, sample_of, small
 

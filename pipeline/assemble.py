@@ -1,0 +1,150 @@
+"""Cut views -> what the encoder is fed: jitter, normalisation, high-pass, masks, fills."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import filters, photometric, reader
+from pipeline.batch import Extra
+from pipeline.draws import Draws
+from pipeline.fills import FILLS
+from pipeline.masks import Masks, draw
+from pipeline.recipes import Recipe
+from pipeline.registry import find
+from pipeline.views import cut_on_host
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's mean and standard deviation of R, G, B in 0 .. 1, as in torchvision."""
+
+PART = 8
+"""Views that a CPU works on at a time: 5 MB at 224 pixels, which stays in its caches."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of N samples as the graph cuts it.
+
+    Attributes:
+        image: (N, H, W, 3) uint8.
+        saliency: (N, grid, grid) float32, 0 .. 255.
+        window: (N, 4) float32 on the CPU, y0 x0 y1 x1 as shares of the image.
+    """
+
+    image: Tensor
+    saliency: Tensor
+    window: Tensor
+
+
+def normalised(image: Tensor, recipe: Recipe) -> Tensor:
+    """(N, 3, H, W) float32 in 0 .. 1 -> as an encoder of this recipe sees it, high-passed or not.
+
+    Changes `image`.
+    """
+    for channel, mean, std in zip(image.unbind(1), MEAN, STD, strict=True):
+        channel.sub_(mean).div_(std)
+    return filters.high_pass(image, recipe) if recipe.high_pass else image
+
+
+def assemble(
+    query: View, key: View, recipe: Recipe, draws: Draws, report: frozenset[Extra]
+) -> dict[str, Any]:
+    """The images of a `Batch` and the extras that `report` asks for, by field name."""
+    looks = [photometric.draw(len(view.image), recipe, draws) for view in (query, key)]
+    many = recipe.hard_negatives
+    drawn: dict[str, Masks] = {}
+    if recipe.masks_query:
+        drawn["query"] = draw(query.saliency, recipe, "query", draws)
+    if recipe.masks_key:
+        drawn["key"] = draw(key.saliency, recipe, "query", draws)
+    if many:
+        drawn["hard_negative"] = draw(
+            key.saliency.repeat(many, 1, 1), recipe, "hard_negative", draws
+        )
+
+    size, side = len(query.image), recipe.crop_size
+    images = {
+        name: torch.empty(
+            (rows, 3, side, side), device=draws.device, memory_format=torch.channels_last
+        )
+        for name, rows in (("query", size), ("key", size), ("hard_negative", many * size))
+        if rows
+    }
+
+    def put(name: str, rows: slice, image: Tensor, own: Draws) -> None:
+        if name in drawn:
+            std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
+            content = find("fill", recipe.fill, FILLS)(image, recipe, std, own)
+            # a weight of 0 or 1 chooses: on a CPU fifteen times as fast as `where`
+            image = torch.lerp(image, content, drawn[name].pixels(rows, side))
+        images[name][rows] = image
+
+    def work(number: int, rows: slice) -> None:
+        own = draws.part(1 + number)
+        put("query", rows, encoder_input(query, looks[0], rows, recipe), own)
+        image = encoder_input(key, looks[1], rows, recipe)
+        put("key", rows, image, own)
+        for first in range(0, many * size, size):
+            put("hard_negative", slice(first + rows.start, first + rows.stop), image, own)
+
+    if draws.device.type == "cpu":
+        rows = [slice(start, min(start + PART, size)) for start in range(0, size, PART)]
+        list(workers().map(work, range(len(rows)), rows))
+    else:
+        work(0, slice(0, size))
+    return images | extras(query, key, looks, drawn, side, report)
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """Threads for the parts of a batch on a CPU, each with one core: they need no barriers."""
+    return ThreadPoolExecutor(reader.threads(), "views", torch.set_num_threads, (1,))
+
+
+def cut_all(images: list[Tensor], windows: Tensor, side: int) -> Tensor:
+    """Cut each image's window on the host: (N, side, side, 3) uint8, planar in memory."""
+    cut = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
+
+    def work(row: int) -> None:
+        cut[row] = cut_on_host(images[row], windows[row], side)
+
+    list(workers().map(work, range(len(images))))
+    return cut.permute(0, 2, 3, 1)
+
+
+def encoder_input(view: View, look: photometric.Photometric, rows: slice, recipe: Recipe) -> Tensor:
+    """These rows of a view, unmasked: (n, 3, H, W) float32."""
+    image = photometric.apply(view.image[rows], look.of(rows))
+    return normalised(image, recipe)
+
+
+def extras(
+    query: View,
+    key: View,
+    looks: list[photometric.Photometric],
+    drawn: dict[str, Masks],
+    side: int,
+    report: frozenset[Extra],
+) -> dict[str, Any]:
+    """What `report` asks for, by the names of `Batch`."""
+    found: dict[str, Any] = {}
+    if "masks" in report:
+        for name, masks in drawn.items():
+            pixels = masks.pixels(slice(None), side).bool().expand(-1, 3, -1, -1)
+            found |= {
+                f"{name}_mask": pixels.contiguous(memory_format=torch.channels_last),
+                f"{name}_ratio": masks.ratio,
+                f"{name}_focal": masks.focal,
+            }
+    for name, view, look in (("query", query, looks[0]), ("key", key, looks[1])):
+        if "saliency" in report:
+            found[f"{name}_saliency"] = view.saliency.clone()
+        if "windows" in report:
+            found[f"{name}_window"] = view.window.clone()
+        if "photometric" in report:
+            found[f"{name}_photometric"] = look
+    return found

@@ -1,0 +1,39 @@
+"""Masks and fills by name; a user's own join them without a change here."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TypeVar
+
+from schemas import UserError
+from schemas.cli import lookup
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def register(kind: str, name: str, registry: dict) -> Callable[[Function], Function]:
+    """A decorator that puts a function under `name`. Raises UserError where the name is taken."""
+
+    def add(function: Function) -> Function:
+        if name in registry or ":" in name or name == "none":
+            raise UserError(f"{kind} {name!r}: the name is taken, or holds a colon")
+        registry[name] = function
+        return function
+
+    return add
+
+
+def find(kind: str, name: str, registry: dict[str, Function]) -> Function:
+    """The function of that name; `module:function` is imported.
+
+    Raises:
+        UserError: no such name (with the nearest one), module or function.
+    """
+    if ":" not in name:
+        return lookup(kind, name, registry)
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{kind} {name!r}: {error}; write module:function, the module on PYTHONPATH"
+        ) from error
