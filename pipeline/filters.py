@@ -12,10 +12,19 @@ from pipeline.draws import to_device
 from pipeline.recipes import Recipe
 
 
-def gaussian_kernel(sigma: Tensor, radius: int) -> Tensor:
-    """Weights of Gaussians cut at `radius` pixels: (N,) in pixels -> (N, 2 radius + 1) float32."""
-    offset = torch.arange(-radius, radius + 1, dtype=torch.float64, device=sigma.device)
+def gaussian_kernel(sigma: Tensor, radius: Tensor) -> Tensor:
+    """Weights of Gaussians, each cut at its own radius.
+
+    Args:
+        sigma: (N,) in pixels. radius: (N,) int64, pixels on either side.
+
+    Returns:
+        (N, 2 max(radius) + 1) float32; zero beyond an own radius.
+    """
+    widest = int(radius.max())
+    offset = torch.arange(-widest, widest + 1, dtype=torch.float64)
     weight = torch.exp(-0.5 * (offset / sigma.double().unsqueeze(1)) ** 2)
+    weight *= offset.abs() <= radius.unsqueeze(1)
     return (weight / weight.sum(1, keepdim=True)).float()
 
 
@@ -60,7 +69,7 @@ def by_matrix(image: Tensor, kernel: Tensor, axis: int) -> Tensor:
 
 def shared_blur(image: Tensor, taps: int, sigma: float) -> Tensor:
     """Blur all images alike, with a window of `taps` pixels."""
-    kernel = gaussian_kernel(torch.tensor([sigma]), taps // 2)
+    kernel = gaussian_kernel(torch.tensor([sigma]), torch.tensor([taps // 2]))
     return gaussian_blur(image, to_device(kernel, image.device))
 
 

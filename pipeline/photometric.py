@@ -2,11 +2,10 @@
 
 The formulas are those of torchvision's ColorJitter (each sample with its own factors, in an order
 of its own, clamped after each adjustment), on floats: torchvision rounds PIL images to 8 bits in
-between. The blur is a Gaussian cut at three sigma or more on either side; PIL's, which
+between. The blur is a Gaussian cut at three sigma on either side; PIL's, which
 MoCo v2 uses, is a threefold box that comes near it.
 """
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -91,7 +90,7 @@ def apply(view: Tensor, drawn: Photometric) -> Tensor:
     if len(blurred):
         rows = to_device(blurred, image.device)
         sigma = drawn.sigma[blurred]
-        kernel = gaussian_kernel(sigma, math.ceil(3 * float(sigma.max())))
+        kernel = gaussian_kernel(sigma, (3 * sigma).ceil().long())
         image[rows] = gaussian_blur(image[rows], to_device(kernel, image.device))
     return image
 

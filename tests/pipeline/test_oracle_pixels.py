@@ -1,0 +1,163 @@
+"""Every pixel of query, key and hard negative against the oracle, to 1e-4 normalised units.
+
+The views are random 8-bit pictures, the draws and the masks those that the pipeline reports.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import RECIPES, Recipe
+from pipeline.assemble import View, assemble
+from pipeline.draws import Draws
+from tests.pipeline import oracle
+
+TOLERANCE = 1e-4
+REPORT = frozenset({"masks", "photometric"})
+gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+def views(size: int, recipe: Recipe, device: str = "cpu", seed: int = 0) -> list[View]:
+    """Query and key of `size` samples: coarse colours and fine noise, some gray, some black."""
+    random = np.random.default_rng(seed)
+    side, found = recipe.crop_size, []
+    for _ in range(2):
+        coarse = random.integers(0, 256, (size, 7, 7, 3)).repeat(side // 7, 1).repeat(side // 7, 2)
+        pixels = np.clip(coarse + random.normal(0, 30, coarse.shape), 0, 255).astype(np.uint8)
+        pixels[0] = pixels[0, :, :, :1]  # gray
+        pixels[1] = 0
+        pixels[2, : side // 2] = (255, 0, 0)
+        image = torch.from_numpy(pixels).to(device)
+        saliency = torch.from_numpy(random.random((size, 7, 7), np.float32)).to(device)
+        found.append(View(image, saliency, torch.zeros(size, 4)))
+    return found
+
+
+def step(recipe: Recipe, size: int, device: str = "cpu", seed: int = 0) -> tuple[list[View], dict]:
+    pair = views(size, recipe, device, seed)
+    fields = assemble(*pair, recipe, Draws(seed, torch.device(device)), REPORT)
+    return pair, fields
+
+
+def hwc(image: torch.Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def compare(pair: list[View], fields: dict[str, Any], recipe: Recipe) -> None:
+    """Raises AssertionError where a pixel that is not noise is not the oracle's."""
+    size = len(pair[0].image)
+    looks = [dataclasses.asdict(fields[f"{name}_photometric"]) for name in ("query", "key")]
+    for index in range(size):
+        query, key = (
+            oracle.encoder_view(view.image[index].cpu().numpy(), look, index, recipe.high_pass)
+            for view, look in zip(pair, looks, strict=True)
+        )
+        found = [("query", index, query), ("key", index, key)]
+        found += [
+            ("hard_negative", number * size + index, key) for number in range(recipe.hard_negatives)
+        ]
+        for name, row, view in found:
+            mask = fields.get(f"{name}_mask")
+            if mask is not None:
+                view = oracle.filled(view, hwc(mask[row]), recipe.fill)  # noqa: PLW2901
+            image = hwc(fields[name][row])
+            known = ~np.isnan(view)
+            assert known.any()
+            assert np.abs(image - view)[known].max() < TOLERANCE, (name, row)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_at_224(name: str, device: str) -> None:
+    pair, fields = step(RECIPES[name], 12, device)
+    compare(pair, fields, RECIPES[name])
+
+
+@pytest.mark.parametrize("branch", ["query", "key", "both"])
+@pytest.mark.parametrize("fill", ["noise", "blur", "mean"])
+def test_each_fill_on_each_branch(fill: str, branch: str) -> None:
+    names = {"noise": "hp", "blur": "blur", "mean": "mean"}
+    recipe = dataclasses.replace(
+        RECIPES[names[fill]], branch=branch, crop_size=56, hard_negatives=1
+    )
+    pair, fields = step(recipe, 10)
+    compare(pair, fields, recipe)
+    assert ("query_mask" in fields) == (branch in ("query", "both"))
+    assert ("key_mask" in fields) == (branch in ("key", "both"))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_any_number_of_hard_negatives_each_with_its_own_mask(number: int) -> None:
+    recipe = dataclasses.replace(RECIPES["blur"], hard_negatives=number, crop_size=56)
+    pair, fields = step(recipe, 10)
+    compare(pair, fields, recipe)
+    assert len(fields.get("hard_negative", ())) == 10 * number
+    if number == 2:
+        first, second = fields["hard_negative_mask"].split(10)
+        assert (first != second).flatten(1).any(1).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_has_the_recipes_spread_and_is_each_views_own(device: str) -> None:
+    recipe = dataclasses.replace(
+        RECIPES["hp"], query_ratio=(1.0, 1.0), hard_negative_ratio=(1.0, 1.0), query_mask="random",
+        hard_negative_mask="random", focal_probability=0.0, crop_size=112,
+    )  # fmt: skip
+    _, fields = step(recipe, 64, device)
+    for name, std in (("query", 0.18), ("hard_negative", 0.14)):
+        noise = fields[name].double()
+        assert fields[f"{name}_mask"].all()
+        numbers = 64 * 3 * 16 * 16  # a tile of one cell a view
+        assert abs(noise.mean()) < 5 * std / numbers**0.5
+        assert abs(noise.std() - std) < 5 * std / (2 * numbers) ** 0.5
+        tiles = noise.unfold(2, 16, 16).unfold(3, 16, 16)
+        assert (tiles == tiles[:, :, :1, :1]).all()
+    # D9: no view, no role and no channel shares its noise with another
+    tiles = torch.cat([fields[name][:, :, :16, :16] for name in ("query", "hard_negative")])
+    likeness = torch.corrcoef(tiles.flatten(2).flatten(0, 1).double()).fill_diagonal_(0)
+    assert likeness.abs().max() < 6 / 16
+
+
+@gpu
+def test_cpu_and_gpu_agree_but_for_noise() -> None:
+    for name, recipe in RECIPES.items():
+        (_, host), (_, device) = step(recipe, 16), step(recipe, 16, "cuda")
+        for field in ("query", "key", "hard_negative"):
+            if field not in host:
+                continue
+            noisy = host.get(f"{field}_mask") if recipe.fill == "noise" else None
+            if noisy is not None:
+                assert torch.equal(noisy, device[f"{field}_mask"].cpu()), (name, field)
+            difference = (host[field] - device[field].cpu()).abs()
+            difference = difference if noisy is None else difference[~noisy]
+            assert difference.max() < TOLERANCE, (name, field)
+
+
+def test_the_order_of_torchvisions_adjustments_and_their_values() -> None:
+    """One more reference: torchvision's own functions in the reported order."""
+    from torchvision.transforms.v2 import functional
+
+    recipe = dataclasses.replace(
+        RECIPES["none"], crop_size=56, grayscale_probability=0.0, soft_blur_probability=0.0,
+        jitter_probability=1.0,
+    )  # fmt: skip
+    (query, _), fields = step(recipe, 24)
+    look = fields["query_photometric"]
+    adjust = [
+        (functional.adjust_brightness, look.brightness),
+        (functional.adjust_contrast, look.contrast),
+        (functional.adjust_saturation, look.saturation),
+        (functional.adjust_hue, look.hue),
+    ]
+    for index in range(24):
+        image = query.image[index].permute(2, 0, 1).double() / 255
+        for kind in look.order[index].tolist():
+            function, values = adjust[kind]
+            image = function(image, float(values[index]))
+        expected = functional.normalize(image, oracle.MEAN.tolist(), oracle.STD.tolist())
+        # torchvision's weight of red in gray is 0.2989, PIL's 0.299
+        assert (fields["query"][index] - expected).abs().max() < 2e-3
