@@ -31,12 +31,12 @@ class View:
 
     Attributes:
         image: (N, H, W, 3) uint8.
-        saliency: (N, grid, grid) float32, 0 .. 255.
+        saliency: (N, grid, grid) float32, 0 .. 255; None where nobody asks for it.
         window: (N, 4) float32 on the CPU, y0 x0 y1 x1 as shares of the image.
     """
 
     image: Tensor
-    saliency: Tensor
+    saliency: Tensor | None
     window: Tensor
 
 
@@ -57,14 +57,16 @@ def assemble(
     looks = [photometric.draw(len(view.image), recipe, draws) for view in (query, key)]
     many = recipe.hard_negatives
     drawn: dict[str, Masks] = {}
-    if recipe.masks_query:
-        drawn["query"] = draw(query.saliency, recipe, "query", draws)
-    if recipe.masks_key:
-        drawn["key"] = draw(key.saliency, recipe, "query", draws)
-    if many:
-        drawn["hard_negative"] = draw(
-            key.saliency.repeat(many, 1, 1), recipe, "hard_negative", draws
-        )
+    if recipe.fill != "none":
+        assert query.saliency is not None
+        assert key.saliency is not None
+        if recipe.branch != "key":
+            drawn["query"] = draw(query.saliency, recipe, "query", draws)
+        if recipe.branch != "query":
+            drawn["key"] = draw(key.saliency, recipe, "query", draws)
+        if many:
+            repeated = key.saliency.repeat(many, 1, 1)
+            drawn["hard_negative"] = draw(repeated, recipe, "hard_negative", draws)
 
     size, side = len(query.image), recipe.crop_size
     images = {
@@ -141,7 +143,7 @@ def extras(
                 f"{name}_focal": masks.focal,
             }
     for name, view, look in (("query", query, looks[0]), ("key", key, looks[1])):
-        if "saliency" in report:
+        if "saliency" in report and view.saliency is not None:
             found[f"{name}_saliency"] = view.saliency.clone()
         if "windows" in report:
             found[f"{name}_window"] = view.window.clone()

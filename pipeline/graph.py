@@ -21,10 +21,12 @@ def graph(
     world_size: int,
     shuffle_seed: int,
     cuts: bool,
+    guided: bool,
 ) -> tuple[Any, ...]:
-    """The DALI graph: label, source, image, then for query and key: saliency, window[, view].
+    """The DALI graph: label, source, image, then for query and key: window, saliency, view.
 
-    Where it `cuts`, views come with it and the image is left out.
+    Where it `cuts` it hands out views, otherwise the image they are to be cut from; saliency only
+    where views are `guided` by it.
 
     Shares of the ranks may differ by one sample; `pad_last_batch` makes each rank's epoch
     ceil(longest share / batch) batches, by repeats that lie only in batches that are thrown away.
@@ -40,15 +42,16 @@ def graph(
         seed=shuffle_seed,
     )
     image = reader.decode(sample.image, device)
-    saliency = fn.decoders.image(sample.saliency, output_type=types.GRAY)
+    saliency = fn.decoders.image(sample.saliency, output_type=types.GRAY) if guided else None
     outputs = [sample.label, sample.source]
     if not cuts:
         outputs.append(image)
     for _ in range(2):
         window = views.draw_window(image.shape(), recipe)
-        cells = views.cut_saliency(saliency, window, recipe)
-        outputs.append(cells.gpu() if device.type == "cuda" else cells)
         outputs.append(fn.cat(window.start, window.end))
+        if guided:
+            cells = views.cut_saliency(saliency, window, recipe)
+            outputs.append(cells.gpu() if device.type == "cuda" else cells)
         if cuts:
             outputs.append(views.cut(image, window, recipe.crop_size))
     return tuple(outputs)

@@ -92,6 +92,7 @@ class MaskedViews:
                 "least 1 sample, and ranks are 0 .. world size - 1"
             )
         self.report = frozenset(report)
+        self._guided = self.recipe.fill != "none" or "saliency" in self.report
         self.shards = reader.open_shards(url)
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
 
@@ -195,6 +196,7 @@ class MaskedViews:
             self.rank,
             self.world_size,
             cuts=self._cuts,
+            guided=self._guided,
             shuffle_seed=reader.derived_seed("reader", *shared),
             batch_size=self.batch_size,
             num_threads=reader.threads(),
@@ -238,6 +240,7 @@ class MaskedViews:
         return Batch(label=labels, **{"hard_negative": None, **fields})
 
     def _view(self, images: Any, outputs: list[Any]) -> View:
-        saliency, window, *view = map(reader.tensor, outputs)
-        image = view[0] if view else cut_all(reader.tensors(images), window, self.recipe.crop_size)
-        return View(image, saliency.squeeze(-1), window)
+        window, *rest = map(reader.tensor, outputs)
+        saliency = rest.pop(0).squeeze(-1) if self._guided else None
+        image = rest[0] if rest else cut_all(reader.tensors(images), window, self.recipe.crop_size)
+        return View(image, saliency, window)

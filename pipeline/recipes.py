@@ -152,14 +152,6 @@ class Recipe:
         )
 
     @property
-    def masks_query(self) -> bool:
-        return self.fill != "none" and self.branch in ("query", "both")
-
-    @property
-    def masks_key(self) -> bool:
-        return self.fill != "none" and self.branch in ("key", "both")
-
-    @property
     def cell(self) -> int:
         """Side of a cell in pixels: 32 at 224."""
         return self.crop_size // self.grid

@@ -46,7 +46,7 @@ def test_recipes_are_frozen() -> None:
         {"hard_negatives": 1, "fill": "none"},
         {"foreground_cap": (0.5, 0.6)},
         {"focal_kept": 225},
-        {"fill": "nois"},
+        {"branch": "neither"},
     ],
 )
 def test_a_value_without_sense_is_refused_by_its_name(changes: dict[str, object]) -> None:

@@ -1,0 +1,80 @@
+"""Masks and fills of one's own: the worked examples of the docstrings, run as they stand."""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import MaskedViews, Recipe, fills, masks
+from schemas import ShardDataset, UserError
+from tests.pipeline.conftest import CROP, small
+
+
+def example(docstring: str | None) -> str:
+    """The indented code of a module's docstring."""
+    assert docstring is not None
+    return textwrap.dedent(docstring[docstring.index("    @") :])
+
+
+def first(dataset: ShardDataset, recipe: Recipe):
+    return next(iter(MaskedViews(dataset.url, recipe, 8, "cpu", report=("masks",))))
+
+
+def test_the_docstrings_mask_and_fill_work(dataset: ShardDataset) -> None:
+    names = {"torch": torch, "mask": masks.mask, "fill": fills.fill}
+    try:
+        exec(example(masks.__doc__), names)
+        exec(example(fills.__doc__), names)
+        batch = first(dataset, small("mean", query_mask="border", fill="stripes"))
+    finally:
+        masks.MASKS.pop("border", None)
+        fills.FILLS.pop("stripes", None)
+    mask = batch.query_mask
+    assert mask is not None
+    cell = CROP // 7
+    inner = slice(cell, -cell)
+    assert not mask[:, :, inner, inner].any()
+    assert mask.float().mean().item() == pytest.approx(24 / 49)
+    rows = (torch.arange(CROP) // 4 % 2).float().view(1, 1, -1, 1).expand_as(batch.query)
+    assert torch.equal(batch.query[mask], rows[mask])
+
+
+def test_a_module_on_the_path_is_imported(
+    dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_masks.py").write_text(
+        "import torch\n"
+        "def left(saliency, ratio, recipe, draws):\n"
+        "    pixels = torch.zeros(len(ratio), 1, recipe.crop_size, dtype=torch.bool)\n"
+        "    pixels[:, :, : recipe.crop_size // 2] = True\n"
+        "    return pixels\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    batch = first(dataset, small("mean", query_mask="my_masks:left"))
+    sys.modules.pop("my_masks")
+    assert batch.query_mask is not None
+    assert batch.query_mask[..., : CROP // 2].all()
+    assert not batch.query_mask[..., CROP // 2 :].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fill": "nois"}, "unknown fill 'nois': did you mean noise"),
+        ({"query_mask": "spred"}, "unknown mask 'spred': did you mean spread"),
+        ({"hard_negative_mask": "no_such_module:left"}, "No module named 'no_such_module'"),
+        ({"fill": "math:no_such_fill"}, "no_such_fill"),
+    ],
+)
+def test_an_unknown_name_is_refused_before_anything_is_read(
+    dataset: ShardDataset, changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        MaskedViews(dataset.url, small("mean", **changes), 8, "cpu")
+
+
+def test_a_taken_name_is_refused() -> None:
+    with pytest.raises(UserError, match="taken"):
+        masks.mask("spread")(masks.spread)
