@@ -85,9 +85,17 @@ evaluate: $(READY) ## ENCODER=... DATA=...: kNN accuracy of an encoder
 	$(PY) -m train.evaluate --encoder "$(ENCODER)" --data "$(DATA)" $(ARGS)
 
 .PHONY: bench
-bench: $(READY) ## DATA=...: rates of loader and estimators on this machine, median and spread
-	$(call need,DATA,make bench DATA=out/photos)
-	$(PY) -m bench --data "$(DATA)" $(ARGS)
+bench: bench-loader bench-estimators ## DATA=...: both of these
+
+.PHONY: bench-loader
+bench-loader: $(READY) ## DATA=...: views/s of the loader beside the usual ways, median and spread
+	$(call need,DATA,make bench-loader DATA=out/photos)
+	$(PY) -m bench loader --data "$(DATA)" $(ARGS)
+
+.PHONY: bench-estimators
+bench-estimators: $(READY) ## DATA=...: saliency maps/s of every estimator, median and spread
+	$(call need,DATA,make bench-estimators DATA=out/photos)
+	$(PY) -m bench estimators --data "$(DATA)" $(ARGS)
 
 .PHONY: test
 test: $(READY) ## All tests

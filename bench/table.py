@@ -28,21 +28,32 @@ class Row:
         return statistics.median(self.rates)
 
 
-def measure(ways: Mapping[str, Callable[[], int]], repeats: int) -> list[Row]:
+@dataclass(frozen=True)
+class Way:
+    """One way to do a thing.
+
+    Attributes:
+        run: does its work once and returns how many images that were.
+        settle: called before the clock starts: uses up what was made while others ran.
+    """
+
+    run: Callable[[], int]
+    settle: Callable[[], None] = lambda: None
+
+
+def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
     """Time each way `repeats` times after one run that is not counted, in turn: A B C A B C ...
 
     In turn, so that a machine whose speed drifts slows all of them alike; ratios then hold.
-
-    Args:
-        ways: does its work once and returns how many images that were.
     """
     for way in ways.values():
-        way()
+        way.run()
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
+            way.settle()
             start = time.perf_counter()
-            images = way()
+            images = way.run()
             rates[name].append(images / (time.perf_counter() - start))
     return [Row(name, values) for name, values in rates.items()]
 
@@ -58,20 +69,22 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(title: str, rows: list[Row], relative_to: str) -> str:
-    """A Markdown table: median, spread and ratio of medians."""
-    base = next(row.median for row in rows if row.name == relative_to)
+def show(title: str, rows: list[Row], bases: Mapping[str, str]) -> str:
+    """A Markdown table: median, spread, and the ratio of medians to the row that `bases` names."""
+    medians = {row.name: row.median for row in rows}
     lines = [
         f"### {title}",
         "",
-        f"| | images/s, median | least .. most | of `{relative_to}` |",
-        "| --- | ---: | ---: | ---: |",
+        "| | images/s, median | least .. most | times |",
+        "| --- | ---: | ---: | --- |",
     ]
-    lines += [
-        f"| {row.name} | {row.median:.0f} | {min(row.rates):.0f} .. {max(row.rates):.0f} "
-        f"| {row.median / base:.2f} |"
-        for row in rows
-    ]
+    for row in rows:
+        base = bases.get(row.name)
+        ratio = f"{row.median / medians[base]:.2f} x {base}" if base else ""
+        lines.append(
+            f"| {row.name} | {row.median:.1f} | {min(row.rates):.1f} .. {max(row.rates):.1f} "
+            f"| {ratio} |"
+        )
     return "\n".join(lines)
 
 

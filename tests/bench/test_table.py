@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bench.table import Row, measure, show, write
+from bench.table import Row, Way, measure, show, write
 
 
 def test_ways_are_measured_in_turn_after_one_run_that_does_not_count() -> None:
@@ -13,16 +13,20 @@ def test_ways_are_measured_in_turn_after_one_run_that_does_not_count() -> None:
         calls.append(name)
         return 7
 
-    rows = measure({"a": lambda: way("a"), "b": lambda: way("b")}, repeats=3)
-    assert "".join(calls) == "ab" + "ababab"
+    ways = {
+        "a": Way(lambda: way("a"), lambda: calls.append("-")),
+        "b": Way(lambda: way("b")),
+    }
+    rows = measure(ways, repeats=3)
+    assert "".join(calls) == "ab" + "-ab-ab-ab"
     assert [(row.name, len(row.rates)) for row in rows] == [("a", 3), ("b", 3)]
     assert all(rate > 0 for row in rows for rate in row.rates)
 
 
 def test_a_table_shows_median_spread_and_ratio() -> None:
-    text = show("T", [Row("slow", [10, 30, 20]), Row("fast", [40, 50, 60])], relative_to="slow")
-    assert "| slow | 20 | 10 .. 30 | 1.00 |" in text
-    assert "| fast | 50 | 40 .. 60 | 2.50 |" in text
+    text = show("T", [Row("slow", [10, 30, 20]), Row("fast", [40, 50, 60])], {"fast": "slow"})
+    assert "| slow | 20.0 | 10.0 .. 30.0 |  |" in text
+    assert "| fast | 50.0 | 40.0 .. 60.0 | 2.50 x slow |" in text
 
 
 def test_what_is_written_says_where_it_was_measured(tmp_path: Path) -> None:

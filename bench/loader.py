@@ -1,0 +1,226 @@
+"""Rates of the loader beside the usual ways, on the same images in one run."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from nvidia.dali import pipeline_def
+
+from bench import usual
+from bench.table import Way
+from pipeline import RECIPES, MaskedViews, PlainViews, reader
+from pipeline.draws import Draws
+from schemas import ShardDataset
+
+Rows = Literal["usual", "tensors", "webdataset", "ours", "ceilings"]
+FILLS = ("hp", "blur", "mean")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Images/s of the loader, of the usual ways and of the ceilings; one table, and as JSON."""
+
+    data: str = tyro.MISSING
+    """A local dataset of shards; every row sees its images."""
+    out: Path = Path("out/bench-loader.json")
+    """Where the figures are written."""
+    rows: tuple[Rows, ...] = ("usual", "tensors", "webdataset", "ours", "ceilings")
+    """What to measure; `usual` with a saliency forward takes long on a CPU."""
+    batch_size: int = 32
+    """Images a batch."""
+    batches: int = 8
+    """Batches a repeat; one where a ResNet-50 computes the saliency."""
+    repeats: int = 5
+    """Repeats, after one that is not counted."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Worker processes of the usual ways."""
+    crop_size: int = 224
+    """Side of a view in pixels."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu or cuda."""
+
+
+def way(batches: Iterator[Any], use: Callable[[Any], int], count: int, ahead: int) -> Way:
+    """Time `count` batches; the `ahead` that were made while other rows ran are thrown away."""
+
+    def settle() -> None:
+        for batch in itertools.islice(batches, ahead):
+            use(batch)
+        synchronise()
+
+    def run() -> int:
+        images = sum(use(batch) for batch in itertools.islice(batches, count))
+        synchronise()
+        return images
+
+    return Way(run, settle)
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ways(options: Options, folder: Path) -> dict[str, Way]:
+    """Every row by its name. `folder` is filled with the dataset's images as an image folder."""
+    found: dict[str, Way] = {}
+    # worker processes first: they are forked, best before DALI's threads exist
+    if {"usual", "tensors"} & set(options.rows):
+        write_folder(options.data, folder)
+    if "usual" in options.rows:
+        found |= usual_ways(options, folder)
+    if "tensors" in options.rows:
+        found |= tensor_ways(options, folder)
+    if "webdataset" in options.rows:
+        found |= webdataset_ways(options)
+    if "ours" in options.rows:
+        found |= our_ways(options)
+    if "ceilings" in options.rows:
+        found |= ceilings(options)
+    return found
+
+
+def write_folder(data: str, folder: Path) -> None:
+    """The samples' own bytes as an image folder of one class."""
+    (folder / "all").mkdir()
+    for sample in ShardDataset.open(data):
+        (folder / "all" / f"{sample.key}.{sample.extension}").write_bytes(sample.image)
+
+
+def taken(options: Options) -> int:
+    """Batches that a DataLoader has ready when it was left alone: two a worker, and one in hand."""
+    return 2 * options.workers + 1
+
+
+def moved(views: usual.Views, device: str) -> usual.Views:
+    return {name: view.to(device, non_blocking=True) for name, view in views.items()}
+
+
+def usual_ways(options: Options, folder: Path) -> dict[str, Way]:
+    found = {}
+    localiser = usual.Localiser(options.device, RECIPES["hp"].grid)
+    for name in FILLS:
+        recipe = replace(RECIPES[name], crop_size=options.crop_size)
+        batches = usual.from_folder(folder, recipe, options.batch_size, options.workers, False)
+        next(batches)  # forks the workers now
+        for title, network, count in (
+            (f"usual {name}, no saliency forward", None, options.batches),
+            (f"usual {name}, saliency by ResNet-50", localiser, 1),
+        ):
+
+            def use(
+                views: usual.Views,
+                recipe: usual.Recipe = recipe,
+                network: usual.Localiser | None = network,
+            ) -> int:
+                return len(usual.looped(moved(views, options.device), recipe, network)[0])
+
+            # while a saliency forward runs the workers get ahead: there is nothing to throw away
+            found[title] = way(batches, use, count, 0 if network else taken(options))
+    return found
+
+
+def masked(options: Options, recipe: usual.Recipe) -> Callable[[usual.Views], int]:
+    draws = Draws(0, torch.device(options.device))
+
+    def use(views: usual.Views) -> int:
+        return len(usual.vectorised(moved(views, options.device), recipe, draws)[0])
+
+    return use
+
+
+def tensor_ways(options: Options, folder: Path) -> dict[str, Way]:
+    found = {}
+    for name in FILLS:
+        recipe = replace(RECIPES[name], crop_size=options.crop_size)
+        batches = usual.from_folder(folder, recipe, options.batch_size, options.workers, True)
+        next(batches)
+        found[f"torchvision v2 {name}"] = way(
+            batches, masked(options, recipe), options.batches, taken(options)
+        )
+    return found
+
+
+def webdataset_ways(options: Options) -> dict[str, Way]:
+    found = {}
+    urls = ShardDataset.open(options.data).shard_urls
+    for name in FILLS:
+        recipe = replace(RECIPES[name], crop_size=options.crop_size)
+        batches = usual.from_webdataset(urls, recipe, options.batch_size, options.workers)
+        next(batches)
+        found[f"webdataset {name}"] = way(
+            batches, masked(options, recipe), options.batches, taken(options)
+        )
+    return found
+
+
+def endless(views: MaskedViews | PlainViews) -> Iterator[Any]:
+    return itertools.chain.from_iterable(itertools.repeat(views))
+
+
+def our_ways(options: Options) -> dict[str, Way]:
+    """Every recipe, and `mean` without its third view: what saliency and masks cost beyond none."""
+    recipes = RECIPES | {"mean, no hard negative": replace(RECIPES["mean"], hard_negatives=0)}
+    return {
+        f"ours {name}": way(
+            endless(
+                MaskedViews(
+                    options.data,
+                    replace(recipe, crop_size=options.crop_size),
+                    options.batch_size,
+                    options.device,
+                )
+            ),
+            lambda batch: len(batch.label),
+            options.batches,
+            3,  # two wait in DALI's queue
+        )
+        for name, recipe in recipes.items()
+    }
+
+
+def ceilings(options: Options) -> dict[str, Way]:
+    """What no loader of these shards can beat here: reading, decoding, decoding and one crop."""
+    shards = reader.open_shards(options.data)
+    device = reader.device_of(options.device)
+
+    @pipeline_def
+    def graph(decodes: bool) -> Any:
+        sample = reader.read(shards, 0, 1)
+        return reader.decode(sample.image, device) if decodes else sample.image
+
+    def batches(decodes: bool) -> Iterator[Any]:
+        pipeline = graph(
+            decodes,
+            batch_size=options.batch_size,
+            num_threads=reader.threads(),
+            device_id=device.index,
+        )
+        while True:
+            yield reader.run(pipeline, device)[0]
+
+    plain = PlainViews(
+        options.data, options.batch_size, options.device, crop_size=options.crop_size
+    )
+    return {
+        "read only": way(batches(False), len, 10 * options.batches, 3),
+        "decode only": way(batches(True), len, 2 * options.batches, 3),
+        "decode, one centre crop": way(
+            endless(plain), lambda batch: len(batch.label), options.batches, 3
+        ),
+    }
+
+
+def bases(names: Sequence[str]) -> dict[str, str]:
+    """Each row's counterpart: the usual way of the same fill, without its saliency forward."""
+    return {
+        name: f"usual {fill}, no saliency forward"
+        for name in names
+        for fill in FILLS
+        if fill in name.replace(",", "").split() and f"usual {fill}, no saliency forward" in names
+    }
