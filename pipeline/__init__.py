@@ -1,8 +1,18 @@
 """Shards -> masked views on the device."""
 
 from pipeline.batch import Batch
+from pipeline.cache import Cache
 from pipeline.loader import MaskedViews
 from pipeline.plain import PlainBatch, PlainViews
 from pipeline.recipes import RECIPES, Recipe, get_recipe
 
-__all__ = ["RECIPES", "Batch", "MaskedViews", "PlainBatch", "PlainViews", "Recipe", "get_recipe"]
+__all__ = [
+    "RECIPES",
+    "Batch",
+    "Cache",
+    "MaskedViews",
+    "PlainBatch",
+    "PlainViews",
+    "Recipe",
+    "get_recipe",
+]

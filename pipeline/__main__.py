@@ -25,7 +25,7 @@ class Preview:
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
     """Single values of the recipe, on top of the named one."""
     out: Path = Path("preview.png")
-    """The PNG to write."""
+    """The PNG to write; the same as a web page lies beside it, .html."""
     samples: int = 12
     """Rows."""
     crop_size: int | None = None
@@ -55,7 +55,7 @@ def preview(argv: list[str]) -> int:
     rows = write_preview(
         options.data, recipe, options.out, options.samples, options.seed, options.device
     )
-    print(f"{options.out}: {rows} samples")
+    print(f"{options.out}, {options.out.with_suffix('.html').name}: {rows} samples")
     return 0
 
 

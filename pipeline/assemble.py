@@ -147,6 +147,8 @@ def extras(
             found[f"{name}_saliency"] = view.saliency.clone()
         if "windows" in report:
             found[f"{name}_window"] = view.window.clone()
+        if "crops" in report:
+            found[f"{name}_crop"] = view.image.permute(0, 3, 1, 2).clone()
         if "photometric" in report:
             found[f"{name}_photometric"] = look
     return found

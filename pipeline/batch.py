@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.photometric import Photometric
 
-Extra = Literal["masks", "saliency", "windows", "photometric", "keys"]
+Extra = Literal["masks", "saliency", "windows", "crops", "photometric", "keys"]
 EXTRAS: tuple[Extra, ...] = get_args(Extra)
 
 
@@ -31,6 +31,7 @@ class Batch:
             the masks were drawn from.
         query_window, key_window: extra "windows": (N, 4) float32 on the CPU, y0 x0 y1 x1 as shares
             of the image; x0 > x1 when flipped.
+        query_crop, key_crop: extra "crops": (N, 3, H, W) uint8, cut and not yet changed.
         query_photometric, key_photometric: extra "photometric": what changed the colours.
         sample_keys: extra "keys": N sample keys.
     """
@@ -52,6 +53,8 @@ class Batch:
     key_saliency: Tensor | None = None
     query_window: Tensor | None = None
     key_window: Tensor | None = None
+    query_crop: Tensor | None = None
+    key_crop: Tensor | None = None
     query_photometric: Photometric | None = None
     key_photometric: Photometric | None = None
     sample_keys: list[str] | None = None

@@ -26,6 +26,7 @@ from nvidia.dali import Pipeline
 from pipeline import reader
 from pipeline.assemble import View, assemble, cut_all
 from pipeline.batch import EXTRAS, Batch, Extra
+from pipeline.cache import Cache
 from pipeline.draws import Draws
 from pipeline.fills import FILLS
 from pipeline.graph import SHUFFLE_BUFFER, graph
@@ -48,14 +49,15 @@ class MaskedViews:
     left early, or a state that was loaded, the rest of that epoch comes first.
 
     Args:
-        url: the dataset's folder: a plain path or s3://.
+        url: the dataset's folder: a plain path, s3:// or gs://; with a cache any fsspec URL.
         recipe: a name of `RECIPES` or a recipe.
         batch_size: samples a step on this rank.
         device: `cuda` or `cpu`, where the graph runs and the batches are.
         rank, world_size: this process among all (the global rank).
         seed: of everything drawn.
         report: extras to put into each batch, any of "masks", "saliency", "windows",
-            "photometric", "keys".
+            "crops", "photometric", "keys".
+        cache: where a remote dataset is copied to first.
 
     Attributes:
         epoch, step: of the batch that comes next, from 0.
@@ -75,6 +77,7 @@ class MaskedViews:
         world_size: int = 1,
         seed: int = 0,
         report: Sequence[Extra] = (),
+        cache: Cache | None = None,
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.device = reader.device_of(device)
@@ -93,7 +96,7 @@ class MaskedViews:
             )
         self.report = frozenset(report)
         self._guided = self.recipe.fill != "none" or "saliency" in self.report
-        self.shards = reader.open_shards(url)
+        self.shards = reader.open_shards(url, cache)
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
 
         self.samples = self.shards.samples

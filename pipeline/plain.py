@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline import reader
 from pipeline.assemble import normalised
+from pipeline.cache import Cache
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
 from schemas import UserError
 
@@ -38,7 +39,7 @@ class PlainViews:
     or left out. Each iteration starts from the first sample.
 
     Args:
-        url: the dataset's folder: a plain path or s3://.
+        url: the dataset's folder: a plain path, s3:// or gs://; with a cache any fsspec URL.
         batch_size: samples a batch, at most.
         device: `cuda` or `cpu`.
         rank, world_size: this process among all.
@@ -46,6 +47,7 @@ class PlainViews:
         crop_size: side of the centre crop in pixels.
         recipe: what the encoder was trained with; one with `high_pass` filters these images as
             well, as the released linear evaluation does (methods table D15).
+        cache: where a remote dataset is copied to first.
 
     Raises:
         UserError: the dataset, the recipe or the device does not allow it.
@@ -61,10 +63,11 @@ class PlainViews:
         resize: int | None = None,
         crop_size: int = REFERENCE_CROP,
         recipe: str | Recipe = "none",
+        cache: Cache | None = None,
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.device = reader.device_of(device)
-        self.shards = reader.open_shards(url)
+        self.shards = reader.open_shards(url, cache)
         self.resize = round(crop_size * RESIZE_OVER_CROP) if resize is None else resize
         if batch_size < 1 or not 0 <= rank < world_size or not 1 <= crop_size <= self.resize:
             raise UserError(

@@ -1,4 +1,4 @@
-"""A contact sheet of what the encoder is fed: one row a sample, for a person to look at."""
+"""What the encoder is fed, for a person to look at: one row a sample, as PNG and as HTML."""
 
 import io
 import tarfile
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from pipeline import masks
@@ -15,17 +15,13 @@ from pipeline.assemble import MEAN, STD
 from pipeline.batch import Batch
 from pipeline.loader import MaskedViews
 from pipeline.recipes import Recipe
+from pipeline.sheet import KEY, QUERY, TILE, Tile, page, png
 from schemas import ShardDataset, UserError
 from schemas.sample import SALIENCY_MEMBER
 from schemas.tables import shard_name
 
-TILE = 224
-GAP = 12
-CAPTION = 22
-HEADER = 76
-PAPER, INK, FAINT = (250, 250, 248), (30, 30, 30), (120, 120, 120)
-QUERY, KEY = (0, 114, 178), (213, 94, 0)  # told apart by the colour-blind as well (Okabe and Ito)
 FOREGROUND = (255, 214, 10)
+INK = (30, 30, 30)
 HIGH_PASS_CONTRAST = 0.5
 """Brightness (0 .. 1) a normalised unit of a high-pass image is shown as, about middle gray."""
 
@@ -38,7 +34,10 @@ def write_preview(
     seed: int = 0,
     device: str = "cpu",
 ) -> int:
-    """Write a PNG sheet of the first samples that a training run with this seed would see.
+    """Write the first samples that a training run with this seed would see.
+
+    Args:
+        out: the PNG; a page of the same name that ends in .html lies beside it.
 
     Returns:
         Rows on the sheet: `samples`, or all that the dataset has.
@@ -55,33 +54,30 @@ def write_preview(
         batch_size=max(1, min(samples, len(dataset))),
         device=device,
         seed=seed,
-        report=("masks", "saliency", "windows", "keys"),
+        report=("masks", "saliency", "windows", "crops", "keys"),
     )
-    picture = sheet(dataset, next(iter(views)), recipe)
+    batch = next(iter(views))
+    rows = [sample_row(dataset, batch, place, recipe) for place in range(views.batch_size)]
+    title, note = heading(dataset, recipe)
     try:
-        picture.save(out, format="PNG")
+        png(title, note, rows).save(out, format="PNG")
+        out.with_suffix(".html").write_text(page(title, note, rows))
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     return views.batch_size
 
 
-def sheet(dataset: ShardDataset, batch: Batch, recipe: Recipe) -> Image.Image:
-    """The whole sheet: a header, then a row a sample."""
-    assert batch.sample_keys is not None
-    rows = [sample_row(dataset, batch, place, recipe) for place in range(len(batch.sample_keys))]
-    columns = len(rows[0])
-    width = GAP + columns * (TILE + GAP)
-    height = HEADER + len(rows) * (TILE + CAPTION + GAP)
-    picture = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(picture)
-    header(draw, dataset, recipe)
-    for row, tiles in enumerate(rows):
-        top = HEADER + row * (TILE + CAPTION + GAP)
-        for column, (tile, caption) in enumerate(tiles):
-            left = GAP + column * (TILE + GAP)
-            picture.paste(tile, (left, top))
-            draw.text((left, top + TILE + 3), caption, fill=INK, font=font(13))
-    return picture
+def heading(dataset: ShardDataset, recipe: Recipe) -> tuple[str, str]:
+    title = f"{dataset.card.name}: fill {recipe.fill}, crop {recipe.crop_size}"
+    note = "crop: cut, before any change."
+    if guided(recipe):
+        margin = f"A >= mean - {recipe.foreground_margin:g} std"
+        note += (
+            f" Dots and lines: its foreground, {margin} on its own {recipe.grid} x {recipe.grid}."
+        )
+    if recipe.high_pass:
+        note += " High-pass views are shown about middle gray."
+    return title, note
 
 
 def guided(recipe: Recipe) -> bool:
@@ -90,86 +86,71 @@ def guided(recipe: Recipe) -> bool:
     return recipe.fill != "none" and not names <= {"random", "block"}
 
 
-def header(draw: ImageDraw.ImageDraw, dataset: ShardDataset, recipe: Recipe) -> None:
-    details = f"fill {recipe.fill}, crop {recipe.crop_size}"
-    if recipe.high_pass:
-        details += ", high-pass (shown about middle gray)"
-    draw.text((GAP, 8), f"{dataset.card.name}: {details}", fill=INK, font=font(16))
-    columns = ["image, with the windows of", "its saliency", "query, as fed", "key, as fed"]
-    columns += ["hard negative, as fed"] * recipe.hard_negatives
-    for column, text in enumerate(columns):
-        draw.text((GAP + column * (TILE + GAP), 50), text, fill=FAINT, font=font(13))
-    left = GAP + draw.textlength(columns[0] + " ", font=font(13))
-    draw.text((left, 50), "query", fill=QUERY, font=font(13))
-    left += draw.textlength("query ", font=font(13))
-    draw.text((left, 50), "key", fill=KEY, font=font(13))
-    if guided(recipe):
-        margin = f"A >= mean - {recipe.foreground_margin:g} std"
-        text = f"dots and lines, not fed: cells that are foreground in the view, {margin}"
-        draw.text((GAP, 29), text, fill=FAINT, font=font(13))
-
-
-def sample_row(
-    dataset: ShardDataset, batch: Batch, place: int, recipe: Recipe
-) -> list[tuple[Image.Image, str]]:
-    """Tiles of one sample, each with its caption."""
+def sample_row(dataset: ShardDataset, batch: Batch, place: int, recipe: Recipe) -> list[Tile]:
+    """The tiles of one sample."""
     assert batch.sample_keys is not None
     assert batch.query_window is not None
     assert batch.key_window is not None
-    assert batch.query_saliency is not None
-    assert batch.key_saliency is not None
     key = batch.sample_keys[place]
     image, saliency = read_sample(dataset, key)
     whole, place_of = letterboxed(image)
-    heat = letterboxed(overlaid(image, saliency))[0]
     draw = ImageDraw.Draw(whole)
     for window, colour in ((batch.query_window, QUERY), (batch.key_window, KEY)):
         y0, x0, y1, x1 = window[place].tolist()
         corners = place_of(min(x0, x1), y0), place_of(max(x0, x1), y1)
         draw.rectangle((*corners[0], *corners[1]), outline=colour, width=3)
-
     label = int(batch.label[place])
     name = dataset.classes[label] if 0 <= label < len(dataset.classes) else "no label"
-    query = view_tile(batch.query[place], batch.query_saliency[place], recipe)
-    key_view = view_tile(batch.key[place], batch.key_saliency[place], recipe)
+
     tiles = [
-        (whole, shortened(key, 30)),
-        (heat, shortened(name, 30)),
-        (query, caption(batch.query_mask, batch.query_ratio, batch.query_focal, place)),
-        (key_view, "not masked" if batch.key_mask is None else "masked as the query"),
+        Tile("image, both windows", whole, shortened(key, 30)),
+        Tile("saliency", letterboxed(overlaid(image, saliency))[0], shortened(name, 30)),
     ]
+    for branch in ("query", "key"):
+        crop, front = crop_tile(batch, branch, place, recipe)
+        view = view_tile(getattr(batch, branch)[place], recipe)
+        tiles.append(Tile(f"{branch}: crop", crop, front, branch))
+        tiles.append(Tile(f"{branch}, as fed", view, caption(batch, branch, place), branch))
     for number in range(recipe.hard_negatives):
         assert batch.hard_negative is not None
         row = number * len(batch.query) + place
-        tile = view_tile(batch.hard_negative[row], batch.key_saliency[place], recipe)
-        text = caption(
-            batch.hard_negative_mask, batch.hard_negative_ratio, batch.hard_negative_focal, row
-        )
-        tiles.append((tile, text))
+        view = view_tile(batch.hard_negative[row], recipe)
+        tiles.append(Tile("hard negative, as fed", view, caption(batch, "hard_negative", row)))
     return tiles
 
 
-def caption(mask: Tensor | None, ratio: Tensor | None, focal: Tensor | None, row: int) -> str:
+def caption(batch: Batch, name: str, row: int) -> str:
     """What was drawn for one view, and how much of it is filled."""
-    if mask is None or ratio is None or focal is None:
+    mask = getattr(batch, f"{name}_mask")
+    if mask is None:
         return "not masked"
     filled = f"{float(mask[row].float().mean()):.0%} filled"
-    return f"window; {filled}" if focal[row] else f"ratio {float(ratio[row]):.2f}; {filled}"
+    if getattr(batch, f"{name}_focal")[row]:
+        return f"window; {filled}"
+    return f"ratio {float(getattr(batch, f'{name}_ratio')[row]):.2f}; {filled}"
 
 
-def view_tile(view: Tensor, saliency: Tensor, recipe: Recipe) -> Image.Image:
-    """A (3, H, W) view as an image, its foreground cells outlined."""
+def crop_tile(batch: Batch, branch: str, place: int, recipe: Recipe) -> tuple[Image.Image, str]:
+    """A view as it was cut, its foreground cells outlined, and how many they are."""
+    pixels = getattr(batch, f"{branch}_crop")[place].permute(1, 2, 0).cpu().numpy()
+    tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
+    if not guided(recipe):
+        return tile, ""
+    saliency = getattr(batch, f"{branch}_saliency")[place]
+    front = masks.foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0].cpu().numpy()
+    outline(tile, front)
+    return tile, f"foreground {front.sum()} of {front.size} cells"
+
+
+def view_tile(view: Tensor, recipe: Recipe) -> Image.Image:
+    """A normalised (3, H, W) view as an image."""
     values = view.cpu().permute(1, 2, 0).numpy()
     if recipe.high_pass:
         shown = 0.5 + HIGH_PASS_CONTRAST * values
     else:
         shown = values * np.array(STD) + np.array(MEAN)
     pixels = (255 * shown.clip(0, 1)).round().astype(np.uint8)
-    tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
-    if guided(recipe):
-        front = masks.foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0]
-        outline(tile, front.cpu().numpy())
-    return tile
+    return Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
 
 
 def outline(tile: Image.Image, front: np.ndarray) -> None:
@@ -231,7 +212,3 @@ def read_sample(dataset: ShardDataset, key: str) -> tuple[Image.Image, Image.Ima
 
 def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,9 +12,11 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
+from pipeline.cache import Cache, Copy, fetch
 from schemas import ShardDataset, ShardRow, UserError
 from schemas.sample import IMAGE_EXTENSIONS, LABEL_MEMBER, SALIENCY_MEMBER
 from schemas.shard import INDEX_VERSION
+from schemas.storage import Store
 from schemas.tables import shard_name
 
 PROTOCOLS = ("", "file", "s3", "gs")
@@ -32,23 +34,31 @@ class Shards:
         tars, indices: locations that DALI opens, in one order.
         samples: how many samples they hold in all.
         digest: of the dataset's shard table.
+        url: the dataset's folder.
+        copy: what keeps a local copy in use.
     """
 
     tars: tuple[str, ...]
     indices: tuple[str, ...]
     samples: int
     digest: str
+    url: str
+    copy: Copy | None = None
 
     def in_order(self, order: list[int]) -> "Shards":
         """The same shards, the one that `order` names first at the front."""
-        tars = tuple(self.tars[place] for place in order)
-        return Shards(
-            tars, tuple(self.indices[place] for place in order), self.samples, self.digest
+        return replace(
+            self,
+            tars=tuple(self.tars[place] for place in order),
+            indices=tuple(self.indices[place] for place in order),
         )
 
 
-def open_shards(url: str | Path) -> Shards:
+def open_shards(url: str | Path, cache: Cache | None = None) -> Shards:
     """Open a dataset for DALI and check every index: DALI reads a stale one without a word.
+
+    Args:
+        cache: where a remote dataset is copied to first; needed where DALI cannot read itself.
 
     Raises:
         UserError: no dataset there, DALI cannot read from there, or a shard's tar or index is not
@@ -56,37 +66,40 @@ def open_shards(url: str | Path) -> Shards:
     """
     dataset = ShardDataset.open(url)
     protocol = urlsplit(dataset.url).scheme
-    if protocol not in PROTOCOLS:
+    if cache is None and protocol not in PROTOCOLS:
         raise UserError(
-            f"{dataset.url}: DALI does not read from {protocol}://; copy the dataset to a local "
-            "folder"
+            f"{dataset.url}: DALI does not read from {protocol}://; give a cache, or copy the "
+            "dataset to a local folder"
         )
+    copy = None if cache is None or dataset.store.is_local else fetch(dataset, cache)
+    store = dataset.store if copy is None else copy.store
+    held = [row for row in dataset.shards if row.samples]
     with ThreadPoolExecutor(CHECKS_AT_A_TIME) as pool:
-        list(pool.map(lambda row: check_shard(dataset, row), dataset.shards))
-    held = [place for place, row in enumerate(dataset.shards) if row.samples]
-    tars, indices = dataset.shard_urls, dataset.index_urls
+        list(pool.map(lambda row: check_shard(store, row), held))
     return Shards(
-        tars=tuple(tars[place] for place in held),
-        indices=tuple(indices[place] for place in held),
-        samples=sum(row.samples for row in dataset.shards),
+        tars=tuple(store.location(shard_name(row.shard, "tar")) for row in held),
+        indices=tuple(store.location(shard_name(row.shard, "idx")) for row in held),
+        samples=sum(row.samples for row in held),
         digest=dataset.digest,
+        url=dataset.url,
+        copy=copy,
     )
 
 
-def check_shard(dataset: ShardDataset, row: ShardRow) -> None:
+def check_shard(store: Store, row: ShardRow) -> None:
     """Raises UserError unless tar, index and table agree on sizes and the number of samples."""
     tar, index = shard_name(row.shard, "tar"), shard_name(row.shard, "idx")
     try:
-        size = dataset.store.size(tar)
-        lines = dataset.store.read(index).decode("ascii").splitlines()
+        size = store.size(tar)
+        lines = store.read(index).decode("ascii").splitlines()
     except FileNotFoundError as error:
-        raise UserError(f"{dataset.url}: shard {row.shard}: {error.args[-1]} is missing") from error
+        raise UserError(f"{store.url}: shard {row.shard}: {error.args[-1]} is missing") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{dataset.store.location(index)}: not an index") from error
+        raise UserError(f"{store.location(index)}: not an index") from error
     problem = index_problem(lines, row, size)
     if problem:
         raise UserError(
-            f"{dataset.store.location(index)}: shard {row.shard}: {problem}; "
+            f"{store.location(index)}: shard {row.shard}: {problem}; "
             "`python -m schemas verify` shows all that is wrong with the dataset"
         )
 

@@ -306,7 +306,7 @@ def test_a_dataset_that_dali_cannot_read_is_refused(dataset: ShardDataset) -> No
 
     memory = fsspec.filesystem("memory")
     memory.put(dataset.url, "/unreadable", recursive=True)
-    with pytest.raises(UserError, match="DALI does not read from memory://"):
+    with pytest.raises(UserError, match="DALI does not read from memory://; give a cache"):
         MaskedViews("memory://unreadable", "hp", BATCH, device="cpu")
 
 

@@ -1,5 +1,7 @@
 """The contact sheet and the command that writes it."""
 
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ import torch
 from PIL import Image
 
 from pipeline import __main__ as command
-from pipeline.preview import FOREGROUND, KEY, QUERY, outline, view_tile
+from pipeline.preview import FOREGROUND, outline, view_tile
+from pipeline.sheet import KEY, QUERY
 from schemas import ShardDataset, UserError
 from schemas.cli import run
 from tests.pipeline.conftest import small
@@ -34,6 +37,12 @@ def test_a_sheet_is_written(
     found = colours(out)
     assert {QUERY, KEY} <= found
     assert (FOREGROUND in found) == (recipe == "hp")
+    page = out.with_suffix(".html").read_text()
+    assert page.count("<section>") == 3
+    assert page.count("data:image/png;base64,") == 3 * (7 if recipe == "hp" else 6)
+    assert set(re.findall(r'(?:src|href)="(?!data:)', page)) == set(), "it needs another file"
+    assert ("ratio 0." in page) == (recipe == "hp")
+    HTMLParser().feed(page)
 
 
 def test_more_samples_and_hard_negatives_make_a_larger_sheet(
@@ -62,7 +71,7 @@ def test_the_outline_runs_around_the_foreground() -> None:
 
 
 def test_a_high_pass_view_is_shown_about_middle_gray() -> None:
-    tile = view_tile(torch.zeros(3, 56, 56), torch.zeros(7, 7), small("mscn"))
+    tile = view_tile(torch.zeros(3, 56, 56), small("mscn"))
     assert np.unique(np.asarray(tile)).tolist() == [128]
 
 
