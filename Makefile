@@ -64,9 +64,10 @@ verify: $(READY) ## DATA=...: every byte of the shards against their tables
 	$(PY) -m schemas verify "$(DATA)" $(ARGS)
 
 .PHONY: info
-info: $(READY) ## DATA=...: counts, classes, bytes, rejects by reason
+info: $(READY) ## DATA=...: counts, classes, bytes, rejects by reason, quality of the shuffle
 	$(call need,DATA,make info DATA=out/photos)
-	$(PY) -m schemas info "$(DATA)" $(ARGS)
+	$(PY) -m schemas info "$(DATA)"
+	$(PY) -m pipeline order --data "$(DATA)" $(ARGS)
 
 .PHONY: preview
 preview: $(READY) ## DATA=... RECIPE=hp: a contact sheet of what the network sees

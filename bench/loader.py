@@ -202,7 +202,7 @@ def ceilings(options: Options) -> dict[str, Way]:
             device_id=device.index,
         )
         while True:
-            yield reader.run(pipeline, device)[0]
+            yield reader.run(pipeline, device, shards)[0]
 
     plain = PlainViews(
         options.data, options.batch_size, options.device, crop_size=options.crop_size

@@ -1,6 +1,7 @@
 """Look at what the encoder is fed.
 
 python -m pipeline preview --data URL --recipe hp --out preview.png
+python -m pipeline order --data URL --batch-size 256
 """
 
 import dataclasses
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import tyro
 
+from pipeline.order import describe
 from pipeline.preview import write_preview
 from pipeline.recipes import RECIPES, Recipe
-from schemas import UserError
+from schemas import ShardDataset, UserError
 from schemas.cli import parse, run
 
 
@@ -36,14 +38,28 @@ class Preview:
     """cpu or cuda."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """Print how well an epoch is shuffled, beside a perfect shuffle."""
+
+    data: str = tyro.MISSING
+    """The dataset's folder: a plain path or s3://."""
+    batch_size: int = 256
+    """Samples a batch; all of a smaller dataset."""
+    samples: int = 100_000
+    """How much of the epoch is looked at."""
+    seed: int = 0
+    """Of the order, as in training."""
+
+
 def main() -> int:
-    commands = {"preview": preview}
+    commands = {"preview": preview, "order": order}
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.strip() if __doc__ else "")
         return 0
     if name not in commands:
-        raise UserError(f"unknown command {name!r}: there is {', '.join(commands)}")
+        raise UserError(f"unknown command {name!r}: there are {', '.join(commands)}")
     return commands[name](argv)
 
 
@@ -56,6 +72,13 @@ def preview(argv: list[str]) -> int:
         options.data, recipe, options.out, options.samples, options.seed, options.device
     )
     print(f"{options.out}, {options.out.with_suffix('.html').name}: {rows} samples")
+    return 0
+
+
+def order(argv: list[str]) -> int:
+    options = parse(Order, argv)
+    size = min(options.batch_size, len(ShardDataset.open(options.data)))
+    print(describe(options.data, size, options.samples, options.seed))
     return 0
 
 

@@ -94,11 +94,16 @@ def assemble(
             put("hard_negative", slice(first + rows.start, first + rows.stop), image, own)
 
     if draws.device.type == "cpu":
-        rows = [slice(start, min(start + PART, size)) for start in range(0, size, PART)]
+        rows = parts(size)
         list(workers().map(work, range(len(rows)), rows))
     else:
         work(0, slice(0, size))
     return images | extras(query, key, looks, drawn, side, report)
+
+
+def parts(size: int) -> list[slice]:
+    """The rows of a batch that a CPU works on at a time."""
+    return [slice(start, min(start + PART, size)) for start in range(0, size, PART)]
 
 
 @cache
@@ -111,10 +116,11 @@ def cut_all(images: list[Tensor], windows: Tensor, side: int) -> Tensor:
     """Cut each image's window on the host: (N, side, side, 3) uint8, planar in memory."""
     cut = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
 
-    def work(row: int) -> None:
-        cut[row] = cut_on_host(images[row], windows[row], side)
+    def work(rows: slice) -> None:
+        for row in range(rows.start, rows.stop):
+            cut[row] = cut_on_host(images[row], windows[row], side)
 
-    list(workers().map(work, range(len(images))))
+    list(workers().map(work, parts(len(images))))
     return cut.permute(0, 2, 3, 1)
 
 

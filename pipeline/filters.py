@@ -7,6 +7,7 @@ normalisation.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from pipeline.draws import to_device
 from pipeline.recipes import Recipe
@@ -33,23 +34,43 @@ def gaussian_blur(image: Tensor, kernel: Tensor) -> Tensor:
 
     Args:
         image: (N, C, H, W) float32; H and W are above the radius.
-        kernel: (N or 1, 2 radius + 1) float32.
+        kernel: (N or 1, 2 radius + 1) float32, symmetric, on the host.
     """
-    along = by_shifts if image.device.type == "cpu" else by_matrix
-    return along(along(image, kernel, -1), kernel, -2)
+    if image.device.type == "cpu":
+        if len(kernel) == 1:
+            return by_lanes(image, kernel[0])
+        return torch.cat(
+            [
+                by_lanes(one.unsqueeze(0), weights[weights > 0])
+                for one, weights in zip(image, kernel, strict=True)
+            ]
+        )
+    kernel = to_device(kernel, image.device)
+    return by_matrix(by_matrix(image, kernel, -1), kernel, -2)
 
 
-def by_shifts(image: Tensor, kernel: Tensor, axis: int) -> Tensor:
-    """One weighted addition a tap: on a CPU, three times as fast as any convolution of PyTorch."""
-    radius, side = kernel.shape[1] // 2, image.shape[axis]
-    before = image.narrow(axis, 1, radius).flip(axis)
-    after = image.narrow(axis, side - 1 - radius, radius).flip(axis)
-    padded = torch.cat([before, image, after], axis)
-    weights = kernel.view(*kernel.shape, 1, 1, 1).unbind(1)
-    result = padded.narrow(axis, 0, side) * weights[0]
-    for tap in range(1, len(weights)):
-        result.addcmul_(padded.narrow(axis, tap, side), weights[tap])
-    return result
+def by_lanes(image: Tensor, taps: Tensor) -> Tensor:
+    """On a CPU: along each axis, with pieces of the other axis as the channels of a convolution.
+
+    PyTorch's convolution with a kernel a channel is fast where channels are many and lie side by
+    side in memory; with an image's own three it takes ten times as long.
+    """
+    planes = image.flatten(0, 1)
+    for _ in range(2):
+        planes = along_rows(planes.transpose(1, 2), taps)
+    return planes.unflatten(0, image.shape[:2])
+
+
+def along_rows(planes: Tensor, taps: Tensor) -> Tensor:
+    """(M, A, B) convolved along A."""
+    radius, (count, side, width) = len(taps) // 2, planes.shape
+    before, after = planes[:, 1 : radius + 1].flip(1), planes[:, side - 1 - radius : side - 1]
+    padded = torch.cat([before, planes, after.flip(1)], 1)
+    lanes = next(size for size in range(32, 0, -1) if width % size == 0)
+    weights = taps.view(1, 1, -1, 1).expand(lanes, 1, -1, 1).contiguous()
+    pieces = padded.view(count, side + 2 * radius, width // lanes, lanes).permute(0, 3, 1, 2)
+    found = conv2d(pieces, weights, groups=lanes)  # channels_last in and out
+    return found.permute(0, 2, 3, 1).reshape(planes.shape)
 
 
 def by_matrix(image: Tensor, kernel: Tensor, axis: int) -> Tensor:
@@ -70,7 +91,7 @@ def by_matrix(image: Tensor, kernel: Tensor, axis: int) -> Tensor:
 def shared_blur(image: Tensor, taps: int, sigma: float) -> Tensor:
     """Blur all images alike, with a window of `taps` pixels."""
     kernel = gaussian_kernel(torch.tensor([sigma]), torch.tensor([taps // 2]))
-    return gaussian_blur(image, to_device(kernel, image.device))
+    return gaussian_blur(image, kernel)
 
 
 def high_pass(image: Tensor, recipe: Recipe) -> Tensor:

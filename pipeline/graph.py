@@ -1,5 +1,6 @@
 """The DALI graph of `MaskedViews`: shards -> two views a sample, cut and not yet changed."""
 
+import random
 from typing import Any
 
 import torch
@@ -10,6 +11,31 @@ from pipeline.recipes import Recipe
 
 SHUFFLE_BUFFER = 1024
 """Samples in the reader's buffer: DALI's default, some 100 MB of JPEG."""
+
+
+def in_drawn_order(shards: reader.Shards, *key: str | int) -> reader.Shards:
+    """The shards in an order that the key decides."""
+    order = list(range(len(shards.tars)))
+    random.Random(reader.derived_seed("shards", *key)).shuffle(order)
+    return shards.in_order(order)
+
+
+def read_shuffled(shards: reader.Shards, rank: int, world_size: int, seed: int) -> reader.Encoded:
+    """In the graph: this rank's share of each epoch, shuffled.
+
+    Shares of the ranks may differ by one sample; `pad_last_batch` makes each rank's epoch
+    ceil(longest share / batch) batches, by repeats that lie only in batches that are thrown away.
+    """
+    return reader.read(
+        shards,
+        rank,
+        world_size,
+        random_shuffle=True,
+        initial_fill=SHUFFLE_BUFFER,
+        shuffle_after_epoch=True,
+        pad_last_batch=True,
+        seed=seed,
+    )
 
 
 @pipeline_def
@@ -27,20 +53,8 @@ def graph(
 
     Where it `cuts` it hands out views, otherwise the image they are to be cut from; saliency only
     where views are `guided` by it.
-
-    Shares of the ranks may differ by one sample; `pad_last_batch` makes each rank's epoch
-    ceil(longest share / batch) batches, by repeats that lie only in batches that are thrown away.
     """
-    sample = reader.read(
-        shards,
-        rank,
-        world_size,
-        random_shuffle=True,
-        initial_fill=SHUFFLE_BUFFER,
-        shuffle_after_epoch=True,
-        pad_last_batch=True,
-        seed=shuffle_seed,
-    )
+    sample = read_shuffled(shards, rank, world_size, shuffle_seed)
     image = reader.decode(sample.image, device)
     saliency = fn.decoders.image(sample.saliency, output_type=types.GRAY) if guided else None
     outputs = [sample.label, sample.source]

@@ -15,7 +15,6 @@ and step. Same settings, same batches, bit for bit.
 
 import dataclasses
 import logging
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from typing import Any
 from nvidia import dali
 from nvidia.dali import Pipeline
 
-from pipeline import reader
+from pipeline import failures, reader
 from pipeline.assemble import View, assemble, cut_all
 from pipeline.batch import EXTRAS, Batch, Extra
 from pipeline.cache import Cache
 from pipeline.draws import Draws
 from pipeline.fills import FILLS
-from pipeline.graph import SHUFFLE_BUFFER, graph
+from pipeline.graph import SHUFFLE_BUFFER, graph, in_drawn_order
 from pipeline.masks import MASKS
 from pipeline.recipes import Recipe, get_recipe
 from pipeline.registry import find
@@ -190,10 +189,8 @@ class MaskedViews:
 
     def _build(self) -> Pipeline:
         shared = (self.seed, self.world_size, self._begun)
-        order = list(range(len(self.shards.tars)))
-        random.Random(reader.derived_seed("shards", *shared)).shuffle(order)
         pipeline = graph(
-            self.shards.in_order(order),
+            in_drawn_order(self.shards, *shared),
             self.recipe,
             self.device,
             self.rank,
@@ -208,13 +205,14 @@ class MaskedViews:
             enable_checkpointing=True,
             checkpoint=self._checkpoint,
         )
-        pipeline.build()
+        with failures.explained(self.shards.url, self.shards.tars):
+            pipeline.build()
         return pipeline
 
     def _run(self) -> list[Any]:
         if self._pipeline is None:
             self._pipeline = self._build()
-        return reader.run(self._pipeline, self.device)
+        return reader.run(self._pipeline, self.device, self.shards)
 
     def _next(self) -> Batch:
         batch = self._batch(self._run())

@@ -78,21 +78,27 @@ def apply(view: Tensor, drawn: Photometric) -> Tensor:
     image = view.permute(0, 3, 1, 2).contiguous().float().div_(255)
     for kind in drawn.order.unbind(1):
         blend(image, kind, drawn)
-        turned = ((kind == HUE) & (drawn.hue != 0)).nonzero().squeeze(1)
-        if len(turned):
-            rows = to_device(turned, image.device)
-            image[rows] = turn_hue(image[rows], to_device(drawn.hue[turned], image.device))
-    grayed = drawn.gray.nonzero().squeeze(1)
-    if len(grayed):
-        rows = to_device(grayed, image.device)
-        image[rows] = gray_of(image[rows]).expand(-1, 3, -1, -1)
-    blurred = drawn.sigma.nonzero().squeeze(1)
-    if len(blurred):
-        rows = to_device(blurred, image.device)
-        sigma = drawn.sigma[blurred]
+        for host, rows in groups((kind == HUE) & (drawn.hue != 0), image.device):
+            turns = to_device(drawn.hue[host], image.device)
+            image[rows] = turn_hue(image[rows], turns)
+    if drawn.gray.any():
+        weight = to_device(drawn.gray.float(), image.device).view(-1, 1, 1, 1)
+        image.lerp_(gray_of(image), weight)
+    for host, rows in groups(drawn.sigma > 0, image.device):
+        sigma = drawn.sigma[host]
         kernel = gaussian_kernel(sigma, (3 * sigma).ceil().long())
-        image[rows] = gaussian_blur(image[rows], to_device(kernel, image.device))
+        image[rows] = gaussian_blur(image[rows], kernel)
     return image
+
+
+def groups(
+    chosen: Tensor, device: torch.device
+) -> list[tuple[slice, slice]] | list[tuple[Tensor, Tensor]]:
+    """The chosen rows, as indices on the host and on the device: on a CPU one by one, as views."""
+    rows = chosen.nonzero().squeeze(1)
+    if device.type == "cpu":
+        return [(slice(row, row + 1),) * 2 for row in rows.tolist()]
+    return [(rows, to_device(rows, device))] if len(rows) else []
 
 
 def blend(image: Tensor, kind: Tensor, drawn: Photometric) -> None:

@@ -100,7 +100,7 @@ class PlainViews:
             device_id=self.device.index,
         )
         for start in range(0, self.samples, self.batch_size):
-            label, image = map(reader.tensor, reader.run(pipeline, self.device))
+            label, image = map(reader.tensor, reader.run(pipeline, self.device, self.shards))
             # DALI fills the last batch from the next pass
             count = min(self.batch_size, self.samples - start)
             labels = reader.parse_labels(label[:count]).to(self.device)

@@ -12,6 +12,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
+from pipeline import failures
 from pipeline.cache import Cache, Copy, fetch
 from schemas import ShardDataset, ShardRow, UserError
 from schemas.sample import IMAGE_EXTENSIONS, LABEL_MEMBER, SALIENCY_MEMBER
@@ -141,6 +142,8 @@ def read(shards: Shards, rank: int, world_size: int, **options: Any) -> Encoded:
         index_paths=list(shards.indices),
         ext=[";".join(dict.fromkeys(IMAGE_EXTENSIONS.values())), SALIENCY_MEMBER, LABEL_MEMBER],
         missing_component_behavior="error",
+        # a shard that is cut while it is mapped would end the process by a bus error
+        dont_use_mmap=True,
         shard_id=rank,
         num_shards=world_size,
         **options,
@@ -155,11 +158,16 @@ def decode(encoded: Any, device: torch.device, output_type: Any = types.RGB) -> 
     return fn.decoders.image(encoded, device=decoder, output_type=output_type)
 
 
-def run(pipeline: Pipeline, device: torch.device) -> list[Any]:
-    """The next batch's outputs, ready for what PyTorch's current stream does next."""
-    if device.type == "cpu":
-        return list(pipeline.run())
-    return list(pipeline.run(torch.cuda.current_stream(device)))
+def run(pipeline: Pipeline, device: torch.device, shards: Shards) -> list[Any]:
+    """The next batch's outputs, ready for what PyTorch's current stream does next.
+
+    Raises:
+        UserError: a shard or sample cannot be read or decoded; it names it.
+    """
+    with failures.explained(shards.url, shards.tars):
+        if device.type == "cpu":
+            return list(pipeline.run())
+        return list(pipeline.run(torch.cuda.current_stream(device)))
 
 
 def tensor(output: Any) -> Tensor:

@@ -14,7 +14,10 @@ from train.optim import LR_PER_BATCH
 
 # These may differ between a checkpoint and the run that goes on from it: they change where a run
 # lies and what it tells, not what it computes.
-FREE = {"data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps"}
+FREE = {
+    "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
+    "cache", "cache_gb",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,10 @@ class TrainConfig:
     """How many of the last checkpoints stay."""
     log_steps: int = 10
     """Steps between two log lines; only then does the host wait for the device."""
+    cache: str | None = None
+    """A local folder that remote shards are copied to first; s3:// and gs:// need none."""
+    cache_gb: float = 500.0
+    """What all copies there may take, in GB of 10^9 bytes."""
 
     @property
     def peak_lr(self) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import MaskedViews
+from pipeline import Cache, MaskedViews
 from schemas import ShardDataset, UserError
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, autocast, resolved, settings_of
@@ -106,6 +106,7 @@ def prepare(config: TrainConfig) -> Job:
         rank=rank(),
         world_size=world_size(),
         seed=config.seed,
+        cache=Cache(Path(config.cache), int(1e9 * config.cache_gb)) if config.cache else None,
     )
     method = method.to(device).to(memory_format=torch.channels_last).train()
     return Job(config=config, device=device, dataset=dataset, method=method, views=views)

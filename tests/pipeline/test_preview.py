@@ -87,7 +87,7 @@ def test_mistakes_end_with_one_line(
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: unknown recipe 'hpp': did you mean hp?")
     monkeypatch.setattr("sys.argv", ["pipeline", "previw"])
-    with pytest.raises(UserError, match="unknown command 'previw': there is preview"):
+    with pytest.raises(UserError, match="unknown command 'previw': there are preview, order"):
         command.main()
     out = tmp_path / "missing" / "sheet.png"
     with pytest.raises(UserError, match="cannot be written"):

@@ -1,0 +1,111 @@
+"""Shards that break, before and while they are read: one line that names shard and sample."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import MaskedViews, PlainViews, reader
+from schemas import Sample, ShardDataset, UserError, write_dataset
+from tests.pipeline.conftest import picture, sample_of, small
+
+MANY = 1600
+"""Samples: more than the reader's buffer holds, so that shards are still to be read."""
+
+
+def views_of(dataset: ShardDataset) -> MaskedViews:
+    return MaskedViews(dataset.url, small("mean"), 8, "cpu")
+
+
+def refused(dataset: ShardDataset) -> str:
+    """The one line that iterating ends with."""
+    with pytest.raises(UserError) as refusal:
+        list(views_of(dataset))
+    assert "\n" not in str(refusal.value)
+    assert f"python -m schemas verify {dataset.url}" in str(refusal.value)
+    return str(refusal.value)
+
+
+def jpeg_cut_short() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(0)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()[: len(buffer.getvalue()) // 2]
+
+
+@pytest.mark.parametrize("content", [jpeg_cut_short(), b"\xff\xd8\xff\xe0no picture" * 30, b"no"])
+def test_an_image_that_does_not_decode(tmp_path: Path, content: bytes) -> None:
+    samples = [sample_of(index, picture(index)) for index in range(24)]
+    good = samples[13]
+    samples[13] = Sample(
+        good.key, content, "jpg", good.saliency, good.label, good.height, good.width
+    )
+    dataset = write_dataset(tmp_path / "d", samples, name="t", classes=["a"] * 11, shard_samples=8)
+    assert refused(dataset).startswith(f"{dataset.shard_urls[1]}: sample key-013: ")
+    with pytest.raises(UserError, match="sample key-013"):
+        list(PlainViews(dataset.url, 8, "cpu", crop_size=56))
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Sample]:
+    image = io.BytesIO()
+    Image.fromarray(picture(0)[:16, :16]).save(image, "PNG")
+    saliency = np.zeros((28, 28), np.float32)
+    return [
+        Sample(f"k{index:05d}", image.getvalue(), "png", saliency, 0, 16, 16)
+        for index in range(MANY)
+    ]
+
+
+def unlink(tar: Path) -> None:
+    tar.unlink()
+
+
+def cut(tar: Path) -> None:
+    os.truncate(tar, tar.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [unlink, cut])
+def test_a_shard_that_breaks_while_training(
+    tmp_path: Path, many: list[Sample], damage: Callable[[Path], None]
+) -> None:
+    dataset = write_dataset(tmp_path / "d", many, name="t", classes=["a"], shard_samples=100)
+    steps = iter(views_of(dataset))
+    next(steps)
+    for url in dataset.shard_urls:
+        damage(Path(url))
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}/d/shards/0000\d\d.(tar|idx): .*schemas verify"
+    ):
+        list(steps)
+
+
+def test_a_sample_without_its_saliency(own_dataset: ShardDataset) -> None:
+    index = Path(own_dataset.index_urls[1])
+    lines = index.read_text().split("\n")
+    words = lines[2].split()
+    place = words.index("saliency.png")
+    lines[2] = " ".join(words[:place] + words[place + 4 :])
+    index.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"shards/000001.idx: .*line 2") as refusal:
+        next(iter(MaskedViews(own_dataset.url, small("mean"), 2, "cpu")))
+    assert "\n" not in str(refusal.value)
+
+
+def test_another_format_version_is_refused(own_dataset: ShardDataset) -> None:
+    card = Path(own_dataset.url) / "dataset.json"
+    card.write_text(card.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(UserError, match=r"format version 2|version 2"):
+        MaskedViews(own_dataset.url, small("mean"), 2, "cpu")
+
+
+def test_a_dataset_without_samples_is_refused(
+    dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = reader.Shards((), (), 0, dataset.digest, dataset.url)
+    monkeypatch.setattr(reader, "open_shards", lambda url, cache: nothing)
+    with pytest.raises(UserError, match="0 samples are too few for 1 ranks x batch 8"):
+        views_of(dataset)
