@@ -8,13 +8,7 @@ Against the released code (methods table D8, D9, D14), decided once here:
   numbers costs more than all the rest of masking on a CPU;
 * D14 the mean is each view's own, per channel, over all its pixels before masking.
 
-A fill of your own is one function; import its module and name it, `--recipe.fill stripes`, or have
-it imported, `--recipe.fill my_fills:stripes`:
-
-    @fill("stripes")
-    def stripes(image, recipe, std, draws):
-        rows = torch.arange(image.shape[-1], device=image.device) // 4 % 2
-        return rows.float().view(1, 1, -1, 1)
+A fill of your own is one function: docs/pipeline.md has an example.
 """
 
 from collections.abc import Callable

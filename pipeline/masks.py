@@ -10,14 +10,7 @@ wait for the device. Against the released code (methods table D1, D2, D10-D13), 
 * D12 a background count is never negative (the release then masks all but one cell);
 * D13 a group of a single cell can be masked (the release drops it).
 
-A mask of your own is one function; import its module and name it, `--recipe.query-mask border`, or
-have it imported, `--recipe.query-mask my_masks:border`:
-
-    @mask("border")
-    def border(saliency, ratio, recipe, draws):
-        cells = torch.ones_like(saliency, dtype=torch.bool)
-        cells[:, 1:-1, 1:-1] = False
-        return cells
+A mask of your own is one function: docs/pipeline.md has an example.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,10 @@
-"""Masks and fills of one's own: the worked examples of the docstrings, run as they stand."""
+"""Masks and fills of one's own: the worked example of docs/pipeline.md, run as it stands."""
 
+import os
+import re
+import shlex
+import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,22 +14,21 @@ from pipeline import MaskedViews, Recipe, fills, masks
 from schemas import ShardDataset, UserError
 from tests.pipeline.conftest import CROP, small
 
+DOCS = Path(__file__).parents[2] / "docs" / "pipeline.md"
 
-def example(docstring: str | None) -> str:
-    """The indented code of a module's docstring."""
-    assert docstring is not None
-    return textwrap.dedent(docstring[docstring.index("    @") :])
+
+def blocks(language: str) -> list[str]:
+    """The code of one language in the documentation, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
 
 def first(dataset: ShardDataset, recipe: Recipe):
     return next(iter(MaskedViews(dataset.url, recipe, 8, "cpu", report=("masks",))))
 
 
-def test_the_docstrings_mask_and_fill_work(dataset: ShardDataset) -> None:
-    names = {"torch": torch, "mask": masks.mask, "fill": fills.fill}
+def test_the_documented_mask_and_fill_work(dataset: ShardDataset) -> None:
     try:
-        exec(example(masks.__doc__), names)
-        exec(example(fills.__doc__), names)
+        exec(blocks("python")[0], {})
         batch = first(dataset, small("mean", query_mask="border", fill="stripes"))
     finally:
         masks.MASKS.pop("border", None)
@@ -39,6 +41,22 @@ def test_the_docstrings_mask_and_fill_work(dataset: ShardDataset) -> None:
     assert mask.float().mean().item() == pytest.approx(24 / 49)
     rows = (torch.arange(CROP) // 4 % 2).float().view(1, 1, -1, 1).expand_as(batch.query)
     assert torch.equal(batch.query[mask], rows[mask])
+
+
+def test_the_documented_command_works(dataset: ShardDataset, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(blocks("python")[0])
+    command = blocks("sh")[0].replace("out/photos", dataset.url).replace("\\\n", " ")
+    assert command.startswith("python -m pipeline preview")
+    out = tmp_path / "sheet.png"
+    path = os.pathsep.join([str(tmp_path), str(DOCS.parents[1])])
+    arguments = [*shlex.split(command)[1:], "--out", str(out), "--crop-size", "56"]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert out.exists()
 
 
 def test_a_module_on_the_path_is_imported(
