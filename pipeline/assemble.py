@@ -13,6 +13,7 @@ from pipeline.batch import Extra
 from pipeline.draws import Draws
 from pipeline.fills import FILLS
 from pipeline.masks import Masks, draw
+from pipeline.memory import Buffers
 from pipeline.recipes import Recipe
 from pipeline.registry import find
 from pipeline.views import cut_on_host
@@ -51,9 +52,17 @@ def normalised(image: Tensor, recipe: Recipe) -> Tensor:
 
 
 def assemble(
-    query: View, key: View, recipe: Recipe, draws: Draws, report: frozenset[Extra]
+    query: View,
+    key: View,
+    recipe: Recipe,
+    draws: Draws,
+    report: frozenset[Extra],
+    buffers: Buffers,
 ) -> dict[str, Any]:
-    """The images of a `Batch` and the extras that `report` asks for, by field name."""
+    """The images of a `Batch` and the extras that `report` asks for, by field name.
+
+    On a CPU the images are `buffers`.
+    """
     looks = [photometric.draw(len(view.image), recipe, draws) for view in (query, key)]
     many = recipe.hard_negatives
     drawn: dict[str, Masks] = {}
@@ -69,11 +78,14 @@ def assemble(
             drawn["hard_negative"] = draw(repeated, recipe, "hard_negative", draws)
 
     size, side = len(query.image), recipe.crop_size
+    rows_of = {"query": size, "key": size, "hard_negative": many * size}
     images = {
-        name: torch.empty(
+        name: buffers.empty(rows, side)
+        if draws.device.type == "cpu"
+        else torch.empty(
             (rows, 3, side, side), device=draws.device, memory_format=torch.channels_last
         )
-        for name, rows in (("query", size), ("key", size), ("hard_negative", many * size))
+        for name, rows in rows_of.items()
         if rows
     }
 

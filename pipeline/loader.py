@@ -30,6 +30,7 @@ from pipeline.draws import Draws
 from pipeline.fills import FILLS
 from pipeline.graph import SHUFFLE_BUFFER, graph, in_drawn_order
 from pipeline.masks import MASKS
+from pipeline.memory import Buffers, keep_freed_memory
 from pipeline.recipes import Recipe, get_recipe
 from pipeline.registry import find
 from schemas import UserError
@@ -115,6 +116,9 @@ class MaskedViews:
         self._begun = 0  # the epoch in which this order and these draws began
         self._checkpoint: bytes | None = None
         self._pipeline: Pipeline | None = None
+        self._buffers = Buffers()
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
@@ -234,7 +238,8 @@ class MaskedViews:
         seed = reader.derived_seed(
             "views", self.seed, self.world_size, self.rank, self._begun, self.epoch, self.step
         )
-        fields = assemble(query, key, self.recipe, Draws(seed, self.device), self.report)
+        draws = Draws(seed, self.device)
+        fields = assemble(query, key, self.recipe, draws, self.report, self._buffers)
         if "keys" in self.report:
             fields["sample_keys"] = reader.parse_keys(reader.tensor(source))
         labels = reader.parse_labels(reader.tensor(label)).to(self.device, non_blocking=True)

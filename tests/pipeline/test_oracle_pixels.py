@@ -13,6 +13,7 @@ import torch
 from pipeline import RECIPES, Recipe
 from pipeline.assemble import View, assemble
 from pipeline.draws import Draws
+from pipeline.memory import Buffers
 from tests.pipeline import oracle
 
 TOLERANCE = 1e-4
@@ -39,7 +40,7 @@ def views(size: int, recipe: Recipe, device: str = "cpu", seed: int = 0) -> list
 
 def step(recipe: Recipe, size: int, device: str = "cpu", seed: int = 0) -> tuple[list[View], dict]:
     pair = views(size, recipe, device, seed)
-    fields = assemble(*pair, recipe, Draws(seed, torch.device(device)), REPORT)
+    fields = assemble(*pair, recipe, Draws(seed, torch.device(device)), REPORT, Buffers())
     return pair, fields
 
 
