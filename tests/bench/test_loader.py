@@ -1,0 +1,72 @@
+"""The usual ways do what they are compared for, and the command runs from end to end."""
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import usual
+from bench.loader import FILLS, bases
+from pipeline import RECIPES
+from schemas import write_dataset
+from tests.pipeline.conftest import picture, sample_of
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("name", ["blur", "mean"])
+def test_loops_mask_as_many_cells_as_the_method_says(name: str, hard: bool) -> None:
+    random.seed(0)
+    recipe = dataclasses.replace(
+        RECIPES[name], query_ratio=(0.2, 0.2), hard_negative_ratio=(0.5, 0.5), crop_size=56
+    )
+    image = torch.randn(6, 3, 56, 56)
+    maps = np.random.default_rng(0).random((6, 7, 7))
+    blurred = torch.zeros_like(image) if name == "blur" else None
+    masked = usual.mask_by_loops(image, maps, recipe, hard, blurred)
+    changed = (masked != image).unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).all(4)
+    for index, one in enumerate(maps):
+        front = one >= one.mean() - 0.6 * one.std()
+        of_front = round(0.5 * front.sum()) if hard else round(0.2 * front.sum())
+        of_back = 0 if hard else math.floor(0.2 * 49) - of_front
+        for channel in changed[index].numpy():
+            assert (channel & front).sum() == of_front
+            assert (channel & ~front).sum() == of_back
+    expected = torch.zeros(()) if name == "blur" else image.mean((2, 3), keepdim=True)
+    kept = masked == image
+    assert torch.allclose(masked[~kept], expected.expand_as(image)[~kept])
+
+
+def test_ways_are_compared_with_their_own_fill() -> None:
+    names = [f"usual {fill}, no saliency forward" for fill in FILLS]
+    found = bases([*names, "ours mean", "ours none", "webdataset hp"])
+    assert found["ours mean"] == "usual mean, no saliency forward"
+    assert found["webdataset hp"] == "usual hp, no saliency forward"
+    assert "ours none" not in found
+
+
+@pytest.mark.slow
+def test_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [sample_of(index, picture(index)) for index in range(12)]
+    write_dataset(tmp_path / "d", samples, name="t", classes=["a"] * 11, shard_samples=6)
+    out = tmp_path / "rates.json"
+    arguments = ["--data", str(tmp_path / "d"), "--out", str(out), "--crop-size", "56"]
+    arguments += ["--batch-size", "2", "--batches", "1", "--repeats", "1", "--workers", "1"]
+    monkeypatch.setattr("sys.argv", ["bench", "loader", *arguments])
+    assert command.main() == 0
+    table = capsys.readouterr().out
+    rates = json.loads(out.read_text())["images_per_second"]["Loader"]
+    ours = {f"ours {name}" for name in RECIPES}
+    usual_rows = {f"usual {fill}, saliency by ResNet-50" for fill in FILLS}
+    assert ours | usual_rows <= set(rates)
+    assert {f"webdataset {fill}" for fill in FILLS} <= set(rates)
+    assert {"read only", "decode only"} <= set(rates)
+    assert all(name in table for name in rates)
+    assert all(rate > 0 for values in rates.values() for rate in values)
