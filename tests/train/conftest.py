@@ -1,7 +1,8 @@
 from collections.abc import Iterator
 
 import pytest
-from ranks import Ranks, add_tiny_encoders
+
+from tests.train.ranks import Ranks, add_tiny_encoders
 
 add_tiny_encoders()
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ranks import random_batch
 from torch.nn.functional import cross_entropy
 
 from schemas import UserError
+from tests.train.ranks import random_batch
 from train.loop import parallel
 from train.methods import MoCo, MoCoConfig
 from train.methods.moco import contrastive_logits
