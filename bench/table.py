@@ -16,6 +16,11 @@ import torch
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "ray", "numpy", "pillow")
 
 
+QUIET_SECONDS = 0.2
+QUIET_SHARE = 0.1
+"""A machine less busy than this, of all its cores, is quiet."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Images a second, one value a repeat, each taken right after the other rows' values."""
@@ -51,11 +56,34 @@ def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
+            wait_until_quiet()
             way.settle()
             start = time.perf_counter()
             images = way.run()
             rates[name].append(images / (time.perf_counter() - start))
     return [Row(name, values) for name, values in rates.items()]
+
+
+def wait_until_quiet(limit: float = 15.0) -> None:
+    """Wait until the worker processes of other ways have filled their queues and do nothing.
+
+    Without this a way pays for the one before it: its workers go on after its last batch.
+    """
+    for _ in range(round(limit / QUIET_SECONDS)):
+        before = busy_and_all()
+        time.sleep(QUIET_SECONDS)
+        busy, total = (now - then for now, then in zip(busy_and_all(), before, strict=True))
+        if busy < QUIET_SHARE * total:
+            return
+
+
+def busy_and_all() -> tuple[int, int]:
+    """Ticks of all cores since the machine's start: those that were not idle, and all."""
+    user, nice, system, idle, waiting, *others = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    )
+    total = user + nice + system + idle + waiting + sum(others)
+    return total - idle - waiting, total
 
 
 def machine() -> dict[str, Any]:
