@@ -2,22 +2,24 @@
 
 python -m bench loader --data URL       views/s beside the usual ways, on the same images
 python -m bench estimators --data URL   saliency maps/s
+python -m bench fidelity --root PHOTOS  stored maps against online ones, on crops
 """
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import estimators, loader
+from bench import estimators, fidelity, loader
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
 
 
 def main() -> int:
-    commands = {"loader": bench_loader, "estimators": bench_estimators}
+    commands = {"loader": bench_loader, "estimators": bench_estimators, "fidelity": bench_fidelity}
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.strip() if __doc__ else "")
@@ -43,6 +45,22 @@ def bench_estimators(argv: Sequence[str]) -> None:
     base = {row.name: "scda resnet50" for row in rows}
     print(show("Precompute, one process", rows, base), end="\n\n")
     finish(options.out, {"Precompute, one process": rows}, asdict(options))
+
+
+def bench_fidelity(argv: Sequence[str]) -> None:
+    options = parse(fidelity.Options, argv)
+    study = fidelity.Study(options)
+    areas = [f"{a} - {b}" for a, b in itertools.pairwise(fidelity.BINS)]
+    head = ["IoU", "IoU before jitter", "cells equal", "difference of shares", *areas]
+    print(f"### {len(study.crops)} crops of {len(study.shapes)} photos, {options.backbone}\n")
+    print(f"| stored map | forwards | {' | '.join(head)} |")
+    print("| --- |" + " ---: |" * (len(head) + 1))
+    for row in study.rows(options):
+        print(row, flush=True)
+    print(f"\n### {fidelity.SCENES} generated scenes\n")
+    print("| estimator | foreground on the object | object covered |\n| --- | ---: | ---: |")
+    for row in fidelity.on_objects(options):
+        print(row, flush=True)
 
 
 def finish(out: Path, tables: dict, settings: dict) -> None:

@@ -9,8 +9,9 @@ import tyro
 
 from bench.table import Way
 from precompute.build import ShardBuilder
+from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions, ScdaOptions, SpectralOptions
-from precompute.sources import SourceImage
+from precompute.sources import Source, SourceImage
 from schemas import Sample, ShardDataset
 from schemas.storage import Store
 
@@ -29,10 +30,8 @@ class Options:
     """Repeats, after one that is not counted."""
 
 
-class Kept:
+class Kept(Source):
     """A source of images that are in memory already."""
-
-    classes = ()
 
     def __init__(self, samples: list[Sample]):
         self.samples = {sample.key: sample.image for sample in samples}
@@ -50,7 +49,9 @@ def ways(options: Options, folder: Path) -> dict[str, Way]:
     source = Kept(samples)
 
     def way(estimator: EstimatorOptions) -> Way:
-        builder = ShardBuilder(source, estimator.build(), Store(folder), options.batch_size, {})
+        builder = ShardBuilder(
+            source, estimator.build(), Store(folder), options.batch_size, Resize(), {}
+        )
 
         def go() -> int:
             marker = builder.build(0, list(source.images()), lambda written, rejected: None)

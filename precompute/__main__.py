@@ -4,35 +4,45 @@ Reads the images of a source, estimates their saliency and writes both into WebD
 it again after an interruption: it does only what is missing, and ends with the same bytes.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import tyro
 
-from precompute.estimators import ESTIMATORS, EstimatorOptions, ScdaOptions
+from precompute.estimators import ESTIMATORS, EstimatorOptions, FunctionOptions, ScdaOptions
 from precompute.plan import make_plan
-from precompute.sources import SOURCES, list_images
-from schemas.cli import lookup, parse, run
+from precompute.sources import list_images, open_source
+from schemas.cli import parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
 from schemas.storage import Store
+from schemas.tables import REJECTS, SAMPLES, SHARDS
 
 if TYPE_CHECKING:
-    from precompute.job import Summary
+    from precompute.job import Job, Summary
 
 
 @dataclass(frozen=True)
 class Options:
-    """Estimate the saliency of images and write both into shards. Goes on where it was stopped."""
+    """Estimate the saliency of images and write both into shards. Goes on where it was stopped.
+
+    --dataset chooses one of: imagenet, imagenet100, imagenette, caltech101, flowers102, stl10,
+    cifar10, voc, coco, coco-instances, folder (one folder a class), files (a glob or a list),
+    webdataset (tars that exist already), demo (generated scenes), or module:Class of your own.
+    """
 
     dataset: str = tyro.MISSING
-    """Where the images come from: `folder` (one folder a class) or `demo` (generated scenes)."""
+    """Where the images come from, one of the names above."""
     out: str = tyro.MISSING
-    """Folder for the shards: a plain path or any fsspec URL."""
+    """Folder for the shards: a plain path or any fsspec URL (s3://bucket/folder)."""
     root: str = ""
-    """Folder of the images: a plain path or any fsspec URL; `demo` needs none."""
+    """Folder of the images, as torchvision lays the dataset out; for `files` a glob or a text file;
+    `demo` needs none. `folder`, `files`, `webdataset` and ImageNet's trees take any fsspec URL."""
     split: str = "train"
-    """Name of the split, for the card; `demo` makes other scenes for each."""
+    """Of the dataset, as it calls them (train, val, test; voc: 07+12-trainval; caltech101: all)."""
+    download: bool = False
+    """Let torchvision download the dataset into ROOT first."""
     name: str = ""
     """Name of the dataset, for the card; by default what --dataset says."""
     shard_samples: int = 1000
@@ -41,17 +51,34 @@ class Options:
     """Of the global shuffle: which image goes into which shard, in which order."""
     limit: int | None = None
     """Take only so many images, the first of the shuffled order."""
+    resize: int | None = None
+    """Shrink images whose shorter side has more pixels than this to it, and write them as JPEG; by
+    default every image keeps its own bytes."""
+    resize_quality: int = 90
+    """JPEG quality of what --resize writes, 1 to 95."""
+    extend: bool = False
+    """Add the source's new images to a dataset that is whole, in new shards."""
+    dry_run: bool = False
+    """Print the plan (images, shards, bytes, time, from a few batches) and write nothing."""
     batch_size: int = 32
-    """Images that are decoded and estimated together."""
+    """Images that are decoded and estimated together; the saliency's last bits depend on it."""
     workers: int = 0
     """Shards that are built at a time; 0 for one a GPU, or one a CPU core without a GPU."""
+    cpus_per_worker: float = 0
+    """CPU cores of each; 0 for an even share."""
+    gpus_per_worker: float = 0
+    """GPUs of each, also a part of one (0.5: two workers a GPU); 0 for one where there are any."""
     address: str | None = None
-    """Of a running Ray cluster; by default a local one is started and ended."""
+    """Of a running Ray cluster (`auto` for the one of this machine); by default a local one is
+    started and ended."""
     estimator: EstimatorOptions = field(default_factory=ScdaOptions)
     """How saliency is estimated."""
 
     def __post_init__(self) -> None:
-        least = {"shard_samples": 1, "batch_size": 1, "limit": 1, "workers": 0}
+        least = {
+            **{"shard_samples": 1, "batch_size": 1, "limit": 1, "workers": 0},
+            **{"cpus_per_worker": 0, "gpus_per_worker": 0},
+        }
         for option, bound in least.items():
             value = getattr(self, option)
             if value is not None and value < bound:
@@ -59,33 +86,27 @@ class Options:
 
 
 def main() -> int:
-    options = parse(Options, named={"estimator": ESTIMATORS})
-    from precompute.job import Job, run_job  # torch, DALI and Ray: not before the options are sound
+    options = parse(
+        Options, named={"estimator": ESTIMATORS}, by_path={"estimator": FunctionOptions}
+    )
+    from precompute.job import Resources, run_job  # torch, DALI and Ray: not before it is time
 
-    if options.root and f"{Store(options.out).root}/".startswith(f"{Store(options.root).root}/"):
-        raise UserError(f"{options.out}: lies inside {options.root}, whose files are the inputs")
-    source = lookup("dataset", options.dataset, SOURCES)(options.root, options.split)
-    images, rejects = list_images(source)
-    if not images:
-        raise UserError(
-            f"{options.root}: no images in it; ROOT is a folder with one folder a class"
-        )
-    plan = make_plan(
-        images, seed=options.seed, shard_samples=options.shard_samples, limit=options.limit
+    job = resolve(options)
+    if options.dry_run:
+        from precompute.forecast import forecast
+
+        print(forecast(job, len(os.sched_getaffinity(0))))
+        return 0
+    if not job.plan.images:
+        print(f"nothing to do: {options.out} knows every image of the source")
+        return 0
+    print(f"{job.plan.images} images -> {len(job.plan.shards)} shards in {job.out}", flush=True)
+    summary = run_job(
+        job,
+        Resources(
+            options.address, options.workers, options.cpus_per_worker, options.gpus_per_worker
+        ),
     )
-    print(f"{plan.images} images -> {len(plan.shards)} shards in {options.out}", flush=True)
-    job = Job(
-        name=options.name or options.dataset,
-        split=options.split,
-        source=source,
-        plan=plan,
-        rejects=rejects,
-        estimator=options.estimator,
-        seed=options.seed,
-        out=options.out,
-        batch_size=options.batch_size,
-    )
-    summary = run_job(job, options.workers, options.address)
     print(report(summary))
     if len(summary.dataset) == 0:
         raise UserError(
@@ -94,16 +115,55 @@ def main() -> int:
     return 0
 
 
+def resolve(options: Options) -> "Job":
+    """List the source and plan the shards. Raises UserError."""
+    from precompute.encode import Resize
+    from precompute.extend import only_new
+    from precompute.job import Job
+    from precompute.progress import listed
+
+    resize = Resize(options.resize, options.resize_quality)
+    root = options.root
+    if root and f"{Store(options.out).root}/".startswith(f"{Store(root).root}/"):
+        raise UserError(f"{options.out}: lies inside {root}, whose files are the inputs")
+    source = open_source(options.dataset, root, options.split, options.download)
+    images, rejects = list_images(listed(source.images()))
+    if not images:
+        raise UserError(f"{root}: no images in it; see `python -m precompute --help` for ROOT")
+    before = None
+    if options.extend:
+        before, images, rejects = only_new(options.out, images, rejects, list(source.classes))
+    return Job(
+        name=options.name or options.dataset,
+        split=options.split,
+        source=source,
+        plan=make_plan(
+            images, seed=options.seed, shard_samples=options.shard_samples, limit=options.limit
+        ),
+        rejects=rejects,
+        estimator=options.estimator,
+        seed=options.seed,
+        out=options.out,
+        batch_size=options.batch_size,
+        resize=resize,
+        before=before,
+    )
+
+
 def report(summary: "Summary") -> str:
     dataset = summary.dataset
     if not summary.shards:
         return f"nothing to do: {dataset.url} is whole, {len(dataset)} samples"
-    rate = summary.images / summary.seconds
+    stats = summary.stats()
+    share = stats["dataset"]["foreground"]
     return "\n".join(
         [
-            f"{summary.images} images in {summary.seconds:.1f} s, start to end {rate:.1f} images/s",
+            f"{summary.images} images in {summary.seconds:.1f} s, start to end "
+            f"{stats['run']['images_per_second']:.1f} images/s",
             f"rejects: {reject_counts(dataset)}",
+            f"foreground: {share:.0%} of the cells" if share is not None else "foreground: none",
             f"{dataset.url}: {len(dataset)} samples in {len(dataset.shards)} shards",
+            f"tables: {SAMPLES}, {SHARDS}, {REJECTS}, stats.json there",
         ]
     )
 

@@ -1,30 +1,63 @@
-"""ShardBuilder: read, check, estimate and write one shard. Runs inside a Ray actor."""
+"""ShardBuilder: read, check, estimate and write one shard. Runs inside a Ray actor.
 
-from collections.abc import Callable, Iterator
-from typing import Any
+Reading runs in threads of its own and decoding in another, both a batch ahead of the estimator.
+"""
+
+import errno
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from precompute.decode import EncodedImage, RejectedError, check, decode
+from precompute.decode import decode, within_memory
+from precompute.encode import EncodedImage, RejectedError, Resize, check
 from precompute.estimators import Estimator
 from precompute.sources import Source, SourceImage
+from schemas.errors import UserError
 from schemas.sample import Sample
 from schemas.shard import ShardMarker, write_shard
 from schemas.storage import Store
 from schemas.tables import Reject
 
+T = TypeVar("T")
+
 # called after each batch with how many of its images were written and how many rejected
 Advance = Callable[[int, int], None]
+
+READERS = 8
+"""Images read at a time: enough to hide an object store's latency from an estimator."""
+
+OF_ONE_FILE = frozenset(
+    {
+        *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+        *(errno.ELOOP, errno.ENAMETOOLONG, errno.EIO),
+    }
+)
+"""Errors that say something of one file. Any other (no memory, too many open files, a store that
+does not answer) would reject image after image that is sound, so it ends the job."""
+
+
+class Decoded(NamedTuple):
+    """A group of images with their pixels (None when there are none), and what was rejected."""
+
+    images: list[EncodedImage]
+    pixels: Any
+    rejects: list[Reject]
 
 
 class ShardBuilder:
     """Builds shards one at a time.
 
-    Batches are cut by the plan alone, before anything is rejected from them, so a shard's bytes do
-    not depend on where an earlier run was interrupted.
+    Batches are cut by the plan and the images' headers alone, before anything is rejected for what
+    its pixels are, so a shard's bytes do not depend on where an earlier run was interrupted.
 
     Args:
         batch_size: images that are decoded and estimated together.
+        resize: what is made smaller before it is written.
         settings: what the job was asked to do, for the shard's marker.
     """
 
@@ -34,41 +67,78 @@ class ShardBuilder:
         estimator: Estimator,
         store: Store,
         batch_size: int,
+        resize: Resize,
         settings: dict[str, Any],
     ):
         self.source = source
         self.estimator = estimator
         self.store = store
         self.batch_size = batch_size
+        self.resize = resize
         self.settings = settings
 
-    def build(self, shard: int, images: list[SourceImage], advance: Advance) -> ShardMarker:
-        """Write one shard. Raises UserError when its folder cannot be written to."""
+    def build(
+        self,
+        shard: int,
+        images: list[SourceImage],
+        advance: Advance,
+        refused: Mapping[str, str] | None = None,
+    ) -> ShardMarker:
+        """Write one shard.
+
+        Args:
+            refused: keys of images that must not be touched, and why.
+
+        Raises:
+            UserError: its folder cannot be written to, or the source does not answer.
+        """
         samples: list[Sample] = []
         rejects: list[Reject] = []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
-            encoded, bad = self.read(batch)
-            if encoded:
-                encoded, pixels, undecodable = decode(encoded)
-                samples += self.estimate(encoded, pixels)
-                bad += undecodable
+        for made, bad in self.make(images, refused or {}):
+            samples += made
             rejects += bad
-            advance(len(batch) - len(bad), len(bad))
+            advance(len(made), len(bad))
         return write_shard(self.store, shard, samples, rejects, self.settings)
 
-    def read(self, images: list[SourceImage]) -> tuple[list[EncodedImage], list[Reject]]:
-        encoded: list[EncodedImage] = []
-        rejects: list[Reject] = []
-        for image in images:
+    def make(
+        self, images: list[SourceImage], refused: Mapping[str, str]
+    ) -> Iterator[tuple[list[Sample], list[Reject]]]:
+        """Everything but the writing, a group of images at a time."""
+        for group in ahead(self.decoded(ahead(self.read(images, refused)))):
+            yield list(self.estimate(group.images, group.pixels)), group.rejects
+
+    def read(
+        self, images: list[SourceImage], refused: Mapping[str, str]
+    ) -> Generator[list[EncodedImage | Reject]]:
+        def read_one(image: SourceImage) -> EncodedImage | Reject:
+            if why := refused.get(image.key):
+                return Reject(image.location, "kills-worker", why)
             try:
-                encoded.append(check(image, self.source.read(image)))
+                content, members = self.source.read(image), self.source.members(image)
+                return check(image, content, members, self.resize)
             except RejectedError as error:
-                rejects.append(error.reject)
+                return error.reject
+            except ValueError as error:
+                return Reject(image.location, "bad-annotation", str(error))
             except OSError as error:
-                detail = f"{type(error).__name__}: {error}"
-                rejects.append(Reject(image.location, "unreadable", detail))
-        return encoded, rejects
+                if not isinstance(error, FileNotFoundError | PermissionError) and (
+                    error.errno not in OF_ONE_FILE
+                ):
+                    raise UserError(f"{image.location}: the source fails: {error}") from error
+                return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
+
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(images), self.batch_size):
+                yield list(pool.map(read_one, images[start : start + self.batch_size]))
+
+    def decoded(self, batches: Iterable[list[EncodedImage | Reject]]) -> Generator[Decoded]:
+        for batch in batches:
+            rejects = [entry for entry in batch if isinstance(entry, Reject)]
+            if rejects:
+                yield Decoded([], None, rejects)
+            encoded = [entry for entry in batch if isinstance(entry, EncodedImage)]
+            for group in within_memory(encoded):
+                yield Decoded(*decode(group))
 
     def estimate(self, encoded: list[EncodedImage], pixels: Any) -> Iterator[Sample]:
         if not encoded:
@@ -88,4 +158,44 @@ class ShardBuilder:
                 width=width,
                 source=one.image.location,
                 reencoded=one.reencoded,
+                members=one.members,
             )
+
+
+def ahead(items: Generator[T]) -> Generator[T]:
+    """The same items, the next one made in a thread while this one is used."""
+    made: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+    over = threading.Event()
+
+    def put(kind: str, item: Any) -> bool:
+        while not over.is_set():
+            try:
+                made.put((kind, item), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def make() -> None:
+        try:
+            with closing(items):
+                for item in items:
+                    if not put("item", item):
+                        return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = made.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise item
+            yield item
+    finally:
+        over.set()
+        thread.join()

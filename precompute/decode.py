@@ -1,80 +1,27 @@
 """Encoded bytes -> pixels, by the decoder that the training loader uses.
 
 What is called readable here is what DALI reads in training: a corrupt image stops a DALI pipeline
-and cannot be skipped there, so none may get into a shard.
+and cannot be skipped there, so none may get into a shard. Where there is a GPU it decodes there, as
+the loader does.
 """
 
 import io
-import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
+import torch
 from nvidia.dali import types
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from precompute.sources import SourceImage
-from schemas.sample import IMAGE_EXTENSIONS
+from precompute.encode import EncodedImage, RejectedError, to_png
 from schemas.tables import Reject
 
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An input that looks like an image; its pixels are not read yet."""
-
-    image: SourceImage
-    content: bytes
-    extension: str
-    reencoded: bool
-
-
-class RejectedError(Exception):
-    """This input cannot be written. Carries the row for rejects.parquet."""
-
-    def __init__(self, image: SourceImage, reason: str, detail: str):
-        super().__init__(detail)
-        self.reject = Reject(image.location, reason, detail)
-
-
-def check(image: SourceImage, content: bytes) -> EncodedImage:
-    """Look at the header: the format by its content, not by the file's name.
-
-    Formats that DALI does not read are decoded by Pillow and re-encoded as PNG, without loss, their
-    first frame, oriented.
-
-    Raises:
-        RejectedError: empty, not an image, too many pixels, or not decodable.
-    """
-    if not content:
-        raise RejectedError(image, "empty", "the file has no bytes; replace or remove it")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns at 89 million pixels and refuses at twice that: the latter is our limit
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            header = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError as error:
-        detail = "no image format that is known; replace or remove it"
-        raise RejectedError(image, "not-an-image", detail) from error
-    except Image.DecompressionBombError as error:
-        raise RejectedError(image, "too-large", str(error)) from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RejectedError(image, "undecodable", f"its header is damaged: {error}") from error
-    extension = IMAGE_EXTENSIONS.get(header.format or "")
-    if extension:
-        return EncodedImage(image, content, extension, reencoded=False)
-    return EncodedImage(image, reencode(image, header), "png", reencoded=True)
-
-
-def reencode(image: SourceImage, opened: Image.Image) -> bytes:
-    """A PNG of the first frame, oriented, RGB. Raises RejectedError."""
-    try:
-        pixels = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RejectedError(image, "undecodable", f"{opened.format}: {error}") from error
-    buffer = io.BytesIO()
-    pixels.save(buffer, format="PNG")
-    return buffer.getvalue()
+PIXELS_AT_ONCE = 2**27
+"""Decoded together, but for an image that is larger alone: 400 MB. Photos of ImageNet have 0.2
+million pixels, so this only parts batches of very large images, which would not fit in memory."""
 
 
 def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Reject]]:
@@ -98,6 +45,20 @@ def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Re
     return good, decode_batch(good) if good else None, rejects
 
 
+def within_memory(images: list[EncodedImage]) -> Iterator[list[EncodedImage]]:
+    """The same images in order, in groups of at most `PIXELS_AT_ONCE`, or of one."""
+    group: list[EncodedImage] = []
+    pixels = 0
+    for image in images:
+        if group and pixels + image.pixels > PIXELS_AT_ONCE:
+            yield group
+            group, pixels = [], 0
+        group.append(image)
+        pixels += image.pixels
+    if group:
+        yield group
+
+
 def readable(encoded: EncodedImage) -> EncodedImage:
     """The image as it is, or re-encoded, such that DALI decodes it. Raises RejectedError."""
     try:
@@ -106,11 +67,12 @@ def readable(encoded: EncodedImage) -> EncodedImage:
         if encoded.extension != "tiff":
             detail = "damaged or cut short; replace or remove it"
             raise RejectedError(encoded.image, "undecodable", detail) from error
-        png = reencode(encoded.image, Image.open(io.BytesIO(encoded.content)))
-        return EncodedImage(encoded.image, png, "png", reencoded=True)
+        png = to_png(encoded.image, Image.open(io.BytesIO(encoded.content)))
+        return replace(encoded, content=png, extension="png", reencoded=True)
     return encoded
 
 
 def decode_batch(images: list[EncodedImage]) -> Any:
     encoded = ndd.as_batch([np.frombuffer(image.content, np.uint8) for image in images])
-    return ndd.decoders.image(encoded, device="cpu", output_type=types.RGB).evaluate()
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    return ndd.decoders.image(encoded, device=device, output_type=types.RGB).evaluate()

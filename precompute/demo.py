@@ -7,10 +7,13 @@ say nothing about the class. Everything follows from (split, index).
 import io
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+from precompute.sources.base import Source, SourceImage
 
 CLASSES = [
     "striped disc",
@@ -134,3 +137,20 @@ def texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) 
             return rng.uniform(0, 1, u.shape).astype(np.float32)
         case _:
             return np.zeros(u.shape, np.float32)
+
+
+class DemoScenes(Source):
+    """The scenes as a source; `root` is not used."""
+
+    classes = CLASSES
+
+    def __init__(self, root: str, split: str, download: bool):
+        del root, download
+        self.split = split
+
+    def images(self) -> Iterator[SourceImage]:
+        for index in range(SCENES):
+            yield SourceImage(f"scene-{index:05d}", str(index), label_of(index))
+
+    def read(self, image: SourceImage) -> bytes:
+        return to_jpeg(scene(int(image.location), self.split).image)

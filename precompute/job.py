@@ -1,34 +1,33 @@
-"""The Ray Data job over shard plans: resume, bounded attempts, progress, merge of the tables."""
+"""The Ray Data job over shard plans: resume, bounded attempts, merge of the tables."""
 
-import contextlib
+import hashlib
 import json
-import logging
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
-import nvidia.dali.experimental.dynamic as ndd
+import pyarrow.compute as pc
 import ray
 import ray.data
-import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from precompute.build import ShardBuilder
+from precompute.cluster import cluster
+from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
 from precompute.plan import Plan
-from precompute.progress import Ledger, watch
+from precompute.progress import watch
 from precompute.resume import missing_shards
-from precompute.sources import Source, SourceImage
+from precompute.sources import Source
+from precompute.worker import BuilderFactory, Ledger, ShardActor
+from schemas.cli import TerminatedError
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.storage import Store
 from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, Reject
 from schemas.writer import PACKAGES, finish_dataset
 
-# A worker that dies takes its shard with it; Ray starts both again without end. After so many times
-# it is not bad luck.
-MAX_ATTEMPTS = 3
+STATS = "stats.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Job:
         seed: of the plan.
         out: folder of the dataset, a plain path or any fsspec URL.
         batch_size: images that are decoded and estimated together.
+        resize: what is made smaller before it is written.
+        before: the dataset that the plan's shards are added to; None for a new one.
     """
 
     name: str
@@ -55,10 +56,23 @@ class Job:
     seed: int
     out: str
     batch_size: int
+    resize: Resize = field(default_factory=Resize)
+    before: DatasetCard | None = None
+
+    @property
+    def first_shard(self) -> int:
+        return self.before.shards if self.before else 0
+
+    @property
+    def plan_digest(self) -> str:
+        """Of the plan of all shards, with those that were there before."""
+        if self.before is None:
+            return self.plan.digest
+        return hashlib.sha256(f"{self.before.plan} {self.plan.digest}".encode()).hexdigest()
 
     def settings(self, weights_sha256: str | None) -> dict[str, Any]:
         """What the shards depend on: another run may add to them only if all of it is the same."""
-        return {
+        settings = {
             "name": self.name,
             "split": self.split,
             "seed": self.seed,
@@ -68,6 +82,40 @@ class Job:
             "batch_size": self.batch_size,
             "estimator": {**self.estimator.parameters(), "weights_sha256": weights_sha256},
         }
+        if self.resize.short_side is not None:
+            settings |= {"resize": self.resize.short_side, "resize_quality": self.resize.quality}
+        if self.before is not None:
+            settings["first_shard"] = self.first_shard
+        return json.loads(json.dumps(settings))  # as a marker gives them back: tuples are lists
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the job may take of a cluster.
+
+    Attributes:
+        address: of a running Ray cluster; None for a local one that ends with the job.
+        workers: shards at a time; 0 for as many as the cluster's GPUs, or CPU cores, allow.
+        cpus, gpus: of each worker; 0 for an even share of what the cluster has.
+    """
+
+    address: str | None = None
+    workers: int = 0
+    cpus: float = 0
+    gpus: float = 0
+
+    def split(self, cores: float, devices: float, shards: int) -> tuple[int, float, float]:
+        """Workers, and cores and GPUs of each, on a cluster with so many. Raises UserError."""
+        if self.gpus > devices or self.cpus > cores:
+            raise UserError(
+                f"a worker is to have {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has "
+                f"{cores:g} and {devices:g}"
+            )
+        gpus = self.gpus or min(1.0, devices)
+        fitting = devices // gpus if gpus else cores // (self.cpus or 1)
+        workers = max(1, min(self.workers or int(fitting), shards))
+        # more workers than cores share them
+        return workers, self.cpus or cores / workers, min(gpus, devices / workers)
 
 
 @dataclass(frozen=True)
@@ -79,13 +127,29 @@ class Summary:
     images: int
     seconds: float
 
+    def stats(self) -> dict[str, Any]:
+        """What `stats.json` says, of the run and of the dataset."""
+        dataset = self.dataset
+        share = pc.mean(dataset.samples["foreground"]).as_py()
+        return {
+            "run": {
+                "images": self.images,
+                "shards": self.shards,
+                "seconds": round(self.seconds, 1),
+                "images_per_second": round(self.images / self.seconds, 2),
+            },
+            "dataset": {
+                "samples": len(dataset),
+                "shards": len(dataset.shards),
+                "bytes": sum(row.bytes for row in dataset.shards),
+                "rejects": dict(Counter(dataset.rejects["reason"].to_pylist()).most_common()),
+                "foreground": None if share is None else round(share, 4),
+            },
+        }
 
-def run_job(job: Job, workers: int, address: str | None) -> Summary:
+
+def run_job(job: Job, resources: Resources) -> Summary:
     """Do what is missing of a job, then write the tables and the card.
-
-    Args:
-        workers: shards at a time; 0 for one a GPU, or one a CPU core where there is no GPU.
-        address: of a running Ray cluster; None for a local one that ends with the job.
 
     Raises:
         UserError: the output has other settings or another format version, cannot be written, or a
@@ -96,124 +160,77 @@ def run_job(job: Job, workers: int, address: str | None) -> Summary:
     # loaded here too, so that weights that are wrong or missing are found before Ray is started
     estimator = job.estimator.build()
     settings = job.settings(estimator.weights_sha256)
+    card = None
     if store.exists(CARD):  # of a newer format its shards would look damaged, and be written over
-        DatasetCard.from_json(store.read(CARD), store.location(CARD))
+        card = DatasetCard.from_json(store.read(CARD), store.location(CARD))
     missing = missing_shards(store, settings)
     store.make_folder(SHARD_FOLDER)
     if missing:
-        build_shards(job, settings, missing, workers, address)
-    elif store.exists(CARD):
+        build_shards(job, settings, missing, resources)
+    elif card and card.plan == job.plan_digest:
         return Summary(ShardDataset.open(job.out), 0, 0, time.monotonic() - start)
     dataset = finish_dataset(
         store,
-        len(job.plan.shards),
+        job.first_shard + len(job.plan.shards),
         name=job.name,
         split=job.split,
         classes=job.source.classes,
         saliency_side=estimator.side,
         estimator=settings["estimator"],
-        plan=job.plan.digest,
+        plan=job.plan_digest,
         seed=job.seed,
         rejects=job.rejects,
         packages=(*PACKAGES, "ray", "torch", "torchvision", "nvidia-dali-cuda130"),
     )
-    images = sum(len(job.plan.shards[shard]) for shard in missing)
-    return Summary(dataset, len(missing), images, time.monotonic() - start)
-
-
-class ShardActor:
-    """A ShardBuilder as Ray Data calls it: a plan in, a line about what happened out."""
-
-    def __init__(self, make_builder: "BuilderFactory", ledger: Any, threads: int):
-        torch.set_num_threads(threads)
-        ndd.set_num_threads(threads)
-        self.builder = make_builder()
-        self.ledger = ledger
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = int(row["shard"])
-        return {"shard": shard, "error": self.build(shard, json.loads(row["images"]))}
-
-    def build(self, shard: int, images: list[list[Any]]) -> str:
-        """Build one shard; why not, or an empty string."""
-        if ray.get(self.ledger.begin.remote(shard)) > MAX_ATTEMPTS:
-            return f"its worker died {MAX_ATTEMPTS} times"
-
-        def advance(written: int, rejected: int) -> None:
-            self.ledger.advance.remote(shard, written, rejected)
-
-        try:
-            self.builder.build(shard, [SourceImage(*image) for image in images], advance)
-        except UserError as error:
-            return str(error)
-        except Exception as error:
-            logging.getLogger(__name__).exception("shard %d", shard)
-            return f"{type(error).__name__}: {error}"
-        return ""
-
-
-@dataclass(frozen=True)
-class BuilderFactory:
-    """What a worker needs to make its own ShardBuilder: no plan, no model, no open file."""
-
-    source: Source
-    estimator: EstimatorOptions
-    out: str
-    batch_size: int
-    settings: dict[str, Any]
-
-    def __call__(self) -> ShardBuilder:
-        estimator = self.estimator.build()
-        return ShardBuilder(self.source, estimator, Store(self.out), self.batch_size, self.settings)
+    images = sum(len(job.plan.shards[shard - job.first_shard]) for shard in missing)
+    summary = Summary(dataset, len(missing), images, time.monotonic() - start)
+    store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
+    return summary
 
 
 def build_shards(
-    job: Job, settings: dict[str, Any], missing: list[int], workers: int, address: str | None
+    job: Job, settings: dict[str, Any], missing: list[int], resources: Resources
 ) -> None:
     """Build the missing shards, as many at a time as there are workers. Raises UserError."""
-    images = {shard: job.plan.shards[shard] for shard in missing}
-    factory = BuilderFactory(job.source, job.estimator, job.out, job.batch_size, settings)
-    with cluster(address):
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        workers = min(workers or gpus or cores, len(missing))
-        threads = max(1, cores // workers)
-        ledger = ray.remote(num_cpus=0)(Ledger).remote()
+    images = {shard: job.plan.shards[shard - job.first_shard] for shard in missing}
+    done = 0
+    with cluster(resources.address):
+        has = ray.cluster_resources()
+        workers, cpus, gpus = resources.split(has.get("CPU", 1), has.get("GPU", 0), len(missing))
+        factory = BuilderFactory(
+            source=job.source,
+            estimator=job.estimator,
+            out=job.out,
+            batch_size=job.batch_size,
+            resize=job.resize,
+            settings=settings,
+            threads=max(1, int(cpus)),
+        )
+        # beside the driver, so that it goes only where the job goes
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        ledger = ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote()
         plans = [{"shard": shard, "images": json.dumps(images[shard])} for shard in missing]
         results = ray.data.from_items(plans, override_num_blocks=len(plans)).map(
             ShardActor,
-            fn_constructor_args=(factory, ledger, threads),
+            fn_constructor_args=(factory, ledger),
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-            num_cpus=min(threads, cores / workers),  # more workers than cores share them
-            num_gpus=min(1, gpus / workers) if gpus else None,
+            num_cpus=cpus,
+            num_gpus=gpus or None,
         )
-        with watch(ledger, sum(map(len, images.values()))):
-            for done, row in enumerate(results.iter_rows()):
-                if row["error"]:
-                    raise UserError(
-                        f"shard {row['shard']} failed: {row['error']}; {done} of {len(missing)} "
-                        "missing shards were written before, the same command goes on from there"
-                    )
 
+        def so_far() -> str:
+            return (
+                f"{done} of {len(missing)} missing shards were written before, the same command "
+                "goes on from there"
+            )
 
-@contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """A running Ray cluster, or a local one that ends with the block."""
-    # Ray reports at length on itself; what concerns the job comes back in rows
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for logger in ("ray", "ray.data"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers at {address}: {error}") from error
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        try:
+            with watch(ledger, sum(map(len, images.values())), len(missing)):
+                for row in results.iter_rows():
+                    if row["error"]:
+                        raise UserError(f"shard {row['shard']} failed: {row['error']}; {so_far()}")
+                    done += 1
+        except TerminatedError as error:
+            raise TerminatedError(f"terminated; {so_far()}") from error
+        except ray.exceptions.RayError as error:
+            raise UserError(f"Ray failed: {str(error).splitlines()[0]}; {so_far()}") from error

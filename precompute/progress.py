@@ -1,48 +1,42 @@
-"""What a person sees while the job runs: a bar on a terminal, plain lines otherwise."""
+"""What a person sees while a job lists and runs: a bar on a terminal, plain lines otherwise."""
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from tqdm import tqdm
 
+T = TypeVar("T")
+
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
+STALL_SECONDS = 300.0
+SHOWN = 8
 
 
-class Ledger:
-    """Counts what the workers have done, and how often each shard was begun: one actor of a job."""
-
-    def __init__(self) -> None:
-        self.attempts: dict[int, int] = {}
-        self.counts: dict[int, tuple[int, int]] = {}
-
-    def begin(self, shard: int) -> int:
-        """The number of this attempt, from 1; what an earlier one counted is forgotten."""
-        self.attempts[shard] = self.attempts.get(shard, 0) + 1
-        self.counts[shard] = (0, 0)
-        return self.attempts[shard]
-
-    def advance(self, shard: int, written: int, rejected: int) -> None:
-        before = self.counts[shard]
-        self.counts[shard] = (before[0] + written, before[1] + rejected)
-
-    def totals(self) -> tuple[int, int]:
-        """Images written and rejected so far."""
-        written, rejected = zip(*self.counts.values(), strict=True) if self.counts else ((), ())
-        return sum(written), sum(rejected)
+def listed(entries: Iterable[T]) -> Iterator[T]:
+    """The entries of a source as they come, and how many so far where that takes long."""
+    shown = tqdm(
+        entries,
+        desc="listing",
+        unit=" files",
+        delay=1.0,
+        leave=False,
+        mininterval=POLL_SECONDS if sys.stderr.isatty() else LINE_SECONDS,
+        ascii=not sys.stderr.isatty(),
+    )
+    yield from shown
 
 
 @contextmanager
-def watch(ledger: Any, images: int) -> Iterator[None]:
-    """Show the ledger's counts until the block ends."""
+def watch(ledger: Any, images: int, shards: int) -> Iterator[None]:
+    """Show the ledger's counts until the block ends, and what is pending when nothing moves."""
     over = threading.Event()
-    show = show_bar if sys.stderr.isatty() else show_lines
-    thread = threading.Thread(target=show, args=(ledger, images, over), daemon=True)
+    thread = threading.Thread(target=show, args=(ledger, images, shards, over), daemon=True)
     thread.start()
     try:
         yield
@@ -51,28 +45,44 @@ def watch(ledger: Any, images: int) -> Iterator[None]:
         thread.join()
 
 
-def show_bar(ledger: Any, images: int, over: threading.Event) -> None:
-    with tqdm(total=images, unit="image", smoothing=0.1, dynamic_ncols=True) as bar:
+def show(ledger: Any, images: int, shards: int, over: threading.Event) -> None:
+    terminal = sys.stderr.isatty()
+    moved, counted, said = time.monotonic(), 0, time.monotonic()
+    with tqdm(
+        total=images, unit="image", smoothing=0.1, dynamic_ncols=True, disable=not terminal
+    ) as bar:
+        start = time.monotonic()
         while True:
             last = over.wait(POLL_SECONDS)
-            written, rejected = ray.get(ledger.totals.remote())
-            bar.update(written + rejected - bar.n)
-            bar.set_postfix(rejected=rejected, refresh=False)
+            try:
+                written, rejected, finished = ray.get(ledger.totals.remote())
+                pending = ray.get(ledger.pending.remote())
+            except ray.exceptions.RayError:
+                return  # the job itself meets it, and says so
+            now, done = time.monotonic(), written + rejected
+            if done != counted:
+                moved, counted = now, done
+            bar.update(done - bar.n)
+            bar.set_postfix_str(f"{finished}/{shards} shards, {rejected} rejected", refresh=False)
+            if not terminal and (last or now - said >= LINE_SECONDS):
+                said = now
+                left = tqdm.format_interval((images - done) * (now - start) / done) if done else "?"
+                print(
+                    f"{done}/{images} images, {done / (now - start):.1f} images/s, "
+                    f"{finished}/{shards} shards, {rejected} rejected, {left} left",
+                    flush=True,
+                )
+            if now - moved >= STALL_SECONDS:
+                moved = now
+                bar.write(stalled(pending), file=sys.stderr)
             if last:
                 return
 
 
-def show_lines(ledger: Any, images: int, over: threading.Event) -> None:
-    start = time.monotonic()
-    while True:
-        last = over.wait(LINE_SECONDS)
-        written, rejected = ray.get(ledger.totals.remote())
-        done, seconds = written + rejected, time.monotonic() - start
-        left = tqdm.format_interval((images - done) * seconds / done) if done else "?"
-        print(
-            f"{done}/{images} images, {done / seconds:.1f} images/s, {rejected} rejected, "
-            f"{left} left",
-            flush=True,
-        )
-        if last:
-            return
+def stalled(pending: dict[int, float]) -> str:
+    """What to say of a job in which nothing is done any more."""
+    if not pending:
+        return "nothing was done for a while, no shard is begun: does the cluster have free cores?"
+    shown = [f"{shard} (for {seconds:.0f} s)" for shard, seconds in pending.items()][:SHOWN]
+    more = f" and {len(pending) - SHOWN} more" if len(pending) > SHOWN else ""
+    return f"nothing was done for a while; begun and not finished: shards {', '.join(shown)}{more}"

@@ -1,5 +1,6 @@
 """What of a job is there already, and whether it is the same job."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from schemas.errors import FormatError, UserError
@@ -8,6 +9,8 @@ from schemas.storage import Store
 from schemas.tables import SHARD_FOLDER, shard_name
 
 SUFFIXES = ("tar", "idx", "parquet")
+MARKERS_AT_A_TIME = 16
+"""Read together: enough to hide an object store's latency."""
 
 
 def missing_shards(store: Store, settings: dict[str, Any]) -> list[int]:
@@ -17,15 +20,22 @@ def missing_shards(store: Store, settings: dict[str, Any]) -> list[int]:
         UserError: what is there was made with other settings.
     """
     files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
-    own = {shard_name(shard, suffix) for shard in range(settings["shards"]) for suffix in SUFFIXES}
-    missing = []
-    for shard in range(settings["shards"]):
+    first = settings.get("first_shard", 0)
+    end = first + settings["shards"]
+    own = {shard_name(shard, suffix) for shard in range(end) for suffix in SUFFIXES}
+
+    def is_missing(shard: int) -> bool:
         tar, index, parquet = (shard_name(shard, suffix) for suffix in SUFFIXES)
         marker = sound_marker(store, shard) if parquet in files else None
         if marker:
             refuse_other_settings(store, marker.settings, settings)
-        if not marker or files.get(tar) != marker.row.bytes or index not in files:
-            missing.append(shard)
+        return not marker or files.get(tar) != marker.row.bytes or index not in files
+
+    with ThreadPoolExecutor(MARKERS_AT_A_TIME) as pool:
+        shards = range(first, end)
+        missing = [
+            shard for shard, gone in zip(shards, pool.map(is_missing, shards), strict=True) if gone
+        ]
     if others := sorted(name for name in files if name.endswith(SUFFIXES) and name not in own):
         raise UserError(
             f"{store.url}: has shards of a larger dataset ({others[-1]}); choose another OUT, or "
@@ -56,8 +66,8 @@ def refuse_other_settings(store: Store, there: dict[str, Any], now: dict[str, An
     ]
     what = "; ".join(differs) or "other source images, or the same under other names"
     raise UserError(
-        f"{store.url}: was made with other settings: {what}. Choose another OUT, or delete the "
-        "folder to make it anew"
+        f"{store.url}: was made with other settings: {what}. Choose another OUT, delete the "
+        "folder to make it anew, or add new images by --extend"
     )
 
 

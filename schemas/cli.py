@@ -14,6 +14,10 @@ from schemas.errors import UserError
 Config = TypeVar("Config")
 
 
+class TerminatedError(Exception):
+    """SIGTERM; the message says how to go on. Exit status 143."""
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command; a user's mistake is one line on stderr and exit status 2."""
     try:
@@ -21,6 +25,9 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except TerminatedError as error:
+        print(error, file=sys.stderr)
+        status = 143
     except KeyboardInterrupt:
         print("interrupted; the same command again goes on from here", file=sys.stderr)
         status = 130
@@ -44,6 +51,7 @@ def parse(
     config: type[Config],
     argv: Sequence[str] | None = None,
     named: Mapping[str, Mapping[str, Any]] | None = None,
+    by_path: Mapping[str, Callable[[str], Any]] | None = None,
 ) -> Config:
     """Read a command line into a frozen dataclass of options.
 
@@ -53,6 +61,8 @@ def parse(
         named: fields that hold one of several named dataclasses, and what the names stand for. The
             name chooses (`--recipe hp`), further options change single values of what was chosen
             (`--recipe.query-ratio 0.1 0.3`).
+        by_path: of these, the ones that take `module:function` too, and what makes a dataclass of
+            it.
 
     Raises:
         UserError: a name that is not in `named`.
@@ -64,7 +74,8 @@ def parse(
         option = f"--{field.replace('_', '-')}"
         description.append(f"{option} NAME chooses one of: {', '.join(known)}.")
         if (name := take(arguments, option)) is not None:
-            chosen[field] = lookup(field, name, known)
+            make = (by_path or {}).get(field)
+            chosen[field] = make(name) if make and ":" in name else lookup(field, name, known)
     return tyro.cli(
         config,
         args=arguments,

@@ -162,6 +162,7 @@ class ShardDataset:
                 width=fields["width"],
                 source=fields["source"],
                 reencoded=fields["reencoded"],
+                members={name: content[name] for name in list(content)[3:]},
             )
 
 
@@ -169,7 +170,7 @@ def bundle(members: Iterator[Member]) -> list[tuple[str, list[Member]]]:
     """Members in a row that share a key, as samples.
 
     Raises:
-        FormatError: a sample has other members than an image, a map and a label, in this order.
+        FormatError: a sample does not begin with an image, a map and a label, in this order.
     """
     samples: list[tuple[str, list[Member]]] = []
     for member in members:
@@ -178,6 +179,6 @@ def bundle(members: Iterator[Member]) -> list[tuple[str, list[Member]]]:
         samples[-1][1].append(member)
     for key, group in samples:
         found = [m.extension for m in group]
-        if found[1:] != [SALIENCY_MEMBER, LABEL_MEMBER]:
+        if found[1:3] != [SALIENCY_MEMBER, LABEL_MEMBER] or len(set(found)) < len(found):
             raise FormatError(f"sample {key} has the members {found}")
     return samples

@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 LEVELS = 255
+MARGIN = 0.6
+"""Of the relaxed-SCDA rule, in standard deviations (released code of the WACV 2024 paper)."""
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
@@ -52,6 +54,11 @@ class SaliencyMap:
         """The (side, side) float32 map, to within half a step of (maximum - minimum) / 255."""
         span = self.maximum - self.minimum
         return (self.minimum + self.grid.astype(np.float64) * (span / LEVELS)).astype(np.float32)
+
+    def foreground(self) -> float:
+        """Share of the whole image's cells that the relaxed-SCDA rule calls foreground, 0 .. 1."""
+        grid = self.grid.astype(np.float64)
+        return float((grid >= grid.mean() - MARGIN * grid.std()).mean())
 
     def to_png(self) -> bytes:
         """An 8-bit grayscale PNG of side x side pixels."""

@@ -1,12 +1,16 @@
-"""One sample and its three members in a tar.
+"""One sample and its members in a tar.
 
 KEY.jpg | .png | .webp ...   the source file's own bytes
 KEY.saliency.png             the saliency map, 8-bit grayscale (see `saliency.py`)
 KEY.cls                      the label as ASCII digits, `-1` when the source has none
+
+Behind them a sample may have more, which no room of this project looks at: KEY.labels.json of a
+multi-label set, or what a source of shards had beside its images.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,9 +31,12 @@ IMAGE_EXTENSIONS = {
     "PPM": "pnm",
 }
 
-# A USTAR header holds 100 bytes of name, and the longest member name is KEY.saliency.png.
-MAX_KEY_LENGTH = 100 - len(f".{SALIENCY_MEMBER}")
+OWN_MEMBERS = {*IMAGE_EXTENSIONS.values(), SALIENCY_MEMBER, LABEL_MEMBER}
+
+# A USTAR header holds 100 bytes of name: KEY.EXTENSION.
+MAX_KEY_LENGTH = 64
 KEY_PATTERN = re.compile(r"[0-9A-Za-z_-]+")
+MEMBER_PATTERN = re.compile(r"(?!\.)[0-9A-Za-z_.-]{1,35}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +44,7 @@ class Sample:
     """An image, its saliency and its label: bytes and numpy only.
 
     Attributes:
-        key: unique in the dataset; letters, digits, `_` and `-` only, at most 87 of them.
+        key: unique in the dataset; letters, digits, `_` and `-` only, at most 64 of them.
         image: the encoded file.
         extension: of the image member, one of `IMAGE_EXTENSIONS`' values.
         saliency: (side, side) float32, the aggregation map over the whole (oriented) image; any
@@ -46,6 +53,7 @@ class Sample:
         height, width: pixels of the image after its EXIF orientation is applied.
         source: where it came from, relative to the source's root; "" when unknown.
         reencoded: whether `image` is not the source file's own bytes.
+        members: what else belongs to it, by the member's extension.
     """
 
     key: str
@@ -57,6 +65,7 @@ class Sample:
     width: int
     source: str = ""
     reencoded: bool = False
+    members: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -68,6 +77,9 @@ class Sample:
             raise ValueError(f"sample {self.key}: the image has no bytes")
         if self.height < 1 or self.width < 1:
             raise ValueError(f"sample {self.key}: {self.height} x {self.width} pixels")
+        for extension in self.members:
+            if extension in OWN_MEMBERS or not MEMBER_PATTERN.fullmatch(extension):
+                raise ValueError(f"sample {self.key}: {extension!r} cannot be a member's name")
 
 
 def check_key(key: str) -> None:

@@ -98,6 +98,7 @@ def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, A
                 sample.extension: sample.image,
                 SALIENCY_MEMBER: saliency.to_png(),
                 LABEL_MEMBER: str(sample.label).encode("ascii"),
+                **dict(sorted(sample.members.items())),
             }
             for extension, content in members.items():
                 # TarInfo's defaults are fixed: no time, no owner, mode 0644
@@ -116,6 +117,7 @@ def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, A
                     "image_sha256": hashlib.sha256(sample.image).hexdigest(),
                     "saliency_min": saliency.minimum,
                     "saliency_max": saliency.maximum,
+                    "foreground": saliency.foreground(),
                     "source": sample.source,
                     "reencoded": sample.reencoded,
                 }

@@ -71,27 +71,28 @@ class Store:
         files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
         return dict(sorted(files.items()))
 
-    def files(self) -> list[str]:
-        """Names of all files below the folder, however deep, sorted; links are followed.
+    def walk(self, folder: str = "") -> Iterator[str]:
+        """Names of all files below a folder, however deep, in a fixed order; links are followed.
 
         Raises:
             UserError: a folder that cannot be listed, or links that lead in a circle.
         """
         if not self.is_local:
-            found = self.fs.find(self.root)
-            return sorted(posixpath.relpath(path, self.root) for path in found)
+            for path in sorted(self.fs.find(self.path(folder))):
+                yield posixpath.relpath(path, self.root)
+            return
 
         def fail(error: OSError) -> None:
             raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
-        paths: list[str] = []
-        for folder, folders, names in os.walk(self.root, onerror=fail, followlinks=True):
-            here = os.path.realpath(folder) + "/"
-            for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
-                if here.startswith(os.path.realpath(link) + "/"):
+        for here, folders, names in os.walk(self.path(folder), onerror=fail, followlinks=True):
+            real = os.path.realpath(here) + "/"
+            for link in filter(os.path.islink, (os.path.join(here, name) for name in folders)):
+                if real.startswith(os.path.realpath(link) + "/"):
                     raise UserError(f"{link}: leads back to a folder that holds it; remove it")
-            paths += [os.path.join(folder, name) for name in names]
-        return sorted(os.path.relpath(path, self.root) for path in paths)
+            folders.sort()
+            for name in sorted(names):
+                yield os.path.relpath(os.path.join(here, name), self.root)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file such that a reader sees all of it or nothing.

@@ -31,6 +31,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("image_sha256", pa.string()),
         ("saliency_min", pa.float32()),
         ("saliency_max", pa.float32()),
+        ("foreground", pa.float32()),  # share of the map's cells, see saliency.py
         ("source", pa.string()),  # relative to the source's root
         ("reencoded", pa.bool_()),
     ]

@@ -134,7 +134,9 @@ def check_shard(
     found = [*check_samples(dataset, name, tar, samples, expected, readable)]
     yield from found
     if readable and not whole and not found and len(tar) == row.bytes:
-        yield Problem(name, "its bytes differ from the table's sha256, outside of any content")
+        yield Problem(
+            name, "its bytes differ from the table's sha256, in a further member or between members"
+        )
     if readable:
         yield from check_index(dataset, row, tar)
 
@@ -166,10 +168,10 @@ def check_sample(
     dataset: ShardDataset, name: str, tar: bytes, members: list[Member], fields: dict[str, Any]
 ) -> Iterator[Problem]:
     found = [member.extension for member in members]
-    if len(found) != 3 or found[1:] != [SALIENCY_MEMBER, LABEL_MEMBER]:
+    if found[1:3] != [SALIENCY_MEMBER, LABEL_MEMBER] or len(set(found)) < len(found):
         yield Problem(f"{name}: {fields['key']}", f"has the members {found}")
         return
-    image, saliency, label = (tar[m.offset : m.offset + m.size] for m in members)
+    image, saliency, label = (tar[m.offset : m.offset + m.size] for m in members[:3])
     where = f"{name}: {fields['key']}."
     if found[0] not in IMAGE_EXTENSIONS.values():
         yield Problem(where + found[0], "not the extension of an image format")

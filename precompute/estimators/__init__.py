@@ -7,8 +7,16 @@ from precompute.estimators.base import Estimator
 from precompute.estimators.options import (
     ESTIMATORS,
     EstimatorOptions,
+    FunctionOptions,
     ScdaOptions,
     SpectralOptions,
 )
 
-__all__ = ["ESTIMATORS", "Estimator", "EstimatorOptions", "ScdaOptions", "SpectralOptions"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "EstimatorOptions",
+    "FunctionOptions",
+    "ScdaOptions",
+    "SpectralOptions",
+]

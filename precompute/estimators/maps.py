@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 
@@ -13,7 +12,7 @@ def squash(images: Any, size: int) -> torch.Tensor:
     DALI's resize, triangular and antialiased, as the views' own resize is.
     """
     resized = ndd.resize(images, size=[size, size])
-    return torch.from_numpy(np.array(ndd.as_tensor(resized)))
+    return ndd.as_tensor(resized).torch().cpu()
 
 
 def z_scored(maps: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ class EstimatorOptions:
 
 @dataclass(frozen=True)
 class ScdaOptions(EstimatorOptions):
-    """The summed last convolutional map of a torchvision CNN, at several input sizes."""
+    """The summed last convolutional map of a torchvision CNN, of overlapping windows."""
 
     name: ClassVar[str] = "scda"
 
@@ -37,18 +37,26 @@ class ScdaOptions(EstimatorOptions):
     """A torchvision classification CNN by name."""
     weights: str = "DEFAULT"
     """A torchvision weights name (downloaded as torchvision does), the path of a state_dict
-    (.pt, .pth or .safetensors), or `random`."""
-    sizes: tuple[int, ...] = (224, 448)
-    """Input sides in pixels, the image squashed to each; the maps are z-scored and averaged
-    (224 + 448 came closest to the online map on photos: IoU 0.80, either alone 0.78 and 0.73)."""
+    (.pt, .pth, .safetensors; also what `train` exports), or `random`."""
+    layer: str = ""
+    """The map to sum, as torch.fx calls it (layer3, features.8 ...); the last one by default."""
+    size: int = 224
+    """Side of the input in pixels, which every window is squashed to: that of the views."""
+    areas: tuple[float, ...] = (1.0, 0.45)
+    """Areas of the windows as shares of the image, 1 for all of it. Windows of one area cover the
+    image, overlapping; their maps are pasted back, z-scored and averaged over the areas.
+    docs/precompute.md has how close each choice comes to the online map."""
     side: int = 28
     """Cells on a side of the stored map."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the backbone's forward pass."""
+    compile: bool = False
+    """Compile the backbone by torch.compile: minutes at the start of every worker."""
 
     def __post_init__(self) -> None:
-        check(len(self.sizes) > 0, "sizes", "give at least one input size")
-        check(min(self.sizes) >= 1, "sizes", "must be 1 pixel or more")
+        check(len(self.areas) > 0, "areas", "give at least one area")
+        check(all(0 < area <= 1 for area in self.areas), "areas", "must be above 0, at most 1")
+        check(self.size >= 1, "size", "must be 1 pixel or more")
         check(self.side >= 1, "side", "must be 1 cell or more")
 
     def build(self) -> Estimator:
@@ -83,6 +91,21 @@ class SpectralOptions(EstimatorOptions):
         from precompute.estimators.spectral import SpectralEstimator
 
         return SpectralEstimator(self)
+
+
+@dataclass(frozen=True)
+class FunctionOptions(EstimatorOptions):
+    """A function of your own: N images, (height, width, 3) uint8 RGB each -> (N, side, side)."""
+
+    name: ClassVar[str] = "function"
+
+    function: str = ""
+    """`module:function`."""
+
+    def build(self) -> Estimator:
+        from precompute.estimators.function import FunctionEstimator
+
+        return FunctionEstimator(self.function)
 
 
 def check(holds: bool, option: str, rule: str) -> None:

@@ -11,20 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from precompute.estimators.maps import squash, z_scored
+from precompute.estimators.maps import z_scored
 from precompute.estimators.options import ScdaOptions
 from precompute.estimators.weights import load_weights, sha256_of
+from precompute.estimators.windows import cut, paste, windows
 from schemas.cli import lookup
 from schemas.errors import UserError
 
 # of ImageNet in RGB, on [0, 1]: what torchvision's weights were trained with
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+CHUNK = 64
+"""Windows in one forward pass: keeps its memory the same whatever the images' shapes."""
 
 
 class ScdaEstimator:
@@ -42,30 +45,52 @@ class ScdaEstimator:
         known = {name: name for name in torchvision.models.list_models(torchvision.models)}
         torch.manual_seed(0)  # random weights are the same in every worker
         model = torchvision.models.get_model(lookup("backbone", options.backbone, known))
-        trunk = last_convolutional_map(model.eval(), options.backbone)
+        trunk = trunk_of(model.eval(), options.backbone, options.layer)
         load_weights(trunk, model, options.backbone, options.weights)
         self.weights_sha256 = sha256_of(trunk.state_dict())
         self.trunk = trunk.requires_grad_(False).to(self.device)
         self.trunk = self.trunk.to(memory_format=torch.channels_last)
+        if options.compile:
+            self.trunk.compile()
         self.mean = torch.tensor(MEAN, device=self.device) * 255
         self.std = torch.tensor(STD, device=self.device) * 255
 
     @torch.inference_mode()
     def __call__(self, images: Any) -> np.ndarray:
-        maps = [z_scored(self.aggregation_map(images, size)) for size in self.options.sizes]
-        return torch.stack(maps).mean(dim=0).cpu().numpy()
+        shapes = [tuple(image.shape[:2]) for image in images]
+        levels = [z_scored(self.level(images, shapes, area)) for area in self.options.areas]
+        return torch.stack(levels).mean(dim=0).numpy()
 
-    def aggregation_map(self, images: Any, size: int) -> torch.Tensor:
-        """A at one input size, resampled to the stored side: (N, side, side) float32."""
-        pixels = squash(images, size).to(self.device)
-        normalised = (pixels.float() - self.mean) / self.std
+    def level(self, images: Any, shapes: list[tuple[int, int]], area: float) -> torch.Tensor:
+        """A of windows of one area, pasted back: (N, side, side) float32."""
+        places = [(i, w) for i, shape in enumerate(shapes) for w in windows(*shape, area)]
+        maps = torch.cat(
+            [
+                self.aggregation_map(cut(images, places[start : start + CHUNK], self.options.size))
+                for start in range(0, len(places), CHUNK)
+            ]
+        )
+        return paste(maps, places, shapes, self.side)
+
+    def aggregation_map(self, pixels: torch.Tensor) -> torch.Tensor:
+        """A of (N, size, size, 3) uint8 pixels, on the host: (N, u, v) float32."""
+        normalised = (pixels.to(self.device).float() - self.mean) / self.std
         inputs = normalised.permute(0, 3, 1, 2)  # NHWC in memory: channels_last, no copy
         reduced = self.options.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
             activation = self.trunk(inputs)["map"]  # (N, D, U, V)
-        aggregation = activation.float().sum(dim=1, keepdim=True)
-        side = (self.side, self.side)
-        return F.interpolate(aggregation, side, mode="bilinear", antialias=True)[:, 0]
+        return activation.float().sum(dim=1).cpu()
+
+
+def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:
+    """The part of a network up to a layer's output, the last map by default. Raises UserError."""
+    if not layer:
+        return last_convolutional_map(model, name)
+    _, nodes = get_graph_node_names(model)
+    inner = {node for node in nodes if node == layer or node.startswith(f"{layer}.")}
+    if not inner:
+        raise UserError(f"backbone {name} has no layer {layer!r}: there are {', '.join(nodes)}")
+    return create_feature_extractor(model, {layer: "map"}).eval()
 
 
 def last_convolutional_map(model: nn.Module, name: str) -> nn.Module:

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from precompute.decode import RejectedError, check, decode
+from precompute.decode import decode
+from precompute.encode import EncodedImage, RejectedError, Resize
+from precompute.encode import check as check_whole
 from precompute.sources import SourceImage
 from tests.conftest import encode, noise
 
+KEEP = Resize()
 PIXELS = noise(0, height=37, width=53)
 IMAGE = Image.fromarray(PIXELS)
 SIXTEEN_BIT = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
@@ -26,6 +29,10 @@ def oriented(orientation: int, image_format: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return saved(IMAGE, image_format, exif=exif)
+
+
+def check(image: SourceImage, content: bytes, resize: Resize = KEEP) -> EncodedImage:
+    return check_whole(image, content, {}, resize)
 
 
 def read(content: bytes) -> tuple[str, bool, np.ndarray]:

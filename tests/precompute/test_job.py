@@ -15,11 +15,12 @@ import ray
 from ray import cloudpickle
 
 from precompute.__main__ import main
+from precompute.demo import DemoScenes
 from precompute.estimators import ScdaOptions, SpectralOptions
-from precompute.job import Job, run_job
+from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
 from precompute.resume import refuse_other_settings
-from precompute.sources import DemoSource, SourceImage, list_images
+from precompute.sources import SourceImage, list_images
 from schemas import FormatError, ShardDataset, UserError
 from schemas.shard import read_marker
 from schemas.storage import Store
@@ -263,7 +264,7 @@ def test_nothing_readable_ends_with_an_error_and_the_reasons(tmp_path: Path) -> 
     assert ShardDataset.open(out).rejects["reason"].to_pylist() == ["not-an-image"]
 
 
-class PoisonSource(DemoSource):
+class PoisonSource(DemoScenes):
     """Its scene 3 kills whatever process reads it."""
 
     def read(self, image: SourceImage) -> bytes:
@@ -272,11 +273,11 @@ class PoisonSource(DemoSource):
         return super().read(image)
 
 
-class FullDisk(DemoSource):
+class FullDisk(DemoScenes):
     """Stands for a folder in which no file can be made any more, from the first shard on."""
 
     def __init__(self, out: Path):
-        super().__init__("", "train")
+        super().__init__("", "train", False)
         self.out = out
 
     def read(self, image: SourceImage) -> bytes:
@@ -286,15 +287,15 @@ class FullDisk(DemoSource):
         return super().read(image)
 
 
-def job(source: DemoSource, out: Path) -> Job:
-    images = list_images(source)[0][:8]
+def job(source: DemoScenes, out: Path) -> Job:
+    images = list_images(source.images())[0][:8]
     plan = make_plan(images, seed=0, shard_samples=4)
     return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
 
 
 def test_an_input_that_kills_its_worker_ends_the_job_after_bounded_attempts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shard \d failed: its worker died 3 times"):
-        run_job(job(PoisonSource("", "train"), tmp_path / "out"), workers=1, address=None)
+        run_job(job(PoisonSource("", "train", False), tmp_path / "out"), Resources(workers=1))
     assert not ray.is_initialized()
     assert not (tmp_path / "out" / "dataset.json").exists()
 
@@ -302,13 +303,13 @@ def test_an_input_that_kills_its_worker_ends_the_job_after_bounded_attempts(tmp_
 def test_an_output_that_is_a_file_is_found_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="a file is in the way of a folder"):
-        run_job(job(DemoSource("", "train"), tmp_path / "out"), workers=1, address=None)
+        run_job(job(DemoScenes("", "train", False), tmp_path / "out"), Resources(workers=1))
 
 
 def test_an_output_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="a file is in the way of a folder"):
-        run_job(job(FullDisk(out), out), workers=1, address=None)
+        run_job(job(FullDisk(out), out), Resources(workers=1))
 
 
 @pytest.fixture(scope="module")

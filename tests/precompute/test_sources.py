@@ -7,23 +7,24 @@ import numpy as np
 import pytest
 
 from precompute import demo
-from precompute.sources import DemoSource, FolderSource, SourceImage, key_of, list_images
+from precompute.sources import SourceImage, key_of, list_images
+from precompute.sources.trees import Folder
 from schemas import UserError
 from schemas.sample import check_key
 from schemas.storage import Store
 
 
-def tree(root: Path, *files: str) -> FolderSource:
+def tree(root: Path, *files: str) -> Folder:
     for file in files:
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(file.encode())
-    return FolderSource(str(root), "train")
+    return Folder(str(root), "train", False)
 
 
 def test_classes_are_the_sorted_folders(tmp_path: Path) -> None:
     source = tree(tmp_path, "cat/1.jpg", "ant/2.jpg", "ant/deep/3.png", "bee/4.txt")
-    images, rejects = list_images(source)
+    images, rejects = list_images(source.images())
     assert source.classes == ["ant", "bee", "cat"]
     assert images == [
         SourceImage("ant_2", "ant/2.jpg", 0),
@@ -37,25 +38,25 @@ def test_classes_are_the_sorted_folders(tmp_path: Path) -> None:
 
 def test_a_folder_without_classes_is_unlabelled(tmp_path: Path) -> None:
     source = tree(tmp_path, "1.jpg", "2.jpg")
-    images, _ = list_images(source)
+    images, _ = list_images(source.images())
     assert source.classes == []
     assert [image.label for image in images] == [-1, -1]
 
 
 def test_hidden_files_are_no_inputs(tmp_path: Path) -> None:
-    images, rejects = list_images(tree(tmp_path, ".cache/x.jpg", "a/.DS_Store", "a/1.jpg"))
+    images, rejects = list_images(tree(tmp_path, ".cache/x.jpg", "a/.DS_Store", "a/1.jpg").images())
     assert [image.key for image in images] == ["a_1"]
     assert not rejects
 
 
 def test_a_file_beside_the_classes_is_rejected(tmp_path: Path) -> None:
-    _, rejects = list_images(tree(tmp_path, "a/1.jpg", "list.txt"))
+    _, rejects = list_images(tree(tmp_path, "a/1.jpg", "list.txt").images())
     assert [(r.source, r.reason) for r in rejects] == [("list.txt", "no-class")]
 
 
 def test_colliding_keys_cost_the_later_one(tmp_path: Path) -> None:
     source = tree(tmp_path, "a/b_c.jpg", "a_b/c.jpg", "a/b_c.png")
-    images, rejects = list_images(source)
+    images, rejects = list_images(source.images())
     assert [image.location for image in images] == ["a/b_c.jpg"]
     assert [(r.source, r.reason) for r in rejects] == [
         ("a/b_c.png", "key-collision"),
@@ -80,10 +81,10 @@ def test_replaced_characters_do_not_make_keys_collide() -> None:
 
 def test_a_root_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        FolderSource(str(tmp_path / "absent"), "train")
+        Folder(str(tmp_path / "absent"), "train", False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not a folder"):
-        FolderSource(str(tmp_path / "file"), "train")
+        Folder(str(tmp_path / "file"), "train", False)
 
 
 def test_linked_folders_are_followed_and_circles_refused(tmp_path: Path) -> None:
@@ -91,24 +92,28 @@ def test_linked_folders_are_followed_and_circles_refused(tmp_path: Path) -> None
     tree(tmp_path / "root", "ant/2.jpg")
     (tmp_path / "root" / "bee").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root" / "ant" / "dangling.jpg").symlink_to("nowhere")
-    images, _ = list_images(FolderSource(str(tmp_path / "root"), "train"))
+    images, _ = list_images(Folder(str(tmp_path / "root"), "train", False).images())
     assert [image.location for image in images] == ["ant/2.jpg", "ant/dangling.jpg", "bee/1.jpg"]
     (tmp_path / "root" / "ant" / "circle").symlink_to(tmp_path / "root" / "ant")
     with pytest.raises(UserError, match="leads back to a folder"):
-        list_images(FolderSource(str(tmp_path / "root"), "train"))
+        list_images(Folder(str(tmp_path / "root"), "train", False).images())
 
 
 def test_a_root_may_be_a_url() -> None:
     store = Store("memory://sources/root")
     store.write("ant/1.jpg", b"one")
-    source = FolderSource("memory://sources/root/", "train")
-    images, _ = list_images(source)
+    source = Folder("memory://sources/root/", "train", False)
+    images, _ = list_images(source.images())
     assert images == [SourceImage("ant_1", "ant/1.jpg", 0)]
     assert source.read(images[0]) == b"one"
 
 
 def test_demo_scenes_follow_from_split_and_index() -> None:
-    first, again, other = demo.scene(3, "train"), demo.scene(3, "train"), demo.scene(3, "val")
+    first, again, other = (
+        demo.scene(3, "train"),
+        demo.scene(3, "train"),
+        demo.scene(3, "val"),
+    )
     assert (first.image == again.image).all()
     assert first.image.shape != other.image.shape or (first.image != other.image).any()
     assert first.label == other.label == demo.label_of(3)
@@ -125,7 +130,7 @@ def test_demo_objects_are_where_the_mask_says() -> None:
 
 
 def test_demo_source_lists_every_class_alike() -> None:
-    images, rejects = list_images(DemoSource("", "train"))
+    images, rejects = list_images(demo.DemoScenes("", "train", False).images())
     assert len(images) == demo.SCENES
     assert not rejects
     assert len(set(np.bincount([image.label for image in images]))) == 1

@@ -1,0 +1,233 @@
+"""How well a stored map stands for the map that a network would make of the view itself.
+
+Random resized crops of photos: the foreground that the stored map gives for the crop, cut,
+resampled and thresholded exactly as the pipeline does it, against the foreground of the same
+backbone run online on that crop's pixels, after the photometric jitter of training and before it.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
+import torch
+import tyro
+from nvidia.dali import types
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop, v2
+
+from pipeline.masks import foreground
+from pipeline.recipes import RECIPES
+from pipeline.views import cut_on_host
+from precompute import demo
+from precompute.decode import decode
+from precompute.encode import Resize, check
+from precompute.estimators import Estimator, EstimatorOptions, ScdaOptions, SpectralOptions
+from precompute.estimators.maps import z_scored
+from precompute.estimators.scda import ScdaEstimator
+from precompute.estimators.windows import windows
+from precompute.sources import SourceImage
+from precompute.sources.trees import Folder
+from schemas.errors import UserError
+from schemas.saliency import SaliencyMap
+
+BINS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+"""Limits of the crops' areas, as shares of the image, that figures are given by."""
+SCENES = 400
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """Foreground of stored maps against online ones, on crops of photos; one table."""
+
+    root: str = tyro.MISSING
+    """A folder of photos of their original size."""
+    backbone: str = "resnet50"
+    """A torchvision classification CNN by name."""
+    weights: str = "DEFAULT"
+    """A torchvision weights name or the path of a state_dict."""
+    crops: int = 8
+    """Random crops of each photo."""
+    seed: int = 0
+    """Of crops and jitter."""
+
+
+class Crop(NamedTuple):
+    """A random resized crop: which image, and y0 x0 y1 x1 as shares of it."""
+
+    image: int
+    window: tuple[float, float, float, float]
+
+    @property
+    def area(self) -> float:
+        y0, x0, y1, x1 = self.window
+        return (y1 - y0) * (x1 - x0)
+
+
+def candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions], str]]:
+    """What is compared: estimators whose maps are z-scored and averaged, and forwards an image."""
+
+    def scda(*areas: float, size: int = 224) -> ScdaOptions:
+        return ScdaOptions(options.backbone, options.weights, areas=areas, size=size)
+
+    return {
+        "whole image, 224 px": ([scda(1.0)], "1"),
+        "whole image, 320 px": ([scda(1.0, size=320)], "2.0"),
+        "whole image, 448 px": ([scda(1.0, size=448)], "4"),
+        "whole image, 224 and 448 px": ([scda(1.0), scda(1.0, size=448)], "5"),
+        "windows of 0.45": ([scda(0.45)], ""),
+        "whole + windows of 0.6": ([scda(1.0, 0.6)], ""),
+        "whole + windows of 0.45 (the default)": ([scda(1.0, 0.45)], ""),
+        "whole + windows of 0.3": ([scda(1.0, 0.3)], ""),
+        "whole + windows of 0.6 and 0.3": ([scda(1.0, 0.6, 0.3)], ""),
+        "spectral": ([SpectralOptions()], "0"),
+    }
+
+
+def decoded(root: str) -> Iterator[Any]:
+    """The photos as DALI batches."""
+    source = Folder(root, "train", False)
+    images = [entry for entry in source.images() if isinstance(entry, SourceImage)]
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        encoded = [check(image, source.read(image), {}, Resize()) for image in batch]
+        _, pixels, rejects = decode(encoded)
+        if rejects:
+            raise UserError(f"{rejects[0].source}: {rejects[0].detail}")
+        yield pixels
+
+
+def stored(estimators: list[Estimator], images: Any) -> list[np.ndarray]:
+    """Maps as they are read back from a shard: (side, side) uint8 each."""
+    maps = torch.stack([z_scored(torch.from_numpy(estimate(images))) for estimate in estimators])
+    return [SaliencyMap.quantise(saliency).grid for saliency in maps.mean(dim=0).numpy()]
+
+
+def of_views(grids: list[np.ndarray], crops: list[Crop], grid: int) -> Tensor:
+    """What the pipeline cuts out of the maps: (crops, grid, grid) float32."""
+    cells = ndd.resize(
+        ndd.as_batch([grids[crop.image][..., None] for crop in crops]),
+        roi_start=ndd.as_batch([np.array(crop.window[:2], np.float32) for crop in crops]),
+        roi_end=ndd.as_batch([np.array(crop.window[2:], np.float32) for crop in crops]),
+        roi_relative=True,
+        size=[grid, grid],
+        interp_type=types.INTERP_LINEAR,
+        dtype=types.FLOAT,
+    )
+    return torch.from_numpy(np.array(ndd.as_tensor(cells))).squeeze(-1)
+
+
+class Study:
+    """Crops of photos with the foreground of the online maps, and what it is compared with."""
+
+    def __init__(self, options: Options):
+        self.recipe = RECIPES["hp"]
+        self.photos = list(decoded(options.root))
+        torch.manual_seed(options.seed)
+        online = ScdaEstimator(ScdaOptions(options.backbone, options.weights))
+        side = self.recipe.crop_size
+        self.crops: list[Crop] = []
+        self.shapes: list[tuple[int, int]] = []
+        plain, jittered = [], []
+        jitter = training_jitter()
+        images = (torch.from_numpy(np.array(i.cpu())) for batch in self.photos for i in batch)
+        for index, image in enumerate(images):
+            height, width = image.shape[:2]
+            views = []
+            for _ in range(options.crops):
+                top, left, h, w = RandomResizedCrop.get_params(
+                    image.permute(2, 0, 1),
+                    list(self.recipe.crop_area),
+                    list(self.recipe.crop_ratio),
+                )
+                window = (top / height, left / width, (top + h) / height, (left + w) / width)
+                self.crops.append(Crop(index, window))
+                views.append(cut_on_host(image, torch.tensor(window), side))
+            plain.append(online.aggregation_map(torch.stack(views).permute(0, 2, 3, 1)))
+            moved = torch.stack([jitter(view) for view in views])
+            jittered.append(online.aggregation_map(moved.permute(0, 2, 3, 1)))
+            self.shapes.append((height, width))
+        self.plain, self.jittered = (self.front(torch.cat(maps)) for maps in (plain, jittered))
+        self.areas = torch.tensor([crop.area for crop in self.crops])
+
+    def front(self, maps: Tensor) -> Tensor:
+        return foreground(maps, self.recipe.foreground_margin).flatten(1)
+
+    def rows(self, options: Options) -> Iterator[str]:
+        """The table's rows, one after the other."""
+        generator = torch.Generator().manual_seed(options.seed)
+        chance = torch.rand(self.jittered.shape, generator=generator)
+        share = self.jittered.float().mean()
+        yield self.row("random cells, as many", chance < share, "0")
+        yield self.row("online, before the jitter", self.plain, "online")
+        for name, (choices, cost) in candidates(options).items():
+            estimators = [choice.build() for choice in choices]
+            grids = [grid for batch in self.photos for grid in stored(estimators, batch)]
+            views = self.front(of_views(grids, self.crops, self.recipe.grid))
+            yield self.row(name, views, cost or self.forwards(choices))
+
+    def forwards(self, choices: list[EstimatorOptions]) -> str:
+        """Forward passes at 224 x 224 that an image takes, on average."""
+        counts = [
+            len(windows(*shape, area))
+            for shape in self.shapes
+            for choice in choices
+            if isinstance(choice, ScdaOptions)
+            for area in choice.areas
+        ]
+        return f"{sum(counts) / len(self.shapes):.1f}"
+
+    def row(self, name: str, cells: Tensor, cost: str) -> str:
+        both = iou(cells, self.jittered)
+        figures = [
+            both.mean(),
+            iou(cells, self.plain).mean(),
+            (cells == self.jittered).float().mean(),
+            (cells.float().mean(1) - self.jittered.float().mean(1)).abs().mean(),
+        ]
+        for low, high in itertools.pairwise(BINS):
+            inside = (self.areas >= low) & ((self.areas < high) | (high == 1))
+            figures.append(both[inside].mean())
+        return f"| {name} | {cost} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |"
+
+
+def iou(one: Tensor, other: Tensor) -> Tensor:
+    return (one & other).sum(1) / (one | other).sum(1)
+
+
+def training_jitter() -> v2.Transform:
+    """MoCo v2's photometric augmentation."""
+    return v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5),
+        ]
+    )
+
+
+def on_objects(options: Options) -> Iterator[str]:
+    """Generated scenes: the foreground that lies on the object, and the object that it covers."""
+    scenes = [demo.scene(index, "val") for index in range(SCENES)]
+    chosen: dict[str, EstimatorOptions] = {
+        "spectral": SpectralOptions(),
+        "scda": ScdaOptions(options.backbone, options.weights),
+    }
+    sizes = np.mean([scene.mask.mean() for scene in scenes])
+    yield f"| chance | {sizes:.3f} | |"
+    for name, choice in chosen.items():
+        estimator = choice.build()
+        on, covered = [], []
+        for start in range(0, SCENES, BATCH):
+            part = scenes[start : start + BATCH]
+            maps = estimator(ndd.as_batch([scene.image for scene in part]).evaluate())
+            front = foreground(torch.from_numpy(maps), RECIPES["hp"].foreground_margin)
+            for scene, cells in zip(part, front, strict=True):
+                mask = torch.from_numpy(scene.mask).float()[None, None]
+                share = torch.nn.functional.adaptive_avg_pool2d(mask, cells.shape)[0, 0]
+                on.append((share * cells).sum() / cells.sum())
+                covered.append((share * cells).sum() / share.sum())
+        yield f"| {name} | {np.mean(on):.3f} | {np.mean(covered):.3f} |"

@@ -1,0 +1,45 @@
+"""A user's own function as an estimator: `--estimator my_maps:centre`."""
+
+import hashlib
+import inspect
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from schemas.errors import UserError
+
+
+class FunctionEstimator:
+    """See `Estimator`. Its sha256 is that of the function's file: changed code is other settings.
+
+    Args:
+        path: `module:function`; takes a list of (height, width, 3) uint8 arrays, returns
+            (N, side, side) floats, more is more salient.
+
+    Raises:
+        UserError: there is no such function, or it does not return maps.
+    """
+
+    def __init__(self, path: str):
+        module, _, name = path.partition(":")
+        try:
+            self.function = getattr(import_module(module), name)
+            source = inspect.getsource(inspect.getmodule(self.function) or self.function)
+        except (ImportError, AttributeError, TypeError, OSError) as error:
+            raise UserError(f"estimator {path}: {error}") from error
+        self.path = path
+        self.weights_sha256 = hashlib.sha256(source.encode()).hexdigest()
+        self.side = self.maps([np.zeros((32, 32, 3), np.uint8)]).shape[-1]
+
+    def __call__(self, images: Any) -> np.ndarray:
+        return self.maps([np.asarray(image.cpu()) for image in images])
+
+    def maps(self, arrays: list[np.ndarray]) -> np.ndarray:
+        maps = np.asarray(self.function(arrays), dtype=np.float32)
+        if maps.ndim != 3 or len(maps) != len(arrays) or maps.shape[1] != maps.shape[2]:
+            raise UserError(
+                f"estimator {self.path}: returned {maps.shape} for {len(arrays)} images, not "
+                "(images, side, side)"
+            )
+        return maps

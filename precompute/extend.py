@@ -1,0 +1,42 @@
+"""New images for a dataset that is whole: shards of their own, behind those that are there."""
+
+from precompute.sources import SourceImage
+from schemas.dataset import ShardDataset
+from schemas.errors import UserError
+from schemas.storage import Store
+from schemas.tables import CARD, DatasetCard, Reject
+
+
+def only_new(
+    out: str, images: list[SourceImage], rejects: list[Reject], classes: list[str]
+) -> tuple[DatasetCard, list[SourceImage], list[Reject]]:
+    """The dataset's card, the images that it does not know, and what stands against the others.
+
+    Known is what was written or rejected before, by its location.
+
+    Raises:
+        UserError: there is no whole dataset, or its labels would change their meaning.
+    """
+    if not Store(out).exists(CARD):
+        raise UserError(f"{out}: no whole dataset that could be extended; leave --extend out")
+    dataset = ShardDataset.open(out)
+    there = dataset.classes
+    if classes[: len(there)] != there:
+        raise UserError(
+            f"{out}: its labels would change: it has the classes {', '.join(there[:5])} ..., the "
+            f"source {', '.join(classes[:5])} ...; new classes must come behind the old ones"
+        )
+    known = {*dataset.samples["source"].to_pylist(), *dataset.rejects["source"].to_pylist()}
+    keys = dict(
+        zip(dataset.samples["key"].to_pylist(), dataset.samples["source"].to_pylist(), strict=True)
+    )
+    new, taken = [], list(rejects)
+    for image in images:
+        if image.location in known:
+            continue
+        if image.key in keys:
+            detail = f"its key {image.key} is taken by {keys[image.key]}; rename one of the two"
+            taken.append(Reject(image.location, "key-collision", detail))
+        else:
+            new.append(image)
+    return dataset.card, new, taken

@@ -1,0 +1,140 @@
+"""Detection sets: images whose labels are more than one class, kept in a member of their own."""
+
+import json
+import posixpath
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+from torchvision import datasets
+
+from precompute.sources.base import Source, SourceImage, check_split, key_of, opened
+from precompute.sources.trees import visible
+from schemas.errors import UserError
+from schemas.sample import UNLABELLED
+from schemas.storage import Store
+from schemas.tables import Reject
+
+VOC_YEARS = {"07": ("2007",), "12": ("2012",), "07+12": ("2007", "2012")}
+VOC_SETS = ("train", "val", "trainval", "test")
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+)
+
+COCO_SETS = {
+    "train": "train2017",
+    "val": "val2017",
+    "test": "test2017",
+    "unlabeled": "unlabeled2017",
+}
+
+
+class Voc(Source):
+    """Pascal VOC, `root/VOCdevkit/VOC2007|VOC2012/...`.
+
+    Splits are YEARS-SET: `07+12-trainval`, `12-train`, `07-test`; a set alone means both years
+    (`test` is of 2007 only, the only one with public annotations).
+
+    The member `labels.json` holds `{"labels": [...], "difficult": [...]}`: the classes of which
+    there is an object that is not difficult, and those whose objects all are.
+    """
+
+    classes = VOC_CLASSES
+
+    def __init__(self, root: str, split: str, download: bool):
+        years, _, name = split.rpartition("-")
+        years = years or ("07" if name == "test" else "07+12")
+        if years not in VOC_YEARS or name not in VOC_SETS or (name == "test" and years != "07"):
+            raise UserError(
+                f"voc has no split {split!r}: it is YEARS-SET, YEARS one of "
+                f"{', '.join(VOC_YEARS)}, SET one of train, val, trainval; or 07-test"
+            )
+        self.entries: list[tuple[str, str]] = []
+        self.store = Store(f"{root}/VOCdevkit") if root else Store(".")
+        for year in VOC_YEARS[years]:
+            make = partial(datasets.VOCDetection, root, year, name, download)
+            found = opened(f"voc {year}", root, make)
+            self.entries += [(f"VOC{year}", Path(image).stem) for image in found.images]
+
+    def images(self) -> Iterator[SourceImage]:
+        for folder, name in self.entries:
+            yield SourceImage(
+                key_of(f"{folder}/{name}.jpg"), f"{folder}/JPEGImages/{name}.jpg", UNLABELLED
+            )
+
+    def read(self, image: SourceImage) -> bytes:
+        return self.store.read(image.location)
+
+    def members(self, image: SourceImage) -> dict[str, bytes]:
+        folder, _, name = image.location.split("/")
+        location = f"{folder}/Annotations/{Path(name).stem}.xml"
+        return {"labels.json": voc_labels(self.store.read(location), location)}
+
+
+def voc_labels(xml: bytes, location: str) -> bytes:
+    """The classes of a VOC annotation as JSON. Raises ValueError."""
+    known = {name: label for label, name in enumerate(VOC_CLASSES)}
+    plain: set[int] = set()
+    difficult: set[int] = set()
+    try:
+        for entry in ElementTree.fromstring(xml).iter("object"):
+            label = known[entry.findtext("name", "").strip()]
+            (difficult if entry.findtext("difficult", "0").strip() == "1" else plain).add(label)
+    except (ElementTree.ParseError, KeyError) as error:
+        raise ValueError(f"{location}: not an annotation of VOC ({error})") from error
+    content = {"labels": sorted(plain), "difficult": sorted(difficult - plain)}
+    return json.dumps(content).encode()
+
+
+class Coco(Source):
+    """COCO 2017 images without labels, `root/train2017/*.jpg` (or below `root/images`)."""
+
+    def __init__(self, root: str, split: str, download: bool):
+        check_split("coco", split, list(COCO_SETS))
+        if download:
+            raise UserError("COCO is not downloaded by torchvision: get it from cocodataset.org")
+        if not root:
+            raise UserError("--root is missing: the folder that coco is in")
+        folder = COCO_SETS[split]
+        parent = f"{root}/images" if Store(root).exists(f"images/{folder}") else root
+        self.root, self.split, self.store = root, split, Store(f"{parent}/{folder}")
+        if not self.store.exists(""):
+            raise UserError(f"{self.store.url}: no such folder; ROOT holds {folder}")
+
+    def images(self) -> Iterator[SourceImage | Reject]:
+        for name in visible(self.store, ""):
+            yield SourceImage(key_of(name), name, UNLABELLED)
+
+    def read(self, image: SourceImage) -> bytes:
+        return self.store.read(image.location)
+
+
+class CocoInstances(Coco):
+    """COCO 2017 images with `root/annotations/instances_SET2017.json`.
+
+    The member `instances.json` holds the image's annotations as they are there.
+    """
+
+    def __init__(self, root: str, split: str, download: bool):
+        super().__init__(root, split, download)
+        self.file = f"{root}/annotations/instances_{COCO_SETS[split]}.json"
+        if not Path(self.file).is_file():
+            raise UserError(
+                f"{self.file}: no such file; DATASET=coco takes the images without instances"
+            )
+
+    def images(self) -> Iterator[SourceImage | Reject]:
+        found = opened(
+            "coco", self.root, lambda: datasets.CocoDetection(self.store.root, self.file)
+        ).coco
+        self.classes = [category["name"] for category in found.dataset["categories"]]
+        for number, entry in sorted(found.imgs.items()):
+            name = posixpath.basename(entry["file_name"])
+            instances = json.dumps(found.imgToAnns.get(number, []), separators=(",", ":"))
+            yield SourceImage(key_of(name), name, UNLABELLED, instances)
+
+    def members(self, image: SourceImage) -> dict[str, bytes]:
+        return {"instances.json": image.annotation.encode()}

@@ -1,0 +1,151 @@
+"""Small labelled sets that torchvision downloads and parses."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torchvision import datasets
+from torchvision.datasets.utils import download_and_extract_archive
+
+from precompute.sources.base import Source, SourceImage, check_split, key_of, opened
+from schemas.errors import UserError
+from schemas.sample import UNLABELLED
+from schemas.storage import Store
+
+CALTECH_TRAIN = 30
+"""Training images a class: the usual protocol (methods.md 4.3); which ones is ours, by a hash."""
+
+STL10_SIDE = 96
+
+
+class Caltech101(Source):
+    """`root/caltech101/101_ObjectCategories/CLASS/image_0001.jpg`, without the background class.
+
+    It has no official split: `train` is 30 images a class, drawn by a hash of their names, `test`
+    the rest, `all` both.
+    """
+
+    def __init__(self, root: str, split: str, download: bool):
+        check_split("caltech101", split, ("train", "test", "all"))
+        found = opened("caltech101", root, lambda: datasets.Caltech101(root, download=download))
+        self.classes, self.split = list(found.categories), split
+        self.store = Store(f"{found.root}/101_ObjectCategories")
+        self.entries = list(zip(found.y, found.index, strict=True))
+
+    def images(self) -> Iterator[SourceImage]:
+        by_class: dict[int, list[str]] = {}
+        for label, number in self.entries:
+            name = f"{self.classes[label]}/image_{number:04d}.jpg"
+            by_class.setdefault(label, []).append(name)
+        for label, names in by_class.items():
+            order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+            train, test = order[:CALTECH_TRAIN], order[CALTECH_TRAIN:]
+            chosen = {"train": train, "test": test, "all": names}[self.split]
+            yield from (SourceImage(key_of(name), name, label) for name in sorted(chosen))
+
+    def read(self, image: SourceImage) -> bytes:
+        return self.store.read(image.location)
+
+
+class Flowers102(Source):
+    """`root/flowers-102/jpg/image_00001.jpg`, labels and splits from its .mat files."""
+
+    def __init__(self, root: str, split: str, download: bool):
+        check_split("flowers102", split, ("train", "val", "test"))
+        found = opened(
+            "flowers102", root, lambda: datasets.Flowers102(root, split, download=download)
+        )
+        self.classes = list(found.classes)
+        self.store = Store(f"{root}/flowers-102/jpg")
+        # torchvision has no public list of the files
+        self.entries = [
+            (Path(file).name, int(label))
+            for file, label in zip(found._image_files, found._labels, strict=True)
+        ]
+
+    def images(self) -> Iterator[SourceImage]:
+        for name, label in self.entries:
+            yield SourceImage(key_of(name), name, label)
+
+    def read(self, image: SourceImage) -> bytes:
+        return self.store.read(image.location)
+
+
+class Arrays(Source):
+    """Images that are pixels in large files; each is handed out as a PNG, without loss."""
+
+    pixels: Any  # index -> (height, width, 3) uint8; never pickled
+
+    def read(self, image: SourceImage) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(self.pixels[int(image.location)])).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "pixels"}
+
+
+class Stl10(Arrays):
+    """`root/stl10_binary/*_X.bin`: 96 x 96 pixels; splits train, test, unlabeled.
+
+    The files are mapped: the unlabelled images alone take 2.8 GB.
+    """
+
+    def __init__(self, root: str, split: str, download: bool):
+        check_split("stl10", split, ("train", "test", "unlabeled"))
+        facts = datasets.STL10
+        if download and not Path(root, facts.base_folder).exists():
+            opened(
+                "stl10",
+                root,
+                lambda: download_and_extract_archive(
+                    facts.url, root, filename=facts.filename, md5=facts.tgz_md5
+                ),
+            )
+        self.folder = Path(root, facts.base_folder)
+        self.split = split
+        self.count = len(opened("stl10", root, lambda: self.pixels))
+        if split == "unlabeled":
+            return
+        self.classes = (self.folder / facts.class_names_file).read_text().split()
+        self.labels = np.fromfile(self.folder / f"{split}_y.bin", np.uint8).astype(int) - 1
+        if len(self.labels) != self.count:
+            raise UserError(f"{self.folder}: {self.count} images but {len(self.labels)} labels")
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(N, 96, 96, 3) uint8; stored column by column."""
+        flat = np.memmap(self.folder / f"{self.split}_X.bin", np.uint8, "r")
+        return flat.reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
+
+    def images(self) -> Iterator[SourceImage]:
+        for index in range(self.count):
+            label = UNLABELLED if self.split == "unlabeled" else int(self.labels[index])
+            yield SourceImage(f"{self.split}-{index:06d}", str(index), label)
+
+
+class Cifar10(Arrays):
+    """`root/cifar-10-batches-py`: 32 x 32 pixels; splits train and test."""
+
+    def __init__(self, root: str, split: str, download: bool):
+        check_split("cifar10", split, ("train", "test"))
+        self.root, self.split = os.path.abspath(root) if root else "", split
+        found = opened(
+            "cifar10", root, lambda: datasets.CIFAR10(root, split == "train", download=download)
+        )
+        self.classes, self.labels = list(found.classes), list(found.targets)
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(N, 32, 32, 3) uint8."""
+        return datasets.CIFAR10(self.root, self.split == "train").data
+
+    def images(self) -> Iterator[SourceImage]:
+        for index, label in enumerate(self.labels):
+            yield SourceImage(f"{self.split}-{index:05d}", str(index), int(label))

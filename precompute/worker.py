@@ -1,0 +1,118 @@
+"""What runs in Ray's actors: a ShardBuilder, and the count of its attempts."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import nvidia.dali.experimental.dynamic as ndd
+import ray
+import torch
+
+from precompute.build import ShardBuilder
+from precompute.encode import Resize
+from precompute.estimators import EstimatorOptions
+from precompute.poison import find_poison
+from precompute.sources import Source, SourceImage
+from schemas.errors import UserError
+from schemas.storage import Store
+
+# A worker that dies takes its shard with it; Ray starts both again without end. Twice may be bad
+# luck; before the third attempt the images that kill it are looked for.
+MAX_ATTEMPTS = 3
+
+
+class Ledger:
+    """Counts what the workers have done, and how often each shard was begun: one actor of a job."""
+
+    def __init__(self) -> None:
+        self.attempts: dict[int, int] = {}
+        self.counts: dict[int, tuple[int, int]] = {}
+        self.begun: dict[int, float] = {}
+
+    def begin(self, shard: int) -> int:
+        """The number of this attempt, from 1; what an earlier one counted is forgotten."""
+        self.attempts[shard] = self.attempts.get(shard, 0) + 1
+        self.counts[shard] = (0, 0)
+        self.begun[shard] = time.monotonic()
+        return self.attempts[shard]
+
+    def advance(self, shard: int, written: int, rejected: int) -> None:
+        before = self.counts[shard]
+        self.counts[shard] = (before[0] + written, before[1] + rejected)
+
+    def finish(self, shard: int) -> None:
+        del self.begun[shard]
+
+    def totals(self) -> tuple[int, int, int]:
+        """Images written, images rejected and shards finished so far."""
+        written, rejected = zip(*self.counts.values(), strict=True) if self.counts else ((), ())
+        return sum(written), sum(rejected), len(self.counts) - len(self.begun)
+
+    def pending(self) -> dict[int, float]:
+        """Shards that are begun and not finished, and for how many seconds."""
+        now = time.monotonic()
+        return {shard: now - begun for shard, begun in sorted(self.begun.items())}
+
+
+@dataclass(frozen=True)
+class BuilderFactory:
+    """What a worker needs to make its own ShardBuilder: no plan, no model, no open file."""
+
+    source: Source
+    estimator: EstimatorOptions
+    out: str
+    batch_size: int
+    resize: Resize
+    settings: dict[str, Any]
+    threads: int
+
+    def __call__(self) -> ShardBuilder:
+        torch.set_num_threads(self.threads)
+        ndd.set_num_threads(self.threads)
+        return ShardBuilder(
+            self.source,
+            self.estimator.build(),
+            Store(self.out),
+            self.batch_size,
+            self.resize,
+            self.settings,
+        )
+
+
+class ShardActor:
+    """A ShardBuilder as Ray Data calls it: a plan in, a line about what happened out."""
+
+    def __init__(self, make_builder: BuilderFactory, ledger: Any):
+        self.make_builder = make_builder
+        self.builder = make_builder()
+        self.ledger = ledger
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        shard = int(row["shard"])
+        images = [SourceImage(*image) for image in json.loads(row["images"])]
+        return {"shard": shard, "error": self.build(shard, images)}
+
+    def build(self, shard: int, images: list[SourceImage]) -> str:
+        """Build one shard; why not, or an empty string."""
+        attempt = ray.get(self.ledger.begin.remote(shard))
+        if attempt > MAX_ATTEMPTS:
+            return f"its worker died {MAX_ATTEMPTS} times, and no image of it kills one alone"
+
+        def advance(written: int, rejected: int) -> None:
+            self.ledger.advance.remote(shard, written, rejected)
+
+        try:
+            refused: Mapping[str, str] = {}
+            if attempt == MAX_ATTEMPTS:
+                refused = find_poison(images, self.make_builder)
+            self.builder.build(shard, images, advance, refused)
+        except UserError as error:
+            return str(error)
+        except Exception as error:
+            logging.getLogger(__name__).exception("shard %d", shard)
+            return f"{type(error).__name__}: {error}"
+        self.ledger.finish.remote(shard)
+        return ""
