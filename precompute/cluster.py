@@ -4,6 +4,9 @@ import contextlib
 import logging
 import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -13,30 +16,72 @@ import ray.data
 from schemas.cli import TerminatedError
 from schemas.errors import UserError
 
+POLL_SECONDS = 0.5
+CONNECT_SECONDS = 10
+VITAL = {"raylet", "gcs_server"}
+
 
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Connect to Ray. SIGTERM ends the block by `TerminatedError`. Raises UserError."""
+    """Connect to Ray, or use the connection of this process that is there already.
+
+    SIGTERM ends the block by `TerminatedError`.
+
+    Raises:
+        UserError: no cluster answers.
+    """
     # Ray reports at length on itself; what concerns the job comes back in rows
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for logger in ("ray", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    ours = not ray.is_initialized()
+    if ours:
+        connect(address)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    over = threading.Event()
+    if ours and not address:
+        threading.Thread(target=end_with_ray, args=(over,), daemon=True).start()
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
+        yield
+    finally:
+        over.set()
+        signal.signal(signal.SIGTERM, before)
+        if ours:
+            ray.shutdown()
+
+
+def connect(address: str | None) -> None:
+    try:
+        host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+        if host:  # Ray itself tries for many minutes
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except ConnectionError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {error}") from error
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        ray.shutdown()
+
+
+def end_with_ray(over: threading.Event) -> None:
+    """End this process when a process that the local Ray consists of has died.
+
+    Left alone, Ray ends its driver too, but up to a minute later and without a word.
+    """
+    node = ray._private.worker._global_node  # Ray has no public way to ask
+    while not over.wait(POLL_SECONDS):
+        if dead := VITAL & {name for name, _ in node.dead_processes()}:
+            print(
+                f"error: Ray's {' and '.join(sorted(dead))} died; the same command goes on from "
+                "here",
+                file=sys.stderr,
+                flush=True,
+            )
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+            os._exit(1)
 
 
 def terminate(number: int, frame: FrameType | None) -> None:

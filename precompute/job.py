@@ -24,7 +24,7 @@ from schemas.cli import TerminatedError
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.storage import Store
-from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, Reject
+from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, Reject, shard_name
 from schemas.writer import PACKAGES, finish_dataset
 
 STATS = "stats.json"
@@ -193,7 +193,16 @@ def build_shards(
 ) -> None:
     """Build the missing shards, as many at a time as there are workers. Raises UserError."""
     images = {shard: job.plan.shards[shard - job.first_shard] for shard in missing}
-    done = 0
+    store = Store(job.out)
+
+    def so_far() -> str:
+        there = store.sizes(SHARD_FOLDER)
+        done = sum(shard_name(shard, "parquet").split("/")[1] in there for shard in missing)
+        return (
+            f"{done} of {len(missing)} missing shards are written, the same command goes on from "
+            "there"
+        )
+
     with cluster(resources.address):
         has = ray.cluster_resources()
         workers, cpus, gpus = resources.split(has.get("CPU", 1), has.get("GPU", 0), len(missing))
@@ -218,18 +227,11 @@ def build_shards(
             num_gpus=gpus or None,
         )
 
-        def so_far() -> str:
-            return (
-                f"{done} of {len(missing)} missing shards were written before, the same command "
-                "goes on from there"
-            )
-
         try:
             with watch(ledger, sum(map(len, images.values())), len(missing)):
                 for row in results.iter_rows():
                     if row["error"]:
                         raise UserError(f"shard {row['shard']} failed: {row['error']}; {so_far()}")
-                    done += 1
         except TerminatedError as error:
             raise TerminatedError(f"terminated; {so_far()}") from error
         except ray.exceptions.RayError as error:

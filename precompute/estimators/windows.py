@@ -11,16 +11,12 @@ import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 OVERLAP = 3
 """Neighbouring windows are a third of their side apart, or less (ours; see docs/precompute.md)."""
 
 MOST = 8
 """Windows along one axis, for images that are very long: they are longer then."""
-
-FINE = 2
-"""Maps are pasted at this many points a cell and averaged."""
 
 
 class Window(NamedTuple):
@@ -82,33 +78,32 @@ def paste(
     Returns:
         (images, side, side) float32.
     """
-    fine = side * FINE
-    y, inside_y = axis([(w.top, w.height, shapes[i][0]) for i, w in places], fine, maps.shape[1])
-    x, inside_x = axis([(w.left, w.width, shapes[i][1]) for i, w in places], fine, maps.shape[2])
+    y, inside_y = axis([(w.top, w.height, shapes[i][0]) for i, w in places], side, maps.shape[1])
+    x, inside_x = axis([(w.left, w.width, shapes[i][1]) for i, w in places], side, maps.shape[2])
     index = torch.tensor([i for i, _ in places])
-    total = torch.zeros(len(shapes), fine, fine)
-    cover = torch.zeros(len(shapes), fine, fine)
+    total = torch.zeros(len(shapes), side, side)
+    cover = torch.zeros(len(shapes), side, side)
     total.index_add_(0, index, y @ maps @ x.transpose(1, 2))
     cover.index_add_(0, index, inside_y.unsqueeze(2) * inside_x.unsqueeze(1))
-    return avg_pool2d((total / cover).unsqueeze(1), FINE)[:, 0]
+    return total / cover
 
 
-def axis(extents: list[tuple[int, int, int]], fine: int, cells: int) -> tuple[Tensor, Tensor]:
-    """How points along an image's axis read a window's cells, bilinearly.
+def axis(extents: list[tuple[int, int, int]], side: int, cells: int) -> tuple[Tensor, Tensor]:
+    """How the middles of an image's cells read a window's cells, bilinearly.
 
     Args:
         extents: start and extent of each window and length of its image, in pixels.
 
     Returns:
-        (windows, fine, cells) float32 weights, zero outside of the window, and (windows, fine)
+        (windows, side, cells) float32 weights, zero outside of the window, and (windows, side)
         float32, 1 inside and 0 outside.
     """
     start, extent, length = (column.unsqueeze(1) for column in torch.tensor(extents).double().T)
-    points = (torch.arange(fine) + 0.5) / fine
+    points = (torch.arange(side) + 0.5) / side
     place = (points * length - start) / extent
-    # a window narrower than a point's distance holds the point that is nearest to its middle
-    nearest = ((start + extent / 2) / length * fine).long().clamp(max=fine - 1)
-    inside = (place >= 0) & (place <= 1) | (torch.arange(fine) == nearest)
+    # a window narrower than a cell holds the point that is nearest to its middle
+    nearest = ((start + extent / 2) / length * side).long().clamp(max=side - 1)
+    inside = (place >= 0) & (place <= 1) | (torch.arange(side) == nearest)
     position = (place * cells - 0.5).clamp(0, cells - 1)
     distance = (position.unsqueeze(2) - torch.arange(cells)).abs()
     weights = (1 - distance).clamp(min=0) * inside.unsqueeze(2)

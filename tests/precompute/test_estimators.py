@@ -10,9 +10,10 @@ import torchvision
 from PIL import Image
 
 from precompute import demo
-from precompute.estimators import ESTIMATORS, ScdaOptions, SpectralOptions
+from precompute.estimators import ESTIMATORS, FunctionOptions, ScdaOptions, SpectralOptions
 from precompute.estimators.scda import last_convolutional_map
 from precompute.estimators.weights import load_weights, sha256_of
+from precompute.estimators.windows import Window, cut, paste, windows
 from schemas import SaliencyMap, UserError
 from tests.conftest import noise
 
@@ -28,9 +29,7 @@ def on_pixels(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_maps_have_the_promised_form(name: str) -> None:
-    options = (
-        ScdaOptions("resnet18", "random", sizes=(64,)) if name == "scda" else SpectralOptions()
-    )
+    options = ScdaOptions("resnet18", "random", size=64) if name == "scda" else SpectralOptions()
     estimator = options.build()
     images = [noise(0, 40, 90), noise(1, 200, 31), noise(2, 1, 1), noise(3, 1, 300)]
     maps = estimator(batch(*images))
@@ -81,7 +80,7 @@ def test_spectral_finds_the_objects_of_generated_scenes() -> None:
 def test_a_flat_picture_has_a_finite_map() -> None:
     flat = np.full((50, 60, 3), 128, np.uint8)
     assert np.isfinite(SpectralOptions().build()(batch(flat))).all()
-    scda = ScdaOptions("resnet18", "random", sizes=(64,)).build()
+    scda = ScdaOptions("resnet18", "random", size=64).build()
     assert np.isfinite(scda(batch(flat, np.zeros_like(flat)))).all()
 
 
@@ -108,8 +107,8 @@ def test_the_last_map_of_any_cnn(backbone: str, channels: int, side: int) -> Non
 
 
 def test_aggregation_is_the_sum_over_channels() -> None:
-    """One size, at which the stored side is the map's own: the z-scored channel sum and no more."""
-    estimator = ScdaOptions("resnet18", "random", sizes=(224,), side=7, precision="fp32").build()
+    """The whole image, and the map's own side: the z-scored channel sum and no more."""
+    estimator = ScdaOptions("resnet18", "random", areas=(1.0,), side=7, precision="fp32").build()
     pixels = noise(0, 224, 224)
     torch.manual_seed(0)
     model = torchvision.models.resnet18().eval()
@@ -123,20 +122,106 @@ def test_aggregation_is_the_sum_over_channels() -> None:
     assert np.allclose(estimator(batch(pixels))[0], expected, atol=1e-3)
 
 
-def test_scales_are_averaged_after_z_scoring() -> None:
-    options = ScdaOptions("resnet18", "random", precision="fp32")
-    both = ScdaOptions("resnet18", "random", sizes=(64, 128), precision="fp32").build()
-    single = [
-        ScdaOptions(options.backbone, "random", sizes=(size,), precision="fp32").build()
-        for size in (64, 128)
-    ]
-    images = batch(noise(0), noise(1))
-    expected = sum(one(images) for one in single) / 2
-    assert np.allclose(both(images), expected, atol=1e-4)
+def test_areas_are_averaged_after_z_scoring() -> None:
+    def estimate(*areas: float) -> np.ndarray:
+        options = ScdaOptions("resnet18", "random", size=64, areas=areas, precision="fp32")
+        return options.build()(batch(noise(0), noise(1)))
+
+    assert np.allclose(estimate(1.0, 0.3), (estimate(1.0) + estimate(0.3)) / 2, atol=1e-4)
+
+
+SHAPES = [(40, 56), (500, 375), (1, 1), (1, 1000), (1000, 3), (33, 2000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("area", [1.0, 0.45, 0.1])
+def test_windows_cover_the_image_and_stay_inside(shape: tuple[int, int], area: float) -> None:
+    found = windows(*shape, area)
+    cover = np.zeros(shape, int)
+    for top, left, height, width in found:
+        assert top >= 0 <= left
+        assert top + height <= shape[0]
+        assert left + width <= shape[1]
+        cover[top : top + height, left : left + width] += 1
+    assert cover.min() >= 1
+    assert len(found) <= 64
+    if area == 1.0:
+        assert found == [(0, 0, *shape)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_maps_of_a_ramp_are_pasted_to_that_ramp(shape: tuple[int, int]) -> None:
+    """Each window's map holds a ramp over the image, at the middles of its own 7 x 7 cells."""
+    height, width = shape
+    places = [(0, window) for window in windows(*shape, 0.3)]
+    maps = []
+    for _, (top, left, h, w) in places:
+        y = (top + (np.arange(7) + 0.5) / 7 * h) / height
+        x = (left + (np.arange(7) + 0.5) / 7 * w) / width
+        maps.append(2 * y[:, None] + 3 * x[None])
+    pasted = paste(torch.tensor(np.array(maps)).float(), places, [shape], 14)[0].numpy()
+    middle = (np.arange(14) + 0.5) / 14
+    expected = 2 * middle[:, None] + 3 * middle[None]
+    # a map says nothing beyond the middle of its outermost cells
+    assert abs(pasted - expected)[3:-3, 3:-3].max() < 0.1
+    assert abs(pasted - expected).max() < 0.5
+
+
+def test_a_window_is_what_pillow_cuts_out() -> None:
+    pixels = noise(0, 300, 400)
+    window = Window(37, 60, 200, 240)
+    found = cut(batch(pixels), [(0, window)], 224)[0].numpy().astype(int)
+    box = (window.left, window.top, window.left + window.width, window.top + window.height)
+    expected = Image.fromarray(pixels).resize((224, 224), Image.Resampling.BILINEAR, box=box)
+    assert abs(found - np.asarray(expected, int)).max() <= 2
+
+
+def test_a_layer_by_name() -> None:
+    estimator = ScdaOptions("resnet18", "random", layer="layer3", areas=(1.0,)).build()
+    with torch.inference_mode():
+        assert estimator.trunk(torch.zeros(1, 3, 224, 224))["map"].shape == (1, 256, 14, 14)
+    with pytest.raises(UserError, match="no layer 'layer9'"):
+        ScdaOptions("resnet18", "random", layer="layer9").build()
+
+
+def test_bf16_keeps_the_foreground_of_fp32(photos: Path, mobilenet_weights: Path) -> None:
+    files = sorted(photos.rglob("*.JPEG"))[:24]
+    images = batch(*[np.asarray(Image.open(f).convert("RGB")) for f in files])
+    fronts = []
+    for precision in ("bf16", "fp32"):
+        options = ScdaOptions("mobilenet_v2", str(mobilenet_weights), precision=precision)
+        maps = options.build()(images)
+        fronts.append([m >= m.mean() - 0.6 * m.std() for m in maps])
+    assert np.not_equal(*fronts).mean() < 0.01
+
+
+def brightness(images: list[np.ndarray]) -> np.ndarray:
+    """An estimator of one's own: the mean of each quarter."""
+    quarters = [[[i[: len(i) // 2].mean(), 0], [i[len(i) // 2 :].mean(), 0]] for i in images]
+    return np.array(quarters)
+
+
+def no_maps(images: list[np.ndarray]) -> np.ndarray:
+    return np.zeros(len(images))
+
+
+def test_a_function_of_ones_own() -> None:
+    estimator = FunctionOptions(f"{__name__}:brightness").build()
+    images = [noise(0), noise(1, 30, 90)]
+    assert estimator.side == 2
+    assert np.allclose(estimator(batch(*images)), brightness(images))
+    assert len(estimator.weights_sha256) == 64
+    for path, message in {
+        f"{__name__}:absent": "has no attribute 'absent'",
+        "absent_module:f": "No module named 'absent_module'",
+        f"{__name__}:no_maps": r"returned \(1,\) for 1 images",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            FunctionOptions(path).build()
 
 
 def test_random_weights_are_the_same_in_every_worker() -> None:
-    first, second = (ScdaOptions("resnet18", "random", sizes=(64,)).build() for _ in range(2))
+    first, second = (ScdaOptions("resnet18", "random", size=64).build() for _ in range(2))
     assert first.weights_sha256 == second.weights_sha256
     assert (first(batch(noise(0))) == second(batch(noise(0)))).all()
 
@@ -184,8 +269,10 @@ def test_wrong_options_are_one_clear_line(options: ScdaOptions, message: str) ->
 
 
 def test_options_without_sense_are_refused() -> None:
-    with pytest.raises(UserError, match="at least one input size"):
-        ScdaOptions(sizes=())
+    with pytest.raises(UserError, match="at least one area"):
+        ScdaOptions(areas=())
+    with pytest.raises(UserError, match="above 0, at most 1"):
+        ScdaOptions(areas=(0.5, 0.0))
     with pytest.raises(UserError, match="side: must be 1 cell or more"):
         ScdaOptions(side=0)
     with pytest.raises(UserError, match="average: must be odd"):
@@ -197,7 +284,7 @@ def test_eight_bits_keep_the_foreground_of_real_maps(
     name: str, photos: Path, mobilenet_weights: Path
 ) -> None:
     options = (
-        ScdaOptions("mobilenet_v2", str(mobilenet_weights), sizes=(224,))
+        ScdaOptions("mobilenet_v2", str(mobilenet_weights), areas=(1.0,))
         if name == "scda"
         else SpectralOptions()
     )

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,15 @@ import ray
 from ray import cloudpickle
 
 from precompute.__main__ import main
+from precompute.cluster import cluster
 from precompute.demo import DemoScenes
+from precompute.encode import Resize
 from precompute.estimators import ScdaOptions, SpectralOptions
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
 from precompute.resume import refuse_other_settings
 from precompute.sources import SourceImage, list_images
+from precompute.worker import BuilderFactory, Ledger, ShardActor
 from schemas import FormatError, ShardDataset, UserError
 from schemas.shard import read_marker
 from schemas.storage import Store
@@ -50,15 +55,22 @@ def demo_arguments(out: Path) -> list[object]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Of every file but the one that says how long the run took."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "stats.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_ray() -> Iterator[None]:
+    """A Ray that the jobs of this process use one after the other: starting one takes seconds."""
+    with cluster(None):
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shared_ray: None) -> Path:
     out = tmp_path_factory.mktemp("job") / "uninterrupted"
-    result = precompute(*demo_arguments(out))
-    assert result.returncode == 0, result.stderr
+    assert run_here(*demo_arguments(out)) == 0
     return out
 
 
@@ -66,30 +78,48 @@ def markers(out: Path) -> int:
     return len(list(out.glob("shards/*.parquet")))
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+def raylet_of(driver: int) -> int:
+    found = subprocess.run(
+        ["pgrep", "-P", str(driver), "-x", "raylet"], capture_output=True, check=True
+    )
+    return int(found.stdout)
+
+
+def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL of the driver three times: before the first shard, and twice among them."""
+    """SIGKILL of the driver before the first shard, of Ray among them; SIGTERM behind them."""
     out, rng = tmp_path / "out", random.Random(0)
-    for moment in (0, 4, 17):
+    for moment, victim in ((0, "driver"), (4, "raylet"), (12, "terminated")):
         job = subprocess.Popen(
-            command(*demo_arguments(out)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(*demo_arguments(out)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         deadline = time.monotonic() + 120
         while markers(out) < moment and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05) if moment else rng.uniform(1, 3))
         assert job.poll() is None, "the job ended before it could be killed"
-        job.send_signal(signal.SIGKILL)
-        job.wait()
+        if victim == "terminated":
+            job.terminate()
+        else:
+            os.kill(raylet_of(job.pid) if victim == "raylet" else job.pid, signal.SIGKILL)
+        _, errors = job.communicate(timeout=20)
         assert not (out / "dataset.json").exists()
         assert markers(out) >= moment
+        if victim == "raylet":
+            assert job.returncode == 1
+            assert "Ray's raylet died; the same command goes on from here" in errors
+        if victim == "terminated":
+            assert job.returncode == 143
+            assert re.search(r"terminated; \d+ of \d+ missing shards are written, the same", errors)
     written = {path.name: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
-    result = precompute(*demo_arguments(out))
-    assert result.returncode == 0, result.stderr
+    assert run_here(*demo_arguments(out)) == 0
     assert contents(out) == contents(uninterrupted)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
-    assert len(written) >= 17
+    assert len(written) >= 12
     assert written.items() <= kept.items(), "a shard that was there was written again"
 
 
@@ -113,14 +143,16 @@ def test_a_killed_worker_does_not_stop_the_job(uninterrupted: Path, tmp_path: Pa
     assert contents(out) == contents(uninterrupted)
 
 
-def test_nothing_is_left_to_do_the_second_time(uninterrupted: Path) -> None:
+def test_nothing_is_left_to_do_the_second_time(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(uninterrupted)
-    result = precompute(*demo_arguments(uninterrupted))
-    assert result.returncode == 0
-    assert "nothing to do" in result.stdout
+    assert run_here(*demo_arguments(uninterrupted)) == 0
+    assert "nothing to do" in capsys.readouterr().out
     assert contents(uninterrupted) == before
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_what_is_damaged_is_made_again(uninterrupted: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
     tar = out / "shards" / "000003.tar"
@@ -128,8 +160,7 @@ def test_what_is_damaged_is_made_again(uninterrupted: Path, tmp_path: Path) -> N
     (out / "shards" / "000005.idx").unlink()
     (out / "shards" / "000007.parquet").write_bytes(b"damaged")
     (out / "shards" / "000009.tar.0badcafe.tmp").write_bytes(b"half")
-    result = precompute(*demo_arguments(out))
-    assert result.returncode == 0, result.stderr
+    assert run_here(*demo_arguments(out)) == 0
     assert contents(out) == contents(uninterrupted)
 
 
@@ -176,7 +207,10 @@ def test_other_source_images_are_refused(uninterrupted: Path) -> None:
         refuse_other_settings(Store(uninterrupted), there, there | {"plan": "other"})
 
 
-def test_bad_inputs_are_rejected_and_all_else_is_written(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("shared_ray")
+def test_bad_inputs_are_rejected_and_all_else_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
     good = encode(noise(0))
     inputs = {
@@ -194,11 +228,9 @@ def test_bad_inputs_are_rejected_and_all_else_is_written(tmp_path: Path) -> None
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     (root / "bee" / "dangling.jpg").symlink_to(root / "nowhere.jpg")
-    result = precompute(
-        "--dataset", "folder", "--root", root, "--out", out, "--estimator", "spectral"
-    )
-    assert result.returncode == 0, result.stderr
-    assert "rejects: 6" in result.stdout
+    arguments = ["--dataset", "folder", "--root", root, "--out", out, "--estimator", "spectral"]
+    assert run_here(*arguments, "--workers", 1) == 0
+    assert "rejects: 6" in capsys.readouterr().out
     dataset = ShardDataset.open(out)
     reasons = {row["source"]: row["reason"] for row in dataset.rejects.to_pylist()}
     assert reasons == {
@@ -230,7 +262,7 @@ def test_bad_inputs_are_rejected_and_all_else_is_written(tmp_path: Path) -> None
         (["--dataset", "demo", "--shard-samples", "0"], "--shard-samples is 0; at least 1"),
         (["--dataset", "demo", "--limit", "-3"], "--limit is -3; at least 1"),
         (["--dataset", "demo", "--workers", "-1"], "--workers is -1; at least 0"),
-        (["--dataset", "demo", "--estimator.sizes", "0"], "sizes: must be 1 pixel or more"),
+        (["--dataset", "demo", "--estimator.areas", "0"], "areas: must be above 0, at most 1"),
         (["--dataset", "demo", "--estimator.weights", "no.pt"], "no.pt: no such weights file"),
     ],
 )
@@ -252,6 +284,7 @@ def test_a_users_mistake_is_one_line_without_traceback(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_nothing_readable_ends_with_an_error_and_the_reasons(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "notes.txt").write_text("no image")
@@ -293,11 +326,46 @@ def job(source: DemoScenes, out: Path) -> Job:
     return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
 
 
-def test_an_input_that_kills_its_worker_ends_the_job_after_bounded_attempts(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"shard \d failed: its worker died 3 times"):
-        run_job(job(PoisonSource("", "train", False), tmp_path / "out"), Resources(workers=1))
-    assert not ray.is_initialized()
-    assert not (tmp_path / "out" / "dataset.json").exists()
+@pytest.mark.usefixtures("shared_ray")
+def test_an_input_that_kills_its_worker_is_found_and_rejected(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_job(job(PoisonSource("", "train", False), out), Resources(workers=1))
+    dataset = ShardDataset.open(out)
+    assert dataset.rejects.to_pylist() == [
+        {
+            "source": "3",
+            "reason": "kills-worker",
+            "detail": "the process that read it died (SIGKILL)",
+        }
+    ]
+    assert sorted(dataset.samples["source"].to_pylist()) == list("0124567")
+    assert dataset.verify().clean
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_shard_that_fails_for_no_image_of_its_own_ends_the_job(tmp_path: Path) -> None:
+    """Three attempts are on the ledger already: two by chance, the third behind the search."""
+    ledger = ray.remote(Ledger).remote()
+    for _ in range(3):
+        ray.get(ledger.begin.remote(0))
+    source = DemoScenes("", "train", False)
+    factory = BuilderFactory(source, SpectralOptions(), str(tmp_path), 4, Resize(), {}, threads=1)
+    error = ShardActor(factory, ledger).build(0, list(source.images())[:4])
+    assert error == "its worker died 3 times, and no image of it kills one alone"
+    assert not list(tmp_path.iterdir())
+
+
+class FailingStore(DemoScenes):
+    """A store that no longer answers: no fault of the image that is asked for."""
+
+    def read(self, image: SourceImage) -> bytes:
+        raise TimeoutError("no answer")
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_store_that_does_not_answer_ends_the_job_and_rejects_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"shard \d failed: \d: the source fails: no answer"):
+        run_job(job(FailingStore("", "train", False), tmp_path / "out"), Resources(workers=1))
 
 
 def test_an_output_that_is_a_file_is_found_before_any_work(tmp_path: Path) -> None:
@@ -306,6 +374,7 @@ def test_an_output_that_is_a_file_is_found_before_any_work(tmp_path: Path) -> No
         run_job(job(DemoScenes("", "train", False), tmp_path / "out"), Resources(workers=1))
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_an_output_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="a file is in the way of a folder"):
@@ -314,15 +383,19 @@ def test_an_output_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def photo_shards(
-    photos: Path, mobilenet_weights: Path, tmp_path_factory: pytest.TempPathFactory
+    photos: Path,
+    mobilenet_weights: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_ray: None,
 ) -> ShardDataset:
     out = tmp_path_factory.mktemp("photos") / "out"
-    result = precompute(
+    arguments = [
         *("--dataset", "folder", "--root", photos, "--out", out, "--limit", 8),
-        *("--shard-samples", 4, "--estimator.backbone", "mobilenet_v2"),
+        *("--shard-samples", 4, "--estimator.backbone", "mobilenet_v2", "--workers", 1),
         *("--estimator.weights", mobilenet_weights),
-    )
-    assert result.returncode == 0, result.stderr
+    ]
+    assert run_here(*arguments) == 0
+    assert run_here(*arguments) == 0, "the same settings were taken for others"
     return ShardDataset.open(out)
 
 

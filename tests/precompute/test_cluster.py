@@ -1,0 +1,71 @@
+"""Two nodes, one of which dies: the job ends with the bytes that one machine writes."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from precompute.demo import DemoScenes
+from precompute.estimators import SpectralOptions
+from precompute.job import Job, Resources, run_job
+from precompute.plan import make_plan
+from precompute.sources import SourceImage
+from schemas import ShardDataset, UserError
+
+pytestmark = pytest.mark.slow
+
+
+def job(out: Path) -> Job:
+    source = DemoScenes("", "train", False)
+    images = [image for image in source.images() if isinstance(image, SourceImage)][:160]
+    plan = make_plan(images, seed=0, shard_samples=4)
+    return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
+
+
+def test_a_node_that_dies_costs_nothing_but_time(tmp_path: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    one, two = tmp_path / "one", tmp_path / "two"
+    killed_at: list[int] = []
+
+    def kill() -> None:
+        while len(list(two.glob("shards/*.parquet"))) < 6:
+            time.sleep(0.01)
+        cluster.remove_node(second, allow_graceful=False)
+        killed_at.append(len(list(two.glob("shards/*.parquet"))))
+
+    killer = threading.Thread(target=kill, daemon=True)
+    try:
+        killer.start()
+        run_job(job(two), Resources(cluster.address, workers=2))
+        killer.join(10)
+        assert killed_at, "the node was not killed"
+        assert killed_at[0] < 40, "the node was killed too late"
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    run_job(job(one), Resources(workers=1))
+    dataset = ShardDataset.open(two)
+    assert dataset.verify().clean
+    assert dataset.card == ShardDataset.open(one).card
+    for path in one.glob("shards/*"):
+        assert path.read_bytes() == (two / "shards" / path.name).read_bytes()
+
+
+def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
+        run_job(job(tmp_path), Resources("127.0.0.1:1"))
+
+
+def test_a_worker_cannot_have_more_than_there_is() -> None:
+    assert Resources().split(cores=8, devices=0, shards=100) == (8, 1, 0)
+    assert Resources(cpus=4).split(cores=8, devices=0, shards=100) == (2, 4, 0)
+    assert Resources().split(cores=16, devices=4, shards=100) == (4, 4, 1)
+    assert Resources(gpus=0.5).split(cores=16, devices=4, shards=100) == (8, 2, 0.5)
+    assert Resources(workers=4).split(cores=2, devices=0, shards=3) == (3, 2 / 3, 0)
+    with pytest.raises(UserError, match="0 CPUs and 2 GPUs, the cluster has 8 and 1"):
+        Resources(gpus=2).split(cores=8, devices=1, shards=3)
