@@ -34,11 +34,12 @@ READERS = 8
 OF_ONE_FILE = frozenset(
     {
         *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
-        *(errno.ELOOP, errno.ENAMETOOLONG, errno.EIO),
+        *(errno.ELOOP, errno.ENAMETOOLONG),
     }
 )
 """Errors that say something of one file. Any other (no memory, too many open files, a store that
-does not answer) would reject image after image that is sound, so it ends the job."""
+does not answer, rights that have run out) would reject image after image that is sound, so it ends
+the job."""
 
 
 class Decoded(NamedTuple):
@@ -121,9 +122,7 @@ class ShardBuilder:
             except ValueError as error:
                 return Reject(image.location, "bad-annotation", str(error))
             except OSError as error:
-                if not isinstance(error, FileNotFoundError | PermissionError) and (
-                    error.errno not in OF_ONE_FILE
-                ):
+                if not isinstance(error, FileNotFoundError) and error.errno not in OF_ONE_FILE:
                     raise UserError(f"{image.location}: the source fails: {error}") from error
                 return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
 

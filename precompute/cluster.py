@@ -56,14 +56,29 @@ def connect(address: str | None) -> None:
         host, _, port = (address or "").removeprefix("ray://").rpartition(":")
         if host:  # Ray itself tries for many minutes
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        with silent_stderr():
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Ray's C++ part says there at which level it logs; what fails comes as an exception."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def end_with_ray(over: threading.Event) -> None:

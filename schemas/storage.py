@@ -32,7 +32,8 @@ class Store:
             raise UserError("the name of a folder is empty; give a path or a URL")
         self.url = str(url).rstrip("/") or "/"
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+            # a listing that is kept would hide what other processes write after it
+            self.fs, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -64,7 +65,6 @@ class Store:
     def sizes(self, folder: str) -> dict[str, int]:
         """Names (relative to `folder`) and sizes in bytes of the files directly in it, sorted."""
         path = self.path(folder)
-        self.fs.invalidate_cache(path)
         if not self.fs.isdir(path):
             return {}
         entries = self.fs.ls(path, detail=True)

@@ -9,15 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 from ray import cloudpickle
 
-from precompute.__main__ import main
-from precompute.cluster import cluster
 from precompute.demo import DemoScenes
 from precompute.encode import Resize
 from precompute.estimators import ScdaOptions, SpectralOptions
@@ -30,6 +27,7 @@ from schemas import FormatError, ShardDataset, UserError
 from schemas.shard import read_marker
 from schemas.storage import Store
 from tests.conftest import encode, noise
+from tests.precompute.conftest import contents, run_here
 from tests.readers import READERS
 
 pytestmark = pytest.mark.slow
@@ -52,19 +50,6 @@ def demo_arguments(out: Path) -> list[object]:
         *("--dataset", "demo", "--out", out, "--limit", 240, "--shard-samples", 6),
         *("--batch-size", 4, "--estimator", "spectral"),
     ]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Of every file but the one that says how long the run took."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "stats.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-@pytest.fixture(scope="module")
-def shared_ray() -> Iterator[None]:
-    """A Ray that the jobs of this process use one after the other: starting one takes seconds."""
-    with cluster(None):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +147,6 @@ def test_what_is_damaged_is_made_again(uninterrupted: Path, tmp_path: Path) -> N
     (out / "shards" / "000009.tar.0badcafe.tmp").write_bytes(b"half")
     assert run_here(*demo_arguments(out)) == 0
     assert contents(out) == contents(uninterrupted)
-
-
-def run_here(*arguments: object) -> int:
-    """The command in this process: its imports, seconds long, are paid once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["precompute", *map(str, arguments)])
-        return main()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""Images in S3 and shards in S3, on a server of our own that fails in the middle; and memory://."""
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+from precompute.build import ShardBuilder
+from precompute.encode import Resize
+from precompute.estimators import SpectralOptions
+from precompute.job import Job
+from precompute.plan import make_plan
+from precompute.resume import missing_shards
+from precompute.sources import list_images
+from precompute.sources.trees import Folder
+from schemas import ShardDataset
+from schemas.storage import Store
+from schemas.tables import SHARD_FOLDER
+from schemas.writer import finish_dataset
+from tests.conftest import encode, noise
+
+pytestmark = pytest.mark.slow
+
+IMAGES = 24
+SHARDS = 6
+
+
+class Flaky:
+    """S3 that answers `fail` of a request, or where that gives nothing, as it should."""
+
+    def __init__(self) -> None:
+        self.s3 = DomainDispatcherApplication(create_backend_app)
+        self.fail: Callable[[dict[str, Any]], str | None] = lambda request: None
+
+    def __call__(self, environ: dict[str, Any], start: Any) -> Any:
+        if status := self.fail(environ):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            code = "SlowDown" if status.startswith("503") else "AccessDenied"
+            body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+            start(status, [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
+            return [body]
+        return self.s3(environ, start)
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    """The server, its address and keys in the environment, two buckets and some images in it."""
+    flaky = Flaky()
+    server = make_server("127.0.0.1", 0, flaky, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client = boto3.client("s3")
+    for bucket in ("photos", "shards"):
+        client.create_bucket(Bucket=bucket)
+    for index in range(IMAGES):
+        name = f"root/{'ab'[index % 2]}/{index}.jpg"
+        client.put_object(Bucket="photos", Key=name, Body=encode(noise(index)))
+    yield flaky
+    server.shutdown()
+
+
+def precompute(out: str) -> subprocess.CompletedProcess[str]:
+    arguments = [
+        *("--dataset", "folder", "--root", "s3://photos/root", "--out", out, "--workers", "1"),
+        *("--shard-samples", str(IMAGES // SHARDS), "--estimator", "spectral"),
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", "precompute", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def test_a_store_that_fails_in_the_middle_costs_no_image(s3: Flaky, tmp_path: Path) -> None:
+    """Refused for good behind two shards; then every eighth request is told to slow down."""
+    puts = []
+
+    def refuse(request: dict[str, Any]) -> str | None:
+        if request["REQUEST_METHOD"] == "PUT" and request["PATH_INFO"].endswith(".parquet"):
+            puts.append(request["PATH_INFO"])
+        return "403 Forbidden" if len(puts) > 2 and "/shards/" in request["PATH_INFO"] else None
+
+    s3.fail = refuse
+    result = precompute("s3://shards/out")
+    assert result.returncode == 2
+    assert "no permission to write" in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+    count, asked = iter(range(10**6)), []
+
+    def slow(request: dict[str, Any]) -> str | None:
+        asked.append(request["PATH_INFO"])
+        return "503 Slow Down" if next(count) % 8 == 0 else None
+
+    s3.fail = slow
+    result = precompute("s3://shards/out")
+    s3.fail = lambda request: None
+    assert result.returncode == 0, result.stderr
+    assert re.search("rejects: none", result.stdout)
+    assert len(asked) > 100
+    dataset = ShardDataset.open("s3://shards/out")
+    assert len(dataset) == IMAGES
+    assert dataset.verify().clean
+    assert dataset.digest == in_memory(tmp_path, "s3://photos/root").digest
+
+
+def test_a_source_that_refuses_ends_the_job_and_rejects_nothing(s3: Flaky, tmp_path: Path) -> None:
+    gets = []
+
+    def refuse(request: dict[str, Any]) -> str | None:
+        if request["REQUEST_METHOD"] == "GET" and request["PATH_INFO"].endswith(".jpg"):
+            gets.append(request["PATH_INFO"])
+            return "403 Forbidden" if len(gets) > 10 else None
+        return None
+
+    s3.fail = refuse
+    result = precompute(str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert "the source fails" in result.stderr
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def in_memory(tmp_path: Path, root: str) -> ShardDataset:
+    """The same job without Ray, whose workers could not see this process's memory."""
+    del tmp_path
+    source = Folder(root, "train", False)
+    images, _ = list_images(source.images())
+    plan = make_plan(images, seed=0, shard_samples=IMAGES // SHARDS)
+    job = Job("folder", "train", source, plan, [], SpectralOptions(), 0, "memory://job/out", 32)
+    store = Store(job.out)
+    settings = job.settings(None)
+    store.make_folder(SHARD_FOLDER)
+    builder = ShardBuilder(source, SpectralOptions().build(), store, 32, Resize(), settings)
+    assert missing_shards(store, settings) == list(range(SHARDS))
+    for shard, part in enumerate(plan.shards):
+        builder.build(shard, part, lambda written, rejected: None)
+    assert missing_shards(store, settings) == []
+    dataset = finish_dataset(
+        store,
+        SHARDS,
+        name="folder",
+        split="train",
+        classes=source.classes,
+        saliency_side=28,
+        estimator=settings["estimator"],
+        plan=plan.digest,
+        seed=0,
+    )
+    assert dataset.verify().clean
+    return dataset
