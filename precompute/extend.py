@@ -3,6 +3,7 @@
 from precompute.sources import SourceImage
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
+from schemas.shard import read_marker
 from schemas.storage import Store
 from schemas.tables import CARD, DatasetCard, Reject
 
@@ -26,10 +27,13 @@ def only_new(
             f"{out}: its labels would change: it has the classes {', '.join(there[:5])} ..., the "
             f"source {', '.join(classes[:5])} ...; new classes must come behind the old ones"
         )
-    known = {*dataset.samples["source"].to_pylist(), *dataset.rejects["source"].to_pylist()}
-    keys = dict(
-        zip(dataset.samples["key"].to_pylist(), dataset.samples["source"].to_pylist(), strict=True)
-    )
+    # by the markers: the tables may be those of an extension that was interrupted at its very end
+    markers = [read_marker(dataset.store, shard) for shard in range(dataset.card.shards)]
+    keys: dict[str, str] = {}
+    for marker in markers:
+        rows = marker.samples
+        keys |= zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
+    known = {*keys.values(), *(reject.source for marker in markers for reject in marker.rejects)}
     new, taken = [], list(rejects)
     for image in images:
         if image.location in known:

@@ -9,6 +9,8 @@ from schemas.storage import Store
 from schemas.tables import SHARD_FOLDER, shard_name
 
 SUFFIXES = ("tar", "idx", "parquet")
+OF_ONE_PLAN = ("images", "shards", "plan", "first_shard")
+"""Settings in which a dataset and what it is extended by differ."""
 MARKERS_AT_A_TIME = 16
 """Read together: enough to hide an object store's latency."""
 
@@ -19,8 +21,14 @@ def missing_shards(store: Store, settings: dict[str, Any]) -> list[int]:
     Raises:
         UserError: what is there was made with other settings.
     """
-    files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
     first = settings.get("first_shard", 0)
+    if first:
+        there, now = (
+            {name: value for name, value in whole.items() if name not in OF_ONE_PLAN}
+            for whole in (read_marker(store, 0).settings, settings)
+        )
+        refuse_other_settings(store, there, now)
+    files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
     end = first + settings["shards"]
     own = {shard_name(shard, suffix) for shard in range(end) for suffix in SUFFIXES}
 
