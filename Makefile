@@ -29,7 +29,7 @@ need = @test -n "$($(1))" || { echo "error: give $(1)=..., for example: $(2)" >&
 
 .PHONY: help
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(READY) ## Make .venv with everything pinned in requirements.txt
@@ -86,21 +86,26 @@ evaluate: $(READY) ## ENCODER=... DATA=...: kNN accuracy of an encoder
 	$(PY) -m train.evaluate --encoder "$(ENCODER)" --data "$(DATA)" $(ARGS)
 
 .PHONY: bench
-bench: bench-loader bench-estimators ## DATA=...: both of these
+bench: bench-loader bench-precompute bench-fidelity ## DATA=... ROOT=...: all of these
 
 .PHONY: bench-loader
 bench-loader: $(READY) ## DATA=...: views/s of the loader beside the usual ways, median and spread
 	$(call need,DATA,make bench-loader DATA=out/photos)
 	$(PY) -m bench loader --data "$(DATA)" $(ARGS)
 
-.PHONY: bench-estimators
-bench-estimators: $(READY) ## DATA=...: saliency maps/s of every estimator, median and spread
-	$(call need,DATA,make bench-estimators DATA=out/photos)
-	$(PY) -m bench estimators --data "$(DATA)" $(ARGS)
+.PHONY: bench-precompute
+bench-precompute: $(READY) ## ROOT=...: the precompute job on a folder of photos, beside its ceilings
+	$(call need,ROOT,make bench-precompute ROOT=photos)
+	$(PY) -m bench precompute --root "$(ROOT)" $(ARGS)
+
+.PHONY: bench-fidelity
+bench-fidelity: $(READY) ## ROOT=...: stored maps against online ones, on crops of photos
+	$(call need,ROOT,make bench-fidelity ROOT=photos)
+	$(PY) -m bench fidelity --root "$(ROOT)" $(ARGS)
 
 .PHONY: test
 test: $(READY) ## All tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: lint
 lint: $(READY) ## Format, lint and types

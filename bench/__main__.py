@@ -1,8 +1,8 @@
 """Measure this machine.
 
-python -m bench loader --data URL       views/s beside the usual ways, on the same images
-python -m bench estimators --data URL   saliency maps/s
-python -m bench fidelity --root PHOTOS  stored maps against online ones, on crops
+python -m bench loader --data URL         views/s beside the usual ways, on the same images
+python -m bench precompute --root PHOTOS  the job beside its ceilings
+python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
 """
 
 import itertools
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import estimators, fidelity, loader
+from bench import fidelity, loader, precompute
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
 
 
 def main() -> int:
-    commands = {"loader": bench_loader, "estimators": bench_estimators, "fidelity": bench_fidelity}
+    commands = {"loader": bench_loader, "precompute": bench_precompute, "fidelity": bench_fidelity}
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.strip() if __doc__ else "")
@@ -38,13 +38,18 @@ def bench_loader(argv: Sequence[str]) -> None:
     finish(options.out, {"Loader": rows}, asdict(options))
 
 
-def bench_estimators(argv: Sequence[str]) -> None:
-    options = parse(estimators.Options, argv)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(estimators.ways(options, Path(folder)), options.repeats)
-    base = {row.name: "scda resnet50" for row in rows}
-    print(show("Precompute, one process", rows, base), end="\n\n")
-    finish(options.out, {"Precompute, one process": rows}, asdict(options))
+def bench_precompute(argv: Sequence[str]) -> None:
+    options = parse(precompute.Options, argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = precompute.measure(options, folder)
+        print(show("Precompute", rows, precompute.bases([row.name for row in rows])), end="\n\n")
+        early, late = precompute.memory(options, folder)
+        print(f"resident memory of a worker: {early:.0f} MB after 4 shards, {late:.0f} after 24")
+        if options.finished_shards:
+            seconds = precompute.finished(options, folder)
+            print(f"nothing to do in {options.finished_shards} shards: found in {seconds:.1f} s")
+    finish(options.out, {"Precompute": rows}, asdict(options))
 
 
 def bench_fidelity(argv: Sequence[str]) -> None:

@@ -158,8 +158,8 @@ def report(summary: "Summary") -> str:
     share = stats["dataset"]["foreground"]
     return "\n".join(
         [
-            f"{summary.images} images in {summary.seconds:.1f} s, start to end "
-            f"{stats['run']['images_per_second']:.1f} images/s",
+            f"{summary.images} images in {summary.seconds:.1f} s, "
+            f"{stats['run']['images_per_second_at_work']:.1f} images/s at work",
             f"rejects: {reject_counts(dataset)}",
             f"foreground: {share:.0%} of the cells" if share is not None else "foreground: none",
             f"{dataset.url}: {len(dataset)} samples in {len(dataset.shards)} shards",

@@ -120,12 +120,20 @@ class Resources:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run of the job did: `images` in `seconds`, in `shards` that were missing before."""
+    """What a run of the job did.
+
+    Attributes:
+        shards, images: that were missing before.
+        seconds: from start to end.
+        at_work: seconds from the first shard's begin to the last one's end: without the start of
+            Ray and of its workers.
+    """
 
     dataset: ShardDataset
     shards: int
     images: int
     seconds: float
+    at_work: float
 
     def stats(self) -> dict[str, Any]:
         """What `stats.json` says, of the run and of the dataset."""
@@ -136,7 +144,8 @@ class Summary:
                 "images": self.images,
                 "shards": self.shards,
                 "seconds": round(self.seconds, 1),
-                "images_per_second": round(self.images / self.seconds, 2),
+                "seconds_at_work": round(self.at_work, 1),
+                "images_per_second_at_work": round(self.images / max(self.at_work, 1e-9), 2),
             },
             "dataset": {
                 "samples": len(dataset),
@@ -165,10 +174,11 @@ def run_job(job: Job, resources: Resources) -> Summary:
         card = DatasetCard.from_json(store.read(CARD), store.location(CARD))
     missing = missing_shards(store, settings)
     store.make_folder(SHARD_FOLDER)
+    at_work = 0.0
     if missing:
-        build_shards(job, settings, missing, resources)
+        at_work = build_shards(job, settings, missing, resources)
     elif card and card.plan == job.plan_digest:
-        return Summary(ShardDataset.open(job.out), 0, 0, time.monotonic() - start)
+        return Summary(ShardDataset.open(job.out), 0, 0, time.monotonic() - start, at_work)
     dataset = finish_dataset(
         store,
         job.first_shard + len(job.plan.shards),
@@ -183,15 +193,19 @@ def run_job(job: Job, resources: Resources) -> Summary:
         packages=(*PACKAGES, "ray", "torch", "torchvision", "nvidia-dali-cuda130"),
     )
     images = sum(len(job.plan.shards[shard - job.first_shard]) for shard in missing)
-    summary = Summary(dataset, len(missing), images, time.monotonic() - start)
+    summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
     store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
     return summary
 
 
 def build_shards(
     job: Job, settings: dict[str, Any], missing: list[int], resources: Resources
-) -> None:
-    """Build the missing shards, as many at a time as there are workers. Raises UserError."""
+) -> float:
+    """Build the missing shards, as many at a time as there are workers. Raises UserError.
+
+    Returns:
+        seconds from the first shard's begin to the last one's end.
+    """
     images = {shard: job.plan.shards[shard - job.first_shard] for shard in missing}
     store = Store(job.out)
 
@@ -232,6 +246,7 @@ def build_shards(
                 for row in results.iter_rows():
                     if row["error"]:
                         raise UserError(f"shard {row['shard']} failed: {row['error']}; {so_far()}")
+            return ray.get(ledger.at_work.remote())
         except TerminatedError as error:
             raise TerminatedError(f"terminated; {so_far()}") from error
         except ray.exceptions.RayError as error:

@@ -31,9 +31,12 @@ class Ledger:
         self.attempts: dict[int, int] = {}
         self.counts: dict[int, tuple[int, int]] = {}
         self.begun: dict[int, float] = {}
+        self.first = self.last = time.monotonic()
 
     def begin(self, shard: int) -> int:
         """The number of this attempt, from 1; what an earlier one counted is forgotten."""
+        if not self.attempts:
+            self.first = time.monotonic()
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         self.counts[shard] = (0, 0)
         self.begun[shard] = time.monotonic()
@@ -45,6 +48,11 @@ class Ledger:
 
     def finish(self, shard: int) -> None:
         del self.begun[shard]
+        self.last = time.monotonic()
+
+    def at_work(self) -> float:
+        """Seconds from the first shard's begin to the last one's end."""
+        return self.last - self.first
 
     def totals(self) -> tuple[int, int, int]:
         """Images written, images rejected and shards finished so far."""
@@ -114,5 +122,5 @@ class ShardActor:
         except Exception as error:
             logging.getLogger(__name__).exception("shard %d", shard)
             return f"{type(error).__name__}: {error}"
-        self.ledger.finish.remote(shard)
+        ray.get(self.ledger.finish.remote(shard))
         return ""

@@ -26,7 +26,9 @@ def job(out: Path) -> Job:
 
 
 def test_a_node_that_dies_costs_nothing_but_time(tmp_path: Path) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    head = {"num_cpus": 1, "_system_config": quickly}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     one, two = tmp_path / "one", tmp_path / "two"
@@ -45,10 +47,10 @@ def test_a_node_that_dies_costs_nothing_but_time(tmp_path: Path) -> None:
         killer.join(10)
         assert killed_at, "the node was not killed"
         assert killed_at[0] < 40, "the node was killed too late"
+        run_job(job(one), Resources(cluster.address))
     finally:
         ray.shutdown()
         cluster.shutdown()
-    run_job(job(one), Resources(workers=1))
     dataset = ShardDataset.open(two)
     assert dataset.verify().clean
     assert dataset.card == ShardDataset.open(one).card

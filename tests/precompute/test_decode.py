@@ -35,6 +35,17 @@ def check(image: SourceImage, content: bytes, resize: Resize = KEEP) -> EncodedI
     return check_whole(image, content, {}, resize)
 
 
+def ycck() -> bytes:
+    """A CMYK JPEG whose Adobe marker says that its colours are YCCK."""
+    content = bytearray(saved(IMAGE.convert("CMYK"), "JPEG"))
+    content[content.index(b"Adobe") + 11] = 2
+    return bytes(content)
+
+
+def animated(image_format: str) -> bytes:
+    return saved(IMAGE, image_format, save_all=True, append_images=[IMAGE.rotate(90)])
+
+
 def read(content: bytes) -> tuple[str, bool, np.ndarray]:
     """Extension, whether it was re-encoded, and pixels; raises RejectedError."""
     encoded = check(SourceImage("key", "a/b.jpg", 0), content)
@@ -55,6 +66,9 @@ def by_pillow(content: bytes) -> np.ndarray:
         pytest.param(saved(IMAGE, "JPEG", progressive=True), "jpg", id="progressive"),
         pytest.param(saved(IMAGE.convert("L"), "JPEG"), "jpg", id="gray"),
         pytest.param(saved(IMAGE.convert("CMYK"), "JPEG"), "jpg", id="cmyk"),
+        pytest.param(ycck(), "jpg", id="ycck"),
+        pytest.param(animated("WEBP"), "webp", id="animated webp"),
+        pytest.param(animated("PNG"), "png", id="animated png"),
         pytest.param(saved(IMAGE.convert("RGBA"), "PNG"), "png", id="alpha"),
         pytest.param(saved(IMAGE.convert("P"), "PNG"), "png", id="palette"),
         pytest.param(saved(IMAGE.convert("1"), "PNG"), "png", id="one bit"),
@@ -86,6 +100,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     "content",
     [
         pytest.param(saved(IMAGE.convert("P"), "GIF"), id="gif"),
+        pytest.param(animated("GIF"), id="animated gif"),
         pytest.param(saved(IMAGE, "TGA"), id="tga"),
         pytest.param(saved(IMAGE, "TIFF", compression="lzma"), id="a tiff that DALI does not know"),
     ],

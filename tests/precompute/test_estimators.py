@@ -1,5 +1,6 @@
 """Saliency maps against independent references, and against objects whose place is known."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from precompute.estimators.weights import load_weights, sha256_of
 from precompute.estimators.windows import Window, cut, paste, windows
 from schemas import SaliencyMap, UserError
 from tests.conftest import noise
+from train.encoders import build_encoder, save_encoder
 
 
 def batch(*images: np.ndarray) -> object:
@@ -296,3 +298,24 @@ def test_eight_bits_keep_the_foreground_of_real_maps(
 
     kept = [(foreground(SaliencyMap.quantise(m).values()) == foreground(m)).mean() for m in maps]
     assert np.mean(kept) >= 0.99
+
+
+def test_the_documented_function_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "precompute.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (tmp_path / "documented_maps.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    estimator = FunctionOptions("documented_maps:centre").build()
+    (grid,) = estimator(batch(noise(0)))
+    assert grid.shape == (28, 28)
+    assert grid[14, 14] > grid[0, 0]
+
+
+def test_an_encoder_that_train_wrote_can_guide_its_successor(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    encoder, _ = build_encoder("resnet18")
+    save_encoder(tmp_path / "encoder.safetensors", encoder, {"encoder": "resnet18"})
+    options = ScdaOptions("resnet18", str(tmp_path / "encoder.safetensors"), precision="fp32")
+    estimator = options.build()
+    assert torch.equal(estimator.trunk.conv1.weight, encoder.conv1.weight)
+    assert estimator.weights_sha256 != ScdaOptions("resnet18", "random").build().weights_sha256

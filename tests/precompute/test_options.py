@@ -3,16 +3,19 @@
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 
-from precompute import decode
+from precompute import decode, progress
 from precompute.encode import EncodedImage, RejectedError, Resize, check
 from precompute.progress import stalled
 from precompute.sources import SourceImage
+from precompute.worker import Ledger
 from schemas import ShardDataset, UserError
 from schemas.shard import read_marker
 from tests.conftest import encode, noise
@@ -172,3 +175,21 @@ def test_resized_datasets_and_what_a_run_says(
         run_here(*arguments(root, out))
     with pytest.raises(UserError, match="--resize-quality is 99; it goes from 1 to 95"):
         run_here(*arguments(root, out), "--resize-quality", 99)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
+def test_a_job_that_stands_still_says_which_shards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.05)
+    ledger = ray.remote(Ledger).remote()
+    ray.get([ledger.begin.remote(3), ledger.begin.remote(5), ledger.finish.remote(5)])
+    with progress.watch(ledger, images=10, shards=2):
+        time.sleep(1)
+    captured = capsys.readouterr()
+    assert "begun and not finished: shards 3 (for" in captured.err
+    assert " 5 (for" not in captured.err
+    assert "0/10 images" in captured.out
+    assert "1/2 shards" in captured.out

@@ -1,0 +1,205 @@
+"""Rates of the precompute job beside its two ceilings, and how fast it finds nothing to do.
+
+The job is run as a user runs it: Ray, workers, files and all. Its rate is that of the workers at
+work, without the seconds in which Ray and they start.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
+import torch
+import tyro
+
+from bench.table import Row
+from precompute.build import ShardBuilder
+from precompute.cluster import cluster
+from precompute.encode import Resize
+from precompute.estimators import EstimatorOptions, ScdaOptions, SpectralOptions
+from precompute.estimators.scda import CHUNK, ScdaEstimator
+from precompute.estimators.windows import cut, windows
+from precompute.job import Job, Resources, run_job
+from precompute.plan import make_plan
+from precompute.sources import Source, SourceImage, list_images
+from precompute.sources.trees import Folder
+from schemas import Sample
+from schemas.shard import write_shard
+from schemas.storage import Store
+
+
+@dataclass(frozen=True)
+class Options:
+    """Images/s of the precompute job with one and two workers, and of its ceilings."""
+
+    root: str = tyro.MISSING
+    """A folder of photos."""
+    out: Path = Path("out/bench-precompute.json")
+    """Where the figures are written."""
+    backbone: str = "resnet50"
+    """A torchvision classification CNN by name."""
+    images: int = 128
+    """Images a repeat."""
+    shard_samples: int = 32
+    """Images a shard."""
+    repeats: int = 3
+    """Repeats of each row."""
+    finished_shards: int = 10_000
+    """Shards of a finished job that is given again; 0 leaves it out."""
+
+
+class Rated:
+    """One row: `rate()` does the work once and gives images a second."""
+
+    def __init__(self, options: Options, estimator: EstimatorOptions, folder: Path):
+        self.options, self.estimator, self.folder = options, estimator, folder
+        self.source = Folder(options.root, "train", False)
+        listed, _ = list_images(self.source.images())
+        self.images = (listed * (options.images // len(listed) + 1))[: options.images]
+
+    def job(self, workers: int) -> float:
+        """The whole job, on all cores, in so many workers."""
+        unique = list(dict.fromkeys(self.images))
+        plan = make_plan(unique, seed=0, shard_samples=self.options.shard_samples)
+        out = self.folder / f"{time.monotonic_ns()}"
+        job = Job("bench", "train", self.source, plan, [], self.estimator, 0, str(out), 32)
+        summary = run_job(job, Resources(workers=workers))
+        return summary.images / summary.at_work
+
+    def reading(self) -> float:
+        """Reading, decoding and cutting the windows alone, on all cores of one process."""
+        options = self.estimator
+        builder = ShardBuilder(self.source, Nothing(), Store(self.folder), 32, Resize(), {})
+        start = time.perf_counter()
+        for group in builder.decoded(builder.read(self.images, {})):
+            if isinstance(options, ScdaOptions) and group.images:
+                for part in parts(group.pixels, options):
+                    cut(group.pixels, part, options.size)
+        return len(self.images) / (time.perf_counter() - start)
+
+    def backbone(self) -> float:
+        """The backbone alone, on windows that are ready, on all cores of one process."""
+        estimator = self.estimator.build()
+        if not isinstance(estimator, ScdaEstimator):
+            raise TypeError(f"{self.estimator.name} has no backbone")
+        builder = ShardBuilder(self.source, Nothing(), Store(self.folder), 32, Resize(), {})
+        ready = [
+            cut(group.pixels, part, estimator.options.size)
+            for group in builder.decoded(builder.read(self.images[:32], {}))
+            if group.images
+            for part in parts(group.pixels, estimator.options)
+        ]
+        with torch.inference_mode():
+            estimator.aggregation_map(ready[0])
+            start = time.perf_counter()
+            for pixels in ready:
+                estimator.aggregation_map(pixels)
+        return 32 / (time.perf_counter() - start)
+
+
+class Nothing:
+    """Stands for an estimator where none is to run."""
+
+    side, weights_sha256 = 1, None
+
+    def __call__(self, images: Any) -> np.ndarray:
+        return np.zeros((len(images), 1, 1), np.float32)
+
+
+def parts(images: Any, options: ScdaOptions) -> Iterator[list]:
+    """The windows of a batch as the estimator takes them, a chunk at a time."""
+    for area in options.areas:
+        shapes = enumerate(image.shape[:2] for image in images)
+        places = [
+            (index, w) for index, (height, width) in shapes for w in windows(height, width, area)
+        ]
+        yield from (places[start : start + CHUNK] for start in range(0, len(places), CHUNK))
+
+
+def measure(options: Options, folder: Path) -> list[Row]:
+    """All rows, in turn, `repeats` times."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    ndd.set_num_threads(cores)
+    scda = ScdaOptions(options.backbone, "random")
+    fp32 = ScdaOptions(options.backbone, "random", precision="fp32")
+    rates = {
+        "scda: read, decode, cut": Rated(options, scda, folder).reading,
+        "scda: backbone alone": Rated(options, scda, folder).backbone,
+        "scda: job, 1 worker": lambda: Rated(options, scda, folder).job(1),
+        "scda: job, 2 workers": lambda: Rated(options, scda, folder).job(2),
+        "scda fp32: backbone alone": Rated(options, fp32, folder).backbone,
+        "scda fp32: job, 1 worker": lambda: Rated(options, fp32, folder).job(1),
+        "spectral: read, decode": Rated(options, SpectralOptions(), folder).reading,
+        "spectral: job, 1 worker": lambda: Rated(options, SpectralOptions(), folder).job(1),
+        "spectral: job, 2 workers": lambda: Rated(options, SpectralOptions(), folder).job(2),
+    }
+    values: dict[str, list[float]] = {name: [] for name in rates}
+    with cluster(None):
+        for _ in range(options.repeats):
+            for name, rate in rates.items():
+                values[name].append(rate())
+    return [Row(name, found) for name, found in values.items()]
+
+
+def bases(names: Sequence[str]) -> dict[str, str]:
+    """Each job beside its lower ceiling, and two workers beside one."""
+    found = {
+        "scda: job, 1 worker": "scda: backbone alone",
+        "scda: job, 2 workers": "scda: job, 1 worker",
+        "scda fp32: job, 1 worker": "scda fp32: backbone alone",
+        "scda fp32: backbone alone": "scda: backbone alone",
+        "spectral: job, 1 worker": "spectral: read, decode",
+        "spectral: job, 2 workers": "spectral: job, 1 worker",
+    }
+    return {name: found[name] for name in names if name in found}
+
+
+def memory(options: Options, folder: Path) -> tuple[float, float]:
+    """Resident MB of a worker's process after 4 shards and after 24."""
+    rated = Rated(options, SpectralOptions(), folder)
+    builder = ShardBuilder(
+        rated.source, SpectralOptions().build(), Store(folder / "memory"), 32, Resize(), {}
+    )
+    found = []
+    for shard in range(24):
+        builder.build(shard, list(dict.fromkeys(rated.images)), lambda written, rejected: None)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    return found[3], found[-1]
+
+
+class Listed(Source):
+    """So many images that nobody reads."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def images(self) -> Iterator[SourceImage]:
+        return (SourceImage(f"{n:06d}", f"{n:06d}", -1) for n in range(self.count))
+
+    def read(self, image: SourceImage) -> bytes:
+        raise NotImplementedError
+
+
+def finished(options: Options, folder: Path) -> float:
+    """Seconds in which a finished job of so many shards finds that there is nothing to do."""
+    source, out = Listed(options.finished_shards), folder / "finished"
+    images, _ = list_images(source.images())
+    plan = make_plan(images, seed=0, shard_samples=1)
+    job = Job("bench", "train", source, plan, [], SpectralOptions(), 0, str(out), 32)
+    settings, map_ = job.settings(None), np.zeros((28, 28), np.float32)
+    for shard, (image,) in enumerate(plan.shards):
+        sample = Sample(image.key, b"no image", "jpg", map_, -1, 1, 1, image.location)
+        write_shard(Store(out), shard, [sample], settings=settings)
+    run_job(job, Resources())  # writes the tables
+    start = time.perf_counter()
+    images, _ = list_images(source.images())
+    make_plan(images, seed=0, shard_samples=1)
+    summary = run_job(job, Resources())
+    assert summary.shards == 0
+    return time.perf_counter() - start
