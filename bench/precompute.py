@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
@@ -40,6 +40,8 @@ class Options:
     """A folder of photos."""
     out: Path = Path("out/bench-precompute.json")
     """Where the figures are written."""
+    rows: tuple[Literal["scda", "fp32", "spectral"], ...] = ("scda", "fp32", "spectral")
+    """What to measure: `scda`, the same in fp32, `spectral`, which wants thousands of images."""
     backbone: str = "resnet50"
     """A torchvision classification CNN by name."""
     images: int = 128
@@ -132,12 +134,13 @@ def measure(options: Options, folder: Path) -> list[Row]:
         "scda: backbone alone": Rated(options, scda, folder).backbone,
         "scda: job, 1 worker": lambda: Rated(options, scda, folder).job(1),
         "scda: job, 2 workers": lambda: Rated(options, scda, folder).job(2),
-        "scda fp32: backbone alone": Rated(options, fp32, folder).backbone,
-        "scda fp32: job, 1 worker": lambda: Rated(options, fp32, folder).job(1),
+        "fp32: backbone alone": Rated(options, fp32, folder).backbone,
+        "fp32: job, 1 worker": lambda: Rated(options, fp32, folder).job(1),
         "spectral: read, decode": Rated(options, SpectralOptions(), folder).reading,
         "spectral: job, 1 worker": lambda: Rated(options, SpectralOptions(), folder).job(1),
         "spectral: job, 2 workers": lambda: Rated(options, SpectralOptions(), folder).job(2),
     }
+    rates = {name: rate for name, rate in rates.items() if name.split(":")[0] in options.rows}
     values: dict[str, list[float]] = {name: [] for name in rates}
     with cluster(None):
         for _ in range(options.repeats):
@@ -151,12 +154,12 @@ def bases(names: Sequence[str]) -> dict[str, str]:
     found = {
         "scda: job, 1 worker": "scda: backbone alone",
         "scda: job, 2 workers": "scda: job, 1 worker",
-        "scda fp32: job, 1 worker": "scda fp32: backbone alone",
-        "scda fp32: backbone alone": "scda: backbone alone",
+        "fp32: job, 1 worker": "fp32: backbone alone",
+        "fp32: backbone alone": "scda: backbone alone",
         "spectral: job, 1 worker": "spectral: read, decode",
         "spectral: job, 2 workers": "spectral: job, 1 worker",
     }
-    return {name: found[name] for name in names if name in found}
+    return {name: base for name, base in found.items() if name in names and base in names}
 
 
 def memory(options: Options, folder: Path) -> tuple[float, float]:
