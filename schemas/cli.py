@@ -15,7 +15,11 @@ Config = TypeVar("Config")
 
 
 class TerminatedError(Exception):
-    """SIGTERM; the message says how to go on. Exit status 143."""
+    """A signal asked to end; the message says how to go on, `status` is that of the exit."""
+
+    def __init__(self, message: str = "", status: int = 143):
+        super().__init__(message)
+        self.status = status
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -27,7 +31,7 @@ def run(main: Callable[[], int | None]) -> None:
         status = 2
     except TerminatedError as error:
         print(error, file=sys.stderr)
-        status = 143
+        status = error.status
     except KeyboardInterrupt:
         print("interrupted; the same command again goes on from here", file=sys.stderr)
         status = 130

@@ -9,7 +9,7 @@ import tyro
 from pipeline.recipes import RECIPES, Recipe
 from schemas import UserError
 from train.distributed import world_size
-from train.methods import MoCoConfig, method_of
+from train.methods import MoCoConfig, SimCLRConfig, method_of
 from train.optim import LR_PER_BATCH
 
 # These may differ between a checkpoint and the run that goes on from it: they change where a run
@@ -32,7 +32,9 @@ class TrainConfig:
     out: str = tyro.MISSING
     """The run's folder; on every machine the same one."""
 
-    method: Annotated[MoCoConfig, tyro.conf.arg(name="")] = field(default_factory=MoCoConfig)
+    method: Annotated[MoCoConfig | SimCLRConfig, tyro.conf.arg(name="")] = field(
+        default_factory=MoCoConfig
+    )
     """The method and its own options."""
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
     """How views are cut and masked."""

@@ -73,6 +73,26 @@ def all_gather(x: Tensor) -> Tensor:
     return rows
 
 
+class GatherWithGradient(torch.autograd.Function):
+    """`all_gather` whose backward pass sums, for each rank's rows, the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """Rows of every rank in rank order, with gradient: (N, ...) -> (world size * N, ...)."""
+    return x if world_size() == 1 else GatherWithGradient.apply(x)
+
+
 @torch.no_grad()
 def all_mean(x: Tensor) -> Tensor:
     """The mean of `x` over the ranks, the same bits on every rank."""

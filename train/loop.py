@@ -15,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import Cache, MaskedViews
 from schemas import ShardDataset, UserError
+from schemas.cli import TerminatedError
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, autocast, resolved, settings_of
 from train.describe import introduction, metadata_of, write_config
 from train.distributed import fail, is_main, pick_device, rank, together, world_size
 from train.encoders import save_encoder
+from train.interrupt import STATUS, Interrupt
 from train.meter import Meter
 from train.methods import Method, method_of
 from train.optim import build_sgd, learning_rate
@@ -54,6 +56,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         UserError: data, options or an earlier run that do not fit; a loss that is not finite; no
             room to save. On rank 0; the other ranks exit with status 2.
+        TerminatedError: SIGTERM or SIGUSR1 came, and the state is saved. Likewise.
     """
     with together():
         job = prepare(config)
@@ -78,7 +81,9 @@ def train(config: TrainConfig) -> Path:
             if step:
                 record.say(f"goes on after step {step} of {job.total_steps}")
 
-    run_steps(job, optimizer, checkpoints, record, step)
+    interrupt = Interrupt()
+    with interrupt.listening():
+        run_steps(job, optimizer, checkpoints, record, step, interrupt)
 
     path = out / "encoder.safetensors"
     with together():
@@ -118,8 +123,13 @@ def run_steps(
     checkpoints: Checkpoints,
     record: Record | None,
     step: int,
+    interrupt: Interrupt,
 ) -> None:
-    """Train from `step` finished steps to the end; `record` on rank 0."""
+    """Train from `step` finished steps to the end; `record` on rank 0.
+
+    Raises:
+        TerminatedError: some rank was asked to stop; the state is saved.
+    """
     config, epoch_steps = job.config, job.epoch_steps
     model = parallel(job.method)
     meter = Meter(config.batch_size)
@@ -140,7 +150,9 @@ def run_steps(
         step += 1
         meter.add(scalars, waited, step=step, epoch=math.ceil(step / epoch_steps), lr=lr)
 
+        stops = interrupt.anywhere()
         saves = step % (config.checkpoint_steps or epoch_steps) == 0 or step % epoch_steps == 0
+        saves = saves or stops
         if saves or step % config.log_steps == 0:
             rows, seconds = meter.take()
             stop_if_not_finite(rows)
@@ -151,6 +163,18 @@ def run_steps(
                 record.sync()
             checkpoints.save(step, job.method, optimizer, job.views)
             meter.restart()
+        if stops and step < job.total_steps:
+            leave(step)
+
+
+def leave(step: int) -> None:
+    """End every rank; rank 0 speaks."""
+    if is_main():
+        raise TerminatedError(
+            f"stopped and saved after step {step}; the same command goes on from there",
+            STATUS,
+        )
+    raise SystemExit(STATUS)
 
 
 def parallel(method: Method) -> nn.Module:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 import train.loop
 from pipeline.recipes import RECIPES
 from schemas import Sample, UserError, write_dataset
+from schemas.cli import TerminatedError
 from train.__main__ import main
 from train.config import TrainConfig
 from train.encoders import load_encoder, untrained_encoder
@@ -147,6 +149,31 @@ def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypa
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
+    shards, run, tmp_path, monkeypatch, number
+):
+    """In the middle of an epoch, where no checkpoint was due."""
+    add = train.loop.Meter.add
+
+    def interrupted(self, scalars, waited, **known):
+        add(self, scalars, waited, **known)
+        if known["step"] == 2:
+            os.kill(os.getpid(), number)
+
+    settings = config(shards, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop.Meter, "add", interrupted)
+        with pytest.raises(TerminatedError, match="stopped and saved after step 2; the same") as up:
+            train.loop.train(settings)
+    assert up.value.status == 75
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    train.loop.train(settings)
+    assert told(tmp_path) == told(run)
+    first, second = (load_file(out / "encoder.safetensors") for out in (run, tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_finished_run_is_left_as_it_is(shards, run, capsys):
     before = told(run)
     train.loop.train(config(shards, run))
@@ -262,26 +289,41 @@ def torchrun(data: str, out: Path) -> list[str]:
     return [*start, "--standalone", "-m", "train", *command(data, out, **{"--log-steps": "1"})]
 
 
+def started(shards, out, options, environment, *, until):
+    """A run of two processes that has reached this checkpoint: torchrun, and its workers' pids."""
+    process = subprocess.Popen(
+        [*torchrun(shards, out), *options], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / f"step-{until:08d}").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    return process, [int(pid) for pid in workers]
+
+
 @pytest.mark.slow
 def test_two_processes_killed_go_on_exactly(shards, tmp_path):
-    """SIGKILL to all at once inside an epoch, then the same command again, against a whole run."""
+    """SIGTERM to one, SIGKILL to all, the same command again each time, against a whole run."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     longer = ["--epochs", "3", "--checkpoint-steps", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*torchrun(shards, whole), *longer], env=environment, check=True)
 
-    process = subprocess.Popen([*torchrun(shards, killed), *longer], env=environment)
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "step-00000004").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process, workers = started(shards, killed, longer, environment, until=2)
+    os.kill(workers[1], signal.SIGTERM)  # rank 0 hears of it from rank 1
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1  # torchrun's own, for whatever its workers end with
+    assert re.search(r"exitcode *: 75", errors)
+    assert re.search(r"stopped and saved after step \d; the same command goes on", errors)
+
+    process, workers = started(shards, killed, longer, environment, until=6)
     # torchrun first, so that it does not tidy up; its workers have sessions of their own
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) == 2
-    for pid in (process.pid, *map(int, workers)):
+    for pid in (process.pid, *workers):
         os.kill(pid, signal.SIGKILL)
-    process.wait()
+    process.communicate(timeout=60)
     assert not (killed / "encoder.safetensors").exists()
     assert len((killed / "metrics.jsonl").read_text().splitlines()) < 9
 

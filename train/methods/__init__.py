@@ -4,8 +4,9 @@ from typing import Any
 
 from train.methods.method import Method
 from train.methods.moco import MoCo, MoCoConfig
+from train.methods.simclr import SimCLR, SimCLRConfig
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in [MoCo]}
+METHODS: dict[str, type[Method]] = {MoCo.name: MoCo, SimCLR.name: SimCLR}
 
 
 def method_of(config: Any) -> type[Method]:
@@ -13,4 +14,4 @@ def method_of(config: Any) -> type[Method]:
     return next(method for method in METHODS.values() if method.Config is type(config))
 
 
-__all__ = ["METHODS", "Method", "MoCo", "MoCoConfig", "method_of"]
+__all__ = ["METHODS", "Method", "MoCo", "MoCoConfig", "SimCLR", "SimCLRConfig", "method_of"]

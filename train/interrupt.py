@@ -1,0 +1,45 @@
+"""SIGTERM and SIGUSR1, as a cluster sends them before it takes a machine back: save, then end."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from train.distributed import world_size
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+STATUS = 75
+"""Exit status of a run that was stopped and has saved (EX_TEMPFAIL of sysexits.h): go on later."""
+
+
+class Interrupt:
+    """Whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note the signals within the block instead of dying of them."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def anywhere(self) -> bool:
+        """Whether any rank was asked; called by all of them, so that all stop at the same step."""
+        if world_size() == 1:
+            return self.asked
+        asked = torch.tensor(int(self.asked))
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)

@@ -1,0 +1,136 @@
+"""SimCLR with hard negatives.
+
+    x_q   masked query view --> encoder + head --> q       gradient
+    x_k   plain key view -----> encoder + head --> k       gradient
+    x_k-  the key view with most of its foreground masked -> k-   (gradient as asked for)
+
+NT-Xent over the 2 M unit embeddings of all ranks (google-research/simclr, objective.py; ADIOS's
+losses/simclr.py): for anchor i with its positive p(i)
+
+    l_i = - log exp(z_i.z_p / tau) / D_i
+    D_i = sum_{j != i} exp(z_i.z_j / tau) + sum_h exp(rho z_i.k-_h / tau)
+
+and the mean over all anchors. The last sum, over the hard negatives of the anchor's own image, is
+derived from the poster's MoCo form, not published: no code and no readable text of SimCLR's variant
+exists (methods 3.3). What it leaves open are fields of `SimCLRConfig`, with our defaults.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from train.distributed import gather_with_gradient, rank, world_size
+from train.encoders import build_encoder
+from train.methods.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimCLRConfig:
+    """tau and the head are SimCLR's; how hard negatives enter is ours."""
+
+    temperature: float = 0.2
+    """tau: similarities are divided by it (0.2 on ImageNet-100 in solo-learn and ADIOS)."""
+    projection: int = 128
+    """Width of the projected embedding; the hidden layer is as wide as the encoder's features."""
+    rho: float = 2.0
+    """Factor on the similarity of a hard negative (MoCo's value; unverified for SimCLR)."""
+    hard_for_keys: bool = False
+    """Whether the key meets the hard negatives of its image too (ours: only the query)."""
+    hard_gradient: bool = True
+    """Whether gradients flow through the hard negatives (ours: yes, no branch is a teacher)."""
+    hard_of_others: bool = False
+    """Whether the hard negatives of the rank's other images are negatives as well (ours: no)."""
+
+
+def nt_xent(
+    embeddings: Tensor,
+    hard: Tensor,
+    first: int,
+    *,
+    rho: float,
+    temperature: float,
+    hard_for_keys: bool = False,
+    hard_of_others: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The mean loss of this rank's anchors.
+
+    Args:
+        embeddings: unit queries of all ranks and unit keys of all ranks, (2, M, D).
+        hard: unit hard negatives of this rank's images, (N, H, D); H may be 0.
+        first: this rank's images are rows `first` .. `first` + N - 1 of the M.
+
+    Returns:
+        loss, and how often an anchor's positive is the most similar of all, both scalars.
+    """
+    views, everyone, width = embeddings.shape
+    size = len(hard)
+    own = torch.arange(first, first + size, device=embeddings.device)
+    anchors = embeddings[:, first : first + size].reshape(views * size, width)  # (2N, D)
+    logits = anchors @ embeddings.reshape(views * everyone, width).T  # (2N, 2M)
+    itself = torch.cat([own, everyone + own])
+    positive = torch.cat([everyone + own, own])
+    logits = logits.scatter(1, itself[:, None], float("-inf"))
+
+    similar = torch.einsum("vnd,mhd->vnmh", anchors.view(views, size, width), hard)
+    if not hard_of_others:
+        similar = similar.diagonal(dim1=1, dim2=2).permute(0, 2, 1)  # of the own image: (2, N, H)
+    hard_logits = rho * similar.flatten(2)
+    if not hard_for_keys:
+        hard_logits = torch.stack([hard_logits[0], torch.full_like(hard_logits[1], -torch.inf)])
+    logits = torch.cat([logits, hard_logits.flatten(0, 1)], dim=1) / temperature
+    accuracy = (logits.detach().argmax(dim=1) == positive).float().mean()
+    return nn.functional.cross_entropy(logits, positive), accuracy
+
+
+class SimCLR(Method):
+    """Reads `query`, `key` and `hard_negative` of a batch; needs no label."""
+
+    name = "simclr"
+    Config = SimCLRConfig
+
+    def __init__(self, encoder: str, config: SimCLRConfig, *, batch_size: int, seed: int) -> None:
+        super().__init__(encoder, config, batch_size=batch_size, seed=seed)
+        self.config = config
+        self.encoder, width = build_encoder(encoder)
+        self.head = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.projection)
+        )
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        size, config = len(batch.query), self.config
+        q, k = self.project(batch.query), self.project(batch.key)  # (N, D) each
+        with torch.set_grad_enabled(config.hard_gradient and torch.is_grad_enabled()):
+            hard = self.hard_negatives(batch.hard_negative, k)  # (N, H, D)
+        with torch.autocast(q.device.type, enabled=False):  # a softmax over 2M wants float32
+            embeddings = torch.stack([gather_with_gradient(q), gather_with_gradient(k)])
+            loss, accuracy = nt_xent(
+                embeddings,
+                hard,
+                rank() * size,
+                rho=config.rho,
+                temperature=config.temperature,
+                hard_for_keys=config.hard_for_keys,
+                hard_of_others=config.hard_of_others,
+            )
+        return {"loss": loss, "contrastive_accuracy": accuracy}
+
+    def exported(self) -> nn.Module:
+        return self.encoder
+
+    def notes(self, samples: int) -> list[str]:
+        if world_size() == 1:
+            return []
+        return ["batch normalisation is each process's own; SimCLR's is over all of them"]
+
+    def project(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> float32 unit vectors (N, D)."""
+        return normalize(self.head(self.encoder(images)).float(), dim=1)
+
+    def hard_negatives(self, images: Tensor | None, key: Tensor) -> Tensor:
+        """(H * N, 3, h, w), the first N rows one of each sample, and so on -> (N, H, D)."""
+        if images is None:
+            return key.new_empty(len(key), 0, key.shape[1])
+        return torch.stack([self.project(view) for view in images.split(len(key))], dim=1)
