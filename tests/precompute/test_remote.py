@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
+from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
 from precompute.build import ShardBuilder
@@ -60,6 +61,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    S3FileSystem.clear_instance_cache()  # one of an earlier test knows another server
     client = boto3.client("s3")
     for bucket in ("photos", "shards"):
         client.create_bucket(Bucket=bucket)
@@ -68,6 +70,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
         client.put_object(Bucket="photos", Key=name, Body=encode(noise(index)))
     yield flaky
     server.shutdown()
+    S3FileSystem.clear_instance_cache()
 
 
 def precompute(out: str) -> subprocess.CompletedProcess[str]:
