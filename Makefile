@@ -15,6 +15,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 METHOD ?= moco
+PROTOCOL ?= knn
 RECIPE ?= hp
 NPROC ?= 1
 SPLIT ?= train
@@ -80,10 +81,10 @@ pretrain: $(READY) ## DATA=... METHOD=moco RECIPE=hp NPROC=1 RUN=...: shards -> 
 	$(LAUNCH) --data "$(DATA)" --out "$(RUN)" --method $(METHOD) --recipe $(RECIPE) $(ARGS)
 
 .PHONY: evaluate
-evaluate: $(READY) ## ENCODER=... DATA=...: kNN accuracy of an encoder
+evaluate: $(READY) ## ENCODER=... DATA=...: PROTOCOL=knn (or linear) accuracy of an encoder
 	$(call need,DATA,make evaluate ENCODER=out/runs/moco-hp DATA=out/photos)
 	$(call need,ENCODER,make evaluate ENCODER=out/runs/moco-hp DATA=out/photos)
-	$(PY) -m train.evaluate --encoder "$(ENCODER)" --data "$(DATA)" $(ARGS)
+	$(PY) -m train.evaluate $(PROTOCOL) --encoder "$(ENCODER)" --data "$(DATA)" $(ARGS)
 
 .PHONY: bench
 bench: bench-loader bench-precompute bench-fidelity ## DATA=... ROOT=...: all of these

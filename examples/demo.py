@@ -92,7 +92,7 @@ def main() -> None:
     )
     step(
         "its neighbours, against an untrained encoder",
-        *(sys.executable, "-m", "train.evaluate", "--encoder", out / "run"),
+        *(sys.executable, "-m", "train.evaluate", "knn", "--encoder", out / "run"),
         *("--data", out / "train", "--test-data", out / "val", "--baseline"),
     )
     print(report(out, time.monotonic() - start))

@@ -53,7 +53,7 @@ def normalised(image: Tensor, recipe: Recipe) -> Tensor:
 
 def assemble(
     query: View,
-    key: View,
+    key: View | None,
     recipe: Recipe,
     draws: Draws,
     report: frozenset[Extra],
@@ -63,22 +63,21 @@ def assemble(
 
     On a CPU the images are `buffers`.
     """
-    looks = [photometric.draw(len(view.image), recipe, draws) for view in (query, key)]
+    cuts = {"query": query} if key is None else {"query": query, "key": key}
+    looks = {name: photometric.draw(len(view.image), recipe, draws) for name, view in cuts.items()}
     many = recipe.hard_negatives
     drawn: dict[str, Masks] = {}
     if recipe.fill != "none":
-        assert query.saliency is not None
-        assert key.saliency is not None
         if recipe.branch != "key":
-            drawn["query"] = draw(query.saliency, recipe, "query", draws)
-        if recipe.branch != "query":
-            drawn["key"] = draw(key.saliency, recipe, "query", draws)
-        if many:
-            repeated = key.saliency.repeat(many, 1, 1)
+            drawn["query"] = draw(guide(query), recipe, "query", draws)
+        if key is not None and recipe.branch != "query":
+            drawn["key"] = draw(guide(key), recipe, "query", draws)
+        if key is not None and many:
+            repeated = guide(key).repeat(many, 1, 1)
             drawn["hard_negative"] = draw(repeated, recipe, "hard_negative", draws)
 
     size, side = len(query.image), recipe.crop_size
-    rows_of = {"query": size, "key": size, "hard_negative": many * size}
+    rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
     images = {
         name: buffers.empty(rows, side)
         if draws.device.type == "cpu"
@@ -99,8 +98,10 @@ def assemble(
 
     def work(number: int, rows: slice) -> None:
         own = draws.part(1 + number)
-        put("query", rows, encoder_input(query, looks[0], rows, recipe), own)
-        image = encoder_input(key, looks[1], rows, recipe)
+        put("query", rows, encoder_input(query, looks["query"], rows, recipe), own)
+        if key is None:
+            return
+        image = encoder_input(key, looks["key"], rows, recipe)
         put("key", rows, image, own)
         for first in range(0, many * size, size):
             put("hard_negative", slice(first + rows.start, first + rows.stop), image, own)
@@ -110,7 +111,7 @@ def assemble(
         list(workers().map(work, range(len(rows)), rows))
     else:
         work(0, slice(0, size))
-    return images | extras(query, key, looks, drawn, side, report)
+    return images | extras(cuts, looks, drawn, side, report)
 
 
 def parts(size: int) -> list[slice]:
@@ -142,10 +143,15 @@ def encoder_input(view: View, look: photometric.Photometric, rows: slice, recipe
     return normalised(image, recipe)
 
 
+def guide(view: View) -> Tensor:
+    """The saliency that masks are drawn from; the graph hands it out where there are masks."""
+    assert view.saliency is not None
+    return view.saliency
+
+
 def extras(
-    query: View,
-    key: View,
-    looks: list[photometric.Photometric],
+    cuts: dict[str, View],
+    looks: dict[str, photometric.Photometric],
     drawn: dict[str, Masks],
     side: int,
     report: frozenset[Extra],
@@ -160,7 +166,7 @@ def extras(
                 f"{name}_ratio": masks.ratio,
                 f"{name}_focal": masks.focal,
             }
-    for name, view, look in (("query", query, looks[0]), ("key", key, looks[1])):
+    for name, view in cuts.items():
         if "saliency" in report and view.saliency is not None:
             found[f"{name}_saliency"] = view.saliency.clone()
         if "windows" in report:
@@ -168,5 +174,5 @@ def extras(
         if "crops" in report:
             found[f"{name}_crop"] = view.image.permute(0, 3, 1, 2).clone()
         if "photometric" in report:
-            found[f"{name}_photometric"] = look
+            found[f"{name}_photometric"] = looks[name]
     return found

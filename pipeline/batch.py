@@ -18,7 +18,7 @@ class Batch:
     With n hard negatives a key, row j * N + i of `hard_negative` is the j-th of sample i.
 
     Attributes:
-        query, key: (N, 3, H, W).
+        query, key: (N, 3, H, W). key: None where the recipe makes no pairs.
         hard_negative: (n * N, 3, H, W), or None where the recipe has none.
         label: (N,) int64; -1 for none.
         query_mask, key_mask, hard_negative_mask: extra "masks": bool, as their images, True where
@@ -37,7 +37,7 @@ class Batch:
     """
 
     query: Tensor
-    key: Tensor
+    key: Tensor | None
     hard_negative: Tensor | None
     label: Tensor
     query_mask: Tensor | None = None

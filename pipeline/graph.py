@@ -49,7 +49,7 @@ def graph(
     cuts: bool,
     guided: bool,
 ) -> tuple[Any, ...]:
-    """The DALI graph: label, source, image, then for query and key: window, saliency, view.
+    """The DALI graph: label, source, image, then a view or a pair: window, saliency, view.
 
     Where it `cuts` it hands out views, otherwise the image they are to be cut from; saliency only
     where views are `guided` by it.
@@ -60,7 +60,7 @@ def graph(
     outputs = [sample.label, sample.source]
     if not cuts:
         outputs.append(image)
-    for _ in range(2):
+    for _ in range(1 + recipe.pair):
         window = views.draw_window(image.shape(), recipe)
         outputs.append(fn.cat(window.start, window.end))
         if guided:

@@ -232,9 +232,9 @@ class MaskedViews:
     def _batch(self, outputs: list[Any]) -> Batch:
         label, source, *rest = outputs
         images = None if self._cuts else rest.pop(0)
-        query, key = (
-            self._view(images, part) for part in (rest[: len(rest) // 2], rest[len(rest) // 2 :])
-        )
+        each = len(rest) // (1 + self.recipe.pair)  # outputs a view
+        query = self._view(images, rest[:each])
+        key = self._view(images, rest[each:]) if self.recipe.pair else None
         seed = reader.derived_seed(
             "views", self.seed, self.world_size, self.rank, self._begun, self.epoch, self.step
         )
@@ -243,7 +243,7 @@ class MaskedViews:
         if "keys" in self.report:
             fields["sample_keys"] = reader.parse_keys(reader.tensor(source))
         labels = reader.parse_labels(reader.tensor(label)).to(self.device, non_blocking=True)
-        return Batch(label=labels, **{"hard_negative": None, **fields})
+        return Batch(label=labels, **{"key": None, "hard_negative": None, **fields})
 
     def _view(self, images: Any, outputs: list[Any]) -> View:
         window, *rest = map(reader.tensor, outputs)

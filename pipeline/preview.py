@@ -67,6 +67,23 @@ def write_preview(
     return views.batch_size
 
 
+def sheet_of_fed(batch: Batch, recipe: Recipe, samples: int = 8) -> Image.Image:
+    """The first views of a batch as the network is fed them, one row a sample."""
+    names = [name for name in ("query", "key") if getattr(batch, name) is not None]
+    rows = []
+    for place in range(min(samples, len(batch.query))):
+        tiles = [
+            Tile(name, view_tile(getattr(batch, name)[place], recipe), "", name) for name in names
+        ]
+        if batch.hard_negative is not None:
+            tiles += [
+                Tile("hard negative", view_tile(view, recipe), "")
+                for view in batch.hard_negative[place :: len(batch.query)]
+            ]
+        rows.append(tiles)
+    return png("as fed", "High-pass views are shown about middle gray." * recipe.high_pass, rows)
+
+
 def heading(dataset: ShardDataset, recipe: Recipe) -> tuple[str, str]:
     title = f"{dataset.card.name}: fill {recipe.fill}, crop {recipe.crop_size}"
     note = "crop: cut, before any change."
@@ -89,13 +106,13 @@ def guided(recipe: Recipe) -> bool:
 def sample_row(dataset: ShardDataset, batch: Batch, place: int, recipe: Recipe) -> list[Tile]:
     """The tiles of one sample."""
     assert batch.sample_keys is not None
-    assert batch.query_window is not None
-    assert batch.key_window is not None
     key = batch.sample_keys[place]
     image, saliency = read_sample(dataset, key)
     whole, place_of = letterboxed(image)
     draw = ImageDraw.Draw(whole)
-    for window, colour in ((batch.query_window, QUERY), (batch.key_window, KEY)):
+    branches = {"query": QUERY, "key": KEY} if recipe.pair else {"query": QUERY}
+    for branch, colour in branches.items():
+        window = getattr(batch, f"{branch}_window")
         y0, x0, y1, x1 = window[place].tolist()
         corners = place_of(min(x0, x1), y0), place_of(max(x0, x1), y1)
         draw.rectangle((*corners[0], *corners[1]), outline=colour, width=3)
@@ -103,10 +120,10 @@ def sample_row(dataset: ShardDataset, batch: Batch, place: int, recipe: Recipe) 
     name = dataset.classes[label] if 0 <= label < len(dataset.classes) else "no label"
 
     tiles = [
-        Tile("image, both windows", whole, shortened(key, 30)),
+        Tile("image and windows", whole, shortened(key, 30)),
         Tile("saliency", letterboxed(overlaid(image, saliency))[0], shortened(name, 30)),
     ]
-    for branch in ("query", "key"):
+    for branch in branches:
         crop, front = crop_tile(batch, branch, place, recipe)
         view = view_tile(getattr(batch, branch)[place], recipe)
         tiles.append(Tile(f"{branch}: crop", crop, front, branch))

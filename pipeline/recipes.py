@@ -19,6 +19,13 @@ REFERENCE_CROP = 224
 Range = tuple[float, float]
 Branch = Literal["query", "key", "both"]
 
+VIEW_FIELDS = (
+    "crop_size", "crop_area", "crop_ratio", "pair", "flip_probability", "jitter_probability",
+    "brightness", "contrast", "saturation", "hue", "grayscale_probability",
+    "soft_blur_probability", "soft_blur_sigma",
+)  # fmt: skip
+"""Fields of a recipe that say how views are cut and coloured; the others say how masked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -34,6 +41,8 @@ class Recipe:
     """Share of the image's area that a crop window covers (MoCo v2)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Width over height of the window in the image (torchvision's RandomResizedCrop)."""
+    pair: bool = True
+    """Whether an image gives a query and a key; a query alone is for methods with labels."""
     flip_probability: float = 0.5
     """Of a horizontal flip (MoCo v2)."""
 
@@ -144,6 +153,9 @@ class Recipe:
         if self.foreground_cap is not None:
             limit, value = self.foreground_cap
             check(0 <= value <= limit, "foreground_cap", self.foreground_cap, "limit, then value")
+        if not self.pair:
+            check(self.branch == "query", "branch", self.branch, "query where there is no key")
+            check(self.hard_negatives == 0, "hard_negatives", self.hard_negatives, "0 without keys")
         check(
             self.fill != "none" or self.hard_negatives == 0,
             "hard_negatives",

@@ -56,6 +56,7 @@ def parse(
     argv: Sequence[str] | None = None,
     named: Mapping[str, Mapping[str, Any]] | None = None,
     by_path: Mapping[str, Callable[[str], Any]] | None = None,
+    start: Callable[..., Config] | None = None,
 ) -> Config:
     """Read a command line into a frozen dataclass of options.
 
@@ -67,6 +68,7 @@ def parse(
             (`--recipe.query-ratio 0.1 0.3`).
         by_path: of these, the ones that take `module:function` too, and what makes a dataclass of
             it.
+        start: makes the defaults of what was chosen by name; `config` itself by default.
 
     Raises:
         UserError: a name that is not in `named`.
@@ -83,7 +85,7 @@ def parse(
     return tyro.cli(
         config,
         args=arguments,
-        default=config(**chosen),
+        default=(start or config)(**chosen),
         description="\n\n".join(description),
         config=(tyro.conf.AvoidSubcommands,),
     )

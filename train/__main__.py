@@ -16,20 +16,41 @@ Two such machines, the same command on each; URL and RUN are the same on both:
 The same command again goes on from the last checkpoint.
 """
 
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import Any
+
 from pipeline.recipes import RECIPES
+from schemas import UserError
 from schemas.cli import parse, run
 from train.config import TrainConfig
-from train.distributed import session, together
+from train.distributed import session
 from train.loop import train
 from train.methods import METHODS
+from train.presets import PRESETS, starting_point
 
 
 def main() -> None:
-    methods = {name: method.Config() for name, method in METHODS.items()}
-    with session():
-        with together():
-            config = parse(TrainConfig, named={"recipe": RECIPES, "method": methods})
+    config = options(sys.argv[1:])
+    with session(config.rank_timeout):
         train(config)
+
+
+def options(argv: list[str]) -> TrainConfig:
+    """The command line; every rank reads the same one, and rank 0 alone speaks of it."""
+    named: dict[str, Mapping[str, Any]] = {"preset": PRESETS, "method": METHODS, "recipe": RECIPES}
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(silence))
+            stack.enter_context(redirect_stderr(silence))
+            try:
+                return parse(TrainConfig, argv, named=named, start=starting_point)
+            except UserError as error:
+                raise SystemExit(2) from error
+        return parse(TrainConfig, argv, named=named, start=starting_point)
 
 
 if __name__ == "__main__":

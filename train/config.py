@@ -6,18 +6,35 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from pipeline.recipes import RECIPES, Recipe
+from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
 from train.distributed import world_size
-from train.methods import MoCoConfig, SimCLRConfig, method_of
-from train.optim import LR_PER_BATCH
+from train.encoders import Stem
+from train.methods import LinearProbeConfig, MoCoConfig, SimCLRConfig, SupervisedConfig
+from train.optim import OptimConfig
 
 # These may differ between a checkpoint and the run that goes on from it: they change where a run
 # lies and what it tells, not what it computes.
 FREE = {
     "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
-    "cache", "cache_gb",
+    "cache", "cache_gb", "knn", "wandb", "rank_timeout", "method.path",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """kNN accuracy of the encoder while it trains; none where no data is given."""
+
+    data: str | None = None
+    """Labelled shards whose images are the neighbours."""
+    test_data: str | None = None
+    """Labelled shards to classify; without it `data` itself, leaving each image itself out."""
+    epochs: int = 5
+    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
+    neighbours: tuple[int, ...] = (20, 200)
+    """Numbers of neighbours that vote, one accuracy each."""
+    batch_size: int = 64
+    """Images at a time on each process; changes no result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,29 +49,29 @@ class TrainConfig:
     out: str = tyro.MISSING
     """The run's folder; on every machine the same one."""
 
-    method: Annotated[MoCoConfig | SimCLRConfig, tyro.conf.arg(name="")] = field(
-        default_factory=MoCoConfig
-    )
+    method: Annotated[
+        MoCoConfig | SimCLRConfig | SupervisedConfig | LinearProbeConfig, tyro.conf.arg(name="")
+    ] = field(default_factory=MoCoConfig)
     """The method and its own options."""
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
     """How views are cut and masked."""
     encoder: str = "resnet50"
     """A torchvision ResNet: resnet18 ... resnet152, resnext*, wide_resnet*. Random weights."""
+    stem: Stem = "imagenet"
+    """small: a 3 x 3 first convolution of stride 1, no max-pool; for crops of 32 to 64 pixels."""
+    sync_bn: bool = False
+    """Batch normalisation over the images of all processes; MoCo then does not shuffle them."""
     crop_size: int | None = None
     """Side of a view in pixels; the recipe's own when not given."""
 
     batch_size: int = 256
     """Images a step, of all processes together."""
+    accumulate: int = 1
+    """Parts in which a process works through its images of a step, to save memory."""
     epochs: int = 200
     """Times the dataset is seen."""
-    lr: float | None = None
-    """Highest learning rate; 0.03 x batch size / 256 when not given."""
-    momentum: float = 0.9
-    """Of SGD."""
-    weight_decay: float = 1e-4
-    """On all parameters."""
-    warmup_epochs: int = 0
-    """Epochs in which the rate rises linearly from 0."""
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
+    """Optimiser and learning rate."""
     seed: int = 0
     """Of weights, queue, order, crops and masks."""
 
@@ -62,6 +79,11 @@ class TrainConfig:
     """auto: cuda where torch finds a GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the networks; the loss is always fp32. auto: bf16 where the device computes in it."""
+    compile: bool = False
+    """torch.compile the encoders. The first steps then take minutes."""
+    synthetic: int | None = None
+    """Pretend that the dataset has this many images and repeat one made-up batch that is on the
+    device already: the rate of the step itself. Reads no data."""
 
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the last checkpoint in the run's folder. never: refuse if there is one."""
@@ -71,15 +93,16 @@ class TrainConfig:
     """How many of the last checkpoints stay."""
     log_steps: int = 10
     """Steps between two log lines; only then does the host wait for the device."""
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    """Accuracy of the encoder's nearest neighbours, every so many epochs."""
+    wandb: str | None = None
+    """Log to this Weights & Biases project too; `wandb` must be installed."""
+    rank_timeout: int = 600
+    """Seconds after which a process that does not answer is taken for dead and the job ends."""
     cache: str | None = None
     """A local folder that remote shards are copied to first; s3:// and gs:// need none."""
     cache_gb: float = 500.0
     """What all copies there may take, in GB of 10^9 bytes."""
-
-    @property
-    def peak_lr(self) -> float:
-        """`lr`, or what the linear rule gives for this batch."""
-        return LR_PER_BATCH * self.batch_size if self.lr is None else self.lr
 
 
 def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -88,30 +111,36 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     Raises:
         UserError: options that make no sense, alone or together.
     """
-    for name in ("batch_size", "epochs", "keep_checkpoints", "log_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{option(name)} {getattr(config, name)}: must be at least 1")
-    if config.batch_size % world_size():
+    for name in (
+        "batch_size", "accumulate", "epochs", "keep_checkpoints", "log_steps", "checkpoint_steps",
+        "rank_timeout", "synthetic",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{option(name)} {value}: must be at least 1")
+    parts = world_size() * config.accumulate
+    if config.batch_size % parts:
+        among = f"among {world_size()} processes"
+        if config.accumulate > 1:
+            among += f" x {config.accumulate} parts"
         raise UserError(
-            f"--batch-size {config.batch_size}: does not divide among {world_size()} processes; "
-            f"the nearest that does is {nearest_multiple(config.batch_size, world_size())}"
+            f"--batch-size {config.batch_size}: does not divide {among}; "
+            f"the nearest that does is {nearest_multiple(config.batch_size, parts)}"
         )
-    if config.batch_size == world_size():
+    if config.batch_size == parts:
         raise UserError(
             f"--batch-size {config.batch_size}: one image a process; batch normalisation needs two"
         )
-    if not 0 <= config.warmup_epochs < config.epochs:
+    if not 0 <= config.optim.warmup_epochs < config.epochs:
         raise UserError(
-            f"--warmup-epochs {config.warmup_epochs}: must be below --epochs {config.epochs}"
+            f"--warmup-epochs {config.optim.warmup_epochs}: must be below --epochs {config.epochs}"
         )
-    if config.checkpoint_steps is not None and config.checkpoint_steps < 1:
-        raise UserError(f"--checkpoint-steps {config.checkpoint_steps}: must be at least 1")
     crop_size = config.crop_size or config.recipe.crop_size
     return replace(
         config,
         crop_size=crop_size,
         recipe=replace(config.recipe, crop_size=crop_size),
-        lr=config.peak_lr,
+        optim=replace(config.optim, lr=config.optim.peak(config.batch_size)),
         precision=pick_precision(config.precision, device),
     )
 
@@ -140,20 +169,19 @@ def settings_of(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
 
     `data` is the digest of what the dataset holds, so a dataset may move.
     """
-    nested = {name: value for name, value in asdict(config).items() if name not in FREE}
-    settings = {"data": dataset_digest, "method": method_of(config.method).name}
-    for name, value in nested.items():
-        if isinstance(value, dict):
+    settings = {"data": dataset_digest, "method": config.method.name}
+    for name, value in asdict(config).items():
+        if isinstance(value, dict) and name not in FREE:
             settings |= {f"{name}.{key}": plain(inner) for key, inner in value.items()}
-        else:
+        elif name not in FREE:
             settings[name] = plain(value)
-    return settings
+    return {name: value for name, value in settings.items() if name not in FREE - {"data"}}
 
 
 def recipe_name(recipe: Recipe) -> str:
-    """The name of a recipe at any crop size; `custom` once another of its values is changed."""
+    """The name of a recipe, however its views are cut and coloured; `custom` by its masks."""
     for name, known in RECIPES.items():
-        if replace(known, crop_size=recipe.crop_size) == recipe:
+        if replace(known, **{field: getattr(recipe, field) for field in VIEW_FIELDS}) == recipe:
             return name
     return "custom"
 

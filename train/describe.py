@@ -1,66 +1,109 @@
-"""What a run says of itself: on the terminal, in config.yaml, in its encoder's metadata."""
+"""What a run says of itself: on the terminal, in its folder, in its encoder's metadata."""
 
 import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 import yaml
 
-from pipeline import MaskedViews
 from schemas import ShardDataset
 from train.config import TrainConfig, recipe_name, settings_of
 from train.distributed import world_size
-from train.methods import Method, method_of
+from train.feed import Views
+from train.methods import Method
+
+PACKAGES = ("saliency-shards", "torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy")
 
 
-def write_config(
-    path: Path, settings: dict[str, Any], config: TrainConfig, device: torch.device
-) -> None:
-    """The options as they were decided, and what they ran on."""
-    where = {
-        "data": config.data,
-        "data_digest": settings["data"],
-        "device": str(device),
-        "processes": world_size(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-    }
-    content = {**settings, **where}
+def write_config(path: Path, settings: dict[str, Any], config: TrainConfig) -> None:
+    """The options as they were decided."""
+    content = {**settings, "data": config.data, "data_digest": settings["data"]}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
+def write_start(path: Path, config: TrainConfig, device: torch.device, step: int) -> None:
+    """Append how the run was started, or started again after `step` steps: one JSON line each."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    row = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "after_step": step,
+        "command": command(),
+        "processes": world_size(),
+        "device": name,
+        "precision": config.precision,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "git": git_revision(),
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def command() -> str:
+    """What repeats this run: the options as they were given."""
+    start = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+    return f"{start} -m train {shlex.join(sys.argv[1:])}"
+
+
+def git_revision() -> str | None:
+    """The commit of this code, with `+changes` if files differ; None where it is no checkout."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git here, or installed from a wheel
+    return found.stdout.strip() + ("+changes" if changes.stdout else "")
+
+
 def introduction(
-    config: TrainConfig,
-    method: Method,
-    views: MaskedViews,
-    device: torch.device,
+    config: TrainConfig, method: Method, views: Views, device: torch.device
 ) -> list[str]:
     """What is about to happen, one line each."""
+    optim = config.optim
     return [
-        f"{method.name}, {config.encoder}, recipe {recipe_name(config.recipe)}, "
+        f"{config.method.name}, {config.encoder}, recipe {recipe_name(config.recipe)}, "
         f"{config.recipe.crop_size} px, batch {config.batch_size} on {world_size()} x "
         f"{device.type}, {config.precision}",
+        f"{optim.optimizer}, lr {optim.peak(config.batch_size):g}, {optim.schedule}, "
+        f"{optim.warmup_epochs} epochs of warm-up, weight decay {optim.weight_decay:g}",
         f"{config.epochs} epochs of {len(views)} steps; each leaves out {views.dropped} of "
         f"{views.samples} images, other ones each time, which do not fill a batch",
         *(f"note: {note}" for note in method.notes(views.samples)),
     ]
 
 
-def metadata_of(config: TrainConfig, dataset: ShardDataset) -> dict[str, str]:
+def metadata_of(config: TrainConfig, dataset: ShardDataset | None) -> dict[str, str]:
     """What an evaluation must know of an encoder; safetensors holds strings only."""
+    digest = "synthetic" if dataset is None else dataset.digest
     return {
         "encoder": config.encoder,
-        "method": method_of(config.method).name,
+        "stem": config.stem,
+        "method": config.method.name,
         "recipe": recipe_name(config.recipe),
         "crop_size": str(config.recipe.crop_size),
         "high_pass": str(config.recipe.high_pass),
         "high_pass_kernel": str(config.recipe.high_pass_kernel),
         "high_pass_sigma": str(config.recipe.high_pass_sigma),
-        "settings": json.dumps(settings_of(config, dataset.digest)),
+        "settings": json.dumps(settings_of(config, digest)),
         "epochs": str(config.epochs),
         "seed": str(config.seed),
-        "data": dataset.card.name,
-        "data_digest": dataset.digest,
+        "data": "synthetic" if dataset is None else dataset.card.name,
+        "data_digest": digest,
     }

@@ -4,7 +4,10 @@ Collectives on CPU tensors go through gloo and on CUDA tensors through nccl. Wha
 mend is raised on every rank at once (`together`), so that no rank waits for one that has left.
 """
 
+import ctypes
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,21 +19,69 @@ from torch import Tensor
 
 from schemas import UserError
 
-# A rank that is silent for this long is taken for dead. Long enough for one epoch's first batch.
-TIMEOUT = timedelta(minutes=10)
+GRACE = 5.0
+"""Seconds in which every rank that is alive notices that another is not."""
 
 
 @contextmanager
-def session() -> Iterator[None]:
-    """Join the processes of `torchrun` (RANK is set) or stay alone; share out the CPU cores."""
+def session(timeout: int = 600) -> Iterator[None]:
+    """Join the processes of `torchrun` (RANK is set) or stay alone; share out the CPU cores.
+
+    Args:
+        timeout: seconds after which a rank that does not answer is taken for dead. It must be
+            longer than one epoch's first batch, an evaluation and a checkpoint take.
+
+    Raises:
+        UserError: a rank died or was silent for too long; on the lowest of those that are left, the
+            others exit with status 2.
+    """
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    yield  # not in try/finally: after an error the group may hang on ranks that have gone
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if "RANK" not in os.environ:
+        yield
+        return
+    end_with_parent()
+    waits = timedelta(seconds=timeout)
+    store, number, size = next(dist.rendezvous("env://", timeout=waits))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=size, timeout=waits
+    )
+    try:
+        yield
+    except dist.DistError as error:
+        tell_silent_ranks(dist.PrefixStore("alive", store), number, size, timeout, error)
+    # not in a finally: after an error the group may hang on ranks that have gone
+    dist.destroy_process_group()
+
+
+def tell_silent_ranks(
+    store: dist.Store, number: int, size: int, timeout: int, error: Exception
+) -> None:
+    """End this rank; the lowest one alive says which others are not."""
+    store.set(str(number), "alive")
+    time.sleep(GRACE)
+    silent = [other for other in range(size) if not store.check([str(other)])]
+    lowest = min(other for other in range(size) if other not in silent)
+    if number == lowest:
+        whom = f"rank {', '.join(map(str, silent))}" if silent else "the network"
+        raise UserError(
+            f"{whom} of {size} processes died or was silent for {timeout} s (--rank-timeout); the "
+            "same command goes on from the last checkpoint\n"
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    raise SystemExit(2)
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when torchrun is killed: without it, its workers would go on for themselves."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before we asked
+        raise SystemExit(2)
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def rank() -> int:
@@ -71,6 +122,16 @@ def all_gather(x: Tensor) -> Tensor:
     rows = x.new_empty((world_size() * len(x), *x.shape[1:]))
     dist.all_gather_into_tensor(rows, x.contiguous())
     return rows
+
+
+@torch.no_grad()
+def gather_uneven(x: Tensor) -> Tensor:
+    """`all_gather` where ranks have different numbers of rows, each at least one."""
+    counts = all_gather(torch.tensor([len(x)], device=x.device)).tolist()
+    most = max(counts)
+    padded = torch.cat([x, x[:1].expand(most - len(x), *x.shape[1:])])
+    rows = all_gather(padded).split(most)
+    return torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
 
 
 class GatherWithGradient(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torchvision
@@ -20,10 +21,19 @@ ENCODERS = {
 }
 
 
-def build_encoder(name: str) -> tuple[nn.Module, int]:
+Stem = Literal["imagenet", "small"]
+
+
+def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
     """A randomly initialised encoder (N, 3, H, W) -> (N, D) pooled features, and its D.
 
     Its state_dict has torchvision's key names without `fc`. Weights come from torch's global RNG.
+
+    Args:
+        name: of `ENCODERS`.
+        stem: `imagenet`: torchvision's own, a 7 x 7 convolution of stride 2 and a max-pool;
+            `small`: 3 x 3 of stride 1 and no pool, for images of 32 to 64 pixels (as SimCLR and
+            solo-learn have it for CIFAR).
 
     Raises:
         UserError: no such torchvision ResNet.
@@ -31,6 +41,10 @@ def build_encoder(name: str) -> tuple[nn.Module, int]:
     encoder = lookup("encoder", name, ENCODERS)(weights=None)
     features = encoder.fc.in_features
     encoder.fc = nn.Identity()
+    if stem == "small":
+        encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
     return encoder, features
 
 
@@ -66,14 +80,18 @@ def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
     if "encoder" not in metadata:
         raise UserError(f"{path}: names no encoder in its metadata; not written by train")
-    encoder, _ = build_encoder(metadata["encoder"])
+    encoder = build_encoder(metadata["encoder"], stem_of(metadata))[0]
     encoder.load_state_dict(tensors)
     return encoder, metadata, path
 
 
-def untrained_encoder(name: str, seed: int) -> nn.Module:
+def stem_of(metadata: dict[str, str]) -> Stem:
+    """The stem that an encoder's metadata names; files of before there was a choice name none."""
+    return "small" if metadata.get("stem") == "small" else "imagenet"
+
+
+def untrained_encoder(metadata: dict[str, str], seed: int) -> nn.Module:
     """The same architecture as first initialised, from `seed` alone; torch's global RNG stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder, _ = build_encoder(name)
-    return encoder
+        return build_encoder(metadata["encoder"], stem_of(metadata))[0]

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.asked = False
+        self.question: tuple[torch.Tensor, Any] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -37,9 +39,18 @@ class Interrupt:
                 signal.signal(number, handler)
 
     def anywhere(self) -> bool:
-        """Whether any rank was asked; called by all of them, so that all stop at the same step."""
+        """Whether any rank was asked; called once a step by all of them, who get one answer.
+
+        With several ranks the question of this step is answered at the next one, so that nobody
+        waits for it.
+        """
         if world_size() == 1:
             return self.asked
+        answer = False
+        if self.question is not None:
+            asked, work = self.question
+            work.wait()
+            answer = bool(asked)
         asked = torch.tensor(int(self.asked))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+        self.question = asked, dist.all_reduce(asked, op=dist.ReduceOp.MAX, async_op=True)
+        return answer

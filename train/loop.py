@@ -1,31 +1,33 @@
 """The training loop: the same lines for one process and for many."""
 
-import inspect
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from filelock import FileLock, Timeout
 
 from pipeline import Cache, MaskedViews
 from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, autocast, resolved, settings_of
-from train.describe import introduction, metadata_of, write_config
-from train.distributed import fail, is_main, pick_device, rank, together, world_size
+from train.config import TrainConfig, resolved, settings_of
+from train.describe import introduction, metadata_of, write_config, write_start
+from train.distributed import is_main, pick_device, rank, together, world_size
 from train.encoders import save_encoder
+from train.evaluate.during import KnnDuringTraining
+from train.failure import stop_if_not_finite
+from train.feed import SYNTHETIC_CLASSES, Feed, SyntheticViews, Views
 from train.interrupt import STATUS, Interrupt
 from train.meter import Meter
-from train.methods import Method, method_of
-from train.optim import build_sgd, learning_rate
+from train.methods import Method, Setup
+from train.optim import learning_rate
 from train.record import Record
+from train.step import Step, placed
+
+LOCK_SECONDS = 30
+"""How long a run waits for one that is just ending in the same folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,13 @@ class Job:
 
     config: TrainConfig  # with everything decided
     device: torch.device
-    dataset: ShardDataset
+    dataset: ShardDataset | None  # none where views are made up
     method: Method
-    views: MaskedViews
+    views: Views
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
 
     @property
     def epoch_steps(self) -> int:
@@ -47,8 +53,16 @@ class Job:
         return self.epoch_steps * self.config.epochs
 
 
-def train(config: TrainConfig) -> Path:
+Evaluation = Callable[[Method, int], dict[str, float]]
+"""Called on all ranks after each epoch, counted from 1: scores for the log, by name."""
+
+
+def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
     """Pretrain as `config` says, or go on where an earlier run in its folder was; on all ranks.
+
+    Args:
+        config: the options.
+        evaluation: of each epoch; by default the kNN accuracy, if `config.knn` names data.
 
     Returns:
         The file of the trained encoder.
@@ -60,36 +74,58 @@ def train(config: TrainConfig) -> Path:
     """
     with together():
         job = prepare(config)
-    config, out = job.config, Path(job.config.out)
-    settings = settings_of(config, job.dataset.digest) | {"steps_per_epoch": job.epoch_steps}
+        if evaluation is None and job.config.knn.data is not None:
+            evaluation = KnnDuringTraining(job.config, job.device)
+    lock = None
+    with together():
+        if is_main():
+            lock = locked(job.out)
+    try:
+        return locked_train(job, evaluation)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
+    config, out = job.config, job.out
+    digest = "synthetic" if job.dataset is None else job.dataset.digest
+    settings = settings_of(config, digest) | {"steps_per_epoch": job.epoch_steps}
     checkpoints = Checkpoints(
         folder=out / "checkpoints", keep=config.keep_checkpoints, settings=settings
     )
-    optimizer = build_sgd(job.method, config.momentum, config.weight_decay)
+    step = Step(job.method, config, job.device)
     with together():
         if config.resume == "never" and checkpoints.steps():
             raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
-        step = checkpoints.restore(job.method, optimizer, job.views)
+        done = checkpoints.restore(job.method, step.optimizer, job.views)
     record = None
     with together():
         if is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            write_config(out / "config.yaml", settings, config, job.device)
-            record = Record(out, start=step, total=job.total_steps, epoch_steps=job.epoch_steps)
+            write_config(out / "config.yaml", settings, config)
+            write_start(out / "starts.jsonl", config, job.device, done)
+            record = Record(
+                out,
+                start=done,
+                total=job.total_steps,
+                epoch_steps=job.epoch_steps,
+                wandb_project=config.wandb,
+                config=settings,
+            )
             for line in introduction(config, job.method, job.views, job.device):
                 record.say(line)
-            if step:
-                record.say(f"goes on after step {step} of {job.total_steps}")
+            if done:
+                record.say(f"goes on after step {done} of {job.total_steps}")
 
     interrupt = Interrupt()
     with interrupt.listening():
-        run_steps(job, optimizer, checkpoints, record, step, interrupt)
+        run_steps(job, step, checkpoints, record, done, interrupt, evaluation)
 
-    path = out / "encoder.safetensors"
+    path = out / job.method.file
     with together():
         if record is not None:
             save_encoder(path, job.method.exported(), metadata_of(config, job.dataset))
-            record.say(f"encoder: {path}")
+            record.say(f"written: {path}")
             record.close()
     return path
 
@@ -98,73 +134,107 @@ def prepare(config: TrainConfig) -> Job:
     """Decide what was left open, build the method, open the loader."""
     device = pick_device(config.device)
     config = resolved(config, device)
-    dataset = ShardDataset.open(config.data)
+    dataset = None if config.synthetic else ShardDataset.open(config.data)
     torch.manual_seed(config.seed)  # equal weights on every rank
-    method = method_of(config.method)(
-        config.encoder, config.method, batch_size=config.batch_size, seed=config.seed
+    setup = Setup(
+        encoder=config.encoder,
+        stem=config.stem,
+        sync_bn=config.sync_bn,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        classes=SYNTHETIC_CLASSES if dataset is None else len(dataset.classes),
+        seed=config.seed,
     )
-    views = MaskedViews(
+    method = placed(config.method.build(setup), config, device)
+    views = open_views(config, device)
+    return Job(config=config, device=device, dataset=dataset, method=method, views=views)
+
+
+def open_views(config: TrainConfig, device: torch.device) -> Views:
+    """The loader of this rank."""
+    share = config.batch_size // world_size()
+    if config.synthetic:
+        return SyntheticViews(
+            config.synthetic, config.recipe, share, device, world_size(), config.seed
+        )
+    return MaskedViews(
         config.data,
         recipe=config.recipe,
-        batch_size=config.batch_size // world_size(),
+        batch_size=share,
         device=device.type,
         rank=rank(),
         world_size=world_size(),
         seed=config.seed,
+        report=("keys",),
         cache=Cache(Path(config.cache), int(1e9 * config.cache_gb)) if config.cache else None,
     )
-    method = method.to(device).to(memory_format=torch.channels_last).train()
-    return Job(config=config, device=device, dataset=dataset, method=method, views=views)
+
+
+def locked(out: Path) -> FileLock:
+    """Keep other runs out of this folder until this process ends, however it ends.
+
+    Raises:
+        UserError: another run is in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise UserError(
+            f"{out}: another training is writing here; wait for it, or choose another --out"
+        ) from error
+    return lock
 
 
 def run_steps(
     job: Job,
-    optimizer: torch.optim.Optimizer,
+    step: Step,
     checkpoints: Checkpoints,
     record: Record | None,
-    step: int,
+    done: int,
     interrupt: Interrupt,
+    evaluation: Evaluation | None,
 ) -> None:
-    """Train from `step` finished steps to the end; `record` on rank 0.
+    """Train from `done` finished steps to the end; `record` on rank 0.
 
     Raises:
         TerminatedError: some rank was asked to stop; the state is saved.
     """
     config, epoch_steps = job.config, job.epoch_steps
-    model = parallel(job.method)
-    meter = Meter(config.batch_size)
-    for batch, waited in batches(job.views, job.total_steps - step):
+    feed, meter = Feed(job.views, memory=config.log_steps), Meter(config.batch_size)
+    for number in range(done + 1, job.total_steps + 1):
         lr = learning_rate(
-            step,
-            peak=config.peak_lr,
+            config.optim,
+            number - 1,
+            peak=config.optim.peak(config.batch_size),
             total=job.total_steps,
-            warmup=config.warmup_epochs * epoch_steps,
+            epoch=epoch_steps,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with autocast(config.precision, job.device):
-            scalars = model(batch)
-        optimizer.zero_grad(set_to_none=True)
-        scalars["loss"].backward()
-        optimizer.step()
-        step += 1
-        meter.add(scalars, waited, step=step, epoch=math.ceil(step / epoch_steps), lr=lr)
-
+        scalars = step.backward(feed.parts(config.accumulate))
+        epoch = math.ceil(number / epoch_steps)
+        meter.add(scalars, feed.waited, step=number, epoch=epoch, lr=lr)
         stops = interrupt.anywhere()
-        saves = step % (config.checkpoint_steps or epoch_steps) == 0 or step % epoch_steps == 0
-        saves = saves or stops
-        if saves or step % config.log_steps == 0:
+        ends = number % epoch_steps == 0
+        saves = stops or ends or number % (config.checkpoint_steps or epoch_steps) == 0
+        logs = saves or number % config.log_steps == 0
+        if logs:
             rows, seconds = meter.take()
-            stop_if_not_finite(rows)
+            stop_if_not_finite(rows, step, feed, job.out)
+        step.update(lr)
+        if record is not None and (number - 1) % epoch_steps == 0 and feed.last is not None:
+            record.views(feed.last, config.recipe, number, epoch)
+        if logs:
+            if ends and evaluation is not None:
+                rows[-1] |= evaluation(job.method, epoch)
             if record is not None:
                 record.steps(rows, seconds)
-        if saves:
-            if record is not None:
                 record.sync()
-            checkpoints.save(step, job.method, optimizer, job.views)
+        if saves:
+            checkpoints.save(number, job.method, step.optimizer, job.views)
             meter.restart()
-        if stops and step < job.total_steps:
-            leave(step)
+        if stops and number < job.total_steps:
+            leave(number)
 
 
 def leave(step: int) -> None:
@@ -175,38 +245,3 @@ def leave(step: int) -> None:
             STATUS,
         )
     raise SystemExit(STATUS)
-
-
-def parallel(method: Method) -> nn.Module:
-    """The method under DDP where there are several ranks: gradients are means over them.
-
-    Buffers are not broadcast: the queue is equal on all ranks anyhow (at 65,536 x 128 it would be
-    33 MB a step), and each rank's batch normalisation keeps its own running statistics; rank 0's
-    are the ones saved.
-    """
-    if world_size() == 1:
-        return method
-    # torch 2.15 renamed the option; the range of versions that we run on has both names
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {name: False}
-    return DistributedDataParallel(method, gradient_as_bucket_view=True, **options)
-
-
-def batches(views: MaskedViews, steps: int) -> Iterator[tuple[Any, float]]:
-    """`steps` batches, epoch after epoch, each with the seconds that were spent waiting for it."""
-    endless = chain.from_iterable(repeat(views))
-    for _ in range(steps):
-        start = time.perf_counter()
-        batch = next(endless)
-        yield batch, time.perf_counter() - start
-
-
-def stop_if_not_finite(rows: list[dict[str, Any]]) -> None:
-    """Stop all ranks at the first step whose loss is not a number; nothing of it is saved."""
-    for row in rows:
-        if not math.isfinite(row["loss"]):
-            fail(
-                f"the loss of step {row['step']} is {row['loss']}: try a lower --lr, a warm-up or "
-                "--precision fp32; the last checkpoint is of an earlier step"
-            )

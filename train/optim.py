@@ -1,35 +1,97 @@
-"""Optimiser and learning rate."""
+"""Optimisers and learning rates."""
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from timm.optim import Lars
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
-# MoCo's rule: 0.03 for a global batch of 256 (facebookresearch/moco), linear in the batch; the
-# released code of the masked variant has 0.015 at 128, which is the same line.
-LR_PER_BATCH = 0.03 / 256
+BASE_BATCH = 256
+"""The batch that `base_lr` is for; a rate grows in proportion to the batch (Goyal et al. 2017)."""
 
 
-def build_sgd(model: nn.Module, momentum: float, weight_decay: float) -> SGD:
-    """SGD over all trainable parameters, weight decay on norms and biases too, as MoCo has it.
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights move."""
 
-    The rate is set before each step, by `learning_rate`.
-    """
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """lars: SGD with a rate of its own for each layer, for large batches (timm's)."""
+    base_lr: float = 0.03
+    """Highest learning rate at a batch of 256 images; in proportion at others."""
+    lr: float | None = None
+    """Highest learning rate as it is, in place of `base_lr`."""
+    momentum: float = 0.9
+    """Of the gradients."""
+    weight_decay: float = 1e-4
+    """sgd: on all parameters, as MoCo has it; lars: not on norms and biases, as SimCLR has it."""
+    trust: float = 0.02
+    """lars: a layer's rate is lr x trust x |weights| / |gradient| (eta of solo-learn and ADIOS)."""
+    trust_clip: bool = True
+    """lars: whether it is at most lr itself (as these two have it)."""
+    clip_gradient: float | None = None
+    """Longest gradient of all parameters together (Euclidean); longer ones are shortened to it."""
+    schedule: Literal["cosine", "steps"] = "cosine"
+    """cosine: half a cosine down to 0. steps: a tenth from each of `drop_epochs` on."""
+    warmup_epochs: int = 0
+    """Epochs in which the rate rises linearly from 0."""
+    drop_epochs: tuple[int, ...] = (60, 80)
+    """steps: epochs, counted from 0, at which the rate drops."""
+
+    def peak(self, batch_size: int) -> float:
+        """The highest rate at this global batch."""
+        return self.base_lr * batch_size / BASE_BATCH if self.lr is None else self.lr
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimiser over all trainable parameters; the rate is set before each step."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return SGD(trainable, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
+    if config.optimizer == "sgd":
+        return SGD(
+            trainable,
+            lr=0.0,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    # without weight decay timm's LARS moves them as SGD would
+    weights = [p for p in trainable if p.ndim > 1]
+    norms_and_biases = [p for p in trainable if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay, "always_adapt": True},
+        {"params": norms_and_biases, "weight_decay": 0.0},
+    ]
+    return Lars(
+        groups,
+        lr=0.0,
+        momentum=config.momentum,
+        trust_coeff=config.trust,
+        trust_clip=config.trust_clip,
+    )
 
 
-def learning_rate(step: int, *, peak: float, total: int, warmup: int = 0) -> float:
-    """The rate of one step: linear over `warmup` steps, then half a cosine from `peak` to 0.
+def learning_rate(config: OptimConfig, step: int, *, peak: float, total: int, epoch: int) -> float:
+    """The rate of one step: linear while it warms up, then by `config.schedule`.
 
     Per step. MoCo's code, and the masked variant's, move it once an epoch and have no warm-up.
 
     Args:
         step: steps already finished, 0 <= step < total.
-        peak: the highest rate.
+        peak: the highest rate; the first one of a warm-up is peak / its steps.
         total: steps of the whole training.
-        warmup: steps of the linear part; its first rate is peak / warmup.
+        epoch: steps of an epoch.
     """
+    warmup = config.warmup_epochs * epoch
     if step < warmup:
         return peak * (step + 1) / warmup
+    if config.schedule == "steps":
+        return peak * 0.1 ** drops(config.drop_epochs, step // epoch)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def drops(epochs: Sequence[int], epoch: int) -> int:
+    """How many of these epochs have begun."""
+    return bisect_right(sorted(epochs), epoch)

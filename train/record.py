@@ -1,4 +1,7 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar or log lines. On rank 0 only."""
+"""What a run tells: metrics.jsonl, TensorBoard, pictures of views, and a progress bar or log lines.
+
+On rank 0 only.
+"""
 
 import json
 import os
@@ -6,9 +9,15 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from pipeline import Batch, Recipe
+from pipeline.preview import sheet_of_fed
+from schemas import UserError
 
 
 class Record:
@@ -17,9 +26,24 @@ class Record:
     A line of metrics.jsonl is one step: `step` and `epoch` (both from 1), `loss` and what else the
     method reports and `data_wait` (seconds that the step waited for its batch), both means over
     the ranks, `lr`, and `images_per_second` (of all ranks; over the steps since the last log line).
+    The last step of an epoch may have scores, `knn_20` for one.
+
+    Raises:
+        UserError: Weights & Biases is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, epoch_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        epoch_steps: int,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.wandb = wandb_run(wandb_project, folder, config) if wandb_project else None
         self.total, self.epochs = total, -(-total // epoch_steps)
         self.path = folder / "metrics.jsonl"
         truncate(self.path, start)
@@ -38,6 +62,8 @@ class Record:
             self.file.write(json.dumps(row) + "\n")
             for name in row.keys() - {"step", "epoch"}:
                 self.board.add_scalar(name, row[name], row["step"])
+            if self.wandb is not None:
+                self.wandb.log(row, step=row["step"])
         self.file.flush()
         last = rows[-1]
         waiting = sum(row["data_wait"] for row in rows) / seconds
@@ -52,6 +78,14 @@ class Record:
         else:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(last["step"] - self.bar.n)
+
+    def views(self, batch: Batch, recipe: Recipe, step: int, epoch: int) -> None:
+        """Show the first views of an epoch, as they were fed: TensorBoard and RUN/views."""
+        sheet = sheet_of_fed(batch, recipe)
+        path = self.folder / "views" / f"epoch-{epoch:04d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet.save(path)
+        self.board.add_image("views", np.asarray(sheet), step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """One line for a person, above the bar if there is one."""
@@ -69,8 +103,27 @@ class Record:
         self.sync()
         self.file.close()
         self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
         if self.bar is not None:
             self.bar.close()
+
+
+def wandb_run(project: str, folder: Path, config: dict[str, Any] | None) -> Any:
+    """A run of Weights & Biases, the same one when the training goes on."""
+    try:
+        import wandb  # an extra that most users do without
+    except ImportError as error:
+        raise UserError("--wandb: not installed here; pip install wandb") from error
+    return wandb.init(project=project, dir=folder, id=run_id(folder), resume="allow", config=config)
+
+
+def run_id(folder: Path) -> str:
+    """Drawn once a folder."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        path.write_text(uuid4().hex[:8])
+    return path.read_text()
 
 
 def truncate(path: Path, step: int) -> None:

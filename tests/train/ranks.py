@@ -1,4 +1,4 @@
-"""Two gloo processes that stay up and run functions together; and tiny encoders for them."""
+"""Gloo processes that stay up and run functions together; and tiny encoders for them."""
 
 import tempfile
 from multiprocessing.connection import Connection
@@ -40,14 +40,17 @@ def random_batch(size: int, hard_negatives: int, seed: int = 0) -> SimpleNamespa
         return torch.randn(*shape, 3, 4, 4, generator=generator)
 
     hard = images(hard_negatives * size) if hard_negatives else None
-    return SimpleNamespace(query=images(size), key=images(size), hard_negative=hard)
+    label = torch.randint(3, (size,), generator=generator)
+    return SimpleNamespace(query=images(size), key=images(size), hard_negative=hard, label=label)
 
 
 class Ranks:
     """`ranks(function, *args)` calls it on every rank at once and returns what each returned."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
+        # forked from a process that has imported torch once
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.train.preloaded"])
         store = Path(tempfile.mkdtemp()) / "store"
         self.pipes, self.processes = [], []
         for rank in range(size):

@@ -8,7 +8,7 @@ import torch
 from schemas import UserError
 from train import checkpoint
 from train.checkpoint import Checkpoints
-from train.optim import build_sgd
+from train.optim import OptimConfig, build_optimizer
 from train.record import truncate
 
 SETTINGS = {"lr": 0.03, "epochs": 2, "steps_per_epoch": 4}
@@ -29,7 +29,7 @@ class Loader:
 def state(seed=0, position=0):
     torch.manual_seed(seed)
     model = torch.nn.Linear(3, 2)
-    optimizer = build_sgd(model, 0.9, 1e-4)
+    optimizer = build_optimizer(model, OptimConfig())
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()  # momentum buffers exist
     return model, optimizer, Loader(position)

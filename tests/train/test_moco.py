@@ -1,6 +1,4 @@
 import copy
-import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,24 +6,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from schemas import UserError
+from tests.train import oracle
 from tests.train.ranks import random_batch
-from train.loop import parallel
-from train.methods import MoCo, MoCoConfig
+from train.methods import MoCo, MoCoConfig, Setup
 from train.methods.moco import contrastive_logits
 
 RHO, TAU = 2.0, 0.2
 
 
 def reference_loss(q, key, queue, hard):
-    """The formula, one number at a time. Lists of vectors; hard[i] are those of query i."""
-    total = 0.0
-    for i in range(len(q)):
-        similar = [sum(a * b for a, b in zip(q[i], key[i], strict=True))]
-        similar += [sum(a * b for a, b in zip(q[i], n, strict=True)) for n in queue]
-        similar += [RHO * sum(a * b for a, b in zip(q[i], n, strict=True)) for n in hard[i]]
-        denominator = sum(math.exp(s / TAU) for s in similar)
-        total -= math.log(math.exp(similar[0] / TAU) / denominator)
-    return total / len(q)
+    return oracle.moco_loss(q, key, queue, hard, rho=RHO, tau=TAU)
 
 
 def reference_gradient(q, key, queue, hard, step=1e-6):
@@ -70,22 +60,7 @@ def test_loss_and_gradient_equal_the_formula(hard_negatives):
 
 
 def embed(images, weights):
-    """Tiny + head in numpy float64: convolution as loops, mean, two linear layers, unit length."""
-    w = {name: value.double().numpy() for name, value in weights.items()}
-    n = len(images)
-    padded = np.pad(images.double().numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    features = np.zeros((n, 6, 4, 4))
-    for row in range(4):
-        for column in range(4):
-            patch = padded[:, :, row : row + 3, column : column + 3]
-            features[:, :, row, column] = np.einsum(
-                "nchw,fchw->nf", patch, w["encoder.conv.weight"]
-            )
-    features += w["encoder.conv.bias"][None, :, None, None]
-    pooled = np.maximum(features, 0).mean(axis=(2, 3))
-    hidden = np.maximum(pooled @ w["head.0.weight"].T + w["head.0.bias"], 0)
-    z = hidden @ w["head.2.weight"].T + w["head.2.bias"]
-    return z / np.linalg.norm(z, axis=1, keepdims=True)
+    return oracle.embed(images, {name: value.double().numpy() for name, value in weights.items()})
 
 
 def branch(method, prefix):
@@ -101,7 +76,7 @@ def branch(method, prefix):
 def tiny_moco(encoder="tiny", *, batch_size=4, queue=11, seed=0, **options):
     torch.manual_seed(seed)
     config = MoCoConfig(queue=queue, projection=5, rho=RHO, temperature=TAU, **options)
-    return MoCo(encoder, config, batch_size=batch_size, seed=seed).train()
+    return MoCo(config, Setup(encoder=encoder, batch_size=batch_size, seed=seed)).train()
 
 
 @pytest.mark.parametrize("hard_negatives", [0, 1, 3])
@@ -121,12 +96,14 @@ def test_step_equals_the_formula_from_images_on(hard_negatives):
     expected = reference_loss(
         embed(batch.query, student), embed(batch.key, moved), queue.copy(), hard
     )
+    method.begin_step()
     assert method(batch)["loss"].item() == pytest.approx(expected, abs=2e-6)
 
 
 def test_contrastive_accuracy_counts_positives_that_win():
     method = tiny_moco(ema_momentum=0.0)
     batch = random_batch(4, 0)
+    method.begin_step()
     batch.key = batch.query  # with m = 0 the key is the query itself: similarity 1
     assert method(batch)["contrastive_accuracy"].item() == 1.0
     batch.hard_negative = batch.query  # rho = 2 lifts the hard negative above it
@@ -139,7 +116,9 @@ def test_queue_holds_keys_only_and_wraps_anywhere():
     weights = branch(method, "momentum_")
     for step in range(5):
         batch = random_batch(4, hard_negatives=1, seed=step)
-        method(batch)["loss"].backward()  # also: the loss survives the queue's change
+        method.begin_step()
+        method(batch)["loss"].backward()
+        method.end_step()
         for i, key in enumerate(embed(batch.key, weights)):
             expected[(4 * step + i) % 7] = key
         np.testing.assert_allclose(method.queue.numpy(), np.array(expected), atol=1e-6)
@@ -165,6 +144,7 @@ def test_moving_average_changes_parameters_and_no_buffers():
     before = {k: v.clone() for k, v in method.momentum_encoder.named_parameters()}
     alone = copy.deepcopy(method.momentum_encoder)
     batch = random_batch(4, hard_negatives=1)
+    method.begin_step()
     method(batch)
     for name, parameter in method.momentum_encoder.named_parameters():
         target = dict(method.encoder.named_parameters())[name]
@@ -195,41 +175,10 @@ def test_momentum_branch_sees_whole_batches_and_has_no_gradient():
     )
 
 
-def sharded_step(batch):
-    """One DDP step on this rank's half of `batch`."""
-    rank = torch.distributed.get_rank()
-    method = tiny_moco(batch_size=8)
-    half = slice(4 * rank, 4 * rank + 4)
-    hard = torch.cat([view[half] for view in batch.hard_negative.split(8)])
-    mine = SimpleNamespace(query=batch.query[half], key=batch.key[half], hard_negative=hard)
-    model = parallel(method)
-    scalars = model(mine)
-    scalars["loss"].backward()
-    gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
-    return scalars["loss"].item(), gradients, method.queue, method.generator.get_state()
-
-
-def test_two_ranks_compute_the_gradients_of_one(two_ranks):
-    """Without batch normalisation the split does not matter; keys come back to their queries."""
-    batch = random_batch(8, hard_negatives=3)
-    whole = tiny_moco(batch_size=8)
-    loss = whole(batch)["loss"]
-    loss.backward()
-    results = two_ranks(sharded_step, batch)
-    assert np.mean([r[0] for r in results]) == pytest.approx(loss.item(), abs=1e-6)
-    for _, gradients, queue, generator in results:
-        torch.testing.assert_close(queue, whole.queue, atol=1e-6, rtol=0)
-        assert torch.equal(generator, results[0][3])  # ranks go on drawing the same permutations
-        for name, gradient in gradients.items():
-            expected = dict(whole.named_parameters())[name].grad
-            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
-    assert torch.equal(results[0][2], results[1][2])
-    assert not torch.equal(results[0][3], whole.generator.get_state())  # it did shuffle
-
-
 def test_state_dict_holds_queue_and_shuffling():
     method, other = tiny_moco(seed=1), tiny_moco(seed=2)
     method(random_batch(4, 1))
+    method.end_step()
     torch.randperm(9, generator=method.generator)
     other.load_state_dict(method.state_dict())
     assert torch.equal(other.queue, method.queue)

@@ -26,8 +26,9 @@ from schemas.cli import TerminatedError
 from train.__main__ import main
 from train.config import TrainConfig
 from train.encoders import load_encoder, untrained_encoder
-from train.evaluate.__main__ import EvaluateConfig, evaluate, table
+from train.evaluate.neighbours import KnnOptions, evaluate, table
 from train.methods import MoCoConfig
+from train.optim import OptimConfig
 
 IMAGES = 26  # 3 steps of 8 and 2 images left out
 
@@ -119,7 +120,7 @@ def test_encoder_is_torchvisions_and_was_trained(run):
     assert metadata["recipe"] == "hp"
     assert metadata["high_pass"] == "True"
     assert metadata["crop_size"] == "28"
-    start = untrained_encoder("resnet18", seed=0)
+    start = untrained_encoder({"encoder": "resnet18"}, seed=0)
     assert not torch.equal(encoder.conv1.weight, start.conv1.weight)
     assert encoder.bn1.num_batches_tracked == 6
 
@@ -190,7 +191,7 @@ def test_other_settings_and_resume_never_are_refused(shards, run):
 
 def test_loss_that_is_not_finite_stops_with_its_step(shards, tmp_path):
     with pytest.raises(UserError, match=r"the loss of step [2-4] is (nan|inf)"):
-        train.loop.train(config(shards, tmp_path, lr=1e30, log_steps=1))
+        train.loop.train(config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=1))
     steps = [row["step"] for row in metrics(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -256,7 +257,7 @@ def test_batch_that_does_not_divide_among_ranks_is_refused(two_ranks):
 
 def test_evaluation_appends_rows_and_prints_them(shards, run):
     (run / "results.jsonl").unlink(missing_ok=True)
-    options = EvaluateConfig(
+    options = KnnOptions(
         encoder=str(run), data=shards, baseline=True, neighbours=(1, 5), device="cpu"
     )
     rows = evaluate(options)
@@ -271,7 +272,7 @@ def test_evaluation_appends_rows_and_prints_them(shards, run):
 
 
 def test_evaluation_refuses_what_it_cannot_do(shards, run, tmp_path):
-    options = EvaluateConfig(encoder=str(run), data=shards, device="cpu")
+    options = KnnOptions(encoder=str(run), data=shards, device="cpu")
     with pytest.raises(UserError, match="200 neighbours asked for, but there are 25"):
         evaluate(options)
     with pytest.raises(UserError, match="no such encoder"):

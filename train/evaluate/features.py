@@ -1,12 +1,15 @@
 """Images -> features of a frozen encoder."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline import PlainViews, Recipe
+from pipeline import Cache, PlainViews, Recipe
 from schemas import ShardDataset, UserError
 from train.config import autocast, pick_precision
+from train.distributed import gather_uneven, is_main, rank, world_size
 
 
 def labelled(url: str) -> ShardDataset:
@@ -26,51 +29,70 @@ def labelled(url: str) -> ShardDataset:
     return dataset
 
 
-def image_wide_filter(metadata: dict[str, str]) -> Recipe:
-    """The filter that an encoder's own recipe put over whole images.
+def recipe_of(metadata: dict[str, str]) -> Recipe:
+    """How an encoder is shown whole images: its own crop size, and its own recipe's filter.
 
     An encoder that was pretrained on high-pass images is evaluated on such, train and test images
     alike (released code of saliency-guided masking, main_lincls.py); any other on plain ones.
     """
-    return Recipe(
-        high_pass=metadata["high_pass"] == "True",
-        high_pass_kernel=int(metadata["high_pass_kernel"]),
-        high_pass_sigma=float(metadata["high_pass_sigma"]),
+    return unmasked(
+        Recipe(
+            crop_size=int(metadata["crop_size"]),
+            grid=1,
+            soft_blur_probability=0.0,
+            high_pass=metadata["high_pass"] == "True",
+            high_pass_kernel=int(metadata["high_pass_kernel"]),
+            high_pass_sigma=float(metadata["high_pass_sigma"]),
+        )
     )
+
+
+def unmasked(recipe: Recipe) -> Recipe:
+    """The recipe without its masks: its crop size and its filter stay."""
+    return replace(recipe, fill="none", hard_negatives=0)
 
 
 @torch.inference_mode()
 def extract(
     encoder: nn.Module,
-    metadata: dict[str, str],
+    recipe: Recipe,
     url: str,
     device: torch.device,
     batch_size: int,
+    precision: str = "auto",
+    cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features of every image of a dataset, centre-cropped, batch statistics frozen.
+    """Pooled features of every image of a dataset, centre-cropped; batch statistics are frozen.
 
-    The short side is resized to 256 / 224 of the crop before, as the field does.
+    The short side is resized to 256 / 224 of the crop before, as the field does. Ranks share the
+    images; called by all of them.
 
     Args:
-        encoder: (N, 3, H, W) -> (N, D).
-        metadata: its `crop_size` and high-pass filter.
+        encoder: (N, 3, H, W) -> (N, D). Is left in evaluation mode.
+        recipe: its crop size and its filter count.
+        batch_size: images at a time on this rank; changes no result.
 
     Returns:
-        Features (N, D) float32, L2-normalised, and labels (N,) int64, on the device.
+        Features (N, D) float32, L2-normalised, and labels (N,) int64, on the device, on all ranks.
     """
     views = PlainViews(
         url,
         batch_size=batch_size,
         device=device.type,
-        crop_size=int(metadata["crop_size"]),
-        recipe=image_wide_filter(metadata),
+        rank=rank(),
+        world_size=world_size(),
+        crop_size=recipe.crop_size,
+        recipe=recipe,
+        cache=cache,
     )
     encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
-    precision = pick_precision("auto", device)
+    precision = pick_precision(precision, device)
     features, labels = [], []
-    for batch in tqdm(views, unit="batch", desc="features", disable=None, leave=False):
+    for batch in tqdm(
+        views, unit="batch", desc="features", disable=None if is_main() else True, leave=False
+    ):
         with autocast(precision, device):
             pooled = encoder(batch.image)
         features.append(nn.functional.normalize(pooled.float(), dim=1))
         labels.append(batch.label)
-    return torch.cat(features), torch.cat(labels)
+    return gather_uneven(torch.cat(features)), gather_uneven(torch.cat(labels))

@@ -1,17 +1,29 @@
-"""Methods by name. A new one: a file with its options and its class, and its place in METHODS."""
+"""Methods by name. A new one: a file with its options and its class, and its place in METHODS.
 
-from typing import Any
+`LinearProbe` is trained by the same loop and is no way to pretrain, so it has no name there.
+"""
 
-from train.methods.method import Method
+from train.methods.method import Method, MethodConfig, Setup
 from train.methods.moco import MoCo, MoCoConfig
+from train.methods.probe import LinearProbe, LinearProbeConfig
 from train.methods.simclr import SimCLR, SimCLRConfig
+from train.methods.supervised import Supervised, SupervisedConfig
 
-METHODS: dict[str, type[Method]] = {MoCo.name: MoCo, SimCLR.name: SimCLR}
+METHODS: dict[str, type[MethodConfig]] = {
+    config.name: config for config in (MoCoConfig, SimCLRConfig, SupervisedConfig)
+}
 
-
-def method_of(config: Any) -> type[Method]:
-    """The method whose options `config` is."""
-    return next(method for method in METHODS.values() if method.Config is type(config))
-
-
-__all__ = ["METHODS", "Method", "MoCo", "MoCoConfig", "SimCLR", "SimCLRConfig", "method_of"]
+__all__ = [
+    "METHODS",
+    "LinearProbe",
+    "LinearProbeConfig",
+    "Method",
+    "MethodConfig",
+    "MoCo",
+    "MoCoConfig",
+    "Setup",
+    "SimCLR",
+    "SimCLRConfig",
+    "Supervised",
+    "SupervisedConfig",
+]

@@ -1,9 +1,41 @@
 """What the training loop asks of a method, and no more."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
+
+from train.encoders import Stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a method is built for, beyond its own options."""
+
+    encoder: str
+    """A name of `train.encoders.ENCODERS`."""
+    stem: Stem = "imagenet"
+    """The encoder's first layers."""
+    sync_bn: bool = False
+    """Whether batch normalisation is over the images of all ranks; the loop converts the layers."""
+    batch_size: int
+    """Images of a step, over all ranks."""
+    accumulate: int = 1
+    """Parts that a step's images come in, one after the other."""
+    classes: int = 0
+    """Of the labels; 0 where the images have none."""
+    seed: int = 0
+    """Of whatever a method draws by itself. Weights come from torch's global generator."""
+
+
+class MethodConfig(Protocol):
+    """A method's own options: a frozen dataclass that knows which method it is of."""
+
+    name: ClassVar[str]
+
+    def build(self, setup: Setup) -> "Method":
+        """Raises UserError when the options and the setup do not fit each other."""
 
 
 class Method(nn.Module, ABC):
@@ -12,21 +44,15 @@ class Method(nn.Module, ABC):
     All that a method must remember between steps lies in its parameters, buffers and extra state,
     so that its state_dict alone resumes it. Trainable is whatever requires a gradient.
 
-    Args of every method: `encoder` (a name of train.encoders), `config` (the method's own frozen
-    dataclass), `batch_size` (the global batch), `seed`. The constructor raises UserError when they
-    do not fit each other.
+    A step is `begin_step()`, then `forward` on each part of the step's images, then `end_step()`.
     """
 
-    name: ClassVar[str]
-    Config: ClassVar[type]
-
-    @abstractmethod
-    def __init__(self, encoder: str, config: Any, *, batch_size: int, seed: int) -> None:
-        super().__init__()
+    file: ClassVar[str] = "encoder.safetensors"
+    """Where the run's folder has what is exported."""
 
     @abstractmethod
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """One step on this rank's part of the batch.
+        """The loss of one part of this rank's images.
 
         `batch` is what pipeline.MaskedViews yields; a method names in its docstring the fields
         that it reads. Returns scalars: `loss`, with gradient, and others to be logged.
@@ -34,8 +60,20 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def exported(self) -> nn.Module:
-        """The encoder that the pretraining is for."""
+        """The encoder that the training is for."""
+
+    def begin_step(self) -> None:
+        """Called once a step, before the first part; collectives are allowed."""
+
+    def end_step(self) -> None:
+        """Called once a step, when the optimiser has moved the weights; collectives are allowed."""
 
     def notes(self, samples: int) -> list[str]:
         """What a person should know about these settings on `samples` images; one line each."""
         return []
+
+
+def projector(width: int, hidden: int | None, out: int) -> nn.Sequential:
+    """The two-layer head of MoCo v2 and SimCLR: `hidden` is as wide as the features when None."""
+    hidden = width if hidden is None else hidden
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))

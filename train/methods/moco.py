@@ -16,7 +16,7 @@ each batch through batch normalisation alone, and compares all queries with that
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from schemas import UserError
 from train.distributed import all_gather, shuffle, world_size
 from train.encoders import build_encoder
-from train.methods.method import Method
+from train.methods.method import Method, Setup, projector
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoConfig:
     """Numbers of MoCo v2 (facebookresearch/moco) and, for rho, of the masked variant's README."""
+
+    name: ClassVar[str] = "moco"
 
     queue: int = 65_536
     """Keys that are remembered as negatives; at least the global batch, any number."""
@@ -42,7 +44,12 @@ class MoCoConfig:
     rho: float = 2.0
     """Factor on the similarity of a hard negative; 1 makes it like any other negative."""
     projection: int = 128
-    """Width of the projected embedding; the hidden layer is as wide as the encoder's features."""
+    """Width of the projected embedding."""
+    hidden: int | None = None
+    """Width of the head's hidden layer; that of the encoder's features when not given."""
+
+    def build(self, setup: Setup) -> "MoCo":
+        return MoCo(self, setup)
 
 
 def contrastive_logits(
@@ -68,62 +75,67 @@ def contrastive_logits(
 class MoCo(Method):
     """Reads `query`, `key` and `hard_negative` of a batch; needs no label."""
 
-    name = "moco"
-    Config = MoCoConfig
-
     queue: Tensor
     queue_next: Tensor
 
-    def __init__(self, encoder: str, config: MoCoConfig, *, batch_size: int, seed: int) -> None:
-        super().__init__(encoder, config, batch_size=batch_size, seed=seed)
-        if config.queue < batch_size:
+    def __init__(self, config: MoCoConfig, setup: Setup) -> None:
+        super().__init__()
+        if config.queue < setup.batch_size:
             raise UserError(
-                f"queue {config.queue}: smaller than the batch of {batch_size}, whose keys must "
-                "all enter it; use a longer --queue or a smaller --batch-size"
+                f"queue {config.queue}: smaller than the batch of {setup.batch_size}, whose keys "
+                "must all enter it; use a longer --queue or a smaller --batch-size"
             )
         self.config = config
-        self.encoder, width = build_encoder(encoder)
-        self.head = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.projection)
-        )
+        self.shuffles = not setup.sync_bn  # either hides which images belong together
+        self.encoder, width = build_encoder(setup.encoder, setup.stem)
+        self.head = projector(width, config.hidden, config.projection)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
         self.move_average = get_ema_multi_avg_fn(config.ema_momentum)
 
         # Drawn from `seed` alone, so equal on all ranks whatever was drawn before.
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(setup.seed)
         start = torch.randn(config.queue, config.projection, generator=self.generator)
         self.register_buffer("queue", normalize(start, dim=1))  # (K, D)
         self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))  # row to write next
 
+        self.new_keys: list[Tensor] = []  # of the step under way
+
+    def begin_step(self) -> None:
+        self.update_momentum_branch()
+
     def forward(self, batch: Any) -> dict[str, Tensor]:
         q = self.project(self.encoder, self.head, batch.query)  # (N, D)
         with torch.no_grad():
-            self.update_momentum_branch()
             key = self.momentum_project(batch.key)  # (N, D)
             hard = self.hard_negatives(batch.hard_negative, key)  # (N, H, D)
+        self.new_keys.append(key)
 
         with torch.autocast(q.device.type, enabled=False):  # a softmax over K+1+H wants float32
             logits = contrastive_logits(
                 q,
                 key,
-                self.queue.clone(),  # the backward pass needs it as it is before `enqueue`
+                self.queue,
                 hard,
                 rho=self.config.rho,
                 temperature=self.config.temperature,
             )
             target = torch.zeros(len(q), dtype=torch.long, device=q.device)
             loss = cross_entropy(logits, target)
-        self.enqueue(key)
         accuracy = (logits.detach().argmax(dim=1) == 0).float().mean()
         return {"loss": loss, "contrastive_accuracy": accuracy}
+
+    def end_step(self) -> None:
+        for key in self.new_keys:
+            self.enqueue(key)
+        self.new_keys.clear()
 
     def exported(self) -> nn.Module:
         return self.encoder
 
     def notes(self, samples: int) -> list[str]:
         notes = []
-        if world_size() == 1:
+        if world_size() == 1 and self.shuffles:
             notes.append("one process: shuffling batch normalisation has nothing to shuffle")
         if self.config.queue > samples:
             notes.append(
@@ -138,7 +150,12 @@ class MoCo(Method):
         return normalize(head(encoder(images)).float(), dim=1)
 
     def momentum_project(self, images: Tensor) -> Tensor:
-        """`project` through the momentum branch, its batches dealt anew across the ranks."""
+        """`project` through the momentum branch, its batches dealt anew across the ranks.
+
+        With SyncBN nothing is dealt: a batch statistic is that of all images either way.
+        """
+        if not self.shuffles:
+            return self.project(self.momentum_encoder, self.momentum_head, images)
         images, restore = shuffle(images, self.generator)
         return restore(self.project(self.momentum_encoder, self.momentum_head, images))
 
@@ -154,7 +171,7 @@ class MoCo(Method):
 
     @torch.no_grad()
     def update_momentum_branch(self) -> None:
-        """p_momentum <- m p_momentum + (1 - m) p; parameters only.
+        """p_momentum <- m p_momentum + (1 - m) p; parameters only, once a step.
 
         Buffers stay the momentum branch's own: batch normalisation in it has seen other images.
         """

@@ -16,7 +16,7 @@ exists (methods 3.3). What it leaves open are fields of `SimCLRConfig`, with our
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,21 @@ from torch.nn.functional import normalize
 
 from train.distributed import gather_with_gradient, rank, world_size
 from train.encoders import build_encoder
-from train.methods.method import Method
+from train.methods.method import Method, Setup, projector
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig:
     """tau and the head are SimCLR's; how hard negatives enter is ours."""
 
+    name: ClassVar[str] = "simclr"
+
     temperature: float = 0.2
     """tau: similarities are divided by it (0.2 on ImageNet-100 in solo-learn and ADIOS)."""
     projection: int = 128
-    """Width of the projected embedding; the hidden layer is as wide as the encoder's features."""
+    """Width of the projected embedding."""
+    hidden: int | None = None
+    """Width of the head's hidden layer; that of the encoder's features when not given."""
     rho: float = 2.0
     """Factor on the similarity of a hard negative (MoCo's value; unverified for SimCLR)."""
     hard_for_keys: bool = False
@@ -43,6 +47,9 @@ class SimCLRConfig:
     """Whether gradients flow through the hard negatives (ours: yes, no branch is a teacher)."""
     hard_of_others: bool = False
     """Whether the hard negatives of the rank's other images are negatives as well (ours: no)."""
+
+    def build(self, setup: Setup) -> "SimCLR":
+        return SimCLR(self, setup)
 
 
 def nt_xent(
@@ -88,16 +95,11 @@ def nt_xent(
 class SimCLR(Method):
     """Reads `query`, `key` and `hard_negative` of a batch; needs no label."""
 
-    name = "simclr"
-    Config = SimCLRConfig
-
-    def __init__(self, encoder: str, config: SimCLRConfig, *, batch_size: int, seed: int) -> None:
-        super().__init__(encoder, config, batch_size=batch_size, seed=seed)
-        self.config = config
-        self.encoder, width = build_encoder(encoder)
-        self.head = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.projection)
-        )
+    def __init__(self, config: SimCLRConfig, setup: Setup) -> None:
+        super().__init__()
+        self.config, self.setup = config, setup
+        self.encoder, width = build_encoder(setup.encoder, setup.stem)
+        self.head = projector(width, config.hidden, config.projection)
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         size, config = len(batch.query), self.config
@@ -121,9 +123,13 @@ class SimCLR(Method):
         return self.encoder
 
     def notes(self, samples: int) -> list[str]:
-        if world_size() == 1:
-            return []
-        return ["batch normalisation is each process's own; SimCLR's is over all of them"]
+        notes = []
+        if world_size() > 1 and not self.setup.sync_bn:
+            notes.append("batch normalisation is each process's own; SimCLR's is over all of them")
+        if self.setup.accumulate > 1:
+            part = self.setup.batch_size // self.setup.accumulate
+            notes.append(f"negatives are of the same part of a step: {part} images")
+        return notes
 
     def project(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> float32 unit vectors (N, D)."""

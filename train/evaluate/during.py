@@ -1,0 +1,57 @@
+"""kNN accuracy of an encoder while it trains."""
+
+import torch
+
+from schemas import UserError
+from train.config import TrainConfig
+from train.evaluate.features import extract, labelled, unmasked
+from train.evaluate.knn import knn_accuracy
+from train.methods import Method
+
+
+class KnnDuringTraining:
+    """Called on all ranks after each epoch; every `knn.epochs` of them it has scores.
+
+    Raises:
+        UserError: the data has no labels, or too few images for so many neighbours.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        knn = config.knn
+        assert knn.data is not None
+        self.train = labelled(knn.data)
+        if knn.test_data is not None and labelled(knn.test_data).classes != self.train.classes:
+            raise UserError(f"{knn.test_data}: has other classes than {knn.data}")
+        others = len(self.train) - (knn.test_data is None)
+        if not knn.neighbours or not 1 <= min(knn.neighbours) <= max(knn.neighbours) <= others:
+            raise UserError(
+                f"--knn.neighbours {' '.join(map(str, knn.neighbours))}: each must be between 1 "
+                f"and {others}, the other images of {knn.data}"
+            )
+
+    def __call__(self, method: Method, epoch: int) -> dict[str, float]:
+        knn = self.config.knn
+        if epoch % knn.epochs and epoch != self.config.epochs:
+            return {}
+        encoder = method.exported()
+        found = [
+            extract(
+                encoder,
+                unmasked(self.config.recipe),
+                url,
+                self.device,
+                knn.batch_size,
+                self.config.precision,
+            )
+            for url in (knn.data, knn.test_data)
+            if url is not None
+        ]
+        method.train()
+        accuracy = knn_accuracy(
+            found[0],
+            found[1] if len(found) > 1 else None,
+            classes=len(self.train.classes),
+            neighbours=knn.neighbours,
+        )
+        return {f"knn_{k}": value for k, value in accuracy.items()}

@@ -1,0 +1,81 @@
+"""The command `export`: an encoder in the formats of other libraries."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from schemas import UserError
+from train.encoders import load_encoder
+
+Format = Literal["torchvision", "safetensors", "detectron2"]
+SUFFIX: dict[Format, str] = {
+    "torchvision": ".pth",
+    "safetensors": ".safetensors",
+    "detectron2": ".pkl",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write an encoder for another library."""
+
+    encoder: str = tyro.MISSING
+    """A run's folder, or an encoder.safetensors."""
+    format: Format = "torchvision"
+    """torchvision: a state_dict without fc, for load_state_dict(..., strict=False). safetensors:
+    the same keys. detectron2: the pickle of MoCo's convert-pretrain.py, for R50-C4 and its like."""
+    out: str | None = None
+    """The file; beside the encoder when not given."""
+
+
+def export(options: ExportOptions) -> Path:
+    """Write the file and return its path.
+
+    Raises:
+        UserError: no such encoder; detectron2 knows no ResNet of this kind.
+    """
+    encoder, metadata, path = load_encoder(options.encoder)
+    state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
+    out = Path(options.out or path.with_name(f"{options.format}{SUFFIX[options.format]}"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if options.format == "torchvision":
+        torch.save(state, out)
+    elif options.format == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, out, metadata)
+    else:
+        if metadata.get("stem", "imagenet") != "imagenet":
+            raise UserError(f"{path}: has the small stem; detectron2's ResNets have none like it")
+        content = {
+            "model": {detectron2_name(name): to_numpy(value) for name, value in state.items()},
+            "__author__": "saliency-shards",
+            "matching_heuristics": True,
+        }
+        with out.open("wb") as file:
+            pickle.dump(content, file)
+    return out
+
+
+def detectron2_name(name: str) -> str:
+    """torchvision's name of a weight -> detectron2's (MoCo, detection/convert-pretrain.py).
+
+    >>> detectron2_name("layer1.0.downsample.1.running_mean")
+    'res2.0.shortcut.norm.running_mean'
+    """
+    if not name.startswith("layer"):
+        name = f"stem.{name}"
+    for number in range(1, 5):
+        name = name.replace(f"layer{number}", f"res{number + 1}")
+    for number in range(1, 4):
+        name = name.replace(f"bn{number}", f"conv{number}.norm")
+    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+
+
+def to_numpy(value: Tensor) -> object:
+    return value.detach().cpu().numpy()

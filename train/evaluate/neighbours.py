@@ -1,0 +1,103 @@
+"""The command `knn`: weighted kNN accuracy of a frozen encoder."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from schemas import UserError
+from train.distributed import is_main, pick_device, together
+from train.encoders import load_encoder, untrained_encoder
+from train.evaluate import results
+from train.evaluate.features import extract, labelled, recipe_of
+from train.evaluate.knn import NEIGHBOURS, TEMPERATURE, knn_accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions:
+    """Weighted kNN accuracy of a frozen encoder."""
+
+    encoder: str = tyro.MISSING
+    """A run's folder, or an encoder.safetensors."""
+    data: str = tyro.MISSING
+    """Labelled shards whose images are the neighbours."""
+    test_data: str | None = None
+    """Labelled shards to classify; without it `data` itself, leaving each image itself out."""
+    baseline: bool = False
+    """Also evaluate the same architecture untrained, on the same images."""
+    neighbours: tuple[int, ...] = NEIGHBOURS
+    """Numbers of neighbours that vote, one accuracy each."""
+    batch_size: int = 64
+    """Images at a time on each process; changes no result."""
+    seed: int = 0
+    """Of the untrained encoder's weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch finds a GPU."""
+
+
+def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
+    """Evaluate, append to results.jsonl beside the encoder, and return the rows; on all ranks.
+
+    Raises:
+        UserError: encoder, data or options do not fit.
+    """
+    with together():
+        device = pick_device(options.device)
+        torch.backends.cuda.matmul.allow_tf32 = False  # similarities decide between neighbours
+        encoder, metadata, path = load_encoder(options.encoder)
+        train = labelled(options.data)
+        test = labelled(options.test_data) if options.test_data else None
+        if test is not None and test.classes != train.classes:
+            raise UserError(f"{options.test_data}: has other classes than {options.data}")
+        if not options.neighbours or min(options.neighbours) < 1:
+            raise UserError(f"--neighbours {options.neighbours}: each must be at least 1")
+
+    encoders: list[tuple[str, nn.Module]] = [("trained", encoder)]
+    if options.baseline:
+        encoders.append(("untrained", untrained_encoder(metadata, options.seed)))
+    recipe = recipe_of(metadata)
+    rows: list[dict[str, Any]] = []
+    for weights, model in encoders:
+        known = extract(model, recipe, options.data, device, options.batch_size)
+        asked = (
+            extract(model, recipe, options.test_data, device, options.batch_size)
+            if options.test_data
+            else None
+        )
+        accuracy = knn_accuracy(
+            known, asked, classes=len(train.classes), neighbours=options.neighbours
+        )
+        rows.append(
+            results.row_of(
+                "knn",
+                metadata,
+                train,
+                test,
+                {str(k): value for k, value in accuracy.items()},
+                weights=weights,
+                split="test data" if test else "leave-one-out",
+                temperature=TEMPERATURE,
+                seed=options.seed,
+            )
+        )
+    with together():
+        if is_main():
+            results.append(path.parent, rows)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a few lines for a person."""
+    first = rows[0]
+    names = list(first["accuracy"])
+    lines = [
+        f"kNN top-1 of {first['encoder']}, {first['test_images']} images, {first['split']}, "
+        f"{'high-pass' if first['high_pass'] else 'plain'} {first['crop_size']} px",
+        "weights    " + "".join(f"{'k=' + k:>9}" for k in names),
+    ]
+    for row in rows:
+        cells = "".join(f"{100 * row['accuracy'][k]:>8.2f}%" for k in names)
+        lines.append(f"{row['weights']:<11}{cells}")
+    return "\n".join(lines)
