@@ -67,7 +67,7 @@ def write_preview(
     return views.batch_size
 
 
-def sheet_of_fed(batch: Batch, recipe: Recipe, samples: int = 8) -> Image.Image:
+def sheet_of_fed(batch: Batch, recipe: Recipe, samples: int = 4) -> Image.Image:
     """The first views of a batch as the network is fed them, one row a sample."""
     names = [name for name in ("query", "key") if getattr(batch, name) is not None]
     rows = []

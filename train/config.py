@@ -1,6 +1,6 @@
 """The options of one training. The command line, config.yaml and checkpoints are views of this."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -180,8 +180,10 @@ def settings_of(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
 
 def recipe_name(recipe: Recipe) -> str:
     """The name of a recipe, however its views are cut and coloured; `custom` by its masks."""
+    views = {*VIEW_FIELDS, "hard_negatives"} if not recipe.pair else set(VIEW_FIELDS)
+    masks = [field.name for field in fields(Recipe) if field.name not in views]
     for name, known in RECIPES.items():
-        if replace(known, **{field: getattr(recipe, field) for field in VIEW_FIELDS}) == recipe:
+        if all(getattr(recipe, mask) == getattr(known, mask) for mask in masks):
             return name
     return "custom"
 

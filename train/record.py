@@ -67,9 +67,11 @@ class Record:
         self.file.flush()
         last = rows[-1]
         waiting = sum(row["data_wait"] for row in rows) / seconds
+        scores = [f", {n} {last[n]:.2%}" for n in last if n.startswith(("knn_", "top"))]
         text = (
             f"epoch {last['epoch']}/{self.epochs}, loss {last['loss']:.4f}, "
             f"{last['images_per_second']:.1f} images/s, {waiting:.0%} waiting for data"
+            f"{''.join(scores)}"
         )
         if self.bar is None:
             left = (time.monotonic() - self.started) * (self.total - last["step"])

@@ -1,98 +1,34 @@
-"""The whole job on real shards: it runs, it refuses, and it goes on exactly where it was killed."""
+"""The whole job on real shards, in this process: it runs, it refuses, it goes on where it was."""
 
-import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 import yaml
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.models import ResNet
 
 import train.loop
-from pipeline.recipes import RECIPES
-from schemas import Sample, UserError, write_dataset
+from schemas import UserError
 from schemas.cli import TerminatedError
+from tests.train.runs import ARGUMENTS, command, config, metrics, told, write_images
 from train.__main__ import main
-from train.config import TrainConfig
-from train.encoders import load_encoder, untrained_encoder
-from train.evaluate.neighbours import KnnOptions, evaluate, table
-from train.methods import MoCoConfig
+from train.config import KnnConfig
+from train.encoders import build_encoder, load_encoder, save_encoder, untrained_encoder
+from train.evaluate.features import extract, unmasked
+from train.evaluate.knn import knn_accuracy
+from train.methods import MoCoConfig, SupervisedConfig
 from train.optim import OptimConfig
-
-IMAGES = 26  # 3 steps of 8 and 2 images left out
-
-
-def write_images(url: Path, label: int | None = None) -> str:
-    generator = np.random.default_rng(0)
-
-    def samples():
-        for i in range(IMAGES):
-            pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(pixels).resize((48, 40)).save(file, "JPEG")
-            saliency = generator.random((28, 28), dtype=np.float32)
-            yield Sample(
-                key=f"image{i}",
-                image=file.getvalue(),
-                extension="jpg",
-                saliency=saliency,
-                label=i % 2 if label is None else label,
-                height=40,
-                width=48,
-            )
-
-    write_dataset(str(url), samples(), name="test", classes=["a", "b"], shard_samples=10)
-    return str(url)
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> str:
-    return write_images(tmp_path_factory.mktemp("data") / "shards")
-
-
-def config(data: str, out: Path, **changes) -> TrainConfig:
-    small = TrainConfig(
-        data=data,
-        out=str(out),
-        method=MoCoConfig(queue=20),
-        recipe=RECIPES["hp"],
-        encoder="resnet18",
-        crop_size=28,
-        batch_size=8,
-        epochs=2,
-        log_steps=2,
-        device="cpu",
-    )
-    return replace(small, **changes)
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def told(out: Path) -> list[tuple]:
-    """What must not depend on how often a run was stopped."""
-    names = ("step", "epoch", "loss", "contrastive_accuracy", "lr")
-    return [tuple(row[name] for name in names) for row in metrics(out)]
-
-
-@pytest.fixture(scope="session")
-def run(shards, tmp_path_factory) -> Path:
-    """A short run, never stopped."""
-    out = tmp_path_factory.mktemp("run")
-    train.loop.train(config(shards, out))
-    return out
+from train.presets import SUPERVISED_VIEWS
 
 
 def test_run_leaves_its_record(run):
@@ -110,6 +46,26 @@ def test_run_leaves_its_record(run):
         "step-00000006",
     ]
     assert list((run / "tensorboard").iterdir())
+    for epoch in (1, 2):
+        with Image.open(run / "views" / f"epoch-{epoch:04d}.png") as sheet:
+            assert min(sheet.size) > 600  # three views of four images
+    (start,) = map(json.loads, (run / "starts.jsonl").read_text().splitlines())
+    assert start["after_step"] == 0
+    assert start["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "git" in start
+
+
+def test_knn_of_each_epoch_is_that_of_the_encoder(shards, run):
+    """The last one again, from the exported file."""
+    rows = metrics(run)
+    assert ["knn_5" in row for row in rows] == [False, False, True] * 2
+    settings = config(shards, run)
+    encoder, _, _ = load_encoder(str(run))
+    recipe = unmasked(replace(settings.recipe, crop_size=28))
+    found = extract(encoder, recipe, shards, torch.device("cpu"), 7)
+    accuracy = knn_accuracy(found, None, classes=2, neighbours=(1, 5))
+    assert rows[-1]["knn_1"] == pytest.approx(accuracy[1])
+    assert rows[-1]["knn_5"] == pytest.approx(accuracy[5])
 
 
 def test_encoder_is_torchvisions_and_was_trained(run):
@@ -189,27 +145,114 @@ def test_other_settings_and_resume_never_are_refused(shards, run):
         train.loop.train(config(shards, run, resume="never"))
 
 
-def test_loss_that_is_not_finite_stops_with_its_step(shards, tmp_path):
-    with pytest.raises(UserError, match=r"the loss of step [2-4] is (nan|inf)"):
-        train.loop.train(config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=1))
+def test_loss_that_is_not_finite_stops_before_its_update(shards, tmp_path):
+    """And leaves the keys, the views and the state that bring it back."""
+    explodes = config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=1)
+    with pytest.raises(UserError, match=r"the loss of step [2-4] is (nan|inf)") as error:
+        train.loop.train(explodes)
     steps = [row["step"] for row in metrics(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
+    (folder,) = (tmp_path / "failed").iterdir()
+    assert str(folder) in str(error.value)
+    assert str(error.value).count("\n") <= 2
+    state = torch.load(folder / "state.pt", weights_only=True)
+    own = torch.load(folder / "rank-0000.pt", weights_only=True)
+    assert (state["step"], state["after_step"]) == (len(steps) + 1, len(steps))
+    assert len(set(own["keys"])) == 8
+    assert all(key.startswith("image") for key in own["keys"])
+    method = explodes.method.build(
+        train.loop.Setup(encoder="resnet18", batch_size=8, classes=2, seed=0)
+    ).train()
+    method.load_state_dict(state["model"])
+    method.begin_step()
+    loss = method(SimpleNamespace(**own["views"]))["loss"]
+    assert not torch.isfinite(loss)
 
 
-ARGUMENTS = {
-    "--recipe": "hp",
-    "--encoder": "resnet18",
-    "--crop-size": "28",
-    "--batch-size": "8",
-    "--queue": "20",
-    "--epochs": "2",
-    "--device": "cpu",
-}
+def test_loss_that_was_not_finite_earlier_is_named_by_its_own_step(shards, tmp_path):
+    with pytest.raises(UserError, match=r"(?s)step [23] is .*--log-steps 1 stops right at"):
+        train.loop.train(config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=100))
+    (folder,) = (tmp_path / "failed").iterdir()
+    own = torch.load(folder / "rank-0000.pt", weights_only=True)
+    assert own["views"] is None
+    assert len(own["keys"]) == 8
 
 
-def command(data: str, out: Path | str, **changes: str) -> list[str]:
-    options = {"--data": data, "--out": str(out), **ARGUMENTS, **changes}
-    return [part for option in options.items() for part in option]
+def test_two_runs_do_not_share_a_folder(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.loop, "LOCK_SECONDS", 0.1)
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another training is writ"):
+        train.loop.train(config(shards, tmp_path))
+
+
+def test_supervised_reads_queries_and_labels(shards, tmp_path):
+    settings = config(
+        shards, tmp_path, method=SupervisedConfig(), stem="small", optim=OptimConfig(base_lr=0.1)
+    )
+    views = {**SUPERVISED_VIEWS, "crop_area": (0.9, 1.0)}
+    train.loop.train(replace(settings, recipe=replace(settings.recipe, **views), epochs=8))
+    rows = metrics(tmp_path)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    encoder, metadata, _ = load_encoder(str(tmp_path))
+    assert metadata["stem"] == "small"
+    assert encoder.conv1.weight.shape == (64, 3, 3, 3)
+    unlabelled = write_images(tmp_path / "unlabelled", label=-1, classes=())
+    with pytest.raises(UserError, match="have 0 classes; it needs labels"):
+        train.loop.train(replace(settings, data=unlabelled, out=str(tmp_path / "other")))
+
+
+def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
+    encoder, width = build_encoder("resnet18", "small")
+    maps = []
+    encoder.layer1.register_forward_hook(lambda module, x, y: maps.append(y.shape))
+    encoder(torch.randn(2, 3, 32, 32))
+    assert maps == [(2, 64, 32, 32)]
+    assert width == 512
+    save_encoder(
+        tmp_path / "encoder.safetensors", encoder, {"encoder": "resnet18", "stem": "small"}
+    )
+    again, _, _ = load_encoder(str(tmp_path))
+    assert torch.equal(again.conv1.weight, encoder.conv1.weight)
+
+
+def test_synthetic_trains_without_data_and_goes_on(tmp_path):
+    settings = config("", tmp_path, synthetic=20, compile=False)
+    train.loop.train(settings)
+    assert [row["epoch"] for row in metrics(tmp_path)] == [1, 1, 2, 2]
+    train.loop.train(settings)
+
+
+def test_compile_is_for_the_encoders(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(ResNet, "compile", lambda self: compiled.append(self))  # noqa: PLW0108
+    train.loop.train(config("", tmp_path, synthetic=8, epochs=1, compile=True))
+    assert len(compiled) == 2  # the momentum branch's too
+
+
+def test_weights_and_biases_gets_each_step_when_it_is_there(shards, tmp_path, monkeypatch):
+    logged, ids = [], []
+
+    def init(**options):
+        ids.append(options["id"])
+        return SimpleNamespace(log=lambda row, step: logged.append(step), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    settings = config(shards, tmp_path, wandb="project", epochs=1)
+    train.loop.train(settings)
+    assert logged == [1, 2, 3]
+    train.loop.train(settings)
+    assert ids[0] == ids[1]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train.loop.train(config(shards, tmp_path / "other", wandb="project"))
+
+
+def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
+    for knn, message in (
+        (KnnConfig(data=shards), "20 200: each must be between 1 and 25"),
+        (KnnConfig(data="/nowhere"), "no dataset here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.loop.train(config(shards, tmp_path, knn=knn))
 
 
 @pytest.mark.parametrize(
@@ -227,13 +270,16 @@ def command(data: str, out: Path | str, **changes: str) -> list[str]:
         ("--queue", "7", "smaller than the batch"),
         ("--device", "cuda", "no GPU"),
         ("--warmup-epochs", "2", "must be below --epochs 2"),
+        ("--preset", "mocco", "did you mean moco"),
+        ("--preset", "simclr", "--preset is of method simclr, --method is moco"),
+        ("--accumulate", "3", "does not divide among 1 processes x 3 parts; the nearest"),
     ],
 )
 def test_user_mistakes_are_user_errors(shards, tmp_path, monkeypatch, option, value, message):
     if option == "--batch-size" and value == "64":
         monkeypatch.setitem(ARGUMENTS, "--queue", "64")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments = command(shards, tmp_path / "run", **{option: value})
+    arguments = command(shards, tmp_path / "run", **{"--method": "moco", option: value})
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     with pytest.raises(UserError, match=message):
         main()
@@ -243,7 +289,7 @@ def indivisible():
     from train.config import resolved
 
     try:
-        resolved(config("data", Path("out"), batch_size=9), torch.device("cpu"))
+        resolved(config("data", "out", batch_size=9), torch.device("cpu"))
     except UserError as error:
         return str(error)
     return "accepted"
@@ -253,86 +299,6 @@ def test_batch_that_does_not_divide_among_ranks_is_refused(two_ranks):
     assert set(two_ranks(indivisible)) == {
         "--batch-size 9: does not divide among 2 processes; the nearest that does is 8"
     }
-
-
-def test_evaluation_appends_rows_and_prints_them(shards, run):
-    (run / "results.jsonl").unlink(missing_ok=True)
-    options = KnnOptions(
-        encoder=str(run), data=shards, baseline=True, neighbours=(1, 5), device="cpu"
-    )
-    rows = evaluate(options)
-    assert [row["weights"] for row in rows] == ["trained", "untrained"]
-    assert all(0 <= row["accuracy"]["5"] <= 1 and row["high_pass"] for row in rows)
-    evaluate(replace(options, baseline=False, test_data=shards, neighbours=(1,)))
-    written = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    assert written[:2] == rows
-    assert written[2]["split"] == "test data"
-    assert written[2]["accuracy"] == {"1": 1.0}  # each image finds itself
-    assert "leave-one-out" in table(rows)
-
-
-def test_evaluation_refuses_what_it_cannot_do(shards, run, tmp_path):
-    options = KnnOptions(encoder=str(run), data=shards, device="cpu")
-    with pytest.raises(UserError, match="200 neighbours asked for, but there are 25"):
-        evaluate(options)
-    with pytest.raises(UserError, match="no such encoder"):
-        evaluate(replace(options, encoder=str(tmp_path)))
-    unlabelled = write_images(tmp_path / "unlabelled", label=-1)
-    with pytest.raises(UserError, match="26 of 26 images have no label"):
-        evaluate(replace(options, data=unlabelled))
-    alike = write_images(tmp_path / "alike", label=1)
-    with pytest.raises(UserError, match="images of one class alone"):
-        evaluate(replace(options, data=alike))
-
-
-def torchrun(data: str, out: Path) -> list[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    return [*start, "--standalone", "-m", "train", *command(data, out, **{"--log-steps": "1"})]
-
-
-def started(shards, out, options, environment, *, until):
-    """A run of two processes that has reached this checkpoint: torchrun, and its workers' pids."""
-    process = subprocess.Popen(
-        [*torchrun(shards, out), *options], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoints" / f"step-{until:08d}").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) == 2
-    return process, [int(pid) for pid in workers]
-
-
-@pytest.mark.slow
-def test_two_processes_killed_go_on_exactly(shards, tmp_path):
-    """SIGTERM to one, SIGKILL to all, the same command again each time, against a whole run."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    longer = ["--epochs", "3", "--checkpoint-steps", "2"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*torchrun(shards, whole), *longer], env=environment, check=True)
-
-    process, workers = started(shards, killed, longer, environment, until=2)
-    os.kill(workers[1], signal.SIGTERM)  # rank 0 hears of it from rank 1
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1  # torchrun's own, for whatever its workers end with
-    assert re.search(r"exitcode *: 75", errors)
-    assert re.search(r"stopped and saved after step \d; the same command goes on", errors)
-
-    process, workers = started(shards, killed, longer, environment, until=6)
-    # torchrun first, so that it does not tidy up; its workers have sessions of their own
-    for pid in (process.pid, *workers):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert not (killed / "encoder.safetensors").exists()
-    assert len((killed / "metrics.jsonl").read_text().splitlines()) < 9
-
-    subprocess.run([*torchrun(shards, killed), *longer], env=environment, check=True)
-    assert len(told(killed)) == 9
-    assert told(killed) == told(whole)
-    first, second = (load_file(out / "encoder.safetensors") for out in (whole, killed))
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.slow

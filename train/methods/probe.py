@@ -36,7 +36,7 @@ class LinearProbe(Method):
     def __init__(self, config: LinearProbeConfig, setup: Setup) -> None:
         super().__init__()
         encoder, _, _ = load_encoder(config.path)
-        self.encoder = encoder.requires_grad_(False)
+        self.encoder = encoder.requires_grad_(False).eval()
         width = self.encoder(torch.zeros(1, 3, 64, 64)).shape[1]
         self.classifier = nn.Linear(width, setup.classes)
         nn.init.normal_(self.classifier.weight, std=INITIAL_STD)

@@ -1,0 +1,82 @@
+"""Small datasets and short runs on them, which several test files share."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.recipes import RECIPES
+from schemas import Sample, write_dataset
+from train.config import TrainConfig
+from train.methods import MoCoConfig
+
+IMAGES = 26  # 3 steps of 8 and 2 images left out
+
+
+def write_images(url: Path, label: int | None = None, classes: Sequence[str] = ("a", "b")) -> str:
+    generator = np.random.default_rng(0)
+
+    def samples():
+        for i in range(IMAGES):
+            pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).resize((48, 40)).save(file, "JPEG")
+            saliency = generator.random((28, 28), dtype=np.float32)
+            yield Sample(
+                key=f"image{i}",
+                image=file.getvalue(),
+                extension="jpg",
+                saliency=saliency,
+                label=i % 2 if label is None else label,
+                height=40,
+                width=48,
+            )
+
+    write_dataset(str(url), samples(), name="test", classes=list(classes), shard_samples=10)
+    return str(url)
+
+
+def config(data: str, out: Path | str, **changes) -> TrainConfig:
+    small = TrainConfig(
+        data=data,
+        out=str(out),
+        method=MoCoConfig(queue=20),
+        recipe=RECIPES["hp"],
+        encoder="resnet18",
+        crop_size=28,
+        batch_size=8,
+        epochs=2,
+        log_steps=2,
+        device="cpu",
+    )
+    return replace(small, **changes)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def told(out: Path) -> list[tuple]:
+    """What must not depend on how often a run was stopped."""
+    names = ("step", "epoch", "loss", "contrastive_accuracy", "lr")
+    return [tuple(row[name] for name in names) for row in metrics(out)]
+
+
+ARGUMENTS = {
+    "--recipe": "hp",
+    "--encoder": "resnet18",
+    "--crop-size": "28",
+    "--batch-size": "8",
+    "--queue": "20",
+    "--epochs": "2",
+    "--device": "cpu",
+}
+
+
+def command(data: str, out: Path | str, **changes: str) -> list[str]:
+    options = {"--data": data, "--out": str(out), **ARGUMENTS, **changes}
+    return [part for option in options.items() for part in option]

@@ -1,0 +1,201 @@
+"""Evaluations against what can be had otherwise: accuracies by hand, torchvision, names by a list."""
+
+import json
+import pickle
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+from pipeline import PlainViews
+from schemas import UserError
+from tests.train.runs import metrics, write_images
+from train.encoders import build_encoder, load_encoder, save_encoder
+from train.evaluate import export, linear, results
+from train.evaluate.__main__ import main
+from train.evaluate.features import recipe_of
+from train.evaluate.neighbours import KnnOptions, evaluate, table
+
+
+def test_evaluation_appends_rows_and_prints_them(shards, run):
+    (run / "results.jsonl").unlink(missing_ok=True)
+    options = KnnOptions(
+        encoder=str(run), data=shards, baseline=True, neighbours=(1, 5), device="cpu"
+    )
+    rows = evaluate(options)
+    assert [row["weights"] for row in rows] == ["trained", "untrained"]
+    assert all(0 <= row["accuracy"]["5"] <= 1 and row["high_pass"] for row in rows)
+    evaluate(replace(options, baseline=False, test_data=shards, neighbours=(1,)))
+    written = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert written[:2] == rows
+    assert written[2]["split"] == "test data"
+    assert written[2]["accuracy"] == {"1": 1.0}  # each image finds itself
+    assert "leave-one-out" in table(rows)
+
+
+def test_evaluation_refuses_what_it_cannot_do(shards, run, tmp_path):
+    options = KnnOptions(encoder=str(run), data=shards, device="cpu")
+    with pytest.raises(UserError, match="200 neighbours asked for, but there are 25"):
+        evaluate(options)
+    with pytest.raises(UserError, match="no such encoder"):
+        evaluate(replace(options, encoder=str(tmp_path)))
+    unlabelled = write_images(tmp_path / "unlabelled", label=-1)
+    with pytest.raises(UserError, match="26 of 26 images have no label"):
+        evaluate(replace(options, data=unlabelled))
+    alike = write_images(tmp_path / "alike", label=1)
+    with pytest.raises(UserError, match="images of one class alone"):
+        evaluate(replace(options, data=alike))
+
+
+def probe_options(shards, run, **changes) -> linear.LinearOptions:
+    options = linear.LinearOptions(
+        encoder=str(run), data=shards, test_data=shards, batch_size=8, epochs=2, device="cpu"
+    )
+    return replace(options, **changes)
+
+
+def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
+    before = (run / "encoder.safetensors").read_bytes()
+    row = linear.evaluate(probe_options(shards, run, out=str(tmp_path)))
+    assert (run / "encoder.safetensors").read_bytes() == before
+    assert json.loads((run / "results.jsonl").read_text().splitlines()[-1]) == row
+    encoder, metadata, _ = load_encoder(str(run))
+    step = max((tmp_path / "checkpoints").iterdir())
+    state = torch.load(step / "state.pt", weights_only=True)["model"]
+    for name, value in encoder.state_dict().items():  # the batch statistics as well
+        assert torch.equal(state[f"encoder.{name}"], value), name
+
+    # the accuracies again, from the files
+    classifier = load_file(tmp_path / "classifier.safetensors")
+    assert classifier["weight"].shape == (2, 512)
+    encoder.eval()
+    hits = 0
+    for batch in PlainViews(shards, 5, "cpu", crop_size=28, recipe=recipe_of(metadata)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features = encoder(batch.image).float()
+        logits = features @ classifier["weight"].T + classifier["bias"]
+        hits += int((logits.argmax(1) == batch.label).sum())
+    assert row["accuracy"]["top1"] == pytest.approx(hits / 26, abs=0.5 / 26)
+    assert row["accuracy"]["top5"] == 1.0  # of two classes
+    scores = [r["top1"] for r in metrics(tmp_path) if "top1" in r]
+    assert len(scores) == 2
+    assert row["accuracy"]["best_top1"] == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_linear_probe_goes_on_with_the_same_encoder_only(shards, run, tmp_path):
+    options = probe_options(shards, run, out=str(tmp_path / "probe"), epochs=1)
+    first = linear.evaluate(options)
+    again = linear.evaluate(options)  # nothing is left to do
+    assert again["accuracy"] == first["accuracy"]
+    other, metadata = build_encoder("resnet18")[0], load_encoder(str(run))[1]
+    save_encoder(tmp_path / "encoder.safetensors", other, metadata)
+    with pytest.raises(UserError, match=r"method\.sha256 was"):
+        linear.evaluate(replace(options, encoder=str(tmp_path)))
+
+
+def test_probe_of_a_high_pass_encoder_sees_high_pass_images(shards, run):
+    """Train and test alike; of a plain one, plain images (D15)."""
+    _, metadata, _ = load_encoder(str(run))
+    assert recipe_of(metadata).high_pass
+    plain = recipe_of({**metadata, "high_pass": "False"})
+    assert not plain.high_pass
+    filtered = next(iter(PlainViews(shards, 26, "cpu", crop_size=28, recipe=recipe_of(metadata))))
+    unfiltered = next(iter(PlainViews(shards, 26, "cpu", crop_size=28, recipe=plain)))
+    assert filtered.image.mean(dim=(1, 2, 3)).abs().max() < 0.1
+    assert unfiltered.image.mean(dim=(1, 2, 3)).abs().max() > 0.1
+
+
+def test_export_loads_into_torchvision(run, tmp_path):
+    options = export.ExportOptions(encoder=str(run), out=str(tmp_path / "weights.pth"))
+    state = torch.load(export.export(options), weights_only=True)
+    model = torchvision.models.resnet18()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+    assert torch.equal(model.conv1.weight, load_encoder(str(run))[0].conv1.weight)
+    options = replace(options, format="safetensors", out=str(tmp_path / "again.safetensors"))
+    assert set(load_file(export.export(options))) == set(state)
+
+
+def test_detectron2_names_by_a_list_of_them():
+    names = {
+        "conv1.weight": "stem.conv1.weight",
+        "bn1.running_var": "stem.conv1.norm.running_var",
+        "layer1.0.conv1.weight": "res2.0.conv1.weight",
+        "layer1.0.bn3.bias": "res2.0.conv3.norm.bias",
+        "layer2.0.downsample.0.weight": "res3.0.shortcut.weight",
+        "layer4.2.bn2.running_mean": "res5.2.conv2.norm.running_mean",
+        "layer3.0.downsample.1.weight": "res4.0.shortcut.norm.weight",
+    }
+    assert {name: export.detectron2_name(name) for name in names} == names
+
+
+def test_detectron2_pickle_has_every_weight_bit_for_bit(run, tmp_path):
+    options = export.ExportOptions(
+        encoder=str(run), format="detectron2", out=str(tmp_path / "detectron2.pkl")
+    )
+    with export.export(options).open("rb") as file:
+        content = pickle.load(file)
+    assert content["matching_heuristics"] is True
+    weights = load_encoder(str(run))[0].state_dict()
+    assert len(content["model"]) == len(weights)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(content["model"][export.detectron2_name(name)], value.numpy())
+
+
+def test_export_refuses_what_detectron2_has_not(tmp_path):
+    encoder, _ = build_encoder("resnet18", "small")
+    save_encoder(
+        tmp_path / "encoder.safetensors", encoder, {"encoder": "resnet18", "stem": "small"}
+    )
+    with pytest.raises(UserError, match="small stem"):
+        export.export(export.ExportOptions(encoder=str(tmp_path), format="detectron2"))
+
+
+def written(folder, method, recipe, accuracy, *, data="IN-100", seed=0, branch="query", hard=1):
+    settings = {"recipe.fill": recipe, "recipe.branch": branch, "recipe.hard_negatives": hard}
+    row = {
+        "protocol": "linear",
+        "accuracy": {"top1": accuracy},
+        "data": data,
+        "data_digest": data,
+        "test_digest": data,
+        "method": method,
+        "recipe": recipe,
+        "encoder": "resnet18",
+        "pretraining": {"seed": str(seed), "settings": json.dumps(settings)},
+    }
+    out = folder / f"{method}-{recipe}-{branch}-{seed}"
+    out.mkdir(exist_ok=True)
+    results.append(out, [row])
+
+
+def test_table_has_the_papers_layout(tmp_path, monkeypatch, capsys):
+    written(tmp_path, "moco", "mean", 0.10)  # an evaluation that was repeated: the last counts
+    written(tmp_path, "moco", "mean", 0.50)
+    written(tmp_path, "moco", "mean", 0.70, seed=1)
+    written(tmp_path, "moco", "mean", 0.9, data="Flowers-102")
+    written(tmp_path, "moco", "none", 0.25, hard=0)
+    written(tmp_path, "moco", "mean", 0.4, branch="key")
+    monkeypatch.setattr(sys, "argv", ["evaluate", "table", str(tmp_path)])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| linear, top-1 % | IN-100 | Flowers-102 | runs |"
+    assert "| moco, mean, query masked, 1 hard | 60.00 ± 14.14 | 90.00 | 2 |" in lines
+    assert "| moco, none | 25.00 |  | 1 |" in lines
+    assert "| IN-100, linear, top-1 % | key | both | query |" in lines
+    assert "| mean | 40.00 |  | 60.00 ± 14.14 |" in lines
+
+
+def test_commands_refuse_in_one_line(tmp_path, monkeypatch):
+    for arguments, message in (
+        (["linaer"], "did you mean linear"),
+        (["table", str(tmp_path)], "evaluate an encoder first"),
+        (["export", "--encoder", str(tmp_path)], "no such encoder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+        with pytest.raises(UserError, match=message):
+            main()

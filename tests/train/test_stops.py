@@ -1,0 +1,133 @@
+"""Real processes under torchrun: killed, hung, on two agents; against a run that nobody stopped."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.runs import command, told
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+LONGER = {"--log-steps": "1", "--epochs": "4", "--checkpoint-steps": "2"}
+
+
+def torchrun(data: str, out: Path, *agent: str, **options: str) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run"]
+    agent = agent or ("--nproc-per-node", "2", "--standalone")
+    return [*start, *agent, "-m", "train", *command(data, out, **{**LONGER, **options})]
+
+
+@pytest.fixture(scope="session")
+def whole(shards, tmp_path_factory) -> Path:
+    """Twelve steps on two ranks."""
+    out = tmp_path_factory.mktemp("whole")
+    subprocess.run(torchrun(shards, out), env=ENVIRONMENT, check=True)
+    return out
+
+
+def started(shards, out, **options):
+    """A run of two processes that has written a checkpoint: torchrun, and its workers' pids."""
+    before = checkpoints(out)
+    process = subprocess.Popen(
+        torchrun(shards, out, **options), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while checkpoints(out) == before:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    return process, [int(pid) for pid in workers]
+
+
+def checkpoints(out: Path) -> set[Path]:
+    return set((out / "checkpoints").glob("step-*"))
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait for a process that is not ours."""
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_goes_on_exactly(shards, whole, tmp_path):
+    """SIGTERM to one rank, SIGKILL to one, SIGKILL to torchrun; the same command each time."""
+    process, workers = started(shards, tmp_path)
+    os.kill(workers[1], signal.SIGTERM)  # rank 0 hears of it from rank 1
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1  # torchrun's own, for whatever its workers end with
+    assert re.search(r"exitcode *: 75", errors)
+    assert re.search(r"stopped and saved after step \d; the same command goes on", errors)
+
+    process, workers = started(shards, tmp_path)
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert re.search(r"rank +: 1.*\n.*exitcode +: -9", errors)
+
+    process, workers = started(shards, tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    for pid in workers:  # they hear of it, save and end
+        wait_for_end(pid)
+    assert "stopped and saved after step" in errors
+    assert not (tmp_path / "encoder.safetensors").exists()
+
+    subprocess.run(torchrun(shards, tmp_path), env=ENVIRONMENT, check=True)
+    assert len(told(tmp_path)) == 12
+    assert told(tmp_path) == told(whole)
+    first, second = (load_file(out / "encoder.safetensors") for out in (whole, tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+def test_rank_that_hangs_ends_the_job_with_its_number(shards, tmp_path):
+    options = {"--rank-timeout": "4", "--epochs": "1000"}
+    process, workers = started(shards, tmp_path, **options)
+    os.kill(workers[1], signal.SIGSTOP)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("error:"):
+            break
+    os.kill(workers[1], signal.SIGKILL)  # torchrun itself would wait 30 s more to do so
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert lines[-1] == (
+        "error: rank 1 of 2 processes died or was silent for 4 s (--rank-timeout); "
+        "the same command goes on from the last checkpoint\n"
+    )
+
+
+@pytest.mark.slow
+def test_two_agents_train_as_one_does(shards, whole, tmp_path):
+    """--nnodes 2 on the loopback, one process each, as two machines would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    agent = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
+    agent = (*agent, "--rdzv-endpoint", endpoint, "--rdzv-id", "test")
+    cores = sorted(os.sched_getaffinity(0))
+    halves = cores[: len(cores) // 2], cores[len(cores) // 2 :]  # a rank's threads: as in `whole`
+    agents = [
+        subprocess.Popen(
+            ["taskset", "-c", ",".join(map(str, half)), *torchrun(shards, tmp_path, *agent)],
+            env=ENVIRONMENT,
+        )
+        for half in halves
+    ]
+    assert [process.wait(timeout=120) for process in agents] == [0, 0]
+    assert told(tmp_path) == told(whole)
+    first, second = (load_file(out / "encoder.safetensors") for out in (whole, tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
