@@ -23,6 +23,8 @@ ESTIMATOR ?= $(if $(filter demo,$(DATASET)),spectral,scda)
 OUT ?= out/$(or $(DATASET),demo)
 RUN ?= out/runs/$(METHOD)-$(RECIPE)
 ARGS ?=
+STUDY ?= out/study
+SALIENCY ?=
 LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node $(NPROC) -m train)
 
 # $(call need,NAME,EXAMPLE): stop with one line when a variable is not given
@@ -87,7 +89,7 @@ evaluate: $(READY) ## ENCODER=... DATA=...: PROTOCOL=knn (or linear) accuracy of
 	$(PY) -m train.evaluate $(PROTOCOL) --encoder "$(ENCODER)" --data "$(DATA)" $(ARGS)
 
 .PHONY: bench
-bench: bench-loader bench-precompute bench-fidelity ## DATA=... ROOT=...: all of these
+bench: bench-loader bench-precompute bench-fidelity bench-train ## DATA=... ROOT=...: all of these
 
 .PHONY: bench-loader
 bench-loader: $(READY) ## DATA=...: views/s of the loader beside the usual ways, median and spread
@@ -99,6 +101,23 @@ bench-precompute: $(READY) ## ROOT=...: the precompute job on a folder of photos
 	$(call need,ROOT,make bench-precompute ROOT=photos)
 	$(PY) -m bench precompute --root "$(ROOT)" $(ARGS)
 
+.PHONY: bench-train
+bench-train: $(READY) ## DATA=...: training steps alone, fed by the loader, and the released way
+	$(call need,DATA,make bench-train DATA=out/photos)
+	$(PY) -m bench train --data "$(DATA)" $(ARGS)
+
+.PHONY: study
+study: $(READY) ## ROOT=... : arms of the method on imagenette160, transfer to caltech101, flowers102
+	$(call need,ROOT,make study ROOT=data)
+	for set in imagenette160/train:train imagenette160/val:val caltech101/train:caltech101-train \
+		caltech101/test:caltech101-test flowers102/train:flowers102-train \
+		flowers102/test:flowers102-test; do \
+		$(PY) -m precompute --dataset folder --root "$(ROOT)/$${set%%:*}" --shard-samples 500 \
+			--out "$(STUDY)/shards/$${set##*:}" --name "$$(basename $${set%%/*})" \
+			--estimator $(ESTIMATOR) $(SALIENCY) || exit; \
+	done
+	$(PY) -m bench study --shards $(STUDY)/shards --out $(STUDY) $(ARGS)
+
 .PHONY: bench-fidelity
 bench-fidelity: $(READY) ## ROOT=...: stored maps against online ones, on crops of photos
 	$(call need,ROOT,make bench-fidelity ROOT=photos)
@@ -109,10 +128,11 @@ test: $(READY) ## All tests
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: lint
-lint: $(READY) ## Format, lint and types
+lint: $(READY) ## Format, lint, types, shell scripts
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck .ci/run examples/*.sh examples/*.slurm
 
 .PHONY: clean
 clean: ## Remove .venv and what the demo wrote

@@ -3,6 +3,8 @@
 python -m bench loader --data URL         views/s beside the usual ways, on the same images
 python -m bench precompute --root PHOTOS  the job beside its ceilings
 python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
+python -m bench train --data URL          training steps: alone, fed, online saliency, released way
+python -m bench study --shards FOLDER      arms of the method on real data, several seeds, a table
 """
 
 import itertools
@@ -12,14 +14,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import fidelity, loader, precompute
+from bench import fidelity, loader, precompute, study, train
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
 
 
 def main() -> int:
-    commands = {"loader": bench_loader, "precompute": bench_precompute, "fidelity": bench_fidelity}
+    commands = {
+        "loader": bench_loader,
+        "precompute": bench_precompute,
+        "fidelity": bench_fidelity,
+        "train": bench_train,
+        "study": run_study,
+    }
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.strip() if __doc__ else "")
@@ -50,6 +58,23 @@ def bench_precompute(argv: Sequence[str]) -> None:
             seconds = precompute.finished(options, folder)
             print(f"nothing to do in {options.finished_shards} shards: found in {seconds:.1f} s")
     finish(options.out, {"Precompute": rows}, asdict(options))
+
+
+def bench_train(argv: Sequence[str]) -> None:
+    options = parse(train.Options, argv)
+    with tempfile.TemporaryDirectory() as folder:
+        made = train.trainers(options, Path(folder))
+        rows = measure(train.ways(options, made), options.repeats)
+    print(show("Training", rows, {}), end="\n\n")
+    found = train.summary(rows, train.shares(made, rows, options))
+    print(*found, sep="\n")
+    finish(options.out, {"Training": rows}, {**asdict(options), "summary": found})
+
+
+def run_study(argv: Sequence[str]) -> None:
+    options = parse(study.Options, argv)
+    study.run(options)
+    print("\n" + study.report(options))
 
 
 def bench_fidelity(argv: Sequence[str]) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from schemas import UserError
 from train.distributed import is_main, rank, together, world_size
@@ -30,7 +29,7 @@ PREFIX = "step-"
 
 
 class Resumable(Protocol):
-    """A loader with an exact state."""
+    """A loader, an optimiser or several: whatever has an exact state."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -60,7 +59,7 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}{step:08d}"
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, loader: Resumable) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: Resumable, loader: Resumable) -> None:
         """Write the state after `step` steps; called by all ranks.
 
         Raises:
@@ -91,7 +90,7 @@ class Checkpoints:
                 for old in self.steps()[: -self.keep]:
                     self.remove(old)
 
-    def restore(self, model: nn.Module, optimizer: Optimizer, loader: Resumable) -> int:
+    def restore(self, model: nn.Module, optimizer: Resumable, loader: Resumable) -> int:
         """Load the last checkpoint, if there is one, on all ranks; returns its step, else 0.
 
         Another number of processes is accepted where an epoch ended.

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.draws import to_device
 from schemas import UserError
 
 GRACE = 5.0
@@ -190,8 +191,8 @@ def shuffle(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Callable[[Te
     if world_size() == 1:
         return x, lambda y: y
     order = torch.randperm(world_size() * len(x), generator=generator)
-    share = order.view(world_size(), -1)[rank()].to(x.device)
-    origin = order.argsort().view(world_size(), -1)[rank()].to(x.device)
+    share = to_device(order.view(world_size(), -1)[rank()], x.device)
+    origin = to_device(order.argsort().view(world_size(), -1)[rank()], x.device)
     rows = all_gather(x.permute(0, 2, 3, 1))  # NHWC: no copy when x is channels_last
     return rows[share].permute(0, 3, 1, 2), lambda y: all_gather(y)[origin]
 

@@ -3,49 +3,70 @@
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline import Batch
 from train.checkpoint import rank_file, write
-from train.distributed import fail, is_main, rank, together
+from train.distributed import all_mean, fail, is_main, rank, together
 from train.feed import Feed
 from train.step import Step
 
 
-def stop_if_not_finite(rows: list[dict[str, Any]], step: Step, feed: Feed, out: Path) -> None:
-    """Stop all ranks at the first of these steps whose loss is not finite; before `step.update`.
+class LossWatch:
+    """Looks at the losses of the steps since it last did; only then does the host wait.
 
-    RUN/failed/step-N/ then holds state.pt (weights, queue and optimiser as they are now: right
-    before the update of step N when it is the last of `rows`, else after it) and, of each rank,
-    rank-0000.pt: the keys of step N's samples and the views that were fed last.
+    RUN/failed/step-N/ then holds state.pt (weights, queue and optimisers as they are: right before
+    the update of step N when N is the newest, else after later ones) and of each rank
+    rank-0000.pt: the keys of step N's samples and, of the newest step, the views.
     """
-    bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
-    if bad is None:
-        return
-    number, newest = bad["step"], rows[-1]["step"]
-    folder = out / "failed" / f"step-{number:08d}"
-    with together():
-        folder.mkdir(parents=True, exist_ok=True)
-        views = tensors_of(feed.last) if feed.last is not None and number == newest else None
-        keys = feed.keys[number - newest - 1]
-        write(folder / rank_file(rank()), {"step": number, "keys": keys, "views": views})
-        if is_main():
-            state = {
-                "step": number,
-                "loss": bad["loss"],
-                "after_step": newest - 1,
-                "model": step.method.state_dict(),
-                "optimizer": step.optimizer.state_dict(),
-            }
-            write(folder / "state.pt", state)
-    later = "" if number == newest else f"--log-steps 1 stops right at step {number}; "
-    fail(
-        f"the loss of step {number} is {bad['loss']}; its images' keys and the state are in "
-        f"{folder}.\nTry a lower --lr, --warmup-epochs or --precision fp32; the same command goes "
-        f"on from the last checkpoint, which is of an earlier step ({later}batches are the same)"
-    )
+
+    def __init__(self, step: Step, feed: Feed, out: Path) -> None:
+        self.step, self.feed, self.out = step, feed, out
+        self.pending: list[Tensor] = []
+
+    def note(self, scalars: dict[str, Tensor]) -> None:
+        """A step that is done, to be looked at later."""
+        self.pending.append(scalars["loss"].detach())
+
+    def check(self, number: int, scalars: dict[str, Tensor]) -> None:
+        """Stop all ranks if step `number`, under way, or one that was noted has a bad loss.
+
+        Raises:
+            UserError: on rank 0; the other ranks exit with status 2.
+        """
+        losses = all_mean(torch.stack([*self.pending, scalars["loss"].detach()])).tolist()
+        first = number - len(losses) + 1
+        self.pending.clear()
+        for bad, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                self.stop(bad, loss, newest=number)
+
+    def stop(self, number: int, loss: float, newest: int) -> None:
+        folder = self.out / "failed" / f"step-{number:08d}"
+        with together():
+            folder.mkdir(parents=True, exist_ok=True)
+            last = self.feed.last
+            views = tensors_of(last) if last is not None and number == newest else None
+            keys = self.feed.keys[number - newest - 1]
+            write(folder / rank_file(rank()), {"step": number, "keys": keys, "views": views})
+            if is_main():
+                state = {
+                    "step": number,
+                    "loss": loss,
+                    "after_step": newest - 1,
+                    "model": self.step.method.state_dict(),
+                    "optimizer": self.step.state_dict(),
+                }
+                write(folder / "state.pt", state)
+        later = "" if number == newest else f"--log-steps 1 stops right at step {number}; "
+        fail(
+            f"the loss of step {number} is {loss}; its images' keys and the state are in "
+            f"{folder}.\nTry a lower --lr, --warmup-epochs or --precision fp32; the same command "
+            "goes on from the last checkpoint, which is of an earlier step "
+            f"({later}batches are the same)"
+        )
 
 
 def tensors_of(batch: Batch) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from train.describe import introduction, metadata_of, write_config, write_start
 from train.distributed import is_main, pick_device, rank, together, world_size
 from train.encoders import save_encoder
 from train.evaluate.during import KnnDuringTraining
-from train.failure import stop_if_not_finite
+from train.failure import LossWatch
 from train.feed import SYNTHETIC_CLASSES, Feed, SyntheticViews, Views
 from train.interrupt import STATUS, Interrupt
 from train.meter import Meter
@@ -98,7 +99,7 @@ def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
     with together():
         if config.resume == "never" and checkpoints.steps():
             raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
-        done = checkpoints.restore(job.method, step.optimizer, job.views)
+        done = checkpoints.restore(job.method, step, job.views)
     record = None
     with together():
         if is_main():
@@ -203,6 +204,7 @@ def run_steps(
     """
     config, epoch_steps = job.config, job.epoch_steps
     feed, meter = Feed(job.views, memory=config.log_steps), Meter(config.batch_size)
+    watch = LossWatch(step, feed, job.out)
     for number in range(done + 1, job.total_steps + 1):
         lr = learning_rate(
             config.optim,
@@ -211,27 +213,27 @@ def run_steps(
             total=job.total_steps,
             epoch=epoch_steps,
         )
-        scalars = step.backward(feed.parts(config.accumulate))
         epoch = math.ceil(number / epoch_steps)
-        meter.add(scalars, feed.waited, step=number, epoch=epoch, lr=lr)
         stops = interrupt.anywhere()
         ends = number % epoch_steps == 0
         saves = stops or ends or number % (config.checkpoint_steps or epoch_steps) == 0
         logs = saves or number % config.log_steps == 0
-        if logs:
-            rows, seconds = meter.take()
-            stop_if_not_finite(rows, step, feed, job.out)
-        step.update(lr)
+        check = partial(watch.check, number) if logs else None
+        scalars = step(feed.parts(config.accumulate), lr, check)
+        if check is None:
+            watch.note(scalars)
+        meter.add(scalars, feed.waited, step=number, epoch=epoch, lr=lr)
         if record is not None and (number - 1) % epoch_steps == 0 and feed.last is not None:
             record.views(feed.last, config.recipe, number, epoch)
         if logs:
+            rows, seconds = meter.take()
             if ends and evaluation is not None:
                 rows[-1] |= evaluation(job.method, epoch)
             if record is not None:
                 record.steps(rows, seconds)
                 record.sync()
         if saves:
-            checkpoints.save(number, job.method, step.optimizer, job.views)
+            checkpoints.save(number, job.method, step, job.views)
             meter.restart()
         if stops and number < job.total_steps:
             leave(number)

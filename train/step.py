@@ -1,8 +1,8 @@
 """One optimiser step of a method: the same lines for one process and for many."""
 
 import inspect
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,70 +33,85 @@ def placed(method: Method, config: TrainConfig, device: torch.device) -> Method:
     return method
 
 
-def parallel(method: Method) -> nn.Module:
-    """The method under DDP where there are several ranks: gradients are means over them.
+def parallel(module: nn.Module) -> nn.Module:
+    """The module under DDP where there are several ranks: gradients are means over them.
 
     Buffers are not broadcast: the queue is equal on all ranks anyhow (at 65,536 x 128 it would be
     33 MB a step), and each rank's batch normalisation keeps its own running statistics; rank 0's
     are the ones saved.
     """
     if world_size() == 1:
-        return method
+        return module
     # torch 2.15 renamed the option; the range of versions that we run on has both names
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False}
-    return DistributedDataParallel(method, gradient_as_bucket_view=True, **options)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
+
+
+Check = Callable[[dict[str, Tensor]], None]
+"""Called with what a player reports, before its weights move; raises to stop there."""
 
 
 class Step:
-    """`backward` and then `update` are one step.
-
-    Attributes:
-        method, optimizer: what it moves.
-    """
+    """`step(parts, lr)` is one step of the method; its state is that of the optimisers."""
 
     def __init__(self, method: Method, config: TrainConfig, device: torch.device) -> None:
         self.method, self.config, self.device = method, config, device
-        self.model = parallel(method)
-        self.optimizer = build_optimizer(method, config.optim)
+        self.players = method.players()
+        self.models = [parallel(player.module) for player in self.players]
+        self.optimizers = [build_optimizer(player.module, config.optim) for player in self.players]
 
-    def backward(self, parts: Iterable[Any]) -> dict[str, Tensor]:
-        """Gradients of the mean loss over the parts of a step.
+    def __call__(
+        self, parts: Iterable[Any], lr: float, check: Check | None = None
+    ) -> dict[str, Tensor]:
+        """Move the weights of each player along the gradient of its mean loss over the parts.
 
         Args:
-            parts: `config.accumulate` batches; each is asked for once the one before it is done.
+            parts: `config.accumulate` batches.
+            lr: the learning rate of this step.
 
         Returns:
-            What the method reports, means over the parts, on the device.
+            What the players report, means over the parts, on the device.
         """
-        count = self.config.accumulate
+        parts = list(parts)
         self.method.begin_step()
-        self.optimizer.zero_grad(set_to_none=True)
+        reported: dict[str, Tensor] = {}
+        for player, model, optimizer in zip(
+            self.players, self.models, self.optimizers, strict=True
+        ):
+            optimizer.zero_grad(set_to_none=True)
+            scalars = self.backward(model, parts)
+            if self.config.optim.clip_gradient is not None:
+                trainable = [p for p in player.module.parameters() if p.requires_grad]
+                norm = clip_grad_norm_(trainable, self.config.optim.clip_gradient)
+                scalars["gradient_norm"] = norm
+            if check is not None:
+                check(scalars)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * player.rate
+            optimizer.step()
+            reported |= {player.prefix + name: value for name, value in scalars.items()}
+        self.method.end_step()
+        return reported
+
+    def backward(self, model: nn.Module, parts: list[Any]) -> dict[str, Tensor]:
+        """Add the gradients of one player's mean loss; ranks exchange them once."""
         total: dict[str, Tensor] = {}
         for number, batch in enumerate(parts):
-            with self.apart() if number < count - 1 else nullcontext():
+            last = number == len(parts) - 1
+            apart = isinstance(model, DistributedDataParallel) and not last
+            with model.no_sync() if apart else nullcontext():  # type: ignore[operator]
                 with autocast(self.config.precision, self.device):
-                    scalars = self.model(batch)
-                (scalars["loss"] / count).backward()
+                    scalars = model(batch)
+                (scalars["loss"] / len(parts)).backward()
             for name, value in scalars.items():
-                total[name] = total.get(name, 0) + value.detach() / count
-        if self.config.optim.clip_gradient is not None:
-            trainable = [p for p in self.method.parameters() if p.requires_grad]
-            total["gradient_norm"] = clip_grad_norm_(trainable, self.config.optim.clip_gradient)
+                total[name] = total.get(name, 0) + value.detach() / len(parts)
         return total
 
-    def update(self, lr: float) -> None:
-        """Move the weights along the gradients."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.method.end_step()
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
-    def apart(self) -> AbstractContextManager:
-        """Gradients stay this rank's own."""
-        return (
-            self.model.no_sync()
-            if isinstance(self.model, DistributedDataParallel)
-            else nullcontext()
-        )
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)

@@ -1,4 +1,4 @@
-"""Evaluations against what can be had otherwise: accuracies by hand, torchvision, names by a list."""
+"""Evaluations against what can be had otherwise: accuracies by hand, torchvision, a list."""
 
 import json
 import pickle

@@ -66,9 +66,8 @@ def one_step(name: str, norm: bool, hard: int, accumulate: int = 1):
                 label=whole.label[rows],
             )
         )
-    loss = step.backward(parts)["loss"].item()
+    loss = step(parts, lr=0.1)["loss"].item()
     gradients = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
-    step.update(lr=0.1)
     return loss, gradients, method.state_dict()
 
 
@@ -163,8 +162,7 @@ def test_any_split_is_the_formula(two_ranks, four_ranks, name, norm, hard, accum
 
 def shuffling_state():
     method, step = build("moco", norm=False)
-    step.backward([random_batch(SIZE // world_size(), 1)])
-    step.update(lr=0.1)
+    step([random_batch(SIZE // world_size(), 1)], lr=0.1)
     return method.generator.get_state(), method.queue
 
 

@@ -110,12 +110,12 @@ def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypa
 def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
     shards, run, tmp_path, monkeypatch, number
 ):
-    """In the middle of an epoch, where no checkpoint was due."""
+    """With the next step, in the middle of an epoch, where no checkpoint was due."""
     add = train.loop.Meter.add
 
     def interrupted(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
-        if known["step"] == 2:
+        if known["step"] == 1:
             os.kill(os.getpid(), number)
 
     settings = config(shards, tmp_path)

@@ -29,6 +29,18 @@ class Setup:
     """Of whatever a method draws by itself. Weights come from torch's global generator."""
 
 
+@dataclass(frozen=True)
+class Player:
+    """Weights that move by one loss. Most methods are one player; opponents take turns."""
+
+    module: nn.Module
+    """`module(batch)` is a dict of scalars, one of them `loss`; its parameters are the player's."""
+    rate: float = 1.0
+    """Its learning rate over the training's."""
+    prefix: str = ""
+    """Before the names of its scalars in the log."""
+
+
 class MethodConfig(Protocol):
     """A method's own options: a frozen dataclass that knows which method it is of."""
 
@@ -44,7 +56,8 @@ class Method(nn.Module, ABC):
     All that a method must remember between steps lies in its parameters, buffers and extra state,
     so that its state_dict alone resumes it. Trainable is whatever requires a gradient.
 
-    A step is `begin_step()`, then `forward` on each part of the step's images, then `end_step()`.
+    A step is `begin_step()`; then for each player its `forward` on every part of the step's images
+    and an update of its weights; then `end_step()`.
     """
 
     file: ClassVar[str] = "encoder.safetensors"
@@ -62,11 +75,15 @@ class Method(nn.Module, ABC):
     def exported(self) -> nn.Module:
         """The encoder that the training is for."""
 
+    def players(self) -> list[Player]:
+        """Who moves in a step, in this order, each with an optimiser of its own."""
+        return [Player(self)]
+
     def begin_step(self) -> None:
         """Called once a step, before the first part; collectives are allowed."""
 
     def end_step(self) -> None:
-        """Called once a step, when the optimiser has moved the weights; collectives are allowed."""
+        """Called once a step, when all weights have moved; collectives are allowed."""
 
     def notes(self, samples: int) -> list[str]:
         """What a person should know about these settings on `samples` images; one line each."""

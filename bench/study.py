@@ -1,0 +1,216 @@
+"""A study on real data: MoCo v2 against itself with each fill, and the ablation of branches.
+
+Every arm trains with the same settings for the same number of images, which were fixed before the
+first run; an arm differs in its recipe alone. Encoders are evaluated by kNN and by a linear probe
+on the pretraining's own classes, and by a linear probe on each transfer set. What is finished is
+not done again: the same command goes on arm by arm, and inside one at its last checkpoint.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from pipeline.recipes import RECIPES, Recipe
+from schemas import ShardDataset, UserError
+from train.config import TrainConfig
+from train.evaluate import linear, neighbours, results
+from train.loop import train
+from train.methods import MoCoConfig
+from train.optim import OptimConfig
+
+FILLS = ("hp", "blur", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Pretrain every arm with every seed, evaluate, and write a table and a plot."""
+
+    shards: Path = tyro.MISSING
+    """Folder of datasets: train, val, and for each transfer set NAME-train and NAME-test."""
+    out: Path = Path("out/study")
+    """Folder of the runs, of study.md and study.png."""
+    arms: tuple[str, ...] = ()
+    """Names of arms; all when not given."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each arm is trained once with each."""
+    encoder: str = "resnet18"
+    """Of all arms."""
+    crop_size: int = 112
+    """Side of a view in pixels."""
+    batch_size: int = 256
+    """Images a step."""
+    epochs: int = 100
+    """Times the images are seen by each arm (ours)."""
+    queue: int = 4096
+    """Keys that are remembered; below the number of images (ours: the released 65,536 is above)."""
+    base_lr: float = 0.06
+    """Learning rate at a batch of 256 (ours)."""
+    ema_momentum: float = 0.99
+    """Of the momentum encoder, as the stronger recipe on ImageNet-100 has it."""
+    probe_epochs: int = 30
+    """Of every linear probe; its rate drops at 60 % and 80 % of them."""
+    neighbours: tuple[int, ...] = (20, 200)
+    """Of the kNN accuracy."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch finds a GPU."""
+
+
+def arms() -> dict[str, Recipe]:
+    """Every arm's recipe. Where the ablation masks the query alone it is `FILL, no hard`."""
+    found = {"none": RECIPES["none"]}
+    for fill in FILLS:
+        recipe = RECIPES[fill]
+        found[fill] = recipe
+        alone = replace(recipe, hard_negatives=0)
+        found[f"{fill}-no-hard"] = alone
+        found[f"{fill}-key"] = replace(alone, branch="key")
+        found[f"{fill}-both"] = replace(alone, branch="both")
+    return found
+
+
+def config_of(options: Options, name: str, seed: int) -> TrainConfig:
+    """Equal for all arms but for the recipe."""
+    return TrainConfig(
+        data=str(options.shards / "train"),
+        out=str(options.out / f"{name}-{seed}"),
+        method=MoCoConfig(queue=options.queue, ema_momentum=options.ema_momentum),
+        recipe=arms()[name],
+        encoder=options.encoder,
+        crop_size=options.crop_size,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        optim=OptimConfig(base_lr=options.base_lr),
+        seed=seed,
+        device=options.device,
+        keep_checkpoints=1,
+    )
+
+
+def transfers(shards: Path) -> dict[str, tuple[str, str]]:
+    """Name -> its training and its test shards."""
+    found = {}
+    for train_set in sorted(shards.glob("*-train")):
+        name = train_set.name.removesuffix("-train")
+        test_set = shards / f"{name}-test"
+        if not test_set.is_dir():
+            raise UserError(f"{test_set}: no such dataset, beside {train_set}")
+        found[name] = str(train_set), str(test_set)
+    return found
+
+
+def run(options: Options) -> None:
+    """Train and evaluate whatever is missing, arm after arm."""
+    known = arms()
+    names = options.arms or tuple(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown arm {name!r}: there are {', '.join(known)}")
+    sets = {"": (str(options.shards / "train"), str(options.shards / "val"))}
+    sets |= transfers(options.shards)
+    for urls in sets.values():
+        for url in urls:
+            ShardDataset.open(url)  # a missing one is told before hours of training
+    for seed in options.seeds:  # all arms once, before any is trained again
+        for name in names:
+            print(f"\n== {name}, seed {seed}", flush=True)
+            config = config_of(options, name, seed)
+            train(config)
+            evaluate(options, Path(config.out), sets, seed)
+
+
+def evaluate(options: Options, folder: Path, sets: dict[str, tuple[str, str]], seed: int) -> None:
+    """The evaluations that this run has not had yet."""
+    done = results.collect([str(folder)]) if (folder / results.RESULTS).exists() else []
+    had = {(row["protocol"], row["data_digest"]) for row in done}
+    for name, (known, asked) in sets.items():
+        digest = ShardDataset.open(known).digest
+        if not name and ("knn", digest) not in had:
+            knn = neighbours.KnnOptions(
+                encoder=str(folder),
+                data=known,
+                test_data=asked,
+                neighbours=options.neighbours,
+                batch_size=options.batch_size,
+                device=options.device,
+            )
+            print(neighbours.table(neighbours.evaluate(knn)))
+        if ("linear", digest) not in had:
+            probe = linear.LinearOptions(
+                encoder=str(folder),
+                data=known,
+                test_data=asked,
+                batch_size=min(options.batch_size, len(ShardDataset.open(known))),
+                epochs=options.probe_epochs,
+                drop_epochs=tuple(round(part * options.probe_epochs) for part in (0.6, 0.8)),
+                seed=seed,
+                device=options.device,
+            )
+            print(linear.sentence(linear.evaluate(probe)))
+
+
+def report(options: Options) -> str:
+    """study.md and study.png; returns the text."""
+    rows = results.collect([str(options.out)])
+    data = ShardDataset.open(options.shards / "train").card.name
+    settings = {name: str(value) for name, value in vars(options).items()}
+    text = "\n\n".join(
+        [
+            "# Study",
+            "Mean ± standard deviation over seeds. All arms share these settings: "
+            + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "out")
+            + ".",
+            results.table(rows, "knn"),
+            results.table(rows, "linear"),
+            "Which branch is masked, without hard negatives:",
+            results.branch_table(
+                [r for r in rows if results.setting(r, "recipe.hard_negatives") == 0],
+                "linear",
+                data,
+            ),
+            "Training time of a run:",
+            times(options),
+        ]
+    )
+    (options.out / "study.md").write_text(text + "\n")
+    plot(rows, data, options.out / "study.png")
+    return text
+
+
+def times(options: Options) -> str:
+    """Seconds that the steps of each arm took, medians over its seeds, as Markdown."""
+    lines = ["| arm | seconds |", "| --- | ---: |"]
+    for name in options.arms or tuple(arms()):
+        seconds = []
+        for seed in options.seeds:
+            path = options.out / f"{name}-{seed}" / "metrics.jsonl"
+            steps = map(json.loads, path.read_text().splitlines())
+            seconds.append(sum(options.batch_size / row["images_per_second"] for row in steps))
+        lines.append(f"| {name} | {statistics.median(seconds):.0f} |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], data: str, path: Path) -> None:
+    """Linear accuracy of every arm on the pretraining's classes: runs as dots, means as bars."""
+    import matplotlib  # slow to import, and needed here alone
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [row for row in rows if row["protocol"] == "linear" and row["data"] == data]
+    values: dict[str, list[float]] = {}
+    for row in chosen:
+        values.setdefault(results.name_of(row), []).append(results.headline(row))
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(values) + 1.2), layout="constrained")
+    for place, found in enumerate(values.values()):
+        axes.barh(place, statistics.mean(found), color="#9ecae1")
+        axes.plot(found, [place] * len(found), "o", color="#08519c", markersize=4)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"linear probe on {data}, top-1 %")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
