@@ -179,9 +179,12 @@ def settings_of(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
 
 
 def recipe_name(recipe: Recipe) -> str:
-    """The name of a recipe, however its views are cut and coloured; `custom` by its masks."""
-    views = {*VIEW_FIELDS, "hard_negatives"} if not recipe.pair else set(VIEW_FIELDS)
-    masks = [field.name for field in fields(Recipe) if field.name not in views]
+    """The name of a recipe, whatever its views, branch and number of hard negatives are.
+
+    `custom` once its masks or its fill are changed.
+    """
+    others = {*VIEW_FIELDS, "branch", "hard_negatives"}
+    masks = [field.name for field in fields(Recipe) if field.name not in others]
     for name, known in RECIPES.items():
         if all(getattr(recipe, mask) == getattr(known, mask) for mask in masks):
             return name

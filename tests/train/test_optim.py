@@ -1,12 +1,14 @@
 """Rates by their formulas, LARS by the published update, presets by the numbers they cite."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pipeline.recipes import RECIPES
 from schemas import UserError
+from train.config import recipe_name
 from train.methods import MoCoConfig, SimCLRConfig
 from train.optim import OptimConfig, build_optimizer, learning_rate
 from train.presets import PRESETS, starting_point
@@ -89,6 +91,13 @@ def test_presets_hold_the_numbers_that_they_cite():
     simclr = PRESETS["simclr"].config
     assert simclr.optim.peak(simclr.batch_size) == pytest.approx(0.3 * 4096 / 256)
     assert (simclr.optim.optimizer, simclr.method.temperature) == ("lars", 0.1)
+
+
+def test_recipes_keep_their_name_whatever_branch_and_views():
+    hp = RECIPES["hp"]
+    assert recipe_name(replace(hp, branch="key", hard_negatives=0, hue=0.2)) == "hp"
+    assert recipe_name(replace(hp, query_ratio=(0.1, 0.2))) == "custom"
+    assert recipe_name(starting_point(preset=PRESETS["supervised"]).recipe) == "none"
 
 
 def test_masks_combine_with_the_views_of_a_preset():

@@ -93,26 +93,26 @@ def table(rows: list[dict[str, Any]], protocol: str) -> str:
 
 
 def branch_table(rows: list[dict[str, Any]], protocol: str, data: str) -> str:
-    """The ablation "manipulating variance": fills against the branch that is masked."""
+    """The ablation "manipulating variance": recipes against the branch that is masked."""
     chosen = [r for r in rows if r["protocol"] == protocol and r["data"] == data]
     chosen = [r for r in chosen if setting(r, "recipe.branch") is not None]
-    fills = list(dict.fromkeys(fill_of(row) for row in chosen))
+    recipes = list(dict.fromkeys(row["recipe"] for row in chosen))
     lines = [
         f"| {data}, {protocol}, top-1 % | {' | '.join(BRANCHES)} |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for fill in fills:
+    for recipe in recipes:
         cells = [
             spread(
                 [
                     headline(row)
                     for row in chosen
-                    if fill_of(row) == fill and setting(row, "recipe.branch") == branch
+                    if row["recipe"] == recipe and branch_of(row) == branch
                 ]
             )
             for branch in BRANCHES
         ]
-        lines.append(f"| {fill} | {' | '.join(cells)} |")
+        lines.append(f"| {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -129,6 +129,11 @@ def name_of(row: dict[str, Any]) -> str:
 
 def fill_of(row: dict[str, Any]) -> str:
     return str(setting(row, "recipe.fill"))
+
+
+def branch_of(row: dict[str, Any]) -> str:
+    """The masked branch; a baseline without masks stands in the first column, as in the poster."""
+    return BRANCHES[0] if fill_of(row) == "none" else str(setting(row, "recipe.branch"))
 
 
 def setting(row: dict[str, Any], name: str) -> Any:
