@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import filters, photometric, reader
+from pipeline import filters, photometric, reader, regions
 from pipeline.batch import Extra
 from pipeline.draws import Draws
 from pipeline.fills import FILLS
@@ -67,8 +67,13 @@ def assemble(
     looks = {name: photometric.draw(len(view.image), recipe, draws) for name, view in cuts.items()}
     many = recipe.hard_negatives
     drawn: dict[str, Masks] = {}
+    boxes = None
+    if key is not None and recipe.regions:
+        boxes = regions.draw(query.window, key.window, query.saliency, recipe, draws)
     if recipe.fill != "none":
-        if recipe.branch != "key":
+        if boxes is not None and recipe.query_mask == "regions":
+            drawn["query"] = boxes.masks(recipe.crop_size)
+        elif recipe.branch != "key":
             drawn["query"] = draw(guide(query), recipe, "query", draws)
         if key is not None and recipe.branch != "query":
             drawn["key"] = draw(guide(key), recipe, "query", draws)
@@ -111,7 +116,10 @@ def assemble(
         list(workers().map(work, range(len(rows)), rows))
     else:
         work(0, slice(0, size))
-    return images | extras(cuts, looks, drawn, side, report)
+    found: dict[str, Any] = {}
+    if boxes is not None:
+        found = dict(query_regions=boxes.query, key_regions=boxes.key, region_valid=boxes.valid)
+    return images | found | extras(cuts, looks, drawn, side, report)
 
 
 def parts(size: int) -> list[slice]:

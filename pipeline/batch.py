@@ -21,6 +21,10 @@ class Batch:
         query, key: (N, 3, H, W). key: None where the recipe makes no pairs.
         hard_negative: (n * N, 3, H, W), or None where the recipe has none.
         label: (N,) int64; -1 for none.
+        query_regions, key_regions: (N, R, 4) float32, x0 y0 x1 y1 in pixels of the view: the same
+            part of the image in both; None where the recipe has no regions.
+        region_valid: (N, R) bool, False where the views' overlap is too small for a region; its box
+            is then the whole view, and nothing of it is masked.
         query_mask, key_mask, hard_negative_mask: extra "masks": bool, as their images, True where
             filled; None where nothing is masked.
         query_ratio, key_ratio, hard_negative_ratio: extra "masks": float64, the drawn mask ratio of
@@ -40,6 +44,9 @@ class Batch:
     key: Tensor | None
     hard_negative: Tensor | None
     label: Tensor
+    query_regions: Tensor | None = None
+    key_regions: Tensor | None = None
+    region_valid: Tensor | None = None
     query_mask: Tensor | None = None
     key_mask: Tensor | None = None
     hard_negative_mask: Tensor | None = None

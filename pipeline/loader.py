@@ -85,7 +85,8 @@ class MaskedViews:
         if self.recipe.fill != "none":
             find("fill", self.recipe.fill, FILLS)
             for name in (self.recipe.query_mask, self.recipe.hard_negative_mask):
-                find("mask", name, MASKS)
+                if name != "regions":  # drawn from both windows: see `pipeline.regions`
+                    find("mask", name, MASKS)
         for extra in report:
             if extra not in EXTRAS:
                 raise UserError(f"unknown extra {extra!r} in report: there are {', '.join(EXTRAS)}")

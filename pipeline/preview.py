@@ -2,11 +2,12 @@
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
@@ -67,8 +68,14 @@ def write_preview(
     return views.batch_size
 
 
-def sheet_of_fed(batch: Batch, recipe: Recipe, samples: int = 4) -> Image.Image:
-    """The first views of a batch as the network is fed them, one row a sample."""
+def sheet_of_fed(
+    batch: Batch, recipe: Recipe, shown: Mapping[str, Tensor], samples: int = 4
+) -> Image.Image:
+    """The first views of a batch as the network is fed them, one row a sample.
+
+    Args:
+        shown: further pictures by their name, (N, 1 or 3, H, W) in 0 .. 1.
+    """
     names = [name for name in ("query", "key") if getattr(batch, name) is not None]
     rows = []
     for place in range(min(samples, len(batch.query))):
@@ -80,6 +87,10 @@ def sheet_of_fed(batch: Batch, recipe: Recipe, samples: int = 4) -> Image.Image:
                 Tile("hard negative", view_tile(view, recipe), "")
                 for view in batch.hard_negative[place :: len(batch.query)]
             ]
+        tiles += [
+            Tile(name, picture(images[place].expand(3, -1, -1)), "")
+            for name, images in shown.items()
+        ]
         rows.append(tiles)
     return png("as fed", "High-pass views are shown about middle gray." * recipe.high_pass, rows)
 
@@ -166,7 +177,12 @@ def view_tile(view: Tensor, recipe: Recipe) -> Image.Image:
         shown = 0.5 + HIGH_PASS_CONTRAST * values
     else:
         shown = values * np.array(STD) + np.array(MEAN)
-    pixels = (255 * shown.clip(0, 1)).round().astype(np.uint8)
+    return picture(torch.from_numpy(shown).permute(2, 0, 1))
+
+
+def picture(values: Tensor) -> Image.Image:
+    """(3, H, W) in 0 .. 1 as a tile's image."""
+    pixels = (255 * values.cpu().permute(1, 2, 0).numpy().clip(0, 1)).round().astype(np.uint8)
     return Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
 
 

@@ -98,6 +98,14 @@ class Recipe:
     """Hard negatives made of each key (the released README: 1)."""
     hard_negative_ratio: Range = (0.4, 0.7)
     """Mask ratio of a hard negative: for `foreground`, the share of its cells (main_moco.py)."""
+    regions: int = 0
+    """Boxes that both views of an image show; with `query_mask` `regions`, the query loses them."""
+    region_extent: Range = (0.3, 0.7)
+    """Share of the views' overlap that a region covers along each axis (ours)."""
+    region_choice: Literal["random", "salient"] = "random"
+    """salient: of `region_candidates` boxes, the one with the most saliency (ours)."""
+    region_candidates: int = 8
+    """Boxes that a salient region is chosen from (ours)."""
     foreground_cap: Range | None = (0.56, 0.55)
     """(limit, value): where ratio * foreground share reaches the limit, the value stands in its
     place; none for no cap (random_mask_hp.py)."""
@@ -153,6 +161,14 @@ class Recipe:
         if self.foreground_cap is not None:
             limit, value = self.foreground_cap
             check(0 <= value <= limit, "foreground_cap", self.foreground_cap, "limit, then value")
+        if self.query_mask == "regions":
+            check(self.regions > 0, "regions", self.regions, "1 or more for the mask `regions`")
+            check(self.branch == "query", "branch", self.branch, "query for the mask `regions`")
+        if self.regions:
+            check(self.pair, "pair", self.pair, "true where there are regions")
+            low, high = self.region_extent
+            check(0 < low <= high <= 1, "region_extent", self.region_extent, "low, high, in 0 .. 1")
+            check(self.region_candidates > 0, "region_candidates", self.region_candidates, "1 up")
         if not self.pair:
             check(self.branch == "query", "branch", self.branch, "query where there is no key")
             check(self.hard_negatives == 0, "hard_negatives", self.hard_negatives, "0 without keys")
@@ -194,6 +210,8 @@ RECIPES: dict[str, Recipe] = {
     "mean": MEAN,
     # MSCN-style (Jing et al. 2022 released no code): hp's masks, blind to saliency, on both views
     "mscn": Recipe(query_mask="random", branch="both", hard_negatives=0),
+    # MaskCo (Zhao et al. 2021 released no code): boxes that both views show, lost in the query
+    "maskco": replace(MEAN, query_mask="regions", regions=2, hard_negatives=0),
     # plain MoCo v2
     "none": Recipe(high_pass=False, fill="none", hard_negatives=0),
 }

@@ -10,7 +10,14 @@ from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
 from train.distributed import world_size
 from train.encoders import Stem
-from train.methods import LinearProbeConfig, MoCoConfig, SimCLRConfig, SupervisedConfig
+from train.methods import (
+    ADIOSConfig,
+    LinearProbeConfig,
+    MaskCoConfig,
+    MoCoConfig,
+    SimCLRConfig,
+    SupervisedConfig,
+)
 from train.optim import OptimConfig
 
 # These may differ between a checkpoint and the run that goes on from it: they change where a run
@@ -50,7 +57,13 @@ class TrainConfig:
     """The run's folder; on every machine the same one."""
 
     method: Annotated[
-        MoCoConfig | SimCLRConfig | SupervisedConfig | LinearProbeConfig, tyro.conf.arg(name="")
+        MoCoConfig
+        | SimCLRConfig
+        | SupervisedConfig
+        | ADIOSConfig
+        | MaskCoConfig
+        | LinearProbeConfig,
+        tyro.conf.arg(name=""),
     ] = field(default_factory=MoCoConfig)
     """The method and its own options."""
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])

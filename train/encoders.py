@@ -8,7 +8,7 @@ import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from schemas import UserError
 from schemas.cli import lookup
@@ -46,6 +46,18 @@ def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
     return encoder, features
+
+
+def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
+    """The last map before pooling: (N, 3, H, W) -> (N, D, h, w), at stride 32 with its usual stem.
+
+    `encoder` is one of `build_encoder`.
+    """
+    assert isinstance(encoder, torchvision.models.ResNet)
+    x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images))))
+    for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+        x = layer(x)
+    return x
 
 
 def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:

@@ -55,7 +55,7 @@ def split(batch: Batch, count: int) -> Iterator[Batch]:
         rows = slice(first, first + size)
         parts = {
             name: getattr(batch, name)[rows]
-            for name in ("query", "key", "label")
+            for name in ("query", "key", "label", "query_regions", "key_regions", "region_valid")
             if getattr(batch, name) is not None
         }
         hard = batch.hard_negative

@@ -143,6 +143,7 @@ def prepare(config: TrainConfig) -> Job:
         sync_bn=config.sync_bn,
         batch_size=config.batch_size,
         accumulate=config.accumulate,
+        crop_size=config.recipe.crop_size,
         classes=SYNTHETIC_CLASSES if dataset is None else len(dataset.classes),
         seed=config.seed,
     )
@@ -224,7 +225,7 @@ def run_steps(
             watch.note(scalars)
         meter.add(scalars, feed.waited, step=number, epoch=epoch, lr=lr)
         if record is not None and (number - 1) % epoch_steps == 0 and feed.last is not None:
-            record.views(feed.last, config.recipe, number, epoch)
+            record.views(feed.last, config.recipe, number, epoch, job.method.shown(feed.last))
         if logs:
             rows, seconds = meter.take()
             if ends and evaluation is not None:

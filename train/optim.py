@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from timm.optim import Lars
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -57,6 +56,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+    from timm.optim import Lars  # here: timm is slow to import
+
     # without weight decay timm's LARS moves them as SGD would
     weights = [p for p in trainable if p.ndim > 1]
     norms_and_biases = [p for p in trainable if p.ndim <= 1]

@@ -11,7 +11,14 @@ from typing import Any
 from pipeline.recipes import RECIPES, Recipe
 from schemas import UserError
 from train.config import TrainConfig
-from train.methods import MethodConfig, MoCoConfig, SimCLRConfig, SupervisedConfig
+from train.methods import (
+    ADIOSConfig,
+    MaskCoConfig,
+    MethodConfig,
+    MoCoConfig,
+    SimCLRConfig,
+    SupervisedConfig,
+)
 from train.optim import OptimConfig
 
 # google-research/simclr, data_util.py: colours of strength 1.0, crops from 8 % of the image on. Its
@@ -78,6 +85,32 @@ PRESETS: dict[str, Preset] = {
             optim=OptimConfig(optimizer="lars", base_lr=0.3, warmup_epochs=10),
         ),
         SIMCLR_VIEWS,
+    ),
+    # SimCLR + ADIOS-s on ImageNet-100 with ResNet-18 (YugeTen/adios, bash_files/training): LARS,
+    # 0.1896 for the encoder and 0.4988 for the masks at its batch of 128, 400 epochs, 10 of
+    # warm-up. Whether its code scales these by the batch is not verified; taken as they stand.
+    "adios": Preset(
+        TrainConfig(
+            method=ADIOSConfig(),
+            recipe=RECIPES["none"],
+            sync_bn=True,
+            batch_size=128,
+            epochs=400,
+            optim=OptimConfig(optimizer="lars", base_lr=2 * 0.1896, warmup_epochs=10),
+        ),
+        {
+            "crop_area": (0.08, 1.0),
+            "brightness": 0.7,
+            "contrast": 0.6,
+            "saturation": 0.8,
+            "hue": 0.15,
+        },
+    ),
+    # MaskCo (Zhao et al., ICCV 2021) published no numbers that we could read: MoCo v2's.
+    "maskco": Preset(
+        TrainConfig(
+            method=MaskCoConfig(), recipe=RECIPES["maskco"], optim=OptimConfig(base_lr=0.03)
+        )
     ),
     # The usual reference for a ResNet on ImageNet: 0.1 at 256, a tenth from epochs 30 and 60 on. Of
     # the paper's supervised row nothing is known.

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -81,9 +82,11 @@ class Record:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(last["step"] - self.bar.n)
 
-    def views(self, batch: Batch, recipe: Recipe, step: int, epoch: int) -> None:
+    def views(
+        self, batch: Batch, recipe: Recipe, step: int, epoch: int, shown: dict[str, Tensor]
+    ) -> None:
         """Show the first views of an epoch, as they were fed: TensorBoard and RUN/views."""
-        sheet = sheet_of_fed(batch, recipe)
+        sheet = sheet_of_fed(batch, recipe, shown)
         path = self.folder / "views" / f"epoch-{epoch:04d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)

@@ -1,8 +1,12 @@
+import os
+import signal
+
 import pytest
 import torch
 
 from schemas import UserError
 from train import distributed
+from train.interrupt import Interrupt
 
 
 def shuffled(rows):
@@ -59,6 +63,22 @@ def test_failure_of_one_rank_ends_all_and_rank_0_speaks(two_ranks):
     full = OSError(28, "No space left on device", "run/x")
     assert two_ranks(failing, 0, full) == ["rank 0: run/x: No space left on device", "exit 2"]
     assert two_ranks(failing, 5, UserError("nobody")) == ["went on", "went on"]
+
+
+def interrupted():
+    """Steps until each rank hears of a signal to rank 1 in its third step."""
+    interrupt = Interrupt()
+    with interrupt.listening():
+        for step in range(10):
+            if step == 3 and distributed.rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if interrupt.anywhere():
+                return step
+    return None
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_next_step(two_ranks):
+    assert two_ranks(interrupted) == [4, 4]
 
 
 def test_missing_gpu_is_a_user_error(monkeypatch):

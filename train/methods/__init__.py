@@ -3,6 +3,8 @@
 `LinearProbe` is trained by the same loop and is no way to pretrain, so it has no name there.
 """
 
+from train.methods.adios import ADIOS, ADIOSConfig
+from train.methods.maskco import MaskCo, MaskCoConfig
 from train.methods.method import Method, MethodConfig, Setup
 from train.methods.moco import MoCo, MoCoConfig
 from train.methods.probe import LinearProbe, LinearProbeConfig
@@ -10,13 +12,18 @@ from train.methods.simclr import SimCLR, SimCLRConfig
 from train.methods.supervised import Supervised, SupervisedConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
-    config.name: config for config in (MoCoConfig, SimCLRConfig, SupervisedConfig)
+    config.name: config
+    for config in (MoCoConfig, SimCLRConfig, SupervisedConfig, ADIOSConfig, MaskCoConfig)
 }
 
 __all__ = [
+    "ADIOS",
     "METHODS",
+    "ADIOSConfig",
     "LinearProbe",
     "LinearProbeConfig",
+    "MaskCo",
+    "MaskCoConfig",
     "Method",
     "MethodConfig",
     "MoCo",

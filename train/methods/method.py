@@ -25,6 +25,8 @@ class Setup:
     """Parts that a step's images come in, one after the other."""
     classes: int = 0
     """Of the labels; 0 where the images have none."""
+    crop_size: int = 224
+    """Side of a view in pixels."""
     seed: int = 0
     """Of whatever a method draws by itself. Weights come from torch's global generator."""
 
@@ -84,6 +86,10 @@ class Method(nn.Module, ABC):
 
     def end_step(self) -> None:
         """Called once a step, when all weights have moved; collectives are allowed."""
+
+    def shown(self, batch: Any) -> dict[str, Tensor]:
+        """Pictures beside the views of a batch: name -> (N, 1 or 3, H, W) in 0 .. 1."""
+        return {}
 
     def notes(self, samples: int) -> list[str]:
         """What a person should know about these settings on `samples` images; one line each."""

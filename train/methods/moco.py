@@ -105,11 +105,20 @@ class MoCo(Method):
         self.update_momentum_branch()
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
+        scalars, key = self.losses(batch)
+        self.new_keys.append(key)
+        return scalars
+
+    def contrast(self, batch: Any) -> dict[str, Tensor]:
+        """`forward`, but the queue never hears of these keys."""
+        return self.losses(batch)[0]
+
+    def losses(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """What is reported, and the keys (N, D)."""
         q = self.project(self.encoder, self.head, batch.query)  # (N, D)
         with torch.no_grad():
             key = self.momentum_project(batch.key)  # (N, D)
             hard = self.hard_negatives(batch.hard_negative, key)  # (N, H, D)
-        self.new_keys.append(key)
 
         with torch.autocast(q.device.type, enabled=False):  # a softmax over K+1+H wants float32
             logits = contrastive_logits(
@@ -123,7 +132,7 @@ class MoCo(Method):
             target = torch.zeros(len(q), dtype=torch.long, device=q.device)
             loss = cross_entropy(logits, target)
         accuracy = (logits.detach().argmax(dim=1) == 0).float().mean()
-        return {"loss": loss, "contrastive_accuracy": accuracy}
+        return {"loss": loss, "contrastive_accuracy": accuracy}, key
 
     def end_step(self) -> None:
         for key in self.new_keys:

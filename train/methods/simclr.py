@@ -119,6 +119,10 @@ class SimCLR(Method):
             )
         return {"loss": loss, "contrastive_accuracy": accuracy}
 
+    def contrast(self, batch: Any) -> dict[str, Tensor]:
+        """`forward`: nothing is remembered between steps."""
+        return self(batch)
+
     def exported(self) -> nn.Module:
         return self.encoder
 

@@ -1,0 +1,188 @@
+"""ADIOS: each player moves itself alone, against float64 loops; the masks are a partition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import Batch
+from schemas import UserError
+from tests.train import oracle
+from train.config import TrainConfig
+from train.methods import ADIOSConfig, Setup
+from train.methods.adios import ADIOS, negative_entropy, sparsity_penalty
+from train.methods.occlusion import OcclusionNet
+from train.optim import OptimConfig
+from train.step import Step, placed
+
+CPU = torch.device("cpu")
+SIDE = 32
+
+
+def batch_of(size: int = 4, side: int = SIDE) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(size, 3, side, side, generator=generator) for _ in range(2))
+    return Batch(query=query, key=key, hard_negative=None, label=torch.zeros(size).long())
+
+
+def game(**options) -> ADIOS:
+    torch.manual_seed(0)
+    config = ADIOSConfig(queue=11, projection=5, hidden=None, **options)
+    setup = Setup(encoder="tiny_norm", batch_size=4, crop_size=SIDE)
+    return config.build(setup)
+
+
+def step_of(method: ADIOS, **optim) -> Step:
+    config = TrainConfig(
+        data="", out="", batch_size=4, precision="fp32", optim=OptimConfig(lr=0.1, **optim)
+    )
+    return Step(placed(method, config, CPU), config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("channels", "millions"), [(8, 0.24), (16, 0.51), (32, 1.17)]
+)  # methods.md 6.2, counted from the released code
+def test_occlusion_network_has_the_published_size(channels, millions):
+    net = OcclusionNet(224, masks=4, channels=channels, norm="group")
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize(("side", "norm"), [(64, "group"), (96, "instance"), (160, "none")])
+def test_masks_partition_the_image(side, norm):
+    masks = OcclusionNet(side, masks=5, channels=8, norm=norm)(torch.randn(2, 3, side, side))
+    assert masks.shape == (2, 5, side, side)
+    assert (masks >= 0).all()
+    torch.testing.assert_close(masks.sum(dim=1), torch.ones(2, side, side))
+
+
+def test_crop_that_cannot_be_halved_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"--crop-size 100: adios halves it 4 times; .* 96"):
+        OcclusionNet(100, masks=4, channels=8, norm="group")
+
+
+@pytest.mark.parametrize("objective", ["simclr", "moco"])
+@pytest.mark.parametrize("single", [True, False])
+def test_each_player_moves_its_own_weights_and_statistics(objective, single):
+    method = game(objective=objective, single=single)
+    step = step_of(method)
+    seen = []
+
+    def watch(scalars):
+        seen.append({name: value.clone() for name, value in method.state_dict().items()})
+
+    step([batch_of()], 0.1, watch)  # called before each player's update
+    start, between = seen
+    end = method.state_dict()
+    assert [player.prefix for player in step.players] == ["", "mask_"]
+    for name, value in start.items():
+        if name.endswith("_extra_state") or "queue" in name:
+            continue
+        theirs = name.startswith("occlusion.")
+        momentum = "momentum_" in name
+        if theirs:
+            assert torch.equal(value, between[name]), name
+        else:  # nothing of the encoder moves in the other's turn, statistics neither
+            assert torch.equal(between[name], end[name]), name
+        if "weight" in name and not momentum and "norm" not in name:
+            moved = end[name] if theirs else between[name]
+            assert not torch.equal(value, moved), name
+
+
+def test_occlusion_network_gains_against_a_frozen_encoder():
+    """Its objective after some of its own steps is above that before, on the same images."""
+    method = game(single=False, sparsity=0.1)
+    method.eval()
+    turn = method.players()[1].module
+    optimizer = torch.optim.SGD(turn.parameters(), lr=0.05)
+    before = {name: value.clone() for name, value in method.inner.state_dict().items()}
+    objective = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = turn(batch_of())["loss"]
+        loss.backward()
+        optimizer.step()
+        objective.append(-loss.item())
+    assert objective[-1] > objective[0] + 0.01
+    for name, value in method.inner.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in method.inner.parameters())
+
+
+def test_penalty_and_entropy_are_the_formulas():
+    masks = torch.rand(3, 4, 8, 8, dtype=torch.float64).softmax(dim=1)
+    penalty = entropy = 0.0
+    for image in masks.numpy():
+        shares = [mask.mean() for mask in image]
+        penalty += sum(1 / (math.sin(math.pi * s) + 1e-10) for s in shares) / 3
+        p = np.exp(shares) / np.exp(shares).sum()
+        entropy += sum(x * math.log(x) for x in p) / 3
+    assert sparsity_penalty(masks).item() == pytest.approx(penalty, abs=1e-12)
+    assert negative_entropy(masks).item() == pytest.approx(entropy, abs=1e-12)
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_losses_are_the_formula_on_the_masked_views(single):
+    """Both turns, from images on: masked pixels are 0 by the drawn mask, a is whole."""
+    method, batch = game(single=single, sparsity=0.3, entropy=0.2), batch_of()
+    encoder_turn, occlusion_turn = (player.module for player in method.players())
+    state = {
+        name.removeprefix("inner."): value.double().numpy()
+        for name, value in method.state_dict().items()
+        if name.startswith("inner.") and isinstance(value, torch.Tensor)
+    }
+    masks = method.occlusion(batch.query).detach().double()
+
+    def expected():
+        if single:
+            generator = torch.Generator()
+            generator.set_state(method.generator.get_state())
+            chosen = torch.randint(4, (1, 4), generator=generator)[0]
+            views = [batch.query * (1 - masks[torch.arange(4), chosen][:, None])]
+        else:
+            views = [batch.query * (1 - masks[:, n : n + 1]) for n in range(4)]
+        key = embed(batch.key, state)
+        return sum(
+            oracle.simclr_loss(embed(view, state), key, [[]] * 4, rho=1, tau=0.2) for view in views
+        )
+
+    first = expected()
+    assert encoder_turn(batch)["loss"].item() == pytest.approx(first, abs=1e-4)
+    second = expected()
+    penalty, entropy = sparsity_penalty(masks).item(), negative_entropy(masks).item()
+    wanted = -(second - 0.3 * penalty + 0.2 * entropy)
+    assert occlusion_turn(batch)["loss"].item() == pytest.approx(wanted, abs=1e-4)
+
+
+def embed(images, w):
+    """`oracle.embed` for pictures of any side."""
+    padded = np.pad(np.asarray(images, np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    side = images.shape[-1]
+    maps = np.zeros((len(images), 6, side, side))
+    for row in range(3):
+        for column in range(3):
+            part = padded[:, :, row : row + side, column : column + side]
+            maps += np.einsum("nchw,fc->nfhw", part, w["encoder.conv.weight"][:, :, row, column])
+    maps += w["encoder.conv.bias"][None, :, None, None]
+    mean = maps.mean(axis=(0, 2, 3), keepdims=True)
+    maps = (maps - mean) / np.sqrt(maps.var(axis=(0, 2, 3), keepdims=True) + 1e-5)
+    maps = maps * w["encoder.norm.weight"][None, :, None, None]
+    pooled = np.maximum(maps + w["encoder.norm.bias"][None, :, None, None], 0).mean(axis=(2, 3))
+    hidden = np.maximum(pooled @ w["head.0.weight"].T + w["head.0.bias"], 0)
+    z = hidden @ w["head.2.weight"].T + w["head.2.bias"]
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+def test_masks_are_drawn_evenly_and_go_on_from_the_state():
+    method, other = game(), game()
+    counts = torch.zeros(4)
+    masks = torch.eye(4).view(1, 4, 4, 1).expand(4, 4, 4, SIDE).repeat(1, 1, 8, 1)
+    for _ in range(200):
+        (view,) = method.masked(batch_of(), masks)
+        hidden = (view.query[:, 0] == 0).float().mean(dim=2)[:, :4]
+        counts += hidden.sum(dim=0)
+    assert counts.sum() == 800
+    assert counts.min() > 150
+    other.load_state_dict(method.state_dict())
+    (one,), (two,) = method.masked(batch_of(), masks), other.masked(batch_of(), masks)
+    assert torch.equal(one.query, two.query)

@@ -1,0 +1,144 @@
+"""MaskCo against the formula as loops; regions pooled where they are; the head's ablation."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import Batch
+from schemas import UserError
+from tests.train import oracle
+from train.encoders import build_encoder, feature_map
+from train.methods import MaskCoConfig, Setup
+
+SIDE, TAU = 64, 0.3
+
+
+def method_of(**options):
+    torch.manual_seed(0)
+    config = MaskCoConfig(**{"queue": 11, "projection": 5, "temperature": TAU, **options})
+    return config.build(Setup(encoder="resnet18", batch_size=4))
+
+
+def batch_of(regions: int = 3) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(4, 3, SIDE, SIDE, generator=generator) for _ in range(2))
+    start = torch.rand(2, 4, regions, 2, generator=generator) * SIDE / 2
+    boxes = torch.cat([start, start + SIDE / 3], dim=-1)
+    valid = torch.ones(4, regions, dtype=torch.bool)
+    valid[1, 0] = valid[3, -1] = False
+    return Batch(
+        query=query,
+        key=key,
+        hard_negative=None,
+        label=torch.zeros(4).long(),
+        query_regions=boxes[0],
+        key_regions=boxes[1],
+        region_valid=valid,
+    )
+
+
+def test_feature_map_is_what_the_encoder_pools():
+    encoder, _ = build_encoder("resnet18")
+    encoder.eval()
+    images = torch.randn(2, 3, SIDE, SIDE)
+    maps = feature_map(encoder, images)
+    assert maps.shape == (2, 512, 2, 2)
+    torch.testing.assert_close(maps.mean(dim=(2, 3)), encoder(images))
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_loss_is_the_formula_over_valid_regions(others):
+    method, batch = method_of(other_regions=others).eval(), batch_of()
+    with torch.no_grad():
+        maps = method.prediction(feature_map(method.encoder, batch.query))
+        q = method.regions(maps, batch.query_regions, batch.query, method.head)
+        maps = feature_map(method.momentum_encoder, batch.key)
+        k = method.regions(maps, batch.key_regions, batch.key, method.momentum_head)
+    q, k = q.view(4, 3, -1).double().numpy(), k.view(4, 3, -1).double().numpy()
+    queue, losses = method.queue.double().numpy(), []
+    for i in range(4):
+        for r in range(3):
+            if not batch.region_valid[i, r]:
+                continue
+            similar = [oracle.dot(q[i, r], k[i, r])] + [oracle.dot(q[i, r], n) for n in queue]
+            if others:
+                similar += [
+                    oracle.dot(q[i, r], k[i, s])
+                    for s in range(3)
+                    if s != r and batch.region_valid[i, s]
+                ]
+            shares = np.exp(np.array(similar) / TAU)
+            losses.append(-np.log(shares[0] / shares.sum()))
+    result = method(batch)
+    assert len(losses) == 10
+    assert result["loss"].item() == pytest.approx(np.mean(losses), abs=1e-5)
+    assert result["regions_valid"].item() == pytest.approx(10 / 12)
+
+
+def test_a_region_is_pooled_where_it_is():
+    """One warm cell of a map of 4 x 4: a box around it is warmest."""
+    method = method_of()
+    maps = torch.zeros(1, 512, 4, 4)
+    maps[0, :, 2, 1] = 1.0  # pixels 16-32 across, 32-48 down of 64
+    boxes = torch.tensor([[[16.0, 32, 32, 48], [32.0, 16, 48, 32], [0.0, 0, 64, 64]]])
+    images = torch.zeros(1, 3, 64, 64)
+    pooled = []
+    with torch.no_grad():
+        method.regions(maps, boxes, images, Keep(pooled))
+    warm, cold, whole = pooled[0].mean(dim=1).tolist()
+    assert warm > 0.5
+    assert cold < 0.1
+    assert cold < whole < warm
+
+
+class Keep(torch.nn.Module):
+    def __init__(self, kept: list) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept.append(x)
+        return x
+
+
+def test_no_valid_region_is_no_loss_and_no_gradient():
+    method, batch = method_of().train(), batch_of()
+    batch.region_valid[:] = False
+    result = method(batch)
+    result["loss"].backward()
+    assert result["loss"].item() == 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in method.parameters())
+
+
+def test_key_branch_follows_and_only_its_regions_enter_the_queue():
+    method, batch = method_of(ema_momentum=0.5).train(), batch_of(regions=2)
+    with torch.no_grad():
+        method.encoder.conv1.weight.add_(1.0)
+    before, student = (
+        m.conv1.weight.detach().clone() for m in (method.momentum_encoder, method.encoder)
+    )
+    method.begin_step()
+    torch.testing.assert_close(method.momentum_encoder.conv1.weight, (before + student) / 2)
+    start = method.queue.clone()
+    method(batch)["loss"].backward()
+    assert torch.equal(method.queue, start)
+    keys = torch.cat(method.new_keys)
+    method.end_step()
+    torch.testing.assert_close(method.queue[:8], keys)
+    assert torch.equal(method.queue[8:], start[8:])
+    assert method.queue_next == 8
+    assert all(p.grad is None for p in method.momentum_encoder.parameters())
+
+
+def test_the_prediction_head_can_be_left_out():
+    with_head, without = method_of(), method_of(prediction_head=False)
+    assert any(name.startswith("prediction.") for name, _ in with_head.named_parameters())
+    assert not any(name.startswith("prediction.") for name, _ in without.named_parameters())
+    assert set(without.exported().state_dict()) == set(with_head.exported().state_dict())
+
+
+def test_a_recipe_without_regions_is_refused():
+    batch = batch_of()
+    plain = Batch(query=batch.query, key=batch.key, hard_negative=None, label=batch.label)
+    with pytest.raises(UserError, match="take --recipe maskco"):
+        method_of()(plain)

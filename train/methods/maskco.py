@@ -1,0 +1,180 @@
+"""MaskCo: contrastive mask prediction (Zhao et al., ICCV 2021).
+
+    x_q  query view, its regions masked --> encoder --> mask prediction head --> RoIAlign --> head
+    x_k  key view, whole --> momentum encoder -------------------------------> RoIAlign --> head
+
+The feature q_R of a masked region is pulled to the key feature k_R of the same part of the image,
+and pushed from regions of other images (a queue) and, if asked for, from the image's other regions:
+
+    loss = - log exp(q_R.k_R / tau) / ( exp(q_R.k_R / tau) + sum_n exp(q_R.n / tau) )
+
+No code was released, and of the paper we could read the abstract and a figure's caption. From
+these: the order of the modules, one masked and one whole view, the positive, most negatives from
+other images. Everything else is our reading: the prediction head on the query's path alone, a
+momentum encoder and a queue as in MoCo v2, boxes for regions, and every number. Choosing regions by
+stored saliency (`--recipe.region-choice salient`) is ours.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.ops import roi_align
+
+from schemas import UserError
+from train.distributed import all_gather
+from train.encoders import build_encoder, feature_map
+from train.methods.method import Method, Setup, projector
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskCoConfig:
+    """Numbers are MoCo v2's or ours; none is published in what we could read."""
+
+    name: ClassVar[str] = "maskco"
+
+    prediction_head: bool = True
+    """The mask prediction head, between masked and whole features; off to see what it does."""
+    prediction_depth: int = 2
+    """Its 3 x 3 convolutions, in one residual block (ours)."""
+    region_size: int = 3
+    """Side of the grid that RoIAlign makes of a region, averaged afterwards (ours)."""
+    other_regions: bool = False
+    """Whether the image's other regions are negatives too (the paper: "a few may")."""
+    queue: int = 65_536
+    """Region keys that are remembered (MoCo's)."""
+    ema_momentum: float = 0.999
+    """Share of its own weights that the momentum branch keeps at each step (MoCo's)."""
+    temperature: float = 0.2
+    """tau: similarities are divided by it (MoCo v2's)."""
+    projection: int = 128
+    """Width of the projected embedding (MoCo's)."""
+    hidden: int | None = None
+    """Width of the head's hidden layer; that of the encoder's features when not given."""
+
+    def build(self, setup: Setup) -> "MaskCo":
+        return MaskCo(self, setup)
+
+
+class PredictionHead(nn.Module):
+    """A residual block of 3 x 3 convolutions: features around a mask -> features behind it."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(depth):
+            layers += [
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.layers(x)).relu()
+
+
+class MaskCo(Method):
+    """Reads `query`, `key`, their regions and `region_valid` of a batch (`--recipe maskco`)."""
+
+    queue: Tensor
+    queue_next: Tensor
+
+    def __init__(self, config: MaskCoConfig, setup: Setup) -> None:
+        super().__init__()
+        if config.queue < setup.batch_size:
+            raise UserError(
+                f"queue {config.queue}: smaller than the batch of {setup.batch_size}; use a longer "
+                "--queue or a smaller --batch-size"
+            )
+        self.config = config
+        self.encoder, width = build_encoder(setup.encoder, setup.stem)
+        self.prediction = (
+            PredictionHead(width, config.prediction_depth)
+            if config.prediction_head
+            else nn.Identity()
+        )
+        self.head = projector(width, config.hidden, config.projection)
+        self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.move_average = get_ema_multi_avg_fn(config.ema_momentum)
+        generator = torch.Generator().manual_seed(setup.seed)
+        start = torch.randn(config.queue, config.projection, generator=generator)
+        self.register_buffer("queue", normalize(start, dim=1))
+        self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))
+        self.new_keys: list[Tensor] = []
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """The momentum branch follows; parameters only, as in MoCo."""
+        for average, model in (
+            (self.momentum_encoder, self.encoder),
+            (self.momentum_head, self.head),
+        ):
+            self.move_average(list(average.parameters()), list(model.parameters()), None)
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        if batch.query_regions is None:
+            raise UserError("method maskco: the recipe has no regions; take --recipe maskco")
+        valid = batch.region_valid.flatten()  # (N * R,)
+        maps = self.prediction(feature_map(self.encoder, batch.query))
+        q = self.regions(maps, batch.query_regions, batch.query, self.head)
+        with torch.no_grad():
+            maps = feature_map(self.momentum_encoder, batch.key)
+            k = self.regions(maps, batch.key_regions, batch.key, self.momentum_head)
+        self.new_keys.append(k)
+        with torch.autocast(q.device.type, enabled=False):
+            logits = self.logits(q, k, batch.region_valid)
+            losses = cross_entropy(
+                logits, torch.zeros(len(q), dtype=torch.long, device=q.device), reduction="none"
+            )
+            weight = valid.float()
+            count = weight.sum().clamp(min=1)
+            loss = (losses * weight).sum() / count
+        hits = (logits.detach().argmax(dim=1) == 0).float()
+        return {
+            "loss": loss,
+            "contrastive_accuracy": (hits * weight).sum() / count,
+            "regions_valid": weight.mean(),
+        }
+
+    def regions(self, maps: Tensor, boxes: Tensor, images: Tensor, head: nn.Module) -> Tensor:
+        """Pool and project regions: maps (N, D, h, w), boxes (N, R, 4) -> unit (N * R, P)."""
+        size, count = boxes.shape[:2]
+        number = torch.arange(size, device=boxes.device).repeat_interleave(count)
+        rois = torch.cat([number[:, None].float(), boxes.flatten(0, 1)], dim=1)
+        scale = maps.shape[-1] / images.shape[-1]
+        with torch.autocast(maps.device.type, enabled=False):
+            side = self.config.region_size
+            pooled = roi_align(maps.float(), rois, side, spatial_scale=scale, aligned=True)
+            pooled = pooled.mean(dim=(2, 3))
+        return normalize(head(pooled).float(), dim=1)
+
+    def logits(self, q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
+        """(N * R, 1 + K [+ R]): positive, queue, the image's other regions if asked for."""
+        positive = torch.einsum("rd,rd->r", q, k)[:, None]
+        parts = [positive, q @ self.queue.T]
+        if self.config.other_regions:
+            size, count = valid.shape
+            own = torch.einsum("nrd,nsd->nrs", q.view(size, count, -1), k.view(size, count, -1))
+            itself = torch.eye(count, dtype=torch.bool, device=q.device)
+            left_out = itself | ~valid[:, None, :]
+            parts.append(own.masked_fill(left_out, -torch.inf).flatten(0, 1))
+        return torch.cat(parts, dim=1) / self.config.temperature
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """The region keys of all ranks enter the queue over the oldest."""
+        for k in self.new_keys:
+            keys = all_gather(k)[-len(self.queue) :]
+            rows = (self.queue_next + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+            self.queue[rows] = keys
+            self.queue_next.add_(len(keys)).remainder_(len(self.queue))
+        self.new_keys.clear()
+
+    def exported(self) -> nn.Module:
+        return self.encoder
