@@ -1,9 +1,9 @@
-"""A study on real data: MoCo v2 against itself with each fill, and the ablation of branches.
+"""A study on real data: the methods against each other, and the ablation of branches.
 
 Every arm trains with the same settings for the same number of images, which were fixed before the
-first run; an arm differs in its recipe alone. Encoders are evaluated by kNN and by a linear probe
-on the pretraining's own classes, and by a linear probe on each transfer set. What is finished is
-not done again: the same command goes on arm by arm, and inside one at its last checkpoint.
+first run; an arm differs in its method and recipe alone. Encoders are evaluated by kNN and by a
+linear probe on the pretraining's own classes, and by a linear probe on each transfer set. What is
+finished is not done again: the same command goes on arm by arm, inside one at its last checkpoint.
 """
 
 import json
@@ -20,7 +20,7 @@ from schemas import ShardDataset, UserError
 from train.config import TrainConfig
 from train.evaluate import linear, neighbours, results
 from train.loop import train
-from train.methods import MoCoConfig
+from train.methods import ADIOSConfig, MaskCoConfig, MoCoConfig, SimCLRConfig
 from train.optim import OptimConfig
 
 FILLS = ("hp", "blur", "mean")
@@ -60,26 +60,45 @@ class Options:
     """auto: cuda where torch finds a GPU."""
 
 
-def arms() -> dict[str, Recipe]:
-    """Every arm's recipe. Where the ablation masks the query alone it is `FILL, no hard`."""
-    found = {"none": RECIPES["none"]}
+@dataclass(frozen=True)
+class Arm:
+    """What an arm has of its own."""
+
+    recipe: Recipe
+    method: Any
+
+
+def arms(options: Options) -> dict[str, Arm]:
+    """Every arm. Where the ablation masks the query alone it is `FILL-no-hard`."""
+    memory: dict[str, Any] = dict(queue=options.queue, ema_momentum=options.ema_momentum)
+    moco, simclr = MoCoConfig(**memory), SimCLRConfig()
+    found = {
+        "none": Arm(RECIPES["none"], moco),
+        "mscn": Arm(RECIPES["mscn"], moco),
+        "adios": Arm(RECIPES["none"], ADIOSConfig(objective="moco", hidden=None, **memory)),
+        "maskco": Arm(RECIPES["maskco"], MaskCoConfig(**memory)),
+    }
     for fill in FILLS:
         recipe = RECIPES[fill]
-        found[fill] = recipe
         alone = replace(recipe, hard_negatives=0)
-        found[f"{fill}-no-hard"] = alone
-        found[f"{fill}-key"] = replace(alone, branch="key")
-        found[f"{fill}-both"] = replace(alone, branch="both")
+        found[fill] = Arm(recipe, moco)
+        found[f"{fill}-no-hard"] = Arm(alone, moco)
+        found[f"{fill}-key"] = Arm(replace(alone, branch="key"), moco)
+        found[f"{fill}-both"] = Arm(replace(alone, branch="both"), moco)
+    for name in ("none", "mscn", *FILLS):
+        found[f"simclr-{name}"] = Arm(RECIPES[name], simclr)
+    found["simclr-adios"] = Arm(RECIPES["none"], ADIOSConfig(hidden=None))
     return found
 
 
 def config_of(options: Options, name: str, seed: int) -> TrainConfig:
-    """Equal for all arms but for the recipe."""
+    """Equal for all arms but for the method and the recipe; all see as many images."""
+    arm = arms(options)[name]
     return TrainConfig(
         data=str(options.shards / "train"),
         out=str(options.out / f"{name}-{seed}"),
-        method=MoCoConfig(queue=options.queue, ema_momentum=options.ema_momentum),
-        recipe=arms()[name],
+        method=arm.method,
+        recipe=arm.recipe,
         encoder=options.encoder,
         crop_size=options.crop_size,
         batch_size=options.batch_size,
@@ -105,7 +124,7 @@ def transfers(shards: Path) -> dict[str, tuple[str, str]]:
 
 def run(options: Options) -> None:
     """Train and evaluate whatever is missing, arm after arm."""
-    known = arms()
+    known = arms(options)
     names = options.arms or tuple(known)
     for name in names:
         if name not in known:
@@ -184,7 +203,7 @@ def report(options: Options) -> str:
 def times(options: Options) -> str:
     """Seconds that the steps of each arm took, medians over its seeds, as Markdown."""
     lines = ["| arm | seconds |", "| --- | ---: |"]
-    for name in options.arms or tuple(arms()):
+    for name in options.arms or tuple(arms(options)):
         seconds = []
         for seed in options.seeds:
             path = options.out / f"{name}-{seed}" / "metrics.jsonl"

@@ -18,7 +18,7 @@ from pipeline import RECIPES, Batch, MaskedViews
 from pipeline.draws import Draws
 from train.config import TrainConfig, autocast, resolved
 from train.feed import Feed, SyntheticViews
-from train.methods import MoCoConfig, Setup
+from train.methods import ADIOSConfig, MoCoConfig, Setup, SimCLRConfig
 from train.presets import PRESETS
 from train.step import Step, placed
 
@@ -27,8 +27,10 @@ ON_GPU = torch.cuda.is_available()
 ALONE, JOB, ONLINE = "step alone", "the whole job", "saliency online"
 FP32, RELEASED = "step alone, fp32 NCHW", "the released way"
 SUPERVISED, COMPILED = "supervised step alone", "step alone, compiled"
+SIMCLR, ADIOS_S, ADIOS = "simclr step alone", "adios-s step alone", "adios step alone, 4 masks"
 AHEAD = {JOB: 3, ONLINE: 3}
 """Steps that use up what DALI has made ahead; a DataLoader's queue lasts for less than a step."""
+SIMCLR_OF_ADIOS = SimCLRConfig(hidden=ADIOSConfig().hidden)
 PAIR, IMAGE = 5, 3
 """Forwards of an encoder that a step costs an image, a backward counted as two: a pair with a hard
 negative (query forward and backward, two momentum forwards), and supervised training."""
@@ -65,37 +67,53 @@ class Options:
 
 
 class Trainer:
-    """One way to train: an encoder and a queue of its own, fed by `batches`."""
+    """One way to train: an encoder of its own, fed by `batches`.
 
-    def __init__(self, options: Options, batches: Callable[..., Any], **changes: Any) -> None:
+    Args:
+        preset: whose method and optimiser; masks are those of `options.recipe` for MoCo, else none.
+        method: in place of the preset's.
+        plain: NCHW memory, as the released code has it.
+        changes: of the preset's options.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        batches: Callable[..., Any],
+        *,
+        preset: str = "moco",
+        method: Any = None,
+        plain: bool = False,
+        **changes: Any,
+    ) -> None:
         device = torch.device(options.device)
-        preset = PRESETS[changes.pop("preset", "moco")]
-        recipe = replace(
-            RECIPES[options.recipe] if preset is PRESETS["moco"] else RECIPES["none"],
-            crop_size=options.crop_size,
-            **preset.views,
-        )
-        method_config = preset.config.method
-        if isinstance(method_config, MoCoConfig):
-            method_config = replace(method_config, queue=options.queue)
-        plain = changes.pop("plain", False)
+        start = PRESETS[preset]
+        recipe = RECIPES[options.recipe if preset == "moco" else "none"]
+        method = method or start.config.method
+        if isinstance(method, MoCoConfig):
+            method = replace(method, queue=options.queue)
         config = replace(
-            preset.config,
+            start.config,
             data=options.data,
             out="",
-            method=method_config,
-            recipe=recipe,
+            method=method,
+            recipe=replace(recipe, crop_size=options.crop_size, **start.views),
             encoder=options.encoder,
             batch_size=options.batch_size,
             device=options.device,
             **changes,
         )
         self.config: TrainConfig = resolved(config, device)
-        setup = Setup(encoder=options.encoder, batch_size=options.batch_size, classes=1000)
-        method = placed(self.config.method.build(setup), self.config, device)
-        if plain:  # as the released code has it
-            method = method.to(memory_format=torch.contiguous_format)
-        self.step = Step(method, self.config, device)
+        setup = Setup(
+            encoder=options.encoder,
+            batch_size=options.batch_size,
+            crop_size=options.crop_size,
+            classes=1000,
+        )
+        made = placed(self.config.method.build(setup), self.config, device)
+        if plain:
+            made = made.to(memory_format=torch.contiguous_format)
+        self.step = Step(made, self.config, device)
         self.feed = Feed(batches(options, self.config, device), memory=1)
         self.waited = 0.0
 
@@ -183,7 +201,7 @@ class ReleasedViews:
 
 def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
     """A trainer a row; `folder` is filled with the dataset's images where a row needs them."""
-    released = dict(precision="fp32", plain=True)
+    released: dict[str, Any] = dict(precision="fp32", plain=True)
     makers: dict[str, Callable[[], Trainer]] = {
         RELEASED: lambda: Trainer(
             options, lambda *given: ReleasedViews(folder, *given), **released
@@ -193,6 +211,11 @@ def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
         ONLINE: lambda: Trainer(options, OnlineViews),
         FP32: lambda: Trainer(options, contiguous, **released),
         SUPERVISED: lambda: Trainer(options, synthetic, preset="supervised"),
+        SIMCLR: lambda: Trainer(options, synthetic, preset="adios", method=SIMCLR_OF_ADIOS),
+        ADIOS_S: lambda: Trainer(options, synthetic, preset="adios"),
+        ADIOS: lambda: Trainer(
+            options, synthetic, preset="adios", method=ADIOSConfig(single=False)
+        ),
         COMPILED: lambda: Trainer(options, synthetic, compile=True),
     }
     if RELEASED in options.rows:
@@ -236,6 +259,8 @@ def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
         *times(JOB, RELEASED, "the whole job over the released way (goal 4)"),
         *times(ALONE, FP32, "bf16 channels_last over fp32 NCHW"),
         *times(ALONE, COMPILED, "as it is over compiled"),
+        *times(SIMCLR, ADIOS_S, "simclr over adios-s (counted: 9 / 6 = 1.5 and two U-Nets)"),
+        *times(SIMCLR, ADIOS, "simclr over adios with 4 masks (counted: 36 / 6 = 6)"),
         *times(
             ALONE,
             SUPERVISED,

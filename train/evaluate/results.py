@@ -120,7 +120,9 @@ def name_of(row: dict[str, Any]) -> str:
     """A line of the table: method, recipe, masked branch and hard negatives."""
     if row.get("weights") == "untrained":
         return f"untrained {row['encoder']}"
-    name = f"{row['method']}, {row['recipe']}"
+    objective = setting(row, "method.objective")
+    on = f" on {objective}" if objective else ""
+    name = f"{row['method']}{on}, {row['recipe']}"
     branch, many = setting(row, "recipe.branch"), setting(row, "recipe.hard_negatives")
     if fill_of(row) != "none":
         name += f", {branch} masked, {many} hard"
