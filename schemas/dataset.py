@@ -77,6 +77,11 @@ class ShardDataset:
         return self.store.url
 
     @property
+    def name(self) -> str:
+        """What the card calls it."""
+        return self.card.name
+
+    @property
     def classes(self) -> list[str]:
         """Class names by label; empty when nothing is labelled."""
         return self.card.classes

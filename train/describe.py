@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import yaml
 
-from schemas import ShardDataset
 from train.config import TrainConfig, recipe_name, settings_of
 from train.distributed import world_size
 from train.feed import Views
@@ -89,9 +88,8 @@ def introduction(
     ]
 
 
-def metadata_of(config: TrainConfig, dataset: ShardDataset | None) -> dict[str, str]:
+def metadata_of(config: TrainConfig, name: str, digest: str) -> dict[str, str]:
     """What an evaluation must know of an encoder; safetensors holds strings only."""
-    digest = "synthetic" if dataset is None else dataset.digest
     return {
         "encoder": config.encoder,
         "stem": config.stem,
@@ -104,6 +102,6 @@ def metadata_of(config: TrainConfig, dataset: ShardDataset | None) -> dict[str, 
         "settings": json.dumps(settings_of(config, digest)),
         "epochs": str(config.epochs),
         "seed": str(config.seed),
-        "data": "synthetic" if dataset is None else dataset.card.name,
+        "data": name,
         "data_digest": digest,
     }

@@ -19,7 +19,7 @@ class Views(Protocol):
     dropped: int
 
     def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -50,6 +50,9 @@ class Feed:
 
 def split(batch: Batch, count: int) -> Iterator[Batch]:
     """Images, labels and windows in `count` parts, each with the hard negatives of its own keys."""
+    if count == 1:
+        yield batch
+        return
     size = len(batch.query) // count
     for first in range(0, len(batch.query), size):
         rows = slice(first, first + size)
@@ -59,7 +62,7 @@ def split(batch: Batch, count: int) -> Iterator[Batch]:
             if getattr(batch, name) is not None
         }
         hard = batch.hard_negative
-        if hard is not None and count > 1:
+        if hard is not None:
             hard = torch.cat([view[rows] for view in hard.split(len(batch.query))])
         yield replace(batch, **parts, hard_negative=hard)
 

@@ -37,7 +37,8 @@ class Job:
 
     config: TrainConfig  # with everything decided
     device: torch.device
-    dataset: ShardDataset | None  # none where views are made up
+    data_name: str
+    data_digest: str  # of what it trains on
     method: Method
     views: Views
 
@@ -77,6 +78,11 @@ def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
         job = prepare(config)
         if evaluation is None and job.config.knn.data is not None:
             evaluation = KnnDuringTraining(job.config, job.device)
+    return train_job(job, evaluation)
+
+
+def train_job(job: Job, evaluation: Evaluation | None = None) -> Path:
+    """`train` for a job that is ready."""
     lock = None
     with together():
         if is_main():
@@ -90,8 +96,7 @@ def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
 
 def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
     config, out = job.config, job.out
-    digest = "synthetic" if job.dataset is None else job.dataset.digest
-    settings = settings_of(config, digest) | {"steps_per_epoch": job.epoch_steps}
+    settings = settings_of(config, job.data_digest) | {"steps_per_epoch": job.epoch_steps}
     checkpoints = Checkpoints(
         folder=out / "checkpoints", keep=config.keep_checkpoints, settings=settings
     )
@@ -125,7 +130,9 @@ def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
     path = out / job.method.file
     with together():
         if record is not None:
-            save_encoder(path, job.method.exported(), metadata_of(config, job.dataset))
+            save_encoder(
+                path, job.method.exported(), metadata_of(config, job.data_name, job.data_digest)
+            )
             record.say(f"written: {path}")
             record.close()
     return path
@@ -149,7 +156,14 @@ def prepare(config: TrainConfig) -> Job:
     )
     method = placed(config.method.build(setup), config, device)
     views = open_views(config, device)
-    return Job(config=config, device=device, dataset=dataset, method=method, views=views)
+    return Job(
+        config=config,
+        device=device,
+        data_name="synthetic" if dataset is None else dataset.card.name,
+        data_digest="synthetic" if dataset is None else dataset.digest,
+        method=method,
+        views=views,
+    )
 
 
 def open_views(config: TrainConfig, device: torch.device) -> Views:
@@ -225,7 +239,7 @@ def run_steps(
             watch.note(scalars)
         meter.add(scalars, feed.waited, step=number, epoch=epoch, lr=lr)
         if record is not None and (number - 1) % epoch_steps == 0 and feed.last is not None:
-            record.views(feed.last, config.recipe, number, epoch, job.method.shown(feed.last))
+            record.views(job.method.sheet(feed.last, config.recipe), number, epoch)
         if logs:
             rows, seconds = meter.take()
             if ends and evaluation is not None:

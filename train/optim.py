@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -27,6 +27,8 @@ class OptimConfig:
     """Of the gradients."""
     weight_decay: float = 1e-4
     """sgd: on all parameters, as MoCo has it; lars: not on norms and biases, as SimCLR has it."""
+    decay_norms: bool = True
+    """sgd: whether weight decay is on the weights of norms too (MoCo: yes; detectron2: no)."""
     trust: float = 0.02
     """lars: a layer's rate is lr x trust x |weights| / |gradient| (eta of solo-learn and ADIOS)."""
     trust_clip: bool = True
@@ -49,8 +51,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimiser over all trainable parameters; the rate is set before each step."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
+        norms = set() if config.decay_norms else norm_parameters(model)
+        plain = [p for p in trainable if p in norms]
+        groups: list[dict[str, Any]] = [{"params": [p for p in trainable if p not in norms]}]
         return SGD(
-            trainable,
+            groups + [{"params": plain, "weight_decay": 0.0}] * bool(plain),
             lr=0.0,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -72,6 +77,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         trust_coeff=config.trust,
         trust_clip=config.trust_clip,
     )
+
+
+def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The weights and biases of all normalisation layers."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+    return {p for layer in model.modules() if isinstance(layer, kinds) for p in layer.parameters()}
 
 
 def learning_rate(config: OptimConfig, step: int, *, peak: float, total: int, epoch: int) -> float:

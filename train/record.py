@@ -12,12 +12,10 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from torch import Tensor
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline import Batch, Recipe
-from pipeline.preview import sheet_of_fed
 from schemas import UserError
 
 
@@ -82,11 +80,10 @@ class Record:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(last["step"] - self.bar.n)
 
-    def views(
-        self, batch: Batch, recipe: Recipe, step: int, epoch: int, shown: dict[str, Tensor]
-    ) -> None:
-        """Show the first views of an epoch, as they were fed: TensorBoard and RUN/views."""
-        sheet = sheet_of_fed(batch, recipe, shown)
+    def views(self, sheet: Image.Image | None, step: int, epoch: int) -> None:
+        """Show what was fed first in an epoch: TensorBoard and RUN/views."""
+        if sheet is None:
+            return
         path = self.folder / "views" / f"epoch-{epoch:04d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)

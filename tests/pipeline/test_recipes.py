@@ -9,7 +9,7 @@ from schemas import UserError
 
 
 def test_names() -> None:
-    assert list(RECIPES) == ["hp", "blur", "mean", "mscn", "none"]
+    assert list(RECIPES) == ["hp", "blur", "mean", "mscn", "maskco", "none"]
     assert get_recipe("hp") == Recipe()
 
 

@@ -63,7 +63,7 @@ def wait_for_end(pid: int) -> None:
 
 @pytest.mark.slow
 def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path):
-    """SIGSTOP to one rank, SIGKILL to one, SIGKILL to torchrun; the same command each time."""
+    """SIGSTOP, then SIGKILL to one rank; SIGKILL to torchrun; the same command each time."""
     process, workers = started(shards, tmp_path, **{"--rank-timeout": "4"})
     os.kill(workers[1], signal.SIGSTOP)
     lines = []
@@ -76,11 +76,6 @@ def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path):
         "error: rank 1 of 2 processes died or was silent for 4 s (--rank-timeout); "
         "the same command goes on from the last checkpoint\n"
     ) in lines, lines
-
-    process, workers = started(shards, tmp_path)
-    os.kill(workers[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert re.search(r"rank +: 1.*\n.*exitcode +: -9", errors)
 
     process, workers = started(shards, tmp_path)
     os.kill(process.pid, signal.SIGKILL)

@@ -2,12 +2,13 @@
 
     python -m train.evaluate knn    --encoder RUN --data URL [--test-data URL] [--baseline]
     python -m train.evaluate linear --encoder RUN --data URL --test-data URL
+    python -m train.evaluate detection --encoder RUN --dataset voc | coco --root FOLDER
     python -m train.evaluate export --encoder RUN --format torchvision | safetensors | detectron2
     python -m train.evaluate table  RUN ... [--protocol linear]
 
 `--help` behind each lists its options. Encoders of a high-pass recipe see high-pass images here
 too. Each evaluation is a line in RUN/results.jsonl; `table` makes a Markdown table of such lines.
-`knn` and `linear` run under torchrun as well.
+`knn`, `linear` and `detection` run under torchrun as well.
 """
 
 import sys
@@ -28,7 +29,7 @@ class TableOptions:
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = tyro.MISSING
     """Folders of runs, or folders that hold such."""
-    protocol: Literal["knn", "linear"] = "linear"
+    protocol: Literal["knn", "linear", "detection"] = "linear"
     """Which evaluations."""
 
 
@@ -48,6 +49,17 @@ def linear_probe(argv: list[str]) -> None:
             print(linear.sentence(row))
 
 
+def detection(argv: list[str]) -> None:
+    from train.evaluate.detection import command  # here: pycocotools and torchvision's detectors
+
+    options = parse(command.DetectionOptions, argv)
+    with session():
+        row = command.evaluate(options)
+        if is_main():
+            scores = ", ".join(f"{name} {value:.2%}" for name, value in row["accuracy"].items())
+            print(f"{row['data']}, {row['test_images']} test pictures: {scores}")
+
+
 def write_export(argv: list[str]) -> None:
     print(export.export(parse(export.ExportOptions, argv)))
 
@@ -58,6 +70,9 @@ def show_table(argv: list[str]) -> None:
     chosen = [row for row in rows if row["protocol"] == options.protocol]
     if not chosen:
         raise UserError(f"no evaluation by {options.protocol} in {', '.join(options.runs)}")
+    if options.protocol == "detection":
+        print(results.detection_table(rows))
+        return
     print(results.table(rows, options.protocol))
     if len({results.setting(row, "recipe.branch") for row in chosen}) > 1:
         for data in dict.fromkeys(row["data"] for row in chosen):
@@ -67,6 +82,7 @@ def show_table(argv: list[str]) -> None:
 COMMANDS = {
     "knn": knn,
     "linear": linear_probe,
+    "detection": detection,
     "export": write_export,
     "table": show_table,
 }

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from schemas import ShardDataset, UserError
+from schemas import UserError
 
 RESULTS = "results.jsonl"
 HEADLINE = {"knn": "20", "linear": "top1"}
@@ -20,11 +20,21 @@ HEADLINE = {"knn": "20", "linear": "top1"}
 BRANCHES = ("key", "both", "query")
 
 
+class Measured(Protocol):
+    """A set of images as a row names it; `len` of it is their number."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    def __len__(self) -> int: ...
+
+
 def row_of(
     protocol: str,
     metadata: dict[str, str],
-    train: ShardDataset,
-    test: ShardDataset | None,
+    train: Measured,
+    test: Measured | None,
     accuracy: dict[str, float],
     **settings: Any,
 ) -> dict[str, Any]:
@@ -32,7 +42,7 @@ def row_of(
     return {
         "protocol": protocol,
         "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
-        "data": train.card.name,
+        "data": train.name,
         "data_digest": train.digest,
         "train_images": len(train),
         "test_digest": None if test is None else test.digest,
@@ -89,6 +99,27 @@ def table(rows: list[dict[str, Any]], protocol: str) -> str:
             cells.append(spread([headline(row) for row in found]))
         runs = {r["pretraining"]["seed"] for r in chosen if name_of(r) == method}
         lines.append(f"| {method} | {' | '.join(cells)} | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def detection_table(rows: list[dict[str, Any]]) -> str:
+    """AP, AP50 and AP75 of boxes and masks by method, as Markdown; the paper's second table."""
+    chosen = [row for row in rows if row["protocol"] == "detection"]
+    columns = list(dict.fromkeys((row["data"], name) for row in chosen for name in row["accuracy"]))
+    heads = " | ".join(f"{data} {name.replace('_', ' ')}" for data, name in columns)
+    lines = [f"| detection, % | {heads} |", "| --- |" + " ---: |" * len(columns)]
+    for method in dict.fromkeys(name_of(row) for row in chosen):
+        cells = [
+            spread(
+                [
+                    100 * row["accuracy"][name]
+                    for row in chosen
+                    if name_of(row) == method and row["data"] == data and name in row["accuracy"]
+                ]
+            )
+            for data, name in columns
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

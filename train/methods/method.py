@@ -4,8 +4,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from PIL import Image
 from torch import Tensor, nn
 
+from pipeline import Recipe
+from pipeline.preview import sheet_of_fed
 from train.encoders import Stem
 
 
@@ -90,6 +93,10 @@ class Method(nn.Module, ABC):
     def shown(self, batch: Any) -> dict[str, Tensor]:
         """Pictures beside the views of a batch: name -> (N, 1 or 3, H, W) in 0 .. 1."""
         return {}
+
+    def sheet(self, batch: Any, recipe: Recipe) -> Image.Image | None:
+        """A picture of what is fed, for a person to look at."""
+        return sheet_of_fed(batch, recipe, self.shown(batch))
 
     def notes(self, samples: int) -> list[str]:
         """What a person should know about these settings on `samples` images; one line each."""
