@@ -82,6 +82,10 @@ pretrain: $(READY) ## DATA=... METHOD=moco RECIPE=hp NPROC=1 RUN=...: shards -> 
 	$(call need,DATA,make pretrain DATA=out/photos METHOD=moco RECIPE=hp)
 	$(LAUNCH) --data "$(DATA)" --out "$(RUN)" --method $(METHOD) --recipe $(RECIPE) $(ARGS)
 
+.PHONY: report
+report: $(READY) ## RUN=...: one page with curves, views, configuration and evaluations
+	$(PY) -m train.report "$(RUN)" $(ARGS)
+
 .PHONY: evaluate
 evaluate: $(READY) ## ENCODER=... DATA=...: PROTOCOL=knn (or linear) accuracy of an encoder
 	$(call need,DATA,make evaluate ENCODER=out/runs/moco-hp DATA=out/photos)

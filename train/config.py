@@ -206,6 +206,8 @@ def recipe_name(recipe: Recipe) -> str:
 
 def plain(value: Any) -> Any:
     """Tuples as lists, so that YAML and a restored checkpoint show and compare them alike."""
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 

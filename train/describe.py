@@ -8,10 +8,8 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 from train.config import TrainConfig, recipe_name, settings_of
 from train.distributed import world_size
@@ -21,19 +19,16 @@ from train.methods import Method
 PACKAGES = ("saliency-shards", "torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy")
 
 
-def write_config(path: Path, settings: dict[str, Any], config: TrainConfig) -> None:
-    """The options as they were decided."""
-    content = {**settings, "data": config.data, "data_digest": settings["data"]}
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-
-
-def write_start(path: Path, config: TrainConfig, device: torch.device, step: int) -> None:
+def write_start(
+    path: Path, config: TrainConfig, device: torch.device, step: int, data_digest: str
+) -> None:
     """Append how the run was started, or started again after `step` steps: one JSON line each."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     row = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "after_step": step,
         "command": command(),
+        "data_digest": data_digest,
         "processes": world_size(),
         "device": name,
         "precision": config.precision,

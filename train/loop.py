@@ -14,12 +14,13 @@ from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, resolved, settings_of
-from train.describe import introduction, metadata_of, write_config, write_start
+from train.describe import introduction, metadata_of, write_start
 from train.distributed import is_main, pick_device, rank, together, world_size
 from train.encoders import save_encoder
 from train.evaluate.during import KnnDuringTraining
 from train.failure import LossWatch
 from train.feed import SYNTHETIC_CLASSES, Feed, SyntheticViews, Views
+from train.files import dump
 from train.interrupt import STATUS, Interrupt
 from train.meter import Meter
 from train.methods import Method, Setup
@@ -108,8 +109,8 @@ def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
     record = None
     with together():
         if is_main():
-            write_config(out / "config.yaml", settings, config)
-            write_start(out / "starts.jsonl", config, job.device, done)
+            (out / "config.yaml").write_text(dump(config))
+            write_start(out / "starts.jsonl", config, job.device, done, job.data_digest)
             record = Record(
                 out,
                 start=done,

@@ -130,12 +130,20 @@ def starting_point(
     preset: Preset | None = None,
     method: type[MethodConfig] | None = None,
     recipe: Recipe | None = None,
+    file: TrainConfig | None = None,
 ) -> TrainConfig:
     """The options before the command line changes single ones.
 
+    Args:
+        file: options read from a file; they stand in place of a preset.
+
     Raises:
-        UserError: the preset is of another method.
+        UserError: the preset, or the file, is of another method.
     """
+    if file is not None:
+        if preset is not None or method not in (None, type(file.method)):
+            raise UserError("--config names the method already: leave --preset and --method out")
+        return file if recipe is None else replace(file, recipe=recipe)
     if preset is None:
         preset = PRESETS[MoCoConfig.name if method is None else method.name]
     elif method is not None and type(preset.config.method) is not method:

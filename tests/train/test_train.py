@@ -21,7 +21,7 @@ import train.loop
 from schemas import UserError
 from schemas.cli import TerminatedError
 from tests.train.runs import ARGUMENTS, command, config, metrics, told, write_images
-from train.__main__ import main
+from train.__main__ import main, options
 from train.config import KnnConfig
 from train.encoders import build_encoder, load_encoder, save_encoder, untrained_encoder
 from train.evaluate.features import extract, unmasked
@@ -38,8 +38,8 @@ def test_run_leaves_its_record(run):
     assert rows[0]["lr"] == pytest.approx(0.03 * 8 / 256)
     assert all(row["images_per_second"] > 0 and row["data_wait"] >= 0 for row in rows)
     written = yaml.safe_load((run / "config.yaml").read_text())
-    assert written["method.queue"] == 20
-    assert written["recipe.crop_size"] == 28
+    assert written["method"] == {"name": "moco", "queue": 20, **written["method"]}
+    assert written["recipe"]["crop_size"] == 28
     assert written["precision"] in ("bf16", "fp32")
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "step-00000003",
@@ -212,6 +212,36 @@ def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
     )
     again, _, _ = load_encoder(str(tmp_path))
     assert torch.equal(again.conv1.weight, encoder.conv1.weight)
+
+
+def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
+    """And goes on with that very run; single options change it."""
+    argv = ["--config", str(run / "config.yaml")]
+    again = options(argv)
+    assert replace(again, knn=KnnConfig()) == replace(
+        train.loop.resolved(config(shards, run), torch.device("cpu")), knn=KnnConfig()
+    )
+    changed = options([*argv, "--rho", "3", "--recipe", "blur", "--seed", "5"])
+    assert (changed.method.rho, changed.recipe.fill, changed.seed) == (3.0, "blur", 5)
+    assert changed.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochz: 3", "unknown option 'epochz': did you mean epochs"),
+        ("method: {name: mocco}", "unknown method 'mocco': did you mean moco"),
+        ("method: {name: moco, tau: 1}", "method: unknown option 'tau'"),
+        ("epochs: many", "epochs: Input should be a valid integer"),
+        ("recipe: {crop_size: 30}", "a multiple of the grid"),
+        ("[1, 2]", "holds no options"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_files_that_do_not_do_are_refused(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        options(["--config", str(tmp_path / "c.yaml")])
 
 
 def test_synthetic_trains_without_data_and_goes_on(tmp_path):
