@@ -132,11 +132,12 @@ test: $(READY) ## All tests
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: lint
-lint: $(READY) ## Format, lint, types, shell scripts
+lint: $(READY) ## Format, lint, types, shell scripts, Dockerfile
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck .ci/run examples/*.sh examples/*.slurm
+	$(VENV)/bin/hadolint Dockerfile
 
 .PHONY: clean
 clean: ## Remove .venv and what the demo wrote

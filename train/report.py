@@ -25,7 +25,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1r
 h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin-top: 2rem }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr));
           gap: 1rem }
-figure { margin: 0 } figure svg, figure img { width: 100%; height: auto; display: block }
+figure { margin: 0 } figure svg { width: 100%; height: auto; display: block }
+figure img { max-width: 100%; height: auto; display: block }
 figcaption { color: #666; font-size: 0.85rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: 0.9rem }
 th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid #ddd;

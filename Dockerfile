@@ -1,0 +1,21 @@
+# The README's steps in an image:
+#   docker build -t saliency-shards . && docker run --gpus all saliency-shards make demo
+FROM python:3.11-slim-bookworm
+
+# g++ is for torch.compile, git for the revision that a run notes down
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends make git g++ \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /saliency-shards
+COPY pyproject.toml requirements.txt README.md Makefile ./
+COPY schemas schemas
+COPY precompute precompute
+COPY pipeline pipeline
+COPY train train
+COPY bench bench
+COPY examples examples
+RUN make setup
+
+CMD ["make", "help"]

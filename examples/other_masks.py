@@ -1,0 +1,76 @@
+"""Two loaders for other experiments, of `pipeline`'s parts.
+
+python examples/other_masks.py out/photos
+
+`mae` masks three quarters of 14 x 14 patches at random, whatever the saliency. `objects` hands out
+crops around the object, found by the stored saliency.
+"""
+
+import io
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pipeline import MaskedViews, Recipe
+from pipeline.masks import foreground
+from schemas import Sample, ShardDataset
+
+MAE = Recipe(
+    pair=False,
+    hard_negatives=0,
+    high_pass=False,
+    fill="mean",
+    grid=14,
+    query_mask="random",
+    query_ratio=(0.75, 0.75),
+    focal_probability=0.0,
+    channel_probability=0.0,
+    jitter_probability=0.0,
+    grayscale_probability=0.0,
+    soft_blur_probability=0.0,
+)
+
+
+def mae(url: str, batch_size: int = 32, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of (masked images, masks), each (N, 3, 224, 224); masks are True where masked."""
+    for batch in MaskedViews(url, MAE, batch_size, device, report=("masks",)):
+        assert batch.query_mask is not None
+        yield batch.query, batch.query_mask
+
+
+def objects(url: str, side: int = 224, margin: float = 0.1) -> Iterator[tuple[Image.Image, int]]:
+    """Every image cut to the box of its foreground and a margin around it: (image, label)."""
+    for sample in ShardDataset.open(url):
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(sample.image))).convert("RGB")
+        yield image.resize((side, side), box=object_box(sample, margin)), sample.label
+
+
+def object_box(sample: Sample, margin: float) -> tuple[float, float, float, float]:
+    """x0 y0 x1 y1 in pixels around the most salient third of the map."""
+    front = foreground(torch.from_numpy(sample.saliency)[None], margin=-0.5)[0].numpy()
+    rows, columns = np.nonzero(front)
+    grid = len(front)
+    x0, x1 = columns.min() / grid - margin, (columns.max() + 1) / grid + margin
+    y0, y1 = rows.min() / grid - margin, (rows.max() + 1) / grid + margin
+    return (
+        max(0.0, x0) * sample.width,
+        max(0.0, y0) * sample.height,
+        min(1.0, x1) * sample.width,
+        min(1.0, y1) * sample.height,
+    )
+
+
+def main() -> None:
+    for images, masks in mae(sys.argv[1]):
+        print(tuple(images.shape), f"{masks[:, 0].float().mean():.0%} masked")
+    for image, label in objects(sys.argv[1]):
+        print(image.size, label)
+        break
+
+
+if __name__ == "__main__":
+    main()

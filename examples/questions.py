@@ -1,0 +1,44 @@
+"""Questions to the tables: no image is opened.
+
+python examples/questions.py out/photos
+"""
+
+import sys
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas import ShardDataset
+
+
+def largest_foreground(dataset: ShardDataset, count: int = 5) -> list[tuple[str, float, int]]:
+    """Classes whose images are most covered by foreground: (name, mean share, images)."""
+    found = (
+        dataset.samples.filter(pc.field("label") >= 0)
+        .group_by("label")
+        .aggregate([("foreground", "mean"), ("foreground", "count")])
+        .sort_by([("foreground_mean", "descending")])
+    )
+    return [
+        (dataset.classes[row["label"]], row["foreground_mean"], row["foreground_count"])
+        for row in found.slice(0, count).to_pylist()
+    ]
+
+
+def wide_images(dataset: ShardDataset, ratio: float = 2.0) -> pa.Table:
+    """Key, width and height of images at least `ratio` times as wide as high."""
+    samples = dataset.samples
+    shape = pc.divide(pc.cast(samples["width"], pa.float64()), samples["height"])
+    return samples.filter(pc.greater_equal(shape, ratio)).select(["key", "width", "height"])
+
+
+def main() -> None:
+    dataset = ShardDataset.open(sys.argv[1])
+    print(f"{len(dataset)} images, {len(dataset.classes)} classes")
+    for name, share, images in largest_foreground(dataset):
+        print(f"{share:6.1%} of the cells are foreground in {name} ({images} images)")
+    print(f"{len(wide_images(dataset))} images are at least twice as wide as high")
+
+
+if __name__ == "__main__":
+    main()
