@@ -42,9 +42,12 @@ def write_start(
 
 
 def command() -> str:
-    """What repeats this run: the options as they were given."""
+    """What repeats this run: the program and its options as they were given."""
+    given = sys.orig_argv
+    if "-m" not in given:
+        return shlex.join(given)
     start = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
-    return f"{start} -m train {shlex.join(sys.argv[1:])}"
+    return f"{start} {shlex.join(given[given.index('-m') :])}"
 
 
 def git_revision() -> str | None:

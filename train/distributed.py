@@ -156,6 +156,22 @@ class GatherWithGradient(torch.autograd.Function):
         return gradient.chunk(world_size())[rank()]
 
 
+class SumWithGradient(torch.autograd.Function):
+    """The sum over the ranks; its backward pass sums the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 def gather_with_gradient(x: Tensor) -> Tensor:
     """Rows of every rank in rank order, with gradient: (N, ...) -> (world size * N, ...)."""
     return x if world_size() == 1 else GatherWithGradient.apply(x)

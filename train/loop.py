@@ -96,6 +96,7 @@ def train_job(job: Job, evaluation: Evaluation | None = None) -> Path:
 
 
 def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
+    """`train_job` once the folder is ours: restore, run, export."""
     config, out = job.config, job.out
     settings = settings_of(config, job.data_digest) | {"steps_per_epoch": job.epoch_steps}
     checkpoints = Checkpoints(

@@ -1,11 +1,9 @@
 """Batch normalisation over the images of all ranks (SyncBN), on GPUs and on CPUs."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
-from train.distributed import world_size
+from train.distributed import SumWithGradient, world_size
 
 
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
@@ -60,4 +58,4 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 def global_mean(x: Tensor) -> Tensor:
     """(N, C, H, W) of each rank -> (C,), the mean over all images and places of all ranks."""
-    return all_reduce(x.mean(dim=(0, 2, 3)), op=dist.ReduceOp.SUM) / world_size()
+    return SumWithGradient.apply(x.mean(dim=(0, 2, 3))) / world_size()

@@ -1,15 +1,19 @@
 """ADIOS: each player moves itself alone, against float64 loops; the masks are a partition."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import Batch
+import train.loop
+from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
+from tests.train.runs import config, metrics
 from train.config import TrainConfig
+from train.distributed import rank, world_size
 from train.methods import ADIOSConfig, Setup
 from train.methods.adios import ADIOS, negative_entropy, sparsity_penalty
 from train.methods.occlusion import OcclusionNet
@@ -186,3 +190,60 @@ def test_masks_are_drawn_evenly_and_go_on_from_the_state():
     other.load_state_dict(method.state_dict())
     (one,), (two,) = method.masked(batch_of(), masks), other.masked(batch_of(), masks)
     assert torch.equal(one.query, two.query)
+
+
+def shared_step(objective):
+    """On a rank: one step on its part of a batch, with SyncBN."""
+    method = game(objective=objective)
+    config = TrainConfig(
+        data="", out="", batch_size=4, precision="fp32", sync_bn=True, optim=OptimConfig(lr=0.1)
+    )
+    step = Step(placed(method, config, CPU), config, CPU)
+    whole, share = batch_of(), 4 // world_size()
+    rows = slice(rank() * share, (rank() + 1) * share)
+    part = replace(whole, query=whole.query[rows], key=whole.key[rows], label=whole.label[rows])
+    scalars = step([part], 0.1)
+    state = {n: v for n, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
+    return {name: value.item() for name, value in scalars.items()}, state
+
+
+@pytest.mark.parametrize("objective", ["simclr", "moco"])
+def test_two_ranks_play_as_one_does(two_ranks, objective):
+    expected, state = shared_step(objective)
+    answers = two_ranks(shared_step, objective)
+    for name, value in expected.items():
+        found = np.mean([scalars[name] for scalars, _ in answers])
+        if "accuracy" not in name:
+            assert found == pytest.approx(value, abs=2e-4), name
+    for _, theirs in answers:
+        for name, value in state.items():
+            if not name.endswith("_extra_state"):
+                torch.testing.assert_close(theirs[name], value, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_stopped_it_goes_on_exactly_with_both_optimisers(shards, tmp_path, monkeypatch):
+    settings = config(
+        shards, tmp_path / "whole", method=ADIOSConfig(hidden=16, projection=8), crop_size=56,
+        recipe=RECIPES["none"], checkpoint_steps=2, log_steps=1,
+    )  # fmt: skip
+    train.loop.train(settings)
+
+    class Stop(Exception):
+        pass
+
+    add = train.loop.Meter.add
+
+    def stopping(self, scalars, waited, **known):
+        add(self, scalars, waited, **known)
+        if known["step"] == 5:
+            raise Stop
+
+    stopped = replace(settings, out=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop.Meter, "add", stopping)
+        with pytest.raises(Stop):
+            train.loop.train(stopped)
+    train.loop.train(stopped)
+    for row, again in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
+        assert [row[n] for n in ("loss", "mask_loss")] == [again[n] for n in ("loss", "mask_loss")]

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.ops import roi_align
 
 from schemas import UserError
-from train.distributed import all_gather
+from train.distributed import all_gather, all_mean, world_size
 from train.encoders import build_encoder, feature_map
 from train.methods.method import Method, Setup, projector
 
@@ -133,7 +133,8 @@ class MaskCo(Method):
                 logits, torch.zeros(len(q), dtype=torch.long, device=q.device), reduction="none"
             )
             weight = valid.float()
-            count = weight.sum().clamp(min=1)
+            # the ranks' mean, so that each region counts alike wherever it lies
+            count = all_mean(weight.sum()).clamp(min=1 / world_size())
             loss = (losses * weight).sum() / count
         hits = (logits.detach().argmax(dim=1) == 0).float()
         return {
