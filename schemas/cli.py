@@ -5,6 +5,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import tyro
@@ -74,6 +75,9 @@ def parse(
         UserError: a name that is not in `named`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in arguments:
+        print(f"saliency-shards {version('saliency-shards')}")
+        sys.exit(0)
     description = [inspect.cleandoc(config.__doc__ or "")]
     chosen = {}
     for field, known in (named or {}).items():
