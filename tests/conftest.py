@@ -1,6 +1,8 @@
 """What tests of several rooms share: small pictures, small datasets, the real data beside us."""
 
 import io
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +66,15 @@ def make_sample() -> Callable[..., Sample]:
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same numbers in every run, alone or beside others."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    if torch := sys.modules.get("torch"):  # tests of `schemas` alone need none
+        torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
