@@ -15,25 +15,24 @@ momentum encoder and a queue as in MoCo v2, boxes for regions, and every number.
 stored saliency (`--recipe.region-choice salient`) is ours.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.ops import roi_align
 
 from schemas import UserError
-from train.distributed import all_gather, all_mean, world_size
-from train.encoders import build_encoder, feature_map
-from train.methods.method import Method, Setup, projector
+from train.distributed import all_mean, world_size
+from train.encoders import feature_map
+from train.methods.method import Setup
+from train.methods.momentum import MomentumConfig, MomentumMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskCoConfig:
-    """Numbers are MoCo v2's or ours; none is published in what we could read."""
+class MaskCoConfig(MomentumConfig):
+    """Numbers are MoCo v2's or ours; none is published in what we could read. Keys are regions'."""
 
     name: ClassVar[str] = "maskco"
 
@@ -45,16 +44,6 @@ class MaskCoConfig:
     """Side of the grid that RoIAlign makes of a region, averaged afterwards (ours)."""
     other_regions: bool = False
     """Whether the image's other regions are negatives too (the paper: "a few may")."""
-    queue: int = 65_536
-    """Region keys that are remembered (MoCo's)."""
-    ema_momentum: float = 0.999
-    """Share of its own weights that the momentum branch keeps at each step (MoCo's)."""
-    temperature: float = 0.2
-    """tau: similarities are divided by it (MoCo v2's)."""
-    projection: int = 128
-    """Width of the projected embedding (MoCo's)."""
-    hidden: int | None = None
-    """Width of the head's hidden layer; that of the encoder's features when not given."""
 
     def build(self, setup: Setup) -> "MaskCo":
         return MaskCo(self, setup)
@@ -78,44 +67,17 @@ class PredictionHead(nn.Module):
         return (x + self.layers(x)).relu()
 
 
-class MaskCo(Method):
+class MaskCo(MomentumMethod):
     """Reads `query`, `key`, their regions and `region_valid` of a batch (`--recipe maskco`)."""
 
-    queue: Tensor
-    queue_next: Tensor
-
     def __init__(self, config: MaskCoConfig, setup: Setup) -> None:
-        super().__init__()
-        if config.queue < setup.batch_size:
-            raise UserError(
-                f"queue {config.queue}: smaller than the batch of {setup.batch_size}; use a longer "
-                "--queue or a smaller --batch-size"
-            )
+        super().__init__(config, setup)
         self.config = config
-        self.encoder, width = build_encoder(setup.encoder, setup.stem)
         self.prediction = (
-            PredictionHead(width, config.prediction_depth)
+            PredictionHead(self.width, config.prediction_depth)
             if config.prediction_head
             else nn.Identity()
         )
-        self.head = projector(width, config.hidden, config.projection)
-        self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.move_average = get_ema_multi_avg_fn(config.ema_momentum)
-        generator = torch.Generator().manual_seed(setup.seed)
-        start = torch.randn(config.queue, config.projection, generator=generator)
-        self.register_buffer("queue", normalize(start, dim=1))
-        self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))
-        self.new_keys: list[Tensor] = []
-
-    @torch.no_grad()
-    def begin_step(self) -> None:
-        """The momentum branch follows; parameters only, as in MoCo."""
-        for average, model in (
-            (self.momentum_encoder, self.encoder),
-            (self.momentum_head, self.head),
-        ):
-            self.move_average(list(average.parameters()), list(model.parameters()), None)
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         if batch.query_regions is None:
@@ -166,16 +128,3 @@ class MaskCo(Method):
             left_out = itself | ~valid[:, None, :]
             parts.append(own.masked_fill(left_out, -torch.inf).flatten(0, 1))
         return torch.cat(parts, dim=1) / self.config.temperature
-
-    @torch.no_grad()
-    def end_step(self) -> None:
-        """The region keys of all ranks enter the queue over the oldest."""
-        for k in self.new_keys:
-            keys = all_gather(k)[-len(self.queue) :]
-            rows = (self.queue_next + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-            self.queue[rows] = keys
-            self.queue_next.add_(len(keys)).remainder_(len(self.queue))
-        self.new_keys.clear()
-
-    def exported(self) -> nn.Module:
-        return self.encoder

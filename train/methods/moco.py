@@ -14,39 +14,26 @@ encoder never normalises over a single image (the code indexes the batch axis: i
 each batch through batch normalisation alone, and compares all queries with that one).
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from schemas import UserError
-from train.distributed import all_gather, shuffle, world_size
-from train.encoders import build_encoder
-from train.methods.method import Method, Setup, projector
+from train.distributed import shuffle, world_size
+from train.methods.method import Setup
+from train.methods.momentum import MomentumConfig, MomentumMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoCoConfig:
-    """Numbers of MoCo v2 (facebookresearch/moco) and, for rho, of the masked variant's README."""
+class MoCoConfig(MomentumConfig):
+    """Numbers of MoCo v2 and, for rho, of the masked variant's README."""
 
     name: ClassVar[str] = "moco"
 
-    queue: int = 65_536
-    """Keys that are remembered as negatives; at least the global batch, any number."""
-    ema_momentum: float = 0.999
-    """Share of its own weights that the momentum encoder keeps at each step, 0 to 1."""
-    temperature: float = 0.2
-    """tau: similarities are divided by it."""
     rho: float = 2.0
     """Factor on the similarity of a hard negative; 1 makes it like any other negative."""
-    projection: int = 128
-    """Width of the projected embedding."""
-    hidden: int | None = None
-    """Width of the head's hidden layer; that of the encoder's features when not given."""
 
     def build(self, setup: Setup) -> "MoCo":
         return MoCo(self, setup)
@@ -72,37 +59,13 @@ def contrastive_logits(
     return torch.cat([positive, negatives, hard_negatives], dim=1) / temperature
 
 
-class MoCo(Method):
+class MoCo(MomentumMethod):
     """Reads `query`, `key` and `hard_negative` of a batch; needs no label."""
 
-    queue: Tensor
-    queue_next: Tensor
-
     def __init__(self, config: MoCoConfig, setup: Setup) -> None:
-        super().__init__()
-        if config.queue < setup.batch_size:
-            raise UserError(
-                f"queue {config.queue}: smaller than the batch of {setup.batch_size}, whose keys "
-                "must all enter it; use a longer --queue or a smaller --batch-size"
-            )
+        super().__init__(config, setup)
         self.config = config
         self.shuffles = not setup.sync_bn  # either hides which images belong together
-        self.encoder, width = build_encoder(setup.encoder, setup.stem)
-        self.head = projector(width, config.hidden, config.projection)
-        self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.move_average = get_ema_multi_avg_fn(config.ema_momentum)
-
-        # Drawn from `seed` alone, so equal on all ranks whatever was drawn before.
-        self.generator = torch.Generator().manual_seed(setup.seed)
-        start = torch.randn(config.queue, config.projection, generator=self.generator)
-        self.register_buffer("queue", normalize(start, dim=1))  # (K, D)
-        self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))  # row to write next
-
-        self.new_keys: list[Tensor] = []  # of the step under way
-
-    def begin_step(self) -> None:
-        self.update_momentum_branch()
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         scalars, key = self.losses(batch)
@@ -133,14 +96,6 @@ class MoCo(Method):
             loss = cross_entropy(logits, target)
         accuracy = (logits.detach().argmax(dim=1) == 0).float().mean()
         return {"loss": loss, "contrastive_accuracy": accuracy}, key
-
-    def end_step(self) -> None:
-        for key in self.new_keys:
-            self.enqueue(key)
-        self.new_keys.clear()
-
-    def exported(self) -> nn.Module:
-        return self.encoder
 
     def notes(self, samples: int) -> list[str]:
         notes = []
@@ -177,26 +132,6 @@ class MoCo(Method):
             return key.new_empty(len(key), 0, key.shape[1])
         views = images.split(len(key))
         return torch.stack([self.momentum_project(view) for view in views], dim=1)
-
-    @torch.no_grad()
-    def update_momentum_branch(self) -> None:
-        """p_momentum <- m p_momentum + (1 - m) p; parameters only, once a step.
-
-        Buffers stay the momentum branch's own: batch normalisation in it has seen other images.
-        """
-        for average, model in (
-            (self.momentum_encoder, self.encoder),
-            (self.momentum_head, self.head),
-        ):
-            self.move_average(list(average.parameters()), list(model.parameters()), None)
-
-    @torch.no_grad()
-    def enqueue(self, key: Tensor) -> None:
-        """Write the keys of all ranks over the oldest ones; wraps wherever the end falls."""
-        keys = all_gather(key)  # (M, D)
-        rows = (self.queue_next + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[rows] = keys
-        self.queue_next.add_(len(keys)).remainder_(len(self.queue))
 
     def get_extra_state(self) -> Tensor:
         return self.generator.get_state()
