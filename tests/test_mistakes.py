@@ -78,7 +78,12 @@ MISTAKES = [
     ("train --data {p}/d --out /proc/x --batch-size 4 --queue 8 --device cpu", "/proc/x", "", ""),
     ("evaluate knn --encoder {p}/photos --data {p}/d", "photos", "no such encoder", "training"),
     ("evaluate knn --encoder {p}/run --data {p}/unlabelled", "unlabelled", "no label", "DATASET="),
-    ("evaluate knn --encoder {p}/run --data {p}/d", "200 neighbours", "11 images", "--neighbours"),
+    (
+        "evaluate knn --encoder {p}/run --data {p}/d",
+        "--neighbours 20 200",
+        "between 1 and 11",
+        "images",
+    ),
     ("evaluate linaer --encoder {p}/run", "linaer", "unknown command", "did you mean linear"),
     (
         "precompute --dataset imagnet --root {p}/photos --out {p}/o",

@@ -1,5 +1,6 @@
 """Encoders: torchvision ResNets without their classifier, and the file that holds a trained one."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Literal
@@ -95,6 +96,12 @@ def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
     encoder = build_encoder(metadata["encoder"], stem_of(metadata))[0]
     encoder.load_state_dict(tensors)
     return encoder, metadata, path
+
+
+def digest(path: Path) -> str:
+    """sha256 of an encoder's file: what it was, when a path no longer tells."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stem_of(metadata: dict[str, str]) -> Stem:

@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from torchvision import datasets
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from precompute.sources.base import Source, SourceImage, check_split, key_of, opened
 from precompute.sources.trees import visible
@@ -18,11 +19,8 @@ from schemas.tables import Reject
 
 VOC_YEARS = {"07": ("2007",), "12": ("2012",), "07+12": ("2007", "2012")}
 VOC_SETS = ("train", "val", "trainval", "test")
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
-)
+VOC_CLASSES = tuple(FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:])
+"""The twenty, in the order of their names; before them torchvision has the background."""
 
 COCO_SETS = {
     "train": "train2017",

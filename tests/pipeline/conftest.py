@@ -4,12 +4,13 @@ import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import RECIPES, Recipe
+from pipeline import RECIPES, Batch, MaskedViews, Recipe
 from schemas import Sample, ShardDataset, write_dataset
 
 CROP = 56
@@ -17,6 +18,28 @@ CROP = 56
 
 SAMPLES = 45
 SHARD_SAMPLES = 20
+
+# what is seen -> what is stored under each EXIF orientation but 1, which is as seen
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def stored(seen: Image.Image, orientation: int) -> bytes:
+    """A JPEG file that shows `seen` once its EXIF orientation, 1 to 8, is applied."""
+    image = seen.transpose(STORED[orientation]) if orientation > 1 else seen
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=100, subsampling=0, exif=exif)
+    return buffer.getvalue()
+
 
 # no draw but the window and the flip
 STILL = {"jitter_probability": 0.0, "grayscale_probability": 0.0, "soft_blur_probability": 0.0}
@@ -90,3 +113,22 @@ def write(tmp_path: Path) -> Write:
     return lambda samples: write_dataset(
         tmp_path / "written", samples, name="test", classes=["a"] * 11
     )
+
+
+BATCH = 8
+
+
+def views_of(dataset: ShardDataset, name: str = "hp", **options: Any) -> MaskedViews:
+    settings: dict[str, Any] = {"batch_size": BATCH, "device": "cpu", "report": ("keys",)}
+    return MaskedViews(dataset.url, small(name), **{**settings, **options})
+
+
+def take(views: MaskedViews, count: int) -> list[Batch]:
+    """The next `count` batches, over the ends of epochs."""
+    batches: list[Batch] = []
+    while len(batches) < count:
+        for batch in views:
+            batches.append(batch)
+            if len(batches) == count:
+                break
+    return batches

@@ -48,7 +48,7 @@ def hwc(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).cpu().numpy()
 
 
-def compare(pair: list[View], fields: dict[str, Any], recipe: Recipe) -> None:
+def assert_as_the_oracle_has_it(pair: list[View], fields: dict[str, Any], recipe: Recipe) -> None:
     """Raises AssertionError where a pixel that is not noise is not the oracle's."""
     size = len(pair[0].image)
     looks = [dataclasses.asdict(fields[f"{name}_photometric"]) for name in ("query", "key")]
@@ -75,7 +75,7 @@ def compare(pair: list[View], fields: dict[str, Any], recipe: Recipe) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_at_224(name: str, device: str) -> None:
     pair, fields = step(RECIPES[name], 12, device)
-    compare(pair, fields, RECIPES[name])
+    assert_as_the_oracle_has_it(pair, fields, RECIPES[name])
 
 
 @pytest.mark.parametrize("branch", ["query", "key", "both"])
@@ -86,7 +86,7 @@ def test_each_fill_on_each_branch(fill: str, branch: str) -> None:
         RECIPES[names[fill]], branch=branch, crop_size=56, hard_negatives=1
     )
     pair, fields = step(recipe, 10)
-    compare(pair, fields, recipe)
+    assert_as_the_oracle_has_it(pair, fields, recipe)
     assert ("query_mask" in fields) == (branch in ("query", "both"))
     assert ("key_mask" in fields) == (branch in ("key", "both"))
 
@@ -95,7 +95,7 @@ def test_each_fill_on_each_branch(fill: str, branch: str) -> None:
 def test_any_number_of_hard_negatives_each_with_its_own_mask(number: int) -> None:
     recipe = dataclasses.replace(RECIPES["blur"], hard_negatives=number, crop_size=56)
     pair, fields = step(recipe, 10)
-    compare(pair, fields, recipe)
+    assert_as_the_oracle_has_it(pair, fields, recipe)
     assert len(fields.get("hard_negative", ())) == 10 * number
     if number == 2:
         first, second = fields["hard_negative_mask"].split(10)

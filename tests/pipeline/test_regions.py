@@ -1,7 +1,6 @@
 """Regions: painted into the images, they are found again in both views, at the reported boxes."""
 
 import dataclasses
-import io
 
 import numpy as np
 import pytest
@@ -11,36 +10,18 @@ from PIL import Image
 from pipeline import MaskedViews, regions
 from pipeline.draws import Draws
 from schemas import Sample, UserError, write_dataset
-from tests.pipeline.conftest import CROP, small
+from tests.pipeline.conftest import CROP, small, stored
 
 BLUE, RED = (20, 30, 200), (230, 20, 20)
-# PIL's name of what undoes each EXIF orientation, from 2 on: oriented pixels -> stored pixels
-UNDO = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 COUNT = 24
 
 
 def sample_of(index: int, pixels: np.ndarray) -> Sample:
     """The pixels as a viewer shows them, stored under one of the eight orientations."""
-    orientation = index % 8 + 1
-    image = Image.fromarray(pixels)
-    if orientation > 1:
-        image = image.transpose(UNDO[orientation])
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=100, subsampling=0, exif=exif)
     saliency = np.random.default_rng(index).random((28, 28), dtype=np.float32)
     return Sample(
         key=f"key-{index:03d}",
-        image=file.getvalue(),
+        image=stored(Image.fromarray(pixels), index % 8 + 1),
         extension="jpg",
         saliency=saliency,
         label=0,

@@ -1,11 +1,18 @@
+import io
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
 import pytest
+from PIL import Image
 
 from precompute.__main__ import main
 from precompute.cluster import cluster
+from precompute.sources import Source, list_images
+from tests.conftest import encode, noise
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +33,31 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Of every file but the one that says how long the run took."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "stats.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def write(path: Path, content: bytes = b"") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content or encode(noise(len(str(path)))))
+
+
+def listed(source: Source) -> dict[str, tuple[str, int]]:
+    """Location -> (key, label); nothing rejected, and every image can be read."""
+    images, rejects = list_images(source.images())
+    assert not rejects
+    for image in images:
+        Image.open(io.BytesIO(source.read(image))).load()
+    return {image.location: (image.key, image.label) for image in images}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "precompute", *map(str, arguments)]
+
+
+def precompute(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def batch(*images: np.ndarray) -> object:
+    return ndd.as_batch(list(images))

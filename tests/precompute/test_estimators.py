@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import nvidia.dali.experimental.dynamic as ndd
 import pytest
 import torch
 import torchvision
@@ -14,14 +13,10 @@ from precompute import demo
 from precompute.estimators import ESTIMATORS, FunctionOptions, ScdaOptions, SpectralOptions
 from precompute.estimators.scda import last_convolutional_map
 from precompute.estimators.weights import load_weights, sha256_of
-from precompute.estimators.windows import Window, cut, paste, windows
 from schemas import SaliencyMap, UserError
 from tests.conftest import noise
+from tests.precompute.conftest import batch
 from train.encoders import build_encoder, save_encoder
-
-
-def batch(*images: np.ndarray) -> object:
-    return ndd.as_batch(list(images))
 
 
 def on_pixels(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -122,60 +117,6 @@ def test_aggregation_is_the_sum_over_channels() -> None:
     expected = tensor.sum(axis=0)
     expected = (expected - expected.mean()) / expected.std()
     assert np.allclose(estimator(batch(pixels))[0], expected, atol=1e-3)
-
-
-def test_areas_are_averaged_after_z_scoring() -> None:
-    def estimate(*areas: float) -> np.ndarray:
-        options = ScdaOptions("resnet18", "random", size=64, areas=areas, precision="fp32")
-        return options.build()(batch(noise(0), noise(1)))
-
-    assert np.allclose(estimate(1.0, 0.3), (estimate(1.0) + estimate(0.3)) / 2, atol=1e-4)
-
-
-SHAPES = [(40, 56), (500, 375), (1, 1), (1, 1000), (1000, 3), (33, 2000)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("area", [1.0, 0.45, 0.1])
-def test_windows_cover_the_image_and_stay_inside(shape: tuple[int, int], area: float) -> None:
-    found = windows(*shape, area)
-    cover = np.zeros(shape, int)
-    for top, left, height, width in found:
-        assert top >= 0 <= left
-        assert top + height <= shape[0]
-        assert left + width <= shape[1]
-        cover[top : top + height, left : left + width] += 1
-    assert cover.min() >= 1
-    assert len(found) <= 64
-    if area == 1.0:
-        assert found == [(0, 0, *shape)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_maps_of_a_ramp_are_pasted_to_that_ramp(shape: tuple[int, int]) -> None:
-    """Each window's map holds a ramp over the image, at the middles of its own 7 x 7 cells."""
-    height, width = shape
-    places = [(0, window) for window in windows(*shape, 0.3)]
-    maps = []
-    for _, (top, left, h, w) in places:
-        y = (top + (np.arange(7) + 0.5) / 7 * h) / height
-        x = (left + (np.arange(7) + 0.5) / 7 * w) / width
-        maps.append(2 * y[:, None] + 3 * x[None])
-    pasted = paste(torch.tensor(np.array(maps)).float(), places, [shape], 14)[0].numpy()
-    middle = (np.arange(14) + 0.5) / 14
-    expected = 2 * middle[:, None] + 3 * middle[None]
-    # a map says nothing beyond the middle of its outermost cells
-    assert abs(pasted - expected)[3:-3, 3:-3].max() < 0.1
-    assert abs(pasted - expected).max() < 0.5
-
-
-def test_a_window_is_what_pillow_cuts_out() -> None:
-    pixels = noise(0, 300, 400)
-    window = Window(37, 60, 200, 240)
-    found = cut(batch(pixels), [(0, window)], 224)[0].numpy().astype(int)
-    box = (window.left, window.top, window.left + window.width, window.top + window.height)
-    expected = Image.fromarray(pixels).resize((224, 224), Image.Resampling.BILINEAR, box=box)
-    assert abs(found - np.asarray(expected, int)).max() <= 2
 
 
 def test_a_layer_by_name() -> None:

@@ -2,13 +2,16 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+import train.loop
 from pipeline.recipes import RECIPES
 from schemas import Sample, write_dataset
 from train.config import TrainConfig
@@ -64,6 +67,26 @@ def told(out: Path) -> list[tuple]:
     """What must not depend on how often a run was stopped."""
     names = ("step", "epoch", "loss", "contrastive_accuracy", "lr")
     return [tuple(row[name] for name in names) for row in metrics(out)]
+
+
+class StopError(Exception):
+    """Of `stopped_after`."""
+
+
+@contextmanager
+def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What trains in here dies once `step` is done and before it is logged or saved."""
+    add = train.loop.Meter.add
+
+    def stopping(self, scalars, waited, **known):
+        add(self, scalars, waited, **known)
+        if known["step"] == step:
+            raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop.Meter, "add", stopping)
+        with pytest.raises(StopError):
+            yield
 
 
 ARGUMENTS = {

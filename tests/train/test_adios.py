@@ -11,7 +11,7 @@ import train.loop
 from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
-from tests.train.runs import config, metrics
+from tests.train.runs import config, metrics, stopped_after
 from train.config import TrainConfig
 from train.distributed import rank, world_size
 from train.methods import ADIOSConfig, Setup
@@ -229,21 +229,9 @@ def test_stopped_it_goes_on_exactly_with_both_optimisers(shards, tmp_path, monke
     )  # fmt: skip
     train.loop.train(settings)
 
-    class Stop(Exception):
-        pass
-
-    add = train.loop.Meter.add
-
-    def stopping(self, scalars, waited, **known):
-        add(self, scalars, waited, **known)
-        if known["step"] == 5:
-            raise Stop
-
     stopped = replace(settings, out=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch:
-        patch.setattr(train.loop.Meter, "add", stopping)
-        with pytest.raises(Stop):
-            train.loop.train(stopped)
+    with stopped_after(5, monkeypatch):
+        train.loop.train(stopped)
     train.loop.train(stopped)
     for row, again in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
         assert [row[n] for n in ("loss", "mask_loss")] == [again[n] for n in ("loss", "mask_loss")]

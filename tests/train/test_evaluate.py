@@ -39,7 +39,7 @@ def test_evaluation_appends_rows_and_prints_them(shards, run):
 
 def test_evaluation_refuses_what_it_cannot_do(shards, run, tmp_path):
     options = KnnOptions(encoder=str(run), data=shards, device="cpu")
-    with pytest.raises(UserError, match="200 neighbours asked for, but there are 25"):
+    with pytest.raises(UserError, match="neighbours 20 200: each must be between 1 and 25"):
         evaluate(options)
     with pytest.raises(UserError, match="no such encoder"):
         evaluate(replace(options, encoder=str(tmp_path)))

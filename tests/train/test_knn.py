@@ -52,6 +52,6 @@ def test_the_image_itself_is_no_neighbour():
 
 def test_more_neighbours_than_images_is_refused():
     known = torch.eye(5), torch.arange(5)
-    with pytest.raises(UserError, match="5 neighbours asked for, but there are 4"):
+    with pytest.raises(UserError, match="5: each must be between 1 and 4"):
         knn_accuracy(known, None, classes=5, neighbours=(5,))
     assert knn_accuracy(known, known, classes=5, neighbours=(5,)) == {5: 1.0}

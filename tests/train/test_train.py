@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,9 +19,7 @@ from torchvision.models import ResNet
 import train.loop
 from schemas import UserError
 from schemas.cli import TerminatedError
-from tests.train.runs import ARGUMENTS, command, config, metrics, told, write_images
-from train.__main__ import main, options
-from train.config import KnnConfig
+from tests.train.runs import config, metrics, stopped_after, told, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder, untrained_encoder
 from train.evaluate.features import extract, unmasked
 from train.evaluate.knn import knn_accuracy
@@ -84,21 +81,9 @@ def test_encoder_is_torchvisions_and_was_trained(run):
 def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypatch):
     """Stopped after step 5, beyond the last checkpoint (4), which lies inside the second epoch."""
 
-    class Stop(Exception):
-        pass
-
-    add = train.loop.Meter.add
-
-    def stopping(self, scalars, waited, **known):
-        add(self, scalars, waited, **known)
-        if known["step"] == 5:
-            raise Stop
-
     settings = config(shards, tmp_path, checkpoint_steps=2, log_steps=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(train.loop.Meter, "add", stopping)
-        with pytest.raises(Stop):
-            train.loop.train(settings)
+    with stopped_after(5, monkeypatch):
+        train.loop.train(settings)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
     train.loop.train(settings)
     assert told(tmp_path) == told(run)
@@ -214,36 +199,6 @@ def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
     assert torch.equal(again.conv1.weight, encoder.conv1.weight)
 
 
-def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
-    """And goes on with that very run; single options change it."""
-    argv = ["--config", str(run / "config.yaml")]
-    again = options(argv)
-    assert replace(again, knn=KnnConfig()) == replace(
-        train.loop.resolved(config(shards, run), torch.device("cpu")), knn=KnnConfig()
-    )
-    changed = options([*argv, "--rho", "3", "--recipe", "blur", "--seed", "5"])
-    assert (changed.method.rho, changed.recipe.fill, changed.seed) == (3.0, "blur", 5)
-    assert changed.batch_size == 8
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("epochz: 3", "unknown option 'epochz': did you mean epochs"),
-        ("method: {name: mocco}", "unknown method 'mocco': did you mean moco"),
-        ("method: {name: moco, tau: 1}", "method: unknown option 'tau'"),
-        ("epochs: many", "epochs: Input should be a valid integer"),
-        ("recipe: {crop_size: 30}", "a multiple of the grid"),
-        ("[1, 2]", "holds no options"),
-        ("a: [", "cannot be read as YAML"),
-    ],
-)
-def test_files_that_do_not_do_are_refused(tmp_path, text, message):
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        options(["--config", str(tmp_path / "c.yaml")])
-
-
 def test_synthetic_trains_without_data_and_goes_on(tmp_path):
     settings = config("", tmp_path, synthetic=20, compile=False)
     train.loop.train(settings)
@@ -274,69 +229,3 @@ def test_weights_and_biases_gets_each_step_when_it_is_there(shards, tmp_path, mo
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train.loop.train(config(shards, tmp_path / "other", wandb="project"))
-
-
-def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
-    for knn, message in (
-        (KnnConfig(data=shards), "20 200: each must be between 1 and 25"),
-        (KnnConfig(data="/nowhere"), "no dataset here"),
-    ):
-        with pytest.raises(UserError, match=message):
-            train.loop.train(config(shards, tmp_path, knn=knn))
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--recipe", "hpp", "did you mean hp"),
-        ("--method", "mocco", "did you mean moco"),
-        ("--encoder", "resnet81", "did you mean resnet18"),
-        ("--data", "/nowhere/at/all", "no dataset here"),
-        ("--out", "/proc/run", "/proc/run"),
-        ("--crop-size", "30", "a multiple of the grid"),
-        ("--batch-size", "1", "one image a process"),
-        ("--batch-size", "0", "at least 1"),
-        ("--batch-size", "64", "26 samples are too few"),
-        ("--queue", "7", "smaller than the batch"),
-        ("--device", "cuda", "no GPU"),
-        ("--warmup-epochs", "2", "must be below --epochs 2"),
-        ("--preset", "mocco", "did you mean moco"),
-        ("--preset", "simclr", "--preset is of method simclr, --method is moco"),
-        ("--accumulate", "3", "does not divide among 1 processes x 3 parts; the nearest"),
-    ],
-)
-def test_user_mistakes_are_user_errors(shards, tmp_path, monkeypatch, option, value, message):
-    if option == "--batch-size" and value == "64":
-        monkeypatch.setitem(ARGUMENTS, "--queue", "64")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments = command(shards, tmp_path / "run", **{"--method": "moco", option: value})
-    monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    with pytest.raises(UserError, match=message):
-        main()
-
-
-def indivisible():
-    from train.config import resolved
-
-    try:
-        resolved(config("data", "out", batch_size=9), torch.device("cpu"))
-    except UserError as error:
-        return str(error)
-    return "accepted"
-
-
-def test_batch_that_does_not_divide_among_ranks_is_refused(two_ranks):
-    assert set(two_ranks(indivisible)) == {
-        "--batch-size 9: does not divide among 2 processes; the nearest that does is 8"
-    }
-
-
-@pytest.mark.slow
-def test_command_line_shows_one_line_and_no_traceback(tmp_path):
-    arguments = command("/nowhere", tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "train", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: /nowhere: no dataset here")
-    assert done.stderr.count("\n") == 1

@@ -12,8 +12,9 @@ too. Each evaluation is a line in RUN/results.jsonl; `table` makes a Markdown ta
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,31 +34,27 @@ class TableOptions:
     """Which evaluations."""
 
 
-def knn(argv: list[str]) -> None:
-    options = parse(neighbours.KnnOptions, argv)
+def evaluated(config: type[Any], evaluate: Callable, sentence: Callable, argv: list[str]) -> None:
+    """Read the options, evaluate on every rank, and say on one what came out."""
+    options = parse(config, argv)
     with session():
-        rows = neighbours.evaluate(options)
+        found = evaluate(options)
         if is_main():
-            print(neighbours.table(rows))
+            print(sentence(found))
+
+
+def knn(argv: list[str]) -> None:
+    evaluated(neighbours.KnnOptions, neighbours.evaluate, neighbours.table, argv)
 
 
 def linear_probe(argv: list[str]) -> None:
-    options = parse(linear.LinearOptions, argv)
-    with session():
-        row = linear.evaluate(options)
-        if is_main():
-            print(linear.sentence(row))
+    evaluated(linear.LinearOptions, linear.evaluate, linear.sentence, argv)
 
 
 def detection(argv: list[str]) -> None:
     from train.evaluate.detection import command  # here: pycocotools and torchvision's detectors
 
-    options = parse(command.DetectionOptions, argv)
-    with session():
-        row = command.evaluate(options)
-        if is_main():
-            scores = ", ".join(f"{name} {value:.2%}" for name, value in row["accuracy"].items())
-            print(f"{row['data']}, {row['test_images']} test pictures: {scores}")
+    evaluated(command.DetectionOptions, command.evaluate, command.sentence, argv)
 
 
 def write_export(argv: list[str]) -> None:

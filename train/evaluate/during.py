@@ -2,10 +2,9 @@
 
 import torch
 
-from schemas import UserError
 from train.config import TrainConfig
-from train.evaluate.features import extract, labelled, unmasked
-from train.evaluate.knn import knn_accuracy
+from train.evaluate.features import extract, labelled_pair, unmasked
+from train.evaluate.knn import check_neighbours, knn_accuracy
 from train.methods import Method
 
 
@@ -20,15 +19,8 @@ class KnnDuringTraining:
         self.config, self.device = config, device
         knn = config.knn
         assert knn.data is not None
-        self.train = labelled(knn.data)
-        if knn.test_data is not None and labelled(knn.test_data).classes != self.train.classes:
-            raise UserError(f"{knn.test_data}: has other classes than {knn.data}")
-        others = len(self.train) - (knn.test_data is None)
-        if not knn.neighbours or not 1 <= min(knn.neighbours) <= max(knn.neighbours) <= others:
-            raise UserError(
-                f"--knn.neighbours {' '.join(map(str, knn.neighbours))}: each must be between 1 "
-                f"and {others}, the other images of {knn.data}"
-            )
+        self.train, test = labelled_pair(knn.data, knn.test_data)
+        check_neighbours(knn.neighbours, len(self.train) - (test is None), "--knn.neighbours")
 
     def __call__(self, method: Method, epoch: int) -> dict[str, float]:
         knn = self.config.knn

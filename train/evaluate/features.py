@@ -29,6 +29,14 @@ def labelled(url: str) -> ShardDataset:
     return dataset
 
 
+def labelled_pair(url: str, test_url: str | None) -> tuple[ShardDataset, ShardDataset | None]:
+    """Open what is known and what is to be classified. Raises UserError if their classes differ."""
+    known, asked = labelled(url), labelled(test_url) if test_url else None
+    if asked is not None and asked.classes != known.classes:
+        raise UserError(f"{test_url}: has other classes than {url}")
+    return known, asked
+
+
 def recipe_of(metadata: dict[str, str]) -> Recipe:
     """How an encoder is shown whole images: its own crop size, and its own recipe's filter.
 
@@ -50,6 +58,22 @@ def recipe_of(metadata: dict[str, str]) -> Recipe:
 def unmasked(recipe: Recipe) -> Recipe:
     """The recipe without its masks: its crop size and its filter stay."""
     return replace(recipe, fill="none", hard_negatives=0)
+
+
+def plain_views(
+    url: str, recipe: Recipe, device: torch.device, batch_size: int, cache: Cache | None = None
+) -> PlainViews:
+    """This rank's share of a dataset: centre crops at the recipe's size, through its filter."""
+    return PlainViews(
+        url,
+        batch_size=batch_size,
+        device=device.type,
+        rank=rank(),
+        world_size=world_size(),
+        crop_size=recipe.crop_size,
+        recipe=recipe,
+        cache=cache,
+    )
 
 
 @torch.inference_mode()
@@ -75,16 +99,7 @@ def extract(
     Returns:
         Features (N, D) float32, L2-normalised, and labels (N,) int64, on the device, on all ranks.
     """
-    views = PlainViews(
-        url,
-        batch_size=batch_size,
-        device=device.type,
-        rank=rank(),
-        world_size=world_size(),
-        crop_size=recipe.crop_size,
-        recipe=recipe,
-        cache=cache,
-    )
+    views = plain_views(url, recipe, device, batch_size, cache)
     encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
     precision = pick_precision(precision, device)
     features, labels = [], []

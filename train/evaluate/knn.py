@@ -14,6 +14,17 @@ NEIGHBOURS = (20, 200)
 CHUNK = 1024  # queries at a time: 1024 x 126,689 similarities of ImageNet-100 are 519 MB
 
 
+def check_neighbours(
+    neighbours: tuple[int, ...], others: int, option: str = "--neighbours"
+) -> None:
+    """Raises UserError, under the option's name, unless each can be had of `others` images."""
+    if not neighbours or not 1 <= min(neighbours) <= max(neighbours) <= others:
+        raise UserError(
+            f"{option} {' '.join(map(str, neighbours))}: each must be between 1 and {others}, "
+            "the number of images to choose from"
+        )
+
+
 @torch.inference_mode()
 def knn_accuracy(
     train: tuple[Tensor, Tensor],
@@ -31,17 +42,12 @@ def knn_accuracy(
             classified by all the others.
 
     Raises:
-        UserError: fewer images than neighbours.
+        UserError: fewer images than neighbours, or none asked for.
     """
     features, labels = train
     queries, targets = train if test is None else test
-    others = len(features) - (test is None)
+    check_neighbours(neighbours, len(features) - (test is None))
     most = max(neighbours)
-    if most > others:
-        raise UserError(
-            f"{most} neighbours asked for, but there are {others} images to choose from; "
-            "use a smaller --neighbours"
-        )
     correct = dict.fromkeys(neighbours, 0)
     for start in range(0, len(queries), CHUNK):
         similarity = queries[start : start + CHUNK] @ features.T  # (chunk, N)

@@ -9,7 +9,6 @@ the pretraining's this is the transfer evaluation; the paper's own protocol ther
 It is trained by the loop of `train`: under torchrun too, and resumed by the same command.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +18,12 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from pipeline import PlainViews, Recipe
-from schemas import UserError
+from pipeline import Recipe
 from train.config import TrainConfig, autocast, pick_precision
-from train.distributed import is_main, pick_device, rank, together, world_size
-from train.encoders import load_encoder
+from train.distributed import is_main, pick_device, together, world_size
+from train.encoders import digest, load_encoder
 from train.evaluate import results
-from train.evaluate.features import labelled, recipe_of
+from train.evaluate.features import labelled_pair, plain_views, recipe_of
 from train.loop import train
 from train.methods import LinearProbe, LinearProbeConfig, Method
 from train.optim import OptimConfig
@@ -72,16 +70,13 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
     with together():
         device = pick_device(options.device)
         _, metadata, path = load_encoder(options.encoder)
-        known, asked = labelled(options.data), labelled(options.test_data)
-        if known.classes != asked.classes:
-            raise UserError(f"{options.test_data}: has other classes than {options.data}")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        known, asked = labelled_pair(options.data, options.test_data)
     plain = recipe_of(metadata)
     out = Path(options.out or path.parent / f"linear-{known.card.name}-{options.seed}")
     config = TrainConfig(
         data=options.data,
         out=str(out),
-        method=LinearProbeConfig(path=str(path), sha256=digest),
+        method=LinearProbeConfig(path=str(path), sha256=digest(path)),
         recipe=replace(plain, **SUPERVISED_VIEWS),
         encoder=metadata["encoder"],
         batch_size=options.batch_size,
@@ -131,18 +126,11 @@ def test(
     probe: LinearProbe, recipe: Recipe, url: str, device: torch.device, batch_size: int
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy on centre crops; over all ranks each image counts once."""
-    views = PlainViews(
-        url,
-        batch_size=batch_size,
-        device=device.type,
-        rank=rank(),
-        world_size=world_size(),
-        crop_size=recipe.crop_size,
-        recipe=recipe,
-    )
+    views = plain_views(url, recipe, device, batch_size)
+    precision = pick_precision("auto", device)
     counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, images
     for batch in views:
-        with autocast(pick_precision("auto", device), device):
+        with autocast(precision, device):
             logits = probe.logits(batch.image)
         nearest = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.label[:, None]
         counts += torch.stack(

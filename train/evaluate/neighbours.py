@@ -7,12 +7,11 @@ import torch
 import tyro
 from torch import nn
 
-from schemas import UserError
 from train.distributed import is_main, pick_device, together
 from train.encoders import load_encoder, untrained_encoder
 from train.evaluate import results
-from train.evaluate.features import extract, labelled, recipe_of
-from train.evaluate.knn import NEIGHBOURS, TEMPERATURE, knn_accuracy
+from train.evaluate.features import extract, labelled_pair, recipe_of
+from train.evaluate.knn import NEIGHBOURS, TEMPERATURE, check_neighbours, knn_accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +46,8 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
         device = pick_device(options.device)
         torch.backends.cuda.matmul.allow_tf32 = False  # similarities decide between neighbours
         encoder, metadata, path = load_encoder(options.encoder)
-        train = labelled(options.data)
-        test = labelled(options.test_data) if options.test_data else None
-        if test is not None and test.classes != train.classes:
-            raise UserError(f"{options.test_data}: has other classes than {options.data}")
-        if not options.neighbours or min(options.neighbours) < 1:
-            raise UserError(f"--neighbours {options.neighbours}: each must be at least 1")
+        train, test = labelled_pair(options.data, options.test_data)
+        check_neighbours(options.neighbours, len(train) - (test is None))
 
     encoders: list[tuple[str, nn.Module]] = [("trained", encoder)]
     if options.baseline:

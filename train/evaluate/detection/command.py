@@ -3,7 +3,6 @@
 The trainer is `train`'s: under torchrun, in bf16, resumed by the same command.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +14,7 @@ from pipeline.recipes import RECIPES
 from schemas import UserError
 from train.config import TrainConfig, resolved
 from train.distributed import is_main, pick_device, rank, together, world_size
-from train.encoders import load_encoder
+from train.encoders import digest, load_encoder
 from train.evaluate import results
 from train.evaluate.detection.data import Pictures, coco, voc
 from train.evaluate.detection.metric import average_precision, detect_all
@@ -148,7 +147,7 @@ def prepare(
     unit = max(1, round((options.iterations or schedule.iterations) / schedule.units))
     method = DetectorConfig(
         path=str(path),
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=digest(path),
         masks=known.masks,
         short_sides=options.short_sides or SHORT_SIDES[options.dataset],
         test_side=options.test_side,
@@ -221,6 +220,12 @@ def read_sets(options: DetectionOptions) -> tuple[Pictures, Pictures]:
         coco(options.root, "train2017", options.train_annotations),
         coco(options.root, "val2017", options.test_annotations),
     )
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """The row for a person."""
+    scores = ", ".join(f"{name} {value:.2%}" for name, value in row["accuracy"].items())
+    return f"{row['data']}, {row['test_images']} test pictures: {scores}"
 
 
 def told(data: Pictures) -> str:

@@ -14,14 +14,12 @@ from xml.etree.ElementTree import ParseError
 
 import numpy as np
 from torchvision.datasets import CocoDetection, VOCDetection
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from schemas import UserError
 
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
-)
+VOC_CLASSES = tuple(FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:])
+"""The twenty, in the order of their names; before them torchvision has the background."""
 
 
 @dataclass(frozen=True)

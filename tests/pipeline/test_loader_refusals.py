@@ -1,0 +1,110 @@
+"""What the loader refuses, with the reason."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import MaskedViews
+from schemas import ShardDataset, UserError
+from tests.pipeline.conftest import BATCH, small, take, views_of
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("seed", {"seed": 1}),
+        ("batch_size", {"batch_size": 7}),
+        ("rank", {"rank": 1}),
+        ("recipe", {"recipe": small("hp", query_ratio=(0.1, 0.2))}),
+        ("world_size", {"world_size": 3}),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(
+    dataset: ShardDataset, name: str, changes: dict[str, Any]
+) -> None:
+    settings = {"recipe": small("hp"), "batch_size": BATCH, "device": "cpu", "world_size": 2}
+    views = MaskedViews(dataset.url, **settings)
+    take(views, 1)
+    other = MaskedViews(dataset.url, **{**settings, **changes})
+    with pytest.raises(UserError, match=f"other settings.*: .*{name}") as refusal:
+        other.load_state_dict(views.state_dict())
+    if name == "recipe":
+        assert "recipe.query_ratio (0.05, 0.25) -> (0.1, 0.2)" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_state_of_another_dataset_or_version_is_refused(
+    dataset: ShardDataset, own_dataset: ShardDataset
+) -> None:
+    state = views_of(dataset, batch_size=3).state_dict()
+    with pytest.raises(UserError, match="dataset"):
+        views_of(own_dataset, batch_size=3).load_state_dict(state)
+    with pytest.raises(UserError, match="version 0"):
+        views_of(dataset, batch_size=3).load_state_dict({**state, "version": 0})
+
+
+@pytest.mark.parametrize(
+    "damage", ["stale", "short", "version", "offset", "missing", "tar", "empty"]
+)
+def test_a_wrong_index_is_refused_by_its_shard(own_dataset: ShardDataset, damage: str) -> None:
+    index, tar = Path(own_dataset.index_urls[1]), Path(own_dataset.shard_urls[1])
+    lines = index.read_text().splitlines(keepends=True)
+    match damage:
+        case "stale":  # of a shard with fewer samples
+            index.write_text("".join(["v1.2 2\n", *lines[1:3]]))
+        case "short":
+            index.write_text("".join(lines[:3]))
+        case "version":
+            index.write_text("".join(["v1.1 3\n", *lines[1:]]))
+        case "offset":
+            words = lines[-1].split()
+            words[-3] = str(tar.stat().st_size)
+            index.write_text("".join([*lines[:-1], " ".join(words) + "\n"]))
+        case "missing":
+            index.unlink()
+        case "tar":
+            tar.write_bytes(tar.read_bytes()[:-512])
+        case "empty":
+            index.write_text("")
+    with pytest.raises(UserError, match="shard 1: ") as refusal:
+        views_of(own_dataset, batch_size=2)
+    assert "\n" not in str(refusal.value)
+
+
+def test_too_few_samples_are_refused_with_the_numbers(dataset: ShardDataset) -> None:
+    with pytest.raises(UserError, match="45 samples are too few for 3 ranks x batch 16 = 48"):
+        views_of(dataset, world_size=3, batch_size=16)
+
+
+def test_a_missing_gpu_is_refused(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="PyTorch sees no GPU here; choose cpu"):
+        views_of(dataset, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "choose cpu or cuda"),
+        ({"device": "meta"}, "choose cpu or cuda"),
+        ({"report": ("mask",)}, "unknown extra 'mask'"),
+        ({"rank": 1}, "ranks are 0 .. world size - 1"),
+        ({"batch_size": 0}, "at least 1 sample"),
+    ],
+)
+def test_other_mistakes_are_refused(
+    dataset: ShardDataset, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        views_of(dataset, **options)
+
+
+def test_a_dataset_that_dali_cannot_read_is_refused(dataset: ShardDataset) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(dataset.url, "/unreadable", recursive=True)
+    with pytest.raises(UserError, match="DALI does not read from memory://; give a cache"):
+        MaskedViews("memory://unreadable", "hp", BATCH, device="cpu")

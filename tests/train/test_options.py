@@ -1,0 +1,110 @@
+"""Options of a training: from the command line, from a file, and those that are refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train.loop
+from schemas import UserError
+from tests.train.runs import ARGUMENTS, command, config
+from train.__main__ import main, options
+from train.config import KnnConfig
+
+
+def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
+    """And goes on with that very run; single options change it."""
+    argv = ["--config", str(run / "config.yaml")]
+    again = options(argv)
+    assert replace(again, knn=KnnConfig()) == replace(
+        train.loop.resolved(config(shards, run), torch.device("cpu")), knn=KnnConfig()
+    )
+    changed = options([*argv, "--rho", "3", "--recipe", "blur", "--seed", "5"])
+    assert (changed.method.rho, changed.recipe.fill, changed.seed) == (3.0, "blur", 5)
+    assert changed.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochz: 3", "unknown option 'epochz': did you mean epochs"),
+        ("method: {name: mocco}", "unknown method 'mocco': did you mean moco"),
+        ("method: {name: moco, tau: 1}", "method: unknown option 'tau'"),
+        ("epochs: many", "epochs: Input should be a valid integer"),
+        ("recipe: {crop_size: 30}", "a multiple of the grid"),
+        ("[1, 2]", "holds no options"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_files_that_do_not_do_are_refused(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        options(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
+    for knn, message in (
+        (KnnConfig(data=shards), "20 200: each must be between 1 and 25"),
+        (KnnConfig(data="/nowhere"), "no dataset here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.loop.train(config(shards, tmp_path, knn=knn))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--recipe", "hpp", "did you mean hp"),
+        ("--method", "mocco", "did you mean moco"),
+        ("--encoder", "resnet81", "did you mean resnet18"),
+        ("--data", "/nowhere/at/all", "no dataset here"),
+        ("--out", "/proc/run", "/proc/run"),
+        ("--crop-size", "30", "a multiple of the grid"),
+        ("--batch-size", "1", "one image a process"),
+        ("--batch-size", "0", "at least 1"),
+        ("--batch-size", "64", "26 samples are too few"),
+        ("--queue", "7", "smaller than the batch"),
+        ("--device", "cuda", "no GPU"),
+        ("--warmup-epochs", "2", "must be below --epochs 2"),
+        ("--preset", "mocco", "did you mean moco"),
+        ("--preset", "simclr", "--preset is of method simclr, --method is moco"),
+        ("--accumulate", "3", "does not divide among 1 processes x 3 parts; the nearest"),
+    ],
+)
+def test_user_mistakes_are_user_errors(shards, tmp_path, monkeypatch, option, value, message):
+    if option == "--batch-size" and value == "64":
+        monkeypatch.setitem(ARGUMENTS, "--queue", "64")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = command(shards, tmp_path / "run", **{"--method": "moco", option: value})
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(UserError, match=message):
+        main()
+
+
+def indivisible():
+    from train.config import resolved
+
+    try:
+        resolved(config("data", "out", batch_size=9), torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_batch_that_does_not_divide_among_ranks_is_refused(two_ranks):
+    assert set(two_ranks(indivisible)) == {
+        "--batch-size 9: does not divide among 2 processes; the nearest that does is 8"
+    }
+
+
+@pytest.mark.slow
+def test_command_line_shows_one_line_and_no_traceback(tmp_path):
+    arguments = command("/nowhere", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /nowhere: no dataset here")
+    assert done.stderr.count("\n") == 1
