@@ -74,9 +74,9 @@ class DetectionOptions:
     years: tuple[Literal["2007", "2012"], ...] = ("2007", "2012")
     """voc: which years are trained on; tests are of 2007."""
     train_annotations: str | None = None
-    """coco: another annotation file for train2017."""
+    """coco: the path of another annotation file for train2017."""
     test_annotations: str | None = None
-    """coco: another annotation file for val2017."""
+    """coco: the path of another annotation file for val2017."""
     batch_size: int = 16
     """Pictures a step, of all processes together."""
     short_sides: tuple[int, ...] | None = None
@@ -225,7 +225,7 @@ def read_sets(options: DetectionOptions) -> tuple[Pictures, Pictures]:
 def sentence(row: dict[str, Any]) -> str:
     """The row for a person."""
     scores = ", ".join(f"{name} {value:.2%}" for name, value in row["accuracy"].items())
-    return f"{row['data']}, {row['test_images']} test pictures: {scores}"
+    return f"trained on {row['data']}, tested on {row['test_images']} pictures: {scores}"
 
 
 def told(data: Pictures) -> str:

@@ -164,8 +164,10 @@ def coco(root: str, split: str, annotations: str | None = None) -> Pictures:
     file = Path(annotations or Path(root) / "annotations" / f"instances_{split}.json")
     folders = [Path(root) / split, Path(root) / "images" / split]
     folder = next((f for f in folders if f.is_dir()), None)
-    if folder is None or not file.is_file():
-        raise UserError(f"{root}: no {file} with pictures in {folders[0]} or {folders[1]}")
+    if not file.is_file():
+        raise UserError(f"no {file}, the annotations of {split}")
+    if folder is None:
+        raise UserError(f"no folder {folders[0]} or {folders[1]} with the pictures of {split}")
     try:
         source = CocoDetection(str(folder), str(file)).coco
     except (ValueError, KeyError) as error:

@@ -1,35 +1,41 @@
 """Pictures with what was found in them, for a person to look at."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageOps
+from pycocotools import mask as coco_mask
 
 from pipeline.sheet import TILE, Tile, page, png
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.metric import Found
+from train.evaluate.detection.views import masks_of
 
 SHOWN = 12
 LEAST_SCORE = 0.5
-TRUTH, FOUND = (0, 158, 115), (213, 94, 0)  # told apart by the colour-blind as well
+TRUTH, FOUND = (0, 110, 80), (185, 75, 0)  # told apart by the colour-blind as well
+TINT = 0.45
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An object: x0 y0 x1 y1 in pixels, its name, and its (H, W) mask where there is one."""
+
+    box: tuple[float, ...]
+    name: str
+    mask: np.ndarray | None
 
 
 def write_sheet(folder: Path, data: Pictures, found: list[Found]) -> None:
-    """detections.png and detections.html: annotated and found boxes, side by side."""
+    """detections.png and detections.html: annotated and found objects, side by side."""
     rows = []
     for one in data.pictures[:SHOWN]:
-        mine = [row for row in found if row["image_id"] == one.number]
-        sure = [row for row in mine if row["score"] >= LEAST_SCORE]
-        truth = [
-            (box, data.classes[label - 1]) for box, label in zip(one.boxes, one.labels, strict=True)
-        ]
-        guesses = [
-            (corners(row["bbox"]), f"{data.classes[row['category_id'] - 1]} {row['score']:.2f}")
-            for row in sure
-        ]
+        truth, guesses = annotated(one, data), detected(one, data, found)
         rows.append(
             [
                 Tile("annotated", drawn(one, truth, TRUTH), one.path.stem[:30]),
-                Tile("found", drawn(one, guesses, FOUND), f"{len(sure)} of score 0.5 and more"),
+                Tile("found", drawn(one, guesses, FOUND), f"{len(guesses)} of score 0.5 and more"),
             ]
         )
     if rows:
@@ -38,21 +44,43 @@ def write_sheet(folder: Path, data: Pictures, found: list[Found]) -> None:
         (folder / "detections.html").write_text(page(title, note, rows))
 
 
-def corners(box: list[float]) -> tuple[float, ...]:
-    x, y, width, height = box
-    return x, y, x + width, y + height
+def annotated(one: Picture, data: Pictures) -> list[Shown]:
+    masks = list(masks_of(one)) if data.masks else [None] * len(one.boxes)
+    return [
+        Shown(tuple(box.tolist()), data.classes[label - 1], mask)
+        for box, label, mask in zip(one.boxes, one.labels, masks, strict=True)
+    ]
 
 
-def drawn(one: Picture, boxes: list, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture fitted into a tile, with boxes and their names."""
+def detected(one: Picture, data: Pictures, found: list[Found]) -> list[Shown]:
+    sure = [row for row in found if row["image_id"] == one.number and row["score"] >= LEAST_SCORE]
+    shown = []
+    for row in sure:
+        x, y, width, height = row["bbox"]
+        name = f"{data.classes[row['category_id'] - 1]} {row['score']:.2f}"
+        mask = coco_mask.decode(row["segmentation"]) if "segmentation" in row else None
+        shown.append(Shown((x, y, x + width, y + height), name, mask))
+    return shown
+
+
+def drawn(one: Picture, objects: list[Shown], colour: tuple[int, int, int]) -> Image.Image:
+    """The picture fitted into a tile, with masks, boxes and their names."""
     with Image.open(one.path) as image:
-        fitted = ImageOps.contain(image.convert("RGB"), (TILE, TILE))
+        pixels = np.array(image.convert("RGB"))
+    for shown in objects:
+        if shown.mask is not None:
+            inside = shown.mask.astype(bool)
+            pixels[inside] = (1 - TINT) * pixels[inside] + TINT * np.array(colour)
+    fitted = ImageOps.contain(Image.fromarray(pixels), (TILE, TILE))
     scale = fitted.width / one.size[1]
     draw = ImageDraw.Draw(fitted)
-    for box, name in boxes:
-        x0, y0, x1, y1 = (float(value) * scale for value in box)
+    for shown in objects:
+        x0, y0, x1, y1 = (value * scale for value in shown.box)
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
-        draw.text((x0 + 3, y0 + 1), name, fill=colour)
+        # above its box where there is room, so that the names of nested boxes can all be read
+        place = (x0 + 2, y0 - 12 if y0 >= 12 else y0 + 2)
+        draw.rectangle(draw.textbbox(place, shown.name), fill=colour)
+        draw.text(place, shown.name, fill="white")
     tile = Image.new("RGB", (TILE, TILE), (228, 228, 224))
     tile.paste(fitted, (0, 0))
     return tile
