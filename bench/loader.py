@@ -13,7 +13,7 @@ from nvidia.dali import pipeline_def
 
 from bench import usual
 from bench.table import Way
-from pipeline import RECIPES, MaskedViews, PlainViews, reader
+from pipeline import RECIPES, MaskedViews, PlainViews, devices, reader
 from pipeline.draws import Draws
 from schemas import ShardDataset
 
@@ -187,7 +187,7 @@ def our_ways(options: Options) -> dict[str, Way]:
 def ceilings(options: Options) -> dict[str, Way]:
     """What no loader of these shards can beat here: reading, decoding, decoding and one crop."""
     shards = reader.open_shards(options.data)
-    device = reader.device_of(options.device)
+    device = devices.device_of(options.device)
 
     @pipeline_def
     def graph(decodes: bool) -> Any:

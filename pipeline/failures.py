@@ -16,6 +16,7 @@ from schemas.sample import IMAGE_EXTENSIONS
 SOURCE = re.compile(
     r"(?P<shard>[^\s\"':]*(?:://)?[^\s\"':]*\.(?:tar|idx))(?::\d+:(?P<member>\S+))?"
 )
+MEMORY = re.compile("bad_alloc|out of memory|memory allocation", re.IGNORECASE)
 SEARCH_SECONDS = 30
 """How long to look for a sample that DALI does not name: a job should end within a minute."""
 
@@ -32,6 +33,8 @@ def explained(url: str, tars: Sequence[str]) -> Iterator[None]:
 def explanation(message: str, url: str, tars: Sequence[str]) -> str:
     said = message.partition("encountered:")[2].strip() or message
     reason, *_ = said.splitlines()
+    if MEMORY.search(message):
+        return f"{url}: DALI is out of memory ({reason}); a smaller batch or crop needs less"
     place = SOURCE.search(reason)
     if place and place["member"]:
         where = f"{place['shard']}: sample {place['member'].partition('.')[0]}"

@@ -22,7 +22,7 @@ from typing import Any
 from nvidia import dali
 from nvidia.dali import Pipeline
 
-from pipeline import failures, reader
+from pipeline import devices, failures, reader
 from pipeline.assemble import View, assemble, cut_all
 from pipeline.batch import EXTRAS, Batch, Extra
 from pipeline.cache import Cache
@@ -80,7 +80,7 @@ class MaskedViews:
         cache: Cache | None = None,
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-        self.device = reader.device_of(device)
+        self.device = devices.device_of(device)
         self._cuts = self.device.type == "cuda"  # where the views are cut: see `pipeline.views`
         if self.recipe.fill != "none":
             find("fill", self.recipe.fill, FILLS)

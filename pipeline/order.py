@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from nvidia.dali import pipeline_def
 
-from pipeline import reader
+from pipeline import devices, reader
 from pipeline.graph import in_drawn_order, read_shuffled
 from schemas import ShardDataset, UserError
 
@@ -49,7 +49,7 @@ def epoch_order(url: str | Path, samples: int, seed: int = 0, epoch: int = 0) ->
     batches = -(-shards.samples // size)
     found: list[str] = []
     for step in range((epoch + 1) * batches):
-        (source,) = reader.run(pipeline, reader.device_of("cpu"), shards)
+        (source,) = reader.run(pipeline, devices.device_of("cpu"), shards)
         if step < epoch * batches:
             continue
         found += reader.parse_keys(reader.tensor(source))

@@ -9,7 +9,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from pipeline import reader
+from pipeline import devices, reader
 from pipeline.assemble import normalised
 from pipeline.cache import Cache
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
@@ -66,7 +66,7 @@ class PlainViews:
         cache: Cache | None = None,
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-        self.device = reader.device_of(device)
+        self.device = devices.device_of(device)
         self.shards = reader.open_shards(url, cache)
         self.resize = round(crop_size * RESIZE_OVER_CROP) if resize is None else resize
         if batch_size < 1 or not 0 <= rank < world_size or not 1 <= crop_size <= self.resize:

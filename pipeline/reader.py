@@ -195,25 +195,6 @@ def parse_keys(sources: Tensor) -> list[str]:
     return [name.rsplit(":", 1)[-1].split(".", 1)[0] for name in names]
 
 
-def device_of(name: str) -> torch.device:
-    """The device by its name; `cuda` is the current GPU. Raises UserError where there is none."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r}: choose cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r}: choose cpu or cuda")
-    if device.type == "cpu":
-        return device
-    if not torch.cuda.is_available():
-        raise UserError(f"device {name!r}: PyTorch sees no GPU here; choose cpu")
-    if device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    if device.index >= torch.cuda.device_count():
-        raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs here")
-    return device
-
-
 def threads() -> int:
     """DALI's CPU threads: the cores of this process, shared with torchrun's other ranks here."""
     cores = len(os.sched_getaffinity(0))

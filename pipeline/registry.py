@@ -1,11 +1,10 @@
 """Masks and fills by name; a user's own join them without a change here."""
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import TypeVar
 
 from schemas import UserError
-from schemas.cli import lookup
+from schemas.cli import imported, lookup
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -28,12 +27,4 @@ def find(kind: str, name: str, registry: dict[str, Function]) -> Function:
     Raises:
         UserError: no such name (with the nearest one), module or function.
     """
-    if ":" not in name:
-        return lookup(kind, name, registry)
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"{kind} {name!r}: {error}; write module:function, the module on PYTHONPATH"
-        ) from error
+    return imported(kind, name) if ":" in name else lookup(kind, name, registry)

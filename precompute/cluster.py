@@ -65,6 +65,15 @@ def connect(address: str | None) -> None:
             )
     except (OSError, ValueError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        # a cluster of another version, or with another token
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
+        if address is None:
+            raise UserError(f"Ray does not start here: {reason}") from error
+        raise UserError(
+            f"the Ray cluster at {address} takes no job of this checkout: {reason}; start one from "
+            "here (docs/precompute.md), or leave --address out"
+        ) from error
 
 
 @contextlib.contextmanager

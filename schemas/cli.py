@@ -5,6 +5,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -52,6 +53,17 @@ def lookup(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     raise UserError(f"unknown {kind} {name!r}: {hint}there are {', '.join(known)}")
 
 
+def imported(kind: str, path: str) -> Any:
+    """What `module:name` stands for. Raises UserError where there is no such thing."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{kind} {path!r}: {error}; write module:name, the module on PYTHONPATH"
+        ) from error
+
+
 def parse(
     config: type[Config],
     argv: Sequence[str] | None = None,
@@ -67,8 +79,7 @@ def parse(
         named: fields that hold one of several named dataclasses, and what the names stand for. The
             name chooses (`--recipe hp`), further options change single values of what was chosen
             (`--recipe.query-ratio 0.1 0.3`).
-        by_path: of these, the ones that take `module:function` too, and what makes a dataclass of
-            it.
+        by_path: of these, the ones that take `module:name` too, and what makes a choice of it.
         start: makes the defaults of what was chosen by name; `config` itself by default.
 
     Raises:

@@ -31,7 +31,7 @@ from train.config import TrainConfig
 from train.distributed import session
 from train.files import load
 from train.loop import train
-from train.methods import METHODS
+from train.methods import METHODS, find_method
 from train.presets import PRESETS, starting_point
 
 
@@ -62,7 +62,13 @@ def read(
     arguments: list[str], path: str | None, named: dict[str, Mapping[str, Any]]
 ) -> TrainConfig:
     file = None if path is None else load(path)
-    return parse(TrainConfig, arguments, named=named, start=partial(starting_point, file=file))
+    return parse(
+        TrainConfig,
+        arguments,
+        named=named,
+        by_path={"method": find_method},
+        start=partial(starting_point, file=file),
+    )
 
 
 if __name__ == "__main__":

@@ -10,14 +10,7 @@ from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
 from train.distributed import world_size
 from train.encoders import Stem
-from train.methods import (
-    ADIOSConfig,
-    LinearProbeConfig,
-    MaskCoConfig,
-    MoCoConfig,
-    SimCLRConfig,
-    SupervisedConfig,
-)
+from train.methods import MethodConfig, MoCoConfig
 from train.optim import OptimConfig
 
 # These may differ between a checkpoint and the run that goes on from it: they change where a run
@@ -56,15 +49,7 @@ class TrainConfig:
     out: str = tyro.MISSING
     """The run's folder; on every machine the same one."""
 
-    method: Annotated[
-        MoCoConfig
-        | SimCLRConfig
-        | SupervisedConfig
-        | ADIOSConfig
-        | MaskCoConfig
-        | LinearProbeConfig,
-        tyro.conf.arg(name=""),
-    ] = field(default_factory=MoCoConfig)
+    method: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=MoCoConfig)
     """The method and its own options."""
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
     """How views are cut and masked."""

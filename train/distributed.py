@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.devices import device_of
 from pipeline.draws import to_device
 from schemas import UserError
 
 SILENCE = re.compile(r"gloo|timed? ?out|[Cc]onnection (closed|reset)")
+HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 GRACE = 5.0
 """Seconds in which every rank that is alive notices that another is not."""
 
@@ -35,23 +37,26 @@ def session(timeout: int = 600) -> Iterator[None]:
             longer than one epoch's first batch, an evaluation and a checkpoint take.
 
     Raises:
-        UserError: a rank died or was silent for too long; on the lowest of those that are left, the
-            others exit with status 2.
+        UserError: the processes cannot meet; memory is full; a rank died or was silent for too long
+            (on the lowest of those that are left, the others exit with status 2).
     """
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if "RANK" not in os.environ:
-        yield
+        refuse_strangers()
+        with memory_is_enough():
+            yield
         return
     end_with_parent()
     waits = timedelta(seconds=timeout)
-    store, number, size = next(dist.rendezvous("env://", timeout=waits))
+    store, number, size = meet(waits)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=size, timeout=waits
     )
     try:
-        yield
+        with memory_is_enough():
+            yield
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors: its own name its source files, those of torch around it
         # say that a wait or an operation timed out
@@ -60,6 +65,51 @@ def session(timeout: int = 600) -> Iterator[None]:
         tell_silent_ranks(dist.PrefixStore("alive", store), number, size, timeout, error)
     # not in a finally: after an error the group may hang on ranks that have gone
     dist.destroy_process_group()
+
+
+def meet(waits: timedelta) -> tuple[dist.Store, int, int]:
+    """A store that all processes share, this one's rank, and their number.
+
+    Raises:
+        UserError: the port is taken, or not all came in time.
+    """
+    try:
+        return next(dist.rendezvous("env://", timeout=waits))
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        taken = "EADDRINUSE" in str(error)
+        what = "the port is taken by another program" if taken else str(error).splitlines()[0]
+        raise UserError(
+            f"the processes cannot meet at {place}: {what}; choose another --master-port, or let "
+            "torchrun find one: --standalone, on one machine"
+        ) from error
+
+
+def refuse_strangers() -> None:
+    """Raises UserError where srun started several processes, which know nothing of each other."""
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if count > 1:
+        raise UserError(
+            f"srun started {count} processes that do not know of each other: let it start torchrun "
+            "once a node (--ntasks-per-node 1), as examples/slurm.sh does"
+        )
+
+
+@contextmanager
+def memory_is_enough() -> Iterator[None]:
+    """Turn a full memory, of the GPU or of the host, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and HOST_FULL not in str(error):
+            raise
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+        raise UserError(
+            f"{where} is out of memory{f' ({asked[1]} more were asked for)' if asked else ''}: "
+            "--accumulate 2, 4 ... works through the same batch in parts; a smaller --batch-size "
+            "or --crop-size needs less too"
+        ) from error
 
 
 def tell_silent_ranks(
@@ -105,12 +155,8 @@ def is_main() -> bool:
 
 def pick_device(name: str) -> torch.device:
     """`auto` | `cpu` | `cuda` -> this rank's device: on CUDA, GPU number LOCAL_RANK."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if device_of(name).type == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("device cuda: torch finds no GPU here; use --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise UserError(

@@ -11,7 +11,7 @@ from pipeline.recipes import Recipe
 from schemas import UserError
 from schemas.cli import lookup
 from train.config import KnnConfig, TrainConfig, plain
-from train.methods import METHODS
+from train.methods import find_method, name_of
 from train.optim import OptimConfig
 
 Options = TypeVar("Options")
@@ -22,7 +22,7 @@ PARTS: dict[str, Any] = {"recipe": Recipe, "optim": OptimConfig, "knn": KnnConfi
 def dump(config: TrainConfig) -> str:
     """All options, those of the method with its name."""
     content = plain(asdict(config))
-    content["method"] = {"name": config.method.name, **content["method"]}
+    content["method"] = {"name": name_of(type(config.method)), **content["method"]}
     return yaml.safe_dump(content, sort_keys=False)
 
 
@@ -40,7 +40,7 @@ def load(path: str) -> TrainConfig:
         raise UserError(f"{path}: holds no options, name: value")
     method = dict(content.get("method") or {})
     name = method.pop("name", "moco")
-    content["method"] = made(lookup("method", name, METHODS), method, f"{path}: method")
+    content["method"] = made(find_method(name), method, f"{path}: method")
     for part, kind in PARTS.items():
         if part in content:
             content[part] = made(kind, content[part] or {}, f"{path}: {part}")

@@ -1,5 +1,6 @@
 """The training loop: the same lines for one process and for many."""
 
+import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def locked(out: Path) -> FileLock:
     """Keep other runs out of this folder until this process ends, however it ends.
 
     Raises:
-        UserError: another run is in it.
+        UserError: another run is in it, or its file system has no locks.
     """
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock")
@@ -201,6 +202,13 @@ def locked(out: Path) -> FileLock:
     except Timeout as error:
         raise UserError(
             f"{out}: another training is writing here; wait for it, or choose another --out"
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOLCK:
+            raise
+        raise UserError(
+            f"{out}: its file system gives no locks, as NFS does without its lock service; mount "
+            "it with locks, or choose another --out"
         ) from error
     return lock
 

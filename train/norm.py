@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from train.distributed import SumWithGradient, world_size
 
@@ -15,20 +16,20 @@ def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm2d:
-                setattr(parent, name, GlobalBatchNorm2d.of(child))
+            if isinstance(child, _BatchNorm):
+                setattr(parent, name, GlobalBatchNorm.of(child))
     return module
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics are of all ranks' images, with gradients back to all of them.
+class GlobalBatchNorm(_BatchNorm):
+    """Batch normalisation over all ranks' images, with gradients back to all of them.
 
-    Every rank has equally many images: the loader sees to it. Two reductions a layer, the mean
+    Ranks may have different numbers of values: detectors do. Two reductions a layer, the mean
     before the squares, so that nothing is lost to cancellation.
     """
 
     @classmethod
-    def of(cls, norm: nn.BatchNorm2d) -> "GlobalBatchNorm2d":
+    def of(cls, norm: _BatchNorm) -> "GlobalBatchNorm":
         """The same parameters and buffers, not copies of them."""
         new = cls(norm.num_features, norm.eps, norm.momentum)
         new.weight, new.bias = norm.weight, norm.bias
@@ -36,26 +37,32 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             setattr(new, name, buffer)
         return new.train(norm.training)
 
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any (N, C, ...)."""
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
+        shape = (1, -1, *[1] * (x.ndim - 2))
         values = x.float()
-        mean = global_mean(values)
-        centred = values - mean.view(1, -1, 1, 1)
-        variance = global_mean(centred.square())
+        mean, count = global_mean(values)
+        centred = values - mean.view(shape)
+        variance, _ = global_mean(centred.square())
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         with torch.no_grad():
-            count = x.numel() // x.shape[1] * world_size()
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
-def global_mean(x: Tensor) -> Tensor:
-    """(N, C, H, W) of each rank -> (C,), the mean over all images and places of all ranks."""
-    return SumWithGradient.apply(x.mean(dim=(0, 2, 3))) / world_size()
+def global_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Over all ranks: (N, C, ...) of each -> the means (C,), and of how many values each is, ()."""
+    sums = x.sum(dim=(0, *range(2, x.ndim)))
+    total = SumWithGradient.apply(torch.cat([sums, sums.new_tensor([x.numel() / x.shape[1]])]))
+    count = total[-1].detach()
+    return total[:-1] / count, count

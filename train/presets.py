@@ -18,6 +18,7 @@ from train.methods import (
     MoCoConfig,
     SimCLRConfig,
     SupervisedConfig,
+    name_of,
 )
 from train.optim import OptimConfig
 
@@ -145,7 +146,7 @@ def starting_point(
             raise UserError("--config names the method already: leave --preset and --method out")
         return file if recipe is None else replace(file, recipe=recipe)
     if preset is None:
-        preset = PRESETS[MoCoConfig.name if method is None else method.name]
+        preset = preset_of(method or MoCoConfig)
     elif method is not None and type(preset.config.method) is not method:
         raise UserError(
             f"--preset is of method {preset.config.method.name}, --method is {method.name}; "
@@ -153,3 +154,18 @@ def starting_point(
         )
     config = preset.config
     return replace(config, recipe=replace(recipe or config.recipe, **preset.views))
+
+
+def preset_of(method: type[MethodConfig]) -> Preset:
+    """The preset of a method's name; a method from elsewhere has MoCo's loop and its own options.
+
+    Raises:
+        UserError: one of its options has no default.
+    """
+    known = PRESETS.get(method.name)
+    if known is not None and type(known.config.method) is method:
+        return known
+    try:
+        return Preset(TrainConfig(method=method()))
+    except TypeError as error:
+        raise UserError(f"method {name_of(method)}: {error}; give each option a default") from error

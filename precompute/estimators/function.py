@@ -2,11 +2,11 @@
 
 import hashlib
 import inspect
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from schemas.cli import imported
 from schemas.errors import UserError
 
 
@@ -22,12 +22,11 @@ class FunctionEstimator:
     """
 
     def __init__(self, path: str):
-        module, _, name = path.partition(":")
+        self.function = imported("estimator", path)
         try:
-            self.function = getattr(import_module(module), name)
             source = inspect.getsource(inspect.getmodule(self.function) or self.function)
-        except (ImportError, AttributeError, TypeError, OSError) as error:
-            raise UserError(f"estimator {path}: {error}") from error
+        except (TypeError, OSError) as error:
+            raise UserError(f"estimator {path!r}: {error}") from error
         self.path = path
         self.weights_sha256 = hashlib.sha256(source.encode()).hexdigest()
         self.side = self.maps([np.zeros((32, 32, 3), np.uint8)]).shape[-1]

@@ -5,11 +5,9 @@ class and one line in `SOURCES`, or `--dataset module:Class`.
 """
 
 from collections.abc import Callable, Iterable
-from importlib import import_module
 
 from precompute.sources.base import Source, SourceImage, key_of
-from schemas.cli import lookup
-from schemas.errors import UserError
+from schemas.cli import imported, lookup
 from schemas.tables import Reject
 
 __all__ = ["SOURCES", "Source", "SourceImage", "key_of", "list_images", "open_source"]
@@ -36,11 +34,7 @@ SOURCES = {
 def open_source(name: str, root: str, split: str, download: bool) -> Source:
     """Open a source by its name in `SOURCES` or as `module:Class`. Raises UserError."""
     path = name if ":" in name else lookup("dataset", name, SOURCES)
-    module, _, attribute = path.partition(":")
-    try:
-        make: Callable[[str, str, bool], Source] = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"dataset {name}: {error}") from error
+    make: Callable[[str, str, bool], Source] = imported("dataset", path)
     return make(root, split, download)
 
 

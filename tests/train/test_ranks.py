@@ -16,7 +16,7 @@ from tests.train.ranks import random_batch
 from train.config import TrainConfig
 from train.distributed import rank, world_size
 from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
-from train.norm import GlobalBatchNorm2d
+from train.norm import GlobalBatchNorm
 from train.optim import OptimConfig
 from train.step import Step, placed
 
@@ -175,8 +175,8 @@ def test_ranks_go_on_drawing_the_same_permutations(four_ranks):
 
 
 def normalised(values):
-    share = values.chunk(world_size())[rank()].requires_grad_()
-    norm = GlobalBatchNorm2d.of(torch.nn.BatchNorm2d(3))
+    share = values.split([1, 3, 2, 2])[rank()].requires_grad_()
+    norm = GlobalBatchNorm.of(torch.nn.BatchNorm2d(3))
     result = norm(share)
     (result**3).sum().backward()
     norm.eval()
@@ -184,7 +184,7 @@ def normalised(values):
 
 
 def test_sync_bn_on_a_cpu_is_batch_norm_of_the_whole_batch(four_ranks):
-    """Far from zero, where a variance by squares would have lost its digits."""
+    """Of uneven shares; far from zero, where a variance by squares would have lost its digits."""
     values = 1000 + torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     whole, norm = values.double().clone().requires_grad_(), torch.nn.BatchNorm2d(3).double()
     result = norm(whole)

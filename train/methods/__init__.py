@@ -1,8 +1,11 @@
-"""Methods by name. A new one: a file with its options and its class, and its place in METHODS.
+"""Methods by name. A new one: a file with its options and its class, and its place in METHODS;
+or, from elsewhere, `--method module:Options`.
 
 `LinearProbe` is trained by the same loop and is no way to pretrain, so it has no name there.
 """
 
+from schemas import UserError
+from schemas.cli import imported, lookup
 from train.methods.adios import ADIOS, ADIOSConfig
 from train.methods.maskco import MaskCo, MaskCoConfig
 from train.methods.method import Method, MethodConfig, Setup
@@ -15,6 +18,24 @@ METHODS: dict[str, type[MethodConfig]] = {
     config.name: config
     for config in (MoCoConfig, SimCLRConfig, SupervisedConfig, ADIOSConfig, MaskCoConfig)
 }
+
+
+def find_method(name: str) -> type[MethodConfig]:
+    """The options of the method of that name; `module:Options` is imported. Raises UserError."""
+    if ":" not in name:
+        return lookup("method", name, METHODS)
+    found = imported("method", name)
+    if not (isinstance(found, type) and issubclass(found, MethodConfig)):
+        raise UserError(f"method {name!r}: is no subclass of train.methods.MethodConfig")
+    return found
+
+
+def name_of(method: type[MethodConfig]) -> str:
+    """What `find_method` finds it by."""
+    if METHODS.get(method.name) is method:
+        return method.name
+    return f"{method.__module__}:{method.__qualname__}"
+
 
 __all__ = [
     "ADIOS",
@@ -33,4 +54,6 @@ __all__ = [
     "SimCLRConfig",
     "Supervised",
     "SupervisedConfig",
+    "find_method",
+    "name_of",
 ]

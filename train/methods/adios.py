@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from train.distributed import rank, world_size
-from train.methods.method import Method, Player, Setup
+from train.methods.method import Method, MethodConfig, Player, Setup
 from train.methods.moco import MoCo, MoCoConfig
 from train.methods.occlusion import Norm, OcclusionNet
 from train.methods.simclr import SimCLR, SimCLRConfig
@@ -36,7 +36,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADIOSConfig:
+class ADIOSConfig(MethodConfig):
     """Numbers of the released run SimCLR + ADIOS-s on ImageNet-100 (bash_files/training)."""
 
     name: ClassVar[str] = "adios"

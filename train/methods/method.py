@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
@@ -46,11 +46,14 @@ class Player:
     """Before the names of its scalars in the log."""
 
 
-class MethodConfig(Protocol):
-    """A method's own options: a frozen dataclass that knows which method it is of."""
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(ABC):
+    """A method's own options, each with a default where the command line is to make one."""
 
     name: ClassVar[str]
+    """What checkpoints, encoders and tables call the method."""
 
+    @abstractmethod
     def build(self, setup: Setup) -> "Method":
         """Raises UserError when the options and the setup do not fit each other."""
 

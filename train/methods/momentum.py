@@ -11,11 +11,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from schemas import UserError
 from train.distributed import all_gather
 from train.encoders import build_encoder
-from train.methods.method import Method, Setup, projector
+from train.methods.method import Method, MethodConfig, Setup, projector
 
 
 @dataclass(frozen=True, kw_only=True)
-class MomentumConfig:
+class MomentumConfig(MethodConfig):
     """Numbers of MoCo v2 (facebookresearch/moco)."""
 
     queue: int = 65_536

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from train.encoders import load_encoder
-from train.methods.method import Method, Setup
+from train.methods.method import Method, MethodConfig, Setup
 
 INITIAL_STD = 0.01  # of the classifier's weights (main_lincls.py of MoCo and of the masked variant)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbeConfig:
+class LinearProbeConfig(MethodConfig):
     """Which encoder is probed."""
 
     name: ClassVar[str] = "linear"

@@ -24,11 +24,11 @@ from torch.nn.functional import normalize
 
 from train.distributed import gather_with_gradient, rank, world_size
 from train.encoders import build_encoder
-from train.methods.method import Method, Setup, projector
+from train.methods.method import Method, MethodConfig, Setup, projector
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimCLRConfig:
+class SimCLRConfig(MethodConfig):
     """tau and the head are SimCLR's; how hard negatives enter is ours."""
 
     name: ClassVar[str] = "simclr"

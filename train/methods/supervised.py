@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 
 from schemas import UserError
 from train.encoders import build_encoder
-from train.methods.method import Method, Setup
+from train.methods.method import Method, MethodConfig, Setup
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
+class SupervisedConfig(MethodConfig):
     """Cross-entropy on the labels of the shards."""
 
     name: ClassVar[str] = "supervised"

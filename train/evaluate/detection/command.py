@@ -158,7 +158,7 @@ def prepare(
         TrainConfig(
             data=options.root,
             out=options.out or str(path.parent / f"detection-{options.dataset}"),
-            method=cast(Any, method),  # no way to pretrain, so no option of `train`
+            method=method,
             recipe=RECIPES["none"],
             encoder=metadata["encoder"],
             sync_bn=True,

@@ -20,7 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from schemas import UserError
 from train.encoders import build_encoder, load_encoder, stem_of
-from train.methods.method import Method, Setup
+from train.methods.method import Method, MethodConfig, Setup
 
 STRIDE = 16  # of layer3's map
 ROI_SIZE = 14
@@ -28,8 +28,11 @@ MASK_WIDTH = 256  # of the mask predictor's hidden layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorConfig:
-    """What is detected, with which encoder, at which sizes; numbers are detectron2's."""
+class DetectorConfig(MethodConfig):
+    """What is detected, with which encoder, at which sizes; numbers are detectron2's.
+
+    No way to pretrain, so no name of `train --method`.
+    """
 
     name: ClassVar[str] = "detection"
 
