@@ -128,8 +128,8 @@ bench-fidelity: $(READY) ## ROOT=...: stored maps against online ones, on crops 
 	$(PY) -m bench fidelity --root "$(ROOT)" $(ARGS)
 
 .PHONY: test
-test: $(READY) ## All tests
-	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+test: $(READY) ## All tests; one thread each, as two that wait for each other cost four times as much
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: lint
 lint: $(READY) ## Format, lint, types, shell scripts, Dockerfile
