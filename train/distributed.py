@@ -232,6 +232,27 @@ def all_mean(x: Tensor) -> Tensor:
     return x
 
 
+def mean_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's hook for a bucket of gradients: their means over the ranks, summed rank after rank.
+
+    DDP deals gradients into other buckets after a process's first step, and the order in which
+    gloo's own reduction adds up the ranks depends on where in its bucket a number lies. Here each
+    rank sums a share of the bucket; as much is sent as there.
+    """
+    flat, size = bucket.buffer(), world_size()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % size))
+    shares = torch.empty_like(padded)  # this rank's share, as each rank has it
+    dist.all_to_all_single(shares, padded)
+    mean, *others = shares.view(size, -1).unbind()
+    for other in others:
+        mean += other
+    mean /= size
+    dist.all_gather_into_tensor(padded, mean.contiguous())
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(padded[: len(flat)])
+    return done
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. For small things: it is pickled."""
     if world_size() == 1:
