@@ -103,6 +103,7 @@ class SyntheticViews:
             label=torch.randint(
                 SYNTHETIC_CLASSES, (batch_size,), generator=generator, device=device
             ),
+            **made_up_regions(recipe, batch_size, generator),
         )
 
     def __len__(self) -> int:
@@ -123,3 +124,15 @@ class SyntheticViews:
 
 
 SYNTHETIC_CLASSES = 1000
+
+
+def made_up_regions(recipe: Recipe, size: int, generator: torch.Generator) -> dict[str, Any]:
+    """The fields of a batch that tell its regions: boxes of half a view's side, all valid."""
+    if not recipe.regions:
+        return {}
+    half = recipe.crop_size / 2
+    shape, device = (2, size, recipe.regions, 2), generator.device
+    start = half * torch.rand(shape, generator=generator, device=device)
+    query, key = torch.cat([start, start + half], dim=-1)
+    valid = torch.ones(query.shape[:2], dtype=torch.bool, device=device)
+    return {"query_regions": query, "key_regions": key, "region_valid": valid}

@@ -1,5 +1,6 @@
 """ADIOS: each player moves itself alone, against float64 loops; the masks are a partition."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -24,8 +25,8 @@ CPU = torch.device("cpu")
 SIDE = 32
 
 
-def batch_of(size: int = 4, side: int = SIDE) -> Batch:
-    generator = torch.Generator().manual_seed(0)
+def batch_of(size: int = 4, side: int = SIDE, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     query, key = (torch.randn(size, 3, side, side, generator=generator) for _ in range(2))
     return Batch(query=query, key=key, hard_negative=None, label=torch.zeros(size).long())
 
@@ -63,6 +64,28 @@ def test_masks_partition_the_image(side, norm):
 def test_crop_that_cannot_be_halved_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"--crop-size 100: adios halves it 4 times; .* 96"):
         OcclusionNet(100, masks=4, channels=8, norm="group")
+
+
+@pytest.mark.parametrize("channels", [4, 12])
+def test_channels_that_cannot_be_grouped_are_refused(channels):
+    with pytest.raises(UserError, match=rf"--channels {channels}: group norm wants a multiple of"):
+        game(channels=channels)
+    assert game(channels=channels, norm="instance")
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_each_key_is_queued_once_a_step(single, parts):
+    """However many masks it meets, and in however many turns."""
+    method = game(objective="moco", single=single)
+    batches = [batch_of(seed=part) for part in range(parts)]
+    start, branch = method.inner.queue.clone(), copy.deepcopy(method.inner).train()
+    expected = torch.cat([branch.momentum_project(batch.key) for batch in batches])
+    step_of(method)(batches, 0.1)
+    size = 4 * parts
+    assert method.inner.queue_next == size
+    torch.testing.assert_close(method.inner.queue[:size], expected)
+    assert torch.equal(method.inner.queue[size:], start[size:])
 
 
 @pytest.mark.parametrize("objective", ["simclr", "moco"])
@@ -123,6 +146,32 @@ def test_penalty_and_entropy_are_the_formulas():
         entropy += sum(x * math.log(x) for x in p) / 3
     assert sparsity_penalty(masks).item() == pytest.approx(penalty, abs=1e-12)
     assert negative_entropy(masks).item() == pytest.approx(entropy, abs=1e-12)
+
+
+def penalty_of(share: float) -> float:
+    """In float32, of one mask that has this share of an image: of one pixel, so not rounded."""
+    return sparsity_penalty(torch.full((1, 1, 1, 1), share, dtype=torch.float32)).item()
+
+
+@pytest.mark.parametrize("share", [0, 1e-6, 1e-4, 0.01, 0.25, 0.5, 0.75, 0.99, 0.9999, 1 - 1e-6, 1])
+def test_in_float32_the_penalty_is_the_formula_of_float64(share):
+    """At a share of 1 the formula as it stands is -1e7 in float32: sin(pi) falls below 0."""
+    rounded = float(np.float32(share))
+    exact = 1 / (math.sin(math.pi * rounded) + 1e-10)
+    assert penalty_of(share) == pytest.approx(exact, rel=2e-6)  # the sine of pi is 1e-16 there
+    nearly_all = float(np.float32(max(share, 1 - share)))  # float32 has what is left of 1 as it is
+    assert penalty_of(nearly_all) == penalty_of(1 - nearly_all)
+
+
+def test_a_share_that_rounding_lifts_above_all_is_no_reward():
+    assert penalty_of(1 + 2e-7) == pytest.approx(1e10)
+
+
+def test_the_penalty_drives_masks_back_from_either_side():
+    for share, direction in ((0.02, 1), (0.98, -1)):
+        masks = torch.full((1, 1, 8, 8), share, requires_grad=True)
+        sparsity_penalty(masks).backward()
+        assert (-masks.grad * direction > 0).all()  # descent goes towards a half
 
 
 @pytest.mark.parametrize("single", [True, False])

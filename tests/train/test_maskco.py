@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pipeline import Batch
 from schemas import UserError
@@ -94,7 +95,7 @@ def test_a_region_is_pooled_where_it_is():
     assert cold < whole < warm
 
 
-class Keep(torch.nn.Module):
+class Keep(nn.Module):
     def __init__(self, kept: list) -> None:
         super().__init__()
         self.kept = kept
@@ -125,11 +126,12 @@ def test_key_branch_follows_and_only_its_regions_enter_the_queue():
     start = method.queue.clone()
     method(batch)["loss"].backward()
     assert torch.equal(method.queue, start)
-    keys = torch.cat(method.new_keys)
+    ((keys, _),) = method.new_keys
     method.end_step()
-    torch.testing.assert_close(method.queue[:8], keys)
-    assert torch.equal(method.queue[8:], start[8:])
-    assert method.queue_next == 8
+    assert batch.region_valid.tolist() == [[True] * 2, [False, True], [True] * 2, [False] * 2]
+    assert torch.equal(method.queue[:5], keys[[0, 1, 3, 4, 5]])
+    assert torch.equal(method.queue[5:], start[5:])
+    assert method.queue_next == 5
     assert all(p.grad is None for p in method.momentum_encoder.parameters())
 
 
@@ -147,11 +149,29 @@ def test_a_recipe_without_regions_is_refused():
         method_of()(plain)
 
 
+def test_with_parts_of_a_step_it_says_how_regions_count():
+    setup = Setup(encoder="resnet18", batch_size=4, accumulate=2)
+    assert "part of a step, of which there are 2" in MaskCoConfig(queue=11).build(setup).notes(9)[0]
+    assert method_of().notes(9) == []
+
+
+def smooth(module: nn.Module) -> nn.Module:
+    """Without kinks: across one, rounding alone would move a gradient."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ReLU):
+            setattr(module, name, nn.Softplus())
+        elif isinstance(child, nn.MaxPool2d):
+            setattr(module, name, nn.AvgPool2d(2))
+        else:
+            smooth(child)
+    return module
+
+
 def gradients():
     """On a rank: loss and gradients of its part of one batch, with SyncBN."""
     torch.manual_seed(0)
     config = TrainConfig(data="", out="", batch_size=4, precision="fp32", sync_bn=True)
-    method = placed(method_of(), config, torch.device("cpu"))
+    method = placed(smooth(method_of()), config, torch.device("cpu"))
     whole, share = batch_of(), 4 // world_size()
     rows = slice(rank() * share, (rank() + 1) * share)
     part = Batch(
@@ -173,7 +193,5 @@ def test_two_ranks_compute_the_gradients_of_one(two_ranks):
     assert np.mean([answer[0] for answer in answers]) == pytest.approx(loss, abs=1e-5)
     for _, found, its_queue in answers:
         for name, gradient in expected.items():
-            # rounding decides ties of the max-pool, which the first layer's gradient shows
-            most = 0.05 if "conv1" in name else 1e-4
-            assert (found[name] - gradient).norm() < most * gradient.norm(), name
+            assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
         torch.testing.assert_close(its_queue, queue, atol=1e-5, rtol=1e-4)

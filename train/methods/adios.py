@@ -14,7 +14,8 @@ L is SimCLR's or MoCo v2's loss; that of MoCo v2 is ours, the released code has 
 (`single`) each image gets one of its masks, drawn uniformly, in place of the sum; the penalty is
 still over all of them. The released code also trains a linear classifier on the labels beside it;
 here `--knn.data` watches the encoder. Its batch statistics move in both turns; here the occlusion
-network's turn leaves the encoder as it is, its statistics too.
+network's turn leaves the encoder as it is, its statistics too. Its warm-up starts at a learning
+rate of 0.003 for both networks; ours starts near 0, as everywhere in this trainer.
 """
 
 import math
@@ -26,8 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pipeline import Recipe
+from schemas import UserError
 from train.distributed import rank, world_size
-from train.methods.method import Method, MethodConfig, Player, Setup
+from train.methods.method import Method, MethodConfig, Player, Setup, needs_keys
 from train.methods.moco import MoCo, MoCoConfig
 from train.methods.occlusion import Norm, OcclusionNet
 from train.methods.simclr import SimCLR, SimCLRConfig
@@ -67,6 +70,14 @@ class ADIOSConfig(MethodConfig):
     """moco: keys that are remembered."""
     ema_momentum: float = 0.999
     """moco: share of its own weights that the momentum encoder keeps at each step."""
+
+    def check(self, recipe: Recipe) -> None:
+        needs_keys(self, recipe)
+        if recipe.fill != "none":  # which has no hard negatives either
+            raise UserError(
+                f"method adios: learns its own masks, of plain views; the recipe has masks or hard "
+                f"negatives (fill {recipe.fill}); take --recipe none"
+            )
 
     def build(self, setup: Setup) -> "ADIOS":
         return ADIOS(self, setup)
@@ -154,7 +165,10 @@ class EncoderTurn(nn.Module):
         (game,) = self.hidden
         with torch.no_grad():
             masks = game.occlusion(batch.query)
-        return summed([self.inner(masked) for masked in game.masked(batch, masks)])
+        views = game.masked(batch, masks)
+        found = [self.inner(next(views))]
+        found += [self.inner.contrast(view) for view in views]  # the same keys: remembered once
+        return summed(found)
 
 
 class OcclusionTurn(nn.Module):
@@ -199,7 +213,9 @@ class Contrast(nn.Module):
 def sparsity_penalty(masks: Tensor) -> Tensor:
     """sum_n mean_i 1 / (sin(pi s_ni) + 1e-10) of masks (images, N, H, W); N at least."""
     share = masks.mean(dim=(2, 3))  # (images, N)
-    return (1 / (torch.sin(math.pi * share) + 1e-10)).mean(dim=0).sum()
+    # the same sine, but in float32 that of pi is below 0: all of an image would be a reward
+    nearest = torch.minimum(share, 1 - share).clamp(min=0)
+    return (1 / (torch.sin(math.pi * nearest) + 1e-10)).mean(dim=0).sum()
 
 
 def negative_entropy(masks: Tensor) -> Tensor:

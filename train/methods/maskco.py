@@ -13,6 +13,11 @@ these: the order of the modules, one masked and one whole view, the positive, mo
 other images. Everything else is our reading: the prediction head on the query's path alone, a
 momentum encoder and a queue as in MoCo v2, boxes for regions, and every number. Choosing regions by
 stored saliency (`--recipe.region-choice salient`) is ours.
+
+A region that is not valid (the views' overlap is too small) has no part in the loss, and its key
+none in the queue. The loss is the mean over the valid regions of all ranks. With `--accumulate` it
+is that of each part of a step, and the parts count alike: no part knows how many regions the others
+have, so where it has fewer, each of them weighs more.
 """
 
 from dataclasses import dataclass
@@ -23,11 +28,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torchvision.ops import roi_align
 
+from pipeline import Recipe
 from schemas import UserError
 from train.distributed import all_mean, world_size
 from train.encoders import feature_map
-from train.methods.method import Setup
+from train.methods.method import Setup, needs_keys
 from train.methods.momentum import MomentumConfig, MomentumMethod
+
+ADVICE = "take --recipe maskco"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,13 @@ class MaskCoConfig(MomentumConfig):
     """Side of the grid that RoIAlign makes of a region, averaged afterwards (ours)."""
     other_regions: bool = False
     """Whether the image's other regions are negatives too (the paper: "a few may")."""
+
+    def check(self, recipe: Recipe) -> None:
+        needs_keys(self, recipe)
+        if recipe.query_mask != "regions" or recipe.fill == "none":
+            raise UserError(f"method maskco: the recipe masks no regions; {ADVICE}")
+        if recipe.hard_negatives:
+            raise UserError(f"method maskco: has no use for hard negatives; {ADVICE}")
 
     def build(self, setup: Setup) -> "MaskCo":
         return MaskCo(self, setup)
@@ -62,9 +77,10 @@ class PredictionHead(nn.Module):
                 nn.ReLU(inplace=True),
             ]
         self.layers = nn.Sequential(*layers[:-1])
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.layers(x)).relu()
+        return self.relu(x + self.layers(x))
 
 
 class MaskCo(MomentumMethod):
@@ -72,7 +88,7 @@ class MaskCo(MomentumMethod):
 
     def __init__(self, config: MaskCoConfig, setup: Setup) -> None:
         super().__init__(config, setup)
-        self.config = config
+        self.config, self.setup = config, setup
         self.prediction = (
             PredictionHead(self.width, config.prediction_depth)
             if config.prediction_head
@@ -81,14 +97,14 @@ class MaskCo(MomentumMethod):
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         if batch.query_regions is None:
-            raise UserError("method maskco: the recipe has no regions; take --recipe maskco")
+            raise UserError(f"method maskco: the batch has no regions; {ADVICE}")
         valid = batch.region_valid.flatten()  # (N * R,)
         maps = self.prediction(feature_map(self.encoder, batch.query))
         q = self.regions(maps, batch.query_regions, batch.query, self.head)
         with torch.no_grad():
             maps = feature_map(self.momentum_encoder, batch.key)
             k = self.regions(maps, batch.key_regions, batch.key, self.momentum_head)
-        self.new_keys.append(k)
+        self.remember(k, valid)
         with torch.autocast(q.device.type, enabled=False):
             logits = self.logits(q, k, batch.region_valid)
             losses = cross_entropy(
@@ -104,6 +120,14 @@ class MaskCo(MomentumMethod):
             "contrastive_accuracy": (hits * weight).sum() / count,
             "regions_valid": weight.mean(),
         }
+
+    def notes(self, samples: int) -> list[str]:
+        if self.setup.accumulate == 1:
+            return []
+        return [
+            f"a region weighs as the others of its part of a step, of which there are "
+            f"{self.setup.accumulate}: more where its part has fewer"
+        ]
 
     def regions(self, maps: Tensor, boxes: Tensor, images: Tensor, head: nn.Module) -> Tensor:
         """Pool and project regions: maps (N, D, h, w), boxes (N, R, 4) -> unit (N * R, P)."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline import Recipe
 from pipeline.preview import sheet_of_fed
+from schemas import UserError
 from train.encoders import Stem
 
 
@@ -28,6 +29,8 @@ class Setup:
     """Parts that a step's images come in, one after the other."""
     classes: int = 0
     """Of the labels; 0 where the images have none."""
+    unlabelled: int = 0
+    """Images without a label."""
     crop_size: int = 224
     """Side of a view in pixels."""
     seed: int = 0
@@ -56,6 +59,13 @@ class MethodConfig(ABC):
     @abstractmethod
     def build(self, setup: Setup) -> "Method":
         """Raises UserError when the options and the setup do not fit each other."""
+
+    def check(self, recipe: Recipe) -> None:  # noqa: B027 - most recipes suit a method
+        """Refuse a recipe whose views make no sense for the method, before anything is built.
+
+        Raises:
+            UserError: names the recipe, or the option, to take instead.
+        """
 
 
 class Method(nn.Module, ABC):
@@ -104,6 +114,12 @@ class Method(nn.Module, ABC):
     def notes(self, samples: int) -> list[str]:
         """What a person should know about these settings on `samples` images; one line each."""
         return []
+
+
+def needs_keys(config: MethodConfig, recipe: Recipe) -> None:
+    """Raises UserError where the recipe gives a query alone."""
+    if not recipe.pair:
+        raise UserError(f"method {config.name}: the recipe makes no keys; take --recipe.pair")
 
 
 def projector(width: int, hidden: int | None, out: int) -> nn.Sequential:

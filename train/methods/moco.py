@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from pipeline import Recipe
 from train.distributed import shuffle, world_size
-from train.methods.method import Setup
+from train.methods.method import Setup, needs_keys
 from train.methods.momentum import MomentumConfig, MomentumMethod
 
 
@@ -34,6 +35,9 @@ class MoCoConfig(MomentumConfig):
 
     rho: float = 2.0
     """Factor on the similarity of a hard negative; 1 makes it like any other negative."""
+
+    def check(self, recipe: Recipe) -> None:
+        needs_keys(self, recipe)
 
     def build(self, setup: Setup) -> "MoCo":
         return MoCo(self, setup)
@@ -69,7 +73,7 @@ class MoCo(MomentumMethod):
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         scalars, key = self.losses(batch)
-        self.new_keys.append(key)
+        self.remember(key)
         return scalars
 
     def contrast(self, batch: Any) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class MomentumConfig(MethodConfig):
 
 
 class MomentumMethod(Method):
-    """`forward` appends its keys, unit rows (N, D), to `new_keys`; the end of the step queues them.
+    """`forward` has its keys remembered; the end of the step queues them.
 
     Raises:
         UserError: the queue is shorter than the global batch.
@@ -61,7 +61,7 @@ class MomentumMethod(Method):
         self.register_buffer("queue", normalize(start, dim=1))
         self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))
 
-        self.new_keys: list[Tensor] = []  # of the step under way
+        self.new_keys: list[tuple[Tensor, Tensor | None]] = []  # of the step under way
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -75,15 +75,46 @@ class MomentumMethod(Method):
         ):
             self.move_average(list(average.parameters()), list(model.parameters()), None)
 
+    def remember(self, keys: Tensor, valid: Tensor | None = None) -> None:
+        """Keep keys for the end of the step: unit rows (N, D), all or those that are `valid`.
+
+        Args:
+            valid: (N,) bool. How many there are stays on the device; a rank may have none.
+        """
+        self.new_keys.append((keys, valid))
+
     @torch.no_grad()
     def end_step(self) -> None:
         """Write the keys of all ranks over the oldest ones; wraps wherever the end falls."""
-        for part in self.new_keys:
-            keys = all_gather(part)[-len(self.queue) :]  # more regions than rows: the last ones
-            rows = (self.queue_next + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        length = len(self.queue)
+        for part, part_valid in self.new_keys:
+            keys = all_gather(part)
+            count: int | Tensor = len(keys)
+            places = torch.arange(min(len(keys), length), device=keys.device)
+            rows = (self.queue_next + places) % length
+            if part_valid is not None:
+                keys, count = renewed(self.queue[rows], keys, all_gather(part_valid))
             self.queue[rows] = keys
-            self.queue_next.add_(len(keys)).remainder_(len(self.queue))
+            self.queue_next.add_(count).remainder_(length)
         self.new_keys.clear()
 
     def exported(self) -> nn.Module:
         return self.encoder
+
+
+def renewed(rows: Tensor, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with valid keys in place of the first of them; the host never learns how many.
+
+    Args:
+        rows: (L, D), oldest first, as many as `keys` at most.
+        keys: (N, D).
+        valid: (N,) bool.
+
+    Returns:
+        (L, D): the valid keys in their order, the last L where there are more, then `rows` as they
+        were; and how many were replaced, () int64.
+    """
+    found, place = valid.sum(), torch.arange(len(rows), device=rows.device)
+    valid_first = (~valid).byte().argsort(stable=True)
+    chosen = valid_first[place + (found - len(rows)).clamp(min=0)]
+    return torch.where((place < found)[:, None], keys[chosen], rows), found.clamp(max=len(rows))

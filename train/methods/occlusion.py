@@ -29,7 +29,8 @@ class OcclusionNet(nn.Module):
     """(N, 3, S, S) -> (N, masks, S, S) float32; over the masks each pixel sums to 1.
 
     Raises:
-        UserError: the crop's side is not one that can be halved so often.
+        UserError: the crop's side is not one that can be halved so often, or the channels cannot
+            be grouped.
     """
 
     def __init__(self, side: int, *, masks: int, channels: int, norm: Norm) -> None:
@@ -40,6 +41,11 @@ class OcclusionNet(nn.Module):
             raise UserError(
                 f"--crop-size {side}: adios halves it {count - 1} times; "
                 f"the nearest that does is {round(side / 2 ** (count - 1)) * 2 ** (count - 1)}"
+            )
+        if norm == "group" and channels % GROUPS:
+            raise UserError(
+                f"--channels {channels}: group norm wants a multiple of {GROUPS}; "
+                "or take --norm instance"
             )
         down, up = ([channels * width for width in widths] for widths in WIDTHS[count])
         self.down = nn.ModuleList(

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from pipeline import Recipe
 from train.distributed import gather_with_gradient, rank, world_size
 from train.encoders import build_encoder
-from train.methods.method import Method, MethodConfig, Setup, projector
+from train.methods.method import Method, MethodConfig, Setup, needs_keys, projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,9 @@ class SimCLRConfig(MethodConfig):
     """Whether gradients flow through the hard negatives (ours: yes, no branch is a teacher)."""
     hard_of_others: bool = False
     """Whether the hard negatives of the rank's other images are negatives as well (ours: no)."""
+
+    def check(self, recipe: Recipe) -> None:
+        needs_keys(self, recipe)
 
     def build(self, setup: Setup) -> "SimCLR":
         return SimCLR(self, setup)

@@ -38,6 +38,11 @@ class Supervised(Method):
                 f"method supervised: the shards have {setup.classes} classes; it needs labels of "
                 "at least 2 (DATASET=folder takes the names of the subfolders)"
             )
+        if setup.unlabelled:
+            raise UserError(
+                f"method supervised: {setup.unlabelled} images of the shards have no label; make "
+                "shards of the labelled ones alone, or take a method that reads no labels"
+            )
         self.config = config
         self.encoder, width = build_encoder(setup.encoder, setup.stem)
         self.classifier = nn.Linear(width, setup.classes)
