@@ -17,13 +17,16 @@ import tyro
 
 from pipeline.recipes import RECIPES, Recipe
 from schemas import ShardDataset, UserError
-from train.config import TrainConfig
-from train.evaluate import linear, neighbours, results
+from train.config import TrainConfig, plain
+from train.evaluate import linear, neighbours, results, tables
 from train.loop import train
 from train.methods import ADIOSConfig, MaskCoConfig, MoCoConfig, SimCLRConfig
 from train.optim import OptimConfig
+from train.record import is_step
 
 FILLS = ("hp", "blur", "mean")
+OF_A_CALL = {"shards", "out", "arms", "seeds", "device"}
+"""Options that may differ from one call to the next; all others are the study's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,7 @@ def run(options: Options) -> None:
     for name in names:
         if name not in known:
             raise UserError(f"unknown arm {name!r}: there are {', '.join(known)}")
+    keep_settings(options)
     sets = {"": (str(options.shards / "train"), str(options.shards / "val"))}
     sets |= transfers(options.shards)
     for urls in sets.values():
@@ -140,6 +144,29 @@ def run(options: Options) -> None:
             config = config_of(options, name, seed)
             train(config)
             evaluate(options, Path(config.out), sets, seed)
+
+
+def keep_settings(options: Options) -> None:
+    """Write the study's settings when it begins; all its arms have them.
+
+    Raises:
+        UserError: it was begun with others.
+    """
+    path = options.out / "study.json"
+    own = {name: plain(value) for name, value in vars(options).items() if name not in OF_A_CALL}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(own, indent=2) + "\n")
+    begun = json.loads(path.read_text())
+    differing = [f"{name} was {begun.get(name)}" for name in own if begun.get(name) != own[name]]
+    if differing:
+        raise UserError(f"{path}: the study was begun with {', '.join(differing)}; another --out")
+
+
+def folders(options: Options) -> list[Path]:
+    """Of the runs that were asked for."""
+    names = options.arms or tuple(arms(options))
+    return [options.out / f"{name}-{seed}" for name in names for seed in options.seeds]
 
 
 def evaluate(options: Options, folder: Path, sets: dict[str, tuple[str, str]], seed: int) -> None:
@@ -165,7 +192,6 @@ def evaluate(options: Options, folder: Path, sets: dict[str, tuple[str, str]], s
                 test_data=asked,
                 batch_size=min(options.batch_size, len(ShardDataset.open(known))),
                 epochs=options.probe_epochs,
-                drop_epochs=tuple(round(part * options.probe_epochs) for part in (0.6, 0.8)),
                 seed=seed,
                 device=options.device,
             )
@@ -174,7 +200,7 @@ def evaluate(options: Options, folder: Path, sets: dict[str, tuple[str, str]], s
 
 def report(options: Options) -> str:
     """study.md and study.png; returns the text."""
-    rows = results.collect([str(options.out)])
+    rows = results.collect(map(str, folders(options)))
     data = ShardDataset.open(options.shards / "train").card.name
     settings = {name: str(value) for name, value in vars(options).items()}
     text = "\n\n".join(
@@ -183,11 +209,11 @@ def report(options: Options) -> str:
             "Mean ± standard deviation over seeds. All arms share these settings: "
             + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "out")
             + ".",
-            results.table(rows, "knn"),
-            results.table(rows, "linear"),
+            tables.table(rows, "knn"),
+            tables.table(rows, "linear"),
             "Which branch is masked, without hard negatives:",
-            results.branch_table(
-                [r for r in rows if results.setting(r, "recipe.hard_negatives") == 0],
+            tables.branch_table(
+                [r for r in rows if tables.setting(r, "recipe.hard_negatives") == 0],
                 "linear",
                 data,
             ),
@@ -207,7 +233,7 @@ def times(options: Options) -> str:
         seconds = []
         for seed in options.seeds:
             path = options.out / f"{name}-{seed}" / "metrics.jsonl"
-            steps = map(json.loads, path.read_text().splitlines())
+            steps = [r for r in map(json.loads, path.read_text().splitlines()) if is_step(r)]
             seconds.append(sum(options.batch_size / row["images_per_second"] for row in steps))
         lines.append(f"| {name} | {statistics.median(seconds):.0f} |")
     return "\n".join(lines)
@@ -223,7 +249,7 @@ def plot(rows: Sequence[dict[str, Any]], data: str, path: Path) -> None:
     chosen = [row for row in rows if row["protocol"] == "linear" and row["data"] == data]
     values: dict[str, list[float]] = {}
     for row in chosen:
-        values.setdefault(results.name_of(row), []).append(results.headline(row))
+        values.setdefault(tables.name_of(row), []).append(tables.headline(row))
     figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(values) + 1.2), layout="constrained")
     for place, found in enumerate(values.values()):
         axes.barh(place, statistics.mean(found), color="#9ecae1")

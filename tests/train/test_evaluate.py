@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline import PlainViews
 from schemas import UserError
-from tests.train.runs import metrics, write_images
+from tests.train.runs import scores, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder
 from train.evaluate import export, linear, results
 from train.evaluate.__main__ import main
@@ -81,9 +81,9 @@ def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
         hits += int((logits.argmax(1) == batch.label).sum())
     assert row["accuracy"]["top1"] == pytest.approx(hits / 26, abs=0.5 / 26)
     assert row["accuracy"]["top5"] == 1.0  # of two classes
-    scores = [r["top1"] for r in metrics(tmp_path) if "top1" in r]
-    assert len(scores) == 2
-    assert row["accuracy"]["best_top1"] == pytest.approx(max(scores), abs=1e-6)
+    found = [row["top1"] for row in scores(tmp_path)]
+    assert len(found) == 2
+    assert row["accuracy"]["best_top1"] == pytest.approx(max(found), abs=1e-6)
 
 
 def test_linear_probe_goes_on_with_the_same_encoder_only(shards, run, tmp_path):
@@ -155,8 +155,12 @@ def test_export_refuses_what_detectron2_has_not(tmp_path):
         export.export(export.ExportOptions(encoder=str(tmp_path), format="detectron2"))
 
 
-def written(folder, method, recipe, accuracy, *, data="IN-100", seed=0, branch="query", hard=1):
+def written(
+    folder, method, recipe, accuracy, *, data="IN-100", seed=0, branch="query", hard=1,
+    epochs=100, probe=100,
+):  # fmt: skip
     settings = {"recipe.fill": recipe, "recipe.branch": branch, "recipe.hard_negatives": hard}
+    settings |= {"seed": seed, "epochs": epochs}
     row = {
         "protocol": "linear",
         "accuracy": {"top1": accuracy},
@@ -166,6 +170,7 @@ def written(folder, method, recipe, accuracy, *, data="IN-100", seed=0, branch="
         "method": method,
         "recipe": recipe,
         "encoder": "resnet18",
+        "epochs": probe,
         "pretraining": {"seed": str(seed), "settings": json.dumps(settings)},
     }
     out = folder / f"{method}-{recipe}-{branch}-{seed}"
@@ -187,7 +192,29 @@ def test_table_has_the_papers_layout(tmp_path, monkeypatch, capsys):
     assert "| moco, mean, query masked, 1 hard | 60.00 ± 14.14 | 90.00 | 2 |" in lines
     assert "| moco, none | 25.00 |  | 1 |" in lines
     assert "| IN-100, linear, top-1 % | key | both | query |" in lines
-    assert "| mean | 40.00 |  | 60.00 ± 14.14 |" in lines
+    assert "| moco, mean, 1 hard | 40.00 |  | 60.00 ± 14.14 |" in lines
+    assert "| moco, none | 25.00 |  |  |" in lines
+
+
+def test_tables_average_over_seeds_alone(tmp_path, capsys, monkeypatch):
+    """Other methods, settings of a training or of an evaluation stand apart, and say in what."""
+    for method, accuracies in (("moco", (0.1, 0.2)), ("simclr", (0.7,))):
+        for seed, score in enumerate(accuracies):
+            written(tmp_path, method, "none", score, hard=0, seed=seed)
+            written(tmp_path, method, "mean", score, hard=0, seed=seed)
+    written(tmp_path, "moco", "mean", 0.3, hard=0, branch="both")
+    written(tmp_path, "moco", "none", 0.4, hard=0, seed=2, epochs=200)
+    written(tmp_path, "moco", "none", 0.5, hard=0, seed=0, probe=1)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "table", str(tmp_path)])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| linear, top-1 % | IN-100, epochs 100 | IN-100, epochs 1 | runs |"
+    assert "| moco, none, epochs 100 | 15.00 ± 7.07 | 50.00 | 2 |" in lines
+    assert "| moco, none, epochs 200 | 40.00 |  | 1 |" in lines
+    assert "| simclr, none | 70.00 |  | 1 |" in lines
+    branches = lines[lines.index("| IN-100, linear, top-1 % | key | both | query |") :]
+    assert "| moco, mean, 0 hard | | 30.00 | 15.00 ± 7.07 |".replace("| |", "|  |") in branches
+    assert not any("simclr" in line for line in branches)
 
 
 def test_commands_refuse_in_one_line(tmp_path, monkeypatch):

@@ -20,8 +20,9 @@ import tyro
 
 from schemas import UserError
 from schemas.cli import lookup, parse, run
-from train.distributed import is_main, session
-from train.evaluate import export, linear, neighbours, results
+from train.distributed import is_main
+from train.evaluate import export, linear, neighbours, results, tables
+from train.session import session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +69,12 @@ def show_table(argv: list[str]) -> None:
     if not chosen:
         raise UserError(f"no evaluation by {options.protocol} in {', '.join(options.runs)}")
     if options.protocol == "detection":
-        print(results.detection_table(rows))
+        print(tables.detection_table(rows))
         return
-    print(results.table(rows, options.protocol))
-    if len({results.setting(row, "recipe.branch") for row in chosen}) > 1:
+    print(tables.table(rows, options.protocol))
+    if len({tables.setting(row, "recipe.branch") for row in chosen}) > 1:
         for data in dict.fromkeys(row["data"] for row in chosen):
-            print("\n" + results.branch_table(rows, options.protocol, data))
+            print("\n" + tables.branch_table(rows, options.protocol, data))
 
 
 COMMANDS = {
@@ -93,5 +94,9 @@ def main() -> None:
     lookup("command", name, COMMANDS)(argv)
 
 
-if __name__ == "__main__":
+def start() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from pipeline import Recipe
-from train.config import TrainConfig, autocast, pick_precision
-from train.distributed import is_main, pick_device, together, world_size
+from pipeline import Cache, Recipe
+from train.config import TrainConfig, autocast, cache_of, pick_precision
+from train.distributed import is_main, together, world_size
 from train.encoders import digest, load_encoder
 from train.evaluate import results
 from train.evaluate.features import labelled_pair, plain_views, recipe_of
@@ -28,6 +28,10 @@ from train.loop import train
 from train.methods import LinearProbe, LinearProbeConfig, Method
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
+from train.session import pick_device
+
+DROPS = (0.6, 0.8)
+"""Shares of the epochs after which the rate drops: 60 and 80 of MoCo's 100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +52,19 @@ class LinearOptions:
     """Times the training images are seen."""
     base_lr: float = 30.0
     """Highest learning rate at a batch of 256 images; in proportion at others."""
-    drop_epochs: tuple[int, ...] = (60, 80)
-    """Epochs, counted from 0, at which the rate drops to a tenth."""
+    drop_epochs: tuple[int, ...] | None = None
+    """Epochs, counted from 0, at which the rate drops to a tenth; after 60 % and 80 % of all when
+    not given."""
     seed: int = 0
     """Of the classifier's weights, order and crops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch finds a GPU."""
     log_steps: int = 10
     """Steps between two log lines."""
+    cache: str | None = None
+    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
+    cache_gb: float = 500.0
+    """What all copies there may take, in GB of 10^9 bytes."""
 
 
 def evaluate(options: LinearOptions) -> dict[str, Any]:
@@ -72,6 +81,10 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
         _, metadata, path = load_encoder(options.encoder)
         known, asked = labelled_pair(options.data, options.test_data)
     plain = recipe_of(metadata)
+    drops = options.drop_epochs
+    if drops is None:
+        drops = tuple(round(share * options.epochs) for share in DROPS)
+    cache = cache_of(options.cache, options.cache_gb)
     out = Path(options.out or path.parent / f"linear-{known.card.name}-{options.seed}")
     config = TrainConfig(
         data=options.data,
@@ -85,18 +98,20 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
             base_lr=options.base_lr,
             weight_decay=0.0,
             schedule="steps",
-            drop_epochs=options.drop_epochs,
+            drop_epochs=drops,
         ),
         seed=options.seed,
         device=options.device,
         log_steps=options.log_steps,
         keep_checkpoints=1,
+        cache=options.cache,
+        cache_gb=options.cache_gb,
     )
 
     def each_epoch(method: Method, epoch: int) -> dict[str, float]:
         probe = cast(LinearProbe, method)
         share = max(1, options.batch_size // world_size())
-        return test(probe, plain, options.test_data, device, share)
+        return test(probe, plain, options.test_data, device, share, cache)
 
     train(config, each_epoch)
     with together():
@@ -114,6 +129,7 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
             epochs=options.epochs,
             batch_size=options.batch_size,
             base_lr=options.base_lr,
+            drop_epochs=list(drops),
             seed=options.seed,
         )
         if is_main():
@@ -123,10 +139,15 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
 
 @torch.no_grad()
 def test(
-    probe: LinearProbe, recipe: Recipe, url: str, device: torch.device, batch_size: int
+    probe: LinearProbe,
+    recipe: Recipe,
+    url: str,
+    device: torch.device,
+    batch_size: int,
+    cache: Cache | None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy on centre crops; over all ranks each image counts once."""
-    views = plain_views(url, recipe, device, batch_size)
+    views = plain_views(url, recipe, device, batch_size, cache)
     precision = pick_precision("auto", device)
     counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, images
     for batch in views:

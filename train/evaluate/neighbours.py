@@ -7,11 +7,13 @@ import torch
 import tyro
 from torch import nn
 
-from train.distributed import is_main, pick_device, together
+from train.config import cache_of
+from train.distributed import is_main, together
 from train.encoders import load_encoder, untrained_encoder
 from train.evaluate import results
 from train.evaluate.features import extract, labelled_pair, recipe_of
 from train.evaluate.knn import NEIGHBOURS, TEMPERATURE, check_neighbours, knn_accuracy
+from train.session import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,10 @@ class KnnOptions:
     """Of the untrained encoder's weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch finds a GPU."""
+    cache: str | None = None
+    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
+    cache_gb: float = 500.0
+    """What all copies there may take, in GB of 10^9 bytes."""
 
 
 def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
@@ -53,14 +59,15 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
     if options.baseline:
         encoders.append(("untrained", untrained_encoder(metadata, options.seed)))
     recipe = recipe_of(metadata)
+    cache = cache_of(options.cache, options.cache_gb)
+
+    def features(model: nn.Module, url: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return extract(model, recipe, url, device, options.batch_size, cache=cache)
+
     rows: list[dict[str, Any]] = []
     for weights, model in encoders:
-        known = extract(model, recipe, options.data, device, options.batch_size)
-        asked = (
-            extract(model, recipe, options.test_data, device, options.batch_size)
-            if options.test_data
-            else None
-        )
+        known = features(model, options.data)
+        asked = features(model, options.test_data) if options.test_data else None
         accuracy = knn_accuracy(
             known, asked, classes=len(train.classes), neighbours=options.neighbours
         )
