@@ -1,28 +1,24 @@
 """Rates of training steps: alone, fed by the loader, with online saliency, and the released way."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
-from torch import nn
-from torchvision import models
 
-from bench import usual
 from bench.loader import synchronise, write_folder
 from bench.table import Row, Way
-from pipeline import RECIPES, Batch, MaskedViews
-from pipeline.draws import Draws
-from train.config import TrainConfig, autocast, resolved
-from train.feed import Feed, SyntheticViews
-from train.methods import ADIOSConfig, MoCoConfig, Setup, SimCLRConfig
-from train.presets import PRESETS
-from train.step import Step, placed
-
-ON_GPU = torch.cuda.is_available()
+from bench.trainers import (
+    OnlineViews,
+    ReleasedViews,
+    Settings,
+    Trainer,
+    WholeJob,
+    contiguous,
+    synthetic,
+)
+from train.methods import ADIOSConfig, SimCLRConfig
 
 ALONE, JOB, ONLINE = "step alone", "the whole job", "saliency online"
 FP32, RELEASED = "step alone, fp32 NCHW", "the released way"
@@ -37,177 +33,26 @@ negative (query forward and backward, two momentum forwards), and supervised tra
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Settings):
     """Images/s of MoCo v2 with hard negatives in several ways, in one run."""
 
-    data: str = tyro.MISSING
-    """A local dataset of shards."""
     out: Path = Path("out/bench-train.json")
     """Where the figures are written."""
     rows: tuple[str, ...] = (ALONE, JOB, ONLINE, FP32, RELEASED, SUPERVISED)
     """What to measure."""
-    encoder: str = "resnet50"
-    """Of the method."""
-    recipe: str = "hp"
-    """Of the views."""
-    crop_size: int = 224
-    """Side of a view in pixels."""
-    batch_size: int = 256 if ON_GPU else 16
-    """Images a step."""
-    queue: int = 65_536
-    """Keys that MoCo remembers."""
-    steps: int = 20 if ON_GPU else 2
-    """Steps a repeat."""
-    repeats: int = 5
-    """Repeats, after one that is not counted."""
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Worker processes of the released way."""
-    device: Literal["cpu", "cuda"] = "cuda" if ON_GPU else "cpu"
-    """cpu or cuda."""
-
-
-class Trainer:
-    """One way to train: an encoder of its own, fed by `batches`.
-
-    Args:
-        preset: whose method and optimiser; masks are those of `options.recipe` for MoCo, else none.
-        method: in place of the preset's.
-        plain: NCHW memory, as the released code has it.
-        changes: of the preset's options.
-    """
-
-    def __init__(
-        self,
-        options: Options,
-        batches: Callable[..., Any],
-        *,
-        preset: str = "moco",
-        method: Any = None,
-        plain: bool = False,
-        **changes: Any,
-    ) -> None:
-        device = torch.device(options.device)
-        start = PRESETS[preset]
-        recipe = RECIPES[options.recipe if preset == "moco" else "none"]
-        method = method or start.config.method
-        if isinstance(method, MoCoConfig):
-            method = replace(method, queue=options.queue)
-        config = replace(
-            start.config,
-            data=options.data,
-            out="",
-            method=method,
-            recipe=replace(recipe, crop_size=options.crop_size, **start.views),
-            encoder=options.encoder,
-            batch_size=options.batch_size,
-            device=options.device,
-            **changes,
-        )
-        self.config: TrainConfig = resolved(config, device)
-        setup = Setup(
-            encoder=options.encoder,
-            batch_size=options.batch_size,
-            crop_size=options.crop_size,
-            classes=1000,
-        )
-        made = placed(self.config.method.build(setup), self.config, device)
-        if plain:
-            made = made.to(memory_format=torch.contiguous_format)
-        self.step = Step(made, self.config, device)
-        self.feed = Feed(batches(options, self.config, device), memory=1)
-        self.waited = 0.0
-
-    def run(self, steps: int) -> int:
-        """Train; returns images."""
-        scalars: dict[str, torch.Tensor] = {}
-        for _ in range(steps):
-            scalars = self.step(self.feed.parts(1), lr=1e-3)
-            self.waited += self.feed.waited
-        float(scalars["loss"])  # as the loop does now and then
-        return steps * self.config.batch_size
-
-
-def synthetic(options: Options, config: TrainConfig, device: torch.device) -> SyntheticViews:
-    return SyntheticViews(1 << 20, config.recipe, options.batch_size, device, 1, 0)
-
-
-def contiguous(options: Options, config: TrainConfig, device: torch.device) -> SyntheticViews:
-    """The same with images in NCHW memory."""
-    views = synthetic(options, config, device)
-    batch = views.batch
-    assert batch.key is not None
-    hard = batch.hard_negative
-    views.batch = replace(
-        batch,
-        query=batch.query.contiguous(),
-        key=batch.key.contiguous(),
-        hard_negative=None if hard is None else hard.contiguous(),
-    )
-    return views
-
-
-def from_shards(options: Options, config: TrainConfig, device: torch.device) -> MaskedViews:
-    return MaskedViews(options.data, config.recipe, options.batch_size, device.type)
-
-
-class OnlineViews:
-    """Our loader without its saliency: a ResNet-50 finds it for query and key in every step.
-
-    At the trainer's own precision, in channels_last, with vectorised masks: the best of this way.
-    """
-
-    def __init__(self, options: Options, config: TrainConfig, device: torch.device) -> None:
-        self.recipe, self.config, self.device = config.recipe, config, device
-        plain = replace(config.recipe, fill="none", hard_negatives=0)
-        self.views = MaskedViews(options.data, plain, options.batch_size, device.type)
-        network = models.resnet50(weights=None)  # the speed does not depend on its weights
-        body = nn.Sequential(*list(network.children())[:-2]).to(device).eval()
-        self.body = body.to(memory_format=torch.channels_last)
-        self.draws = Draws(0, device)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.views:
-            assert batch.key is not None
-            found = {"query": batch.query, "key": batch.key}
-            with torch.no_grad(), autocast(self.config.precision, self.device):
-                maps = {
-                    f"{name}_saliency": nn.functional.adaptive_avg_pool2d(
-                        self.body(view).sum(1).float(), self.recipe.grid
-                    )
-                    for name, view in found.items()
-                }
-            query, key, hard = usual.vectorised({**found, **maps}, self.recipe, self.draws)
-            yield replace(batch, query=query, key=key, hard_negative=hard)
-
-
-class ReleasedViews:
-    """PIL in worker processes, fp32 saliency online, masks by loops (see `bench.usual`)."""
-
-    def __init__(self, folder: Path, options: Options, config: TrainConfig, device: Any) -> None:
-        self.recipe, self.device = config.recipe, device
-        self.localiser = usual.Localiser(device.type, config.recipe.grid)
-        self.batches = usual.from_folder(
-            folder, config.recipe, options.batch_size, options.workers, tensors=False
-        )
-        next(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for views in self.batches:
-            moved = {n: view.to(self.device, non_blocking=True) for n, view in views.items()}
-            query, key, hard = usual.looped(moved, self.recipe, self.localiser)
-            label = torch.zeros(len(query), dtype=torch.long, device=self.device)
-            yield Batch(query=query, key=key, hard_negative=hard, label=label)
 
 
 def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
     """A trainer a row; `folder` is filled with the dataset's images where a row needs them."""
+    torch.backends.cudnn.benchmark = True  # as the loop and the released code have it
+    (folder / "run").mkdir()
     released: dict[str, Any] = dict(precision="fp32", plain=True)
     makers: dict[str, Callable[[], Trainer]] = {
         RELEASED: lambda: Trainer(
-            options, lambda *given: ReleasedViews(folder, *given), **released
+            options, lambda *given: ReleasedViews(folder / "images", *given), **released
         ),
         ALONE: lambda: Trainer(options, synthetic),
-        JOB: lambda: Trainer(options, from_shards),
+        JOB: lambda: WholeJob(options, folder / "run"),
         ONLINE: lambda: Trainer(options, OnlineViews),
         FP32: lambda: Trainer(options, contiguous, **released),
         SUPERVISED: lambda: Trainer(options, synthetic, preset="supervised"),
@@ -219,7 +64,8 @@ def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
         COMPILED: lambda: Trainer(options, synthetic, compile=True),
     }
     if RELEASED in options.rows:
-        write_folder(options.data, folder)
+        (folder / "images").mkdir()
+        write_folder(options.data, folder / "images")
     # the released way first: its workers are forked, best before DALI's threads exist
     return {name: makers[name]() for name in makers if name in options.rows}
 

@@ -1,0 +1,227 @@
+"""Ways to train, one class each: fed by made-up batches, by the loader, as the release does it."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import nn
+from torchvision import models
+
+from bench import usual
+from pipeline import RECIPES, Batch, MaskedViews
+from pipeline.draws import Draws
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig, autocast, resolved
+from train.feed import Feed, SyntheticViews
+from train.job import Job
+from train.loop import Loop
+from train.methods import MoCoConfig, Setup
+from train.presets import PRESETS
+from train.record import Record
+from train.step import Step, placed
+
+ON_GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all ways of training have in common."""
+
+    data: str = tyro.MISSING
+    """A local dataset of shards."""
+    encoder: str = "resnet50"
+    """Of the method."""
+    recipe: str = "hp"
+    """Of the views."""
+    crop_size: int = 224
+    """Side of a view in pixels."""
+    batch_size: int = 256 if ON_GPU else 16
+    """Images a step."""
+    queue: int = 65_536
+    """Keys that MoCo remembers."""
+    steps: int = 20 if ON_GPU else 2
+    """Steps a repeat."""
+    repeats: int = 5
+    """Repeats, after one that is not counted."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Worker processes of the released way."""
+    device: Literal["cpu", "cuda"] = "cuda" if ON_GPU else "cpu"
+    """cpu or cuda."""
+
+
+class Trainer:
+    """One way to train: an encoder of its own, fed by `batches`.
+
+    Args:
+        preset: whose method and optimiser; masks are those of `options.recipe` for MoCo, else none.
+        method: in place of the preset's.
+        plain: NCHW memory, as the released code has it.
+        changes: of the preset's options.
+    """
+
+    def __init__(
+        self,
+        options: Settings,
+        batches: Callable[..., Any],
+        *,
+        preset: str = "moco",
+        method: Any = None,
+        plain: bool = False,
+        **changes: Any,
+    ) -> None:
+        device = torch.device(options.device)
+        start = PRESETS[preset]
+        recipe = RECIPES[options.recipe if preset == "moco" else "none"]
+        method = method or start.config.method
+        if isinstance(method, MoCoConfig):
+            method = replace(method, queue=options.queue)
+        config = replace(
+            start.config,
+            data=options.data,
+            method=method,
+            recipe=replace(recipe, crop_size=options.crop_size, **start.views),
+            encoder=options.encoder,
+            batch_size=options.batch_size,
+            device=options.device,
+            **{"out": "", **changes},
+        )
+        self.config: TrainConfig = resolved(config, device)
+        setup = Setup(
+            encoder=options.encoder,
+            batch_size=options.batch_size,
+            crop_size=options.crop_size,
+            classes=1000,
+        )
+        made = placed(self.config.method.build(setup), self.config, device)
+        if plain:
+            made = made.to(memory_format=torch.contiguous_format)
+        self.step = Step(made, self.config, device)
+        self.views = batches(options, self.config, device)
+        self.feed = Feed(self.views, memory=1)
+        self.waited = 0.0
+
+    def run(self, steps: int) -> int:
+        """Train; returns images."""
+        scalars: dict[str, torch.Tensor] = {}
+        for _ in range(steps):
+            scalars = self.step(self.feed.parts(1), lr=1e-3)
+            self.waited += self.feed.waited
+        float(scalars["loss"])  # as the loop does now and then
+        return steps * self.config.batch_size
+
+
+class WholeJob(Trainer):
+    """Fed from shards by the training loop itself, which writes its record into `folder`."""
+
+    def __init__(self, options: Settings, folder: Path) -> None:
+        super().__init__(options, from_shards, out=str(folder))
+        job = EndlessEpoch(
+            given=self.config,
+            config=self.config,
+            device=torch.device(options.device),
+            data_name="",
+            data_digest="",
+            method=self.step.method,
+            views=self.views,
+        )
+        record = Record(folder, start=0, total=job.total_steps, epoch_steps=job.epoch_steps)
+        checkpoints = Checkpoints(folder=folder / "checkpoints", keep=1, settings={})
+        self.loop = Loop(job, self.step, checkpoints, record)
+        self.done = 0
+
+    def run(self, steps: int) -> int:
+        for _ in range(steps):
+            self.done += 1
+            with redirect_stdout(io.StringIO()):  # its log lines
+                self.loop.run(self.done, self.done)
+            self.waited += self.loop.feed.waited
+        return steps * self.config.batch_size
+
+
+class EndlessEpoch(Job):
+    """A job within its first epoch: what comes once an epoch would weigh too much in a few steps.
+
+    That is a checkpoint, a picture of the views, and an evaluation.
+    """
+
+    @property
+    def epoch_steps(self) -> int:
+        return 1 << 40
+
+
+def synthetic(options: Settings, config: TrainConfig, device: torch.device) -> SyntheticViews:
+    return SyntheticViews(1 << 20, config.recipe, options.batch_size, device, 1, 0)
+
+
+def contiguous(options: Settings, config: TrainConfig, device: torch.device) -> SyntheticViews:
+    """The same with images in NCHW memory."""
+    views = synthetic(options, config, device)
+    batch = views.batch
+    assert batch.key is not None
+    hard = batch.hard_negative
+    views.batch = replace(
+        batch,
+        query=batch.query.contiguous(),
+        key=batch.key.contiguous(),
+        hard_negative=None if hard is None else hard.contiguous(),
+    )
+    return views
+
+
+def from_shards(options: Settings, config: TrainConfig, device: torch.device) -> MaskedViews:
+    return MaskedViews(options.data, config.recipe, options.batch_size, device.type)
+
+
+class OnlineViews:
+    """Our loader without its saliency: a ResNet-50 finds it for query and key in every step.
+
+    At the trainer's own precision, in channels_last, with vectorised masks: the best of this way.
+    """
+
+    def __init__(self, options: Settings, config: TrainConfig, device: torch.device) -> None:
+        self.recipe, self.config, self.device = config.recipe, config, device
+        plain = replace(config.recipe, fill="none", hard_negatives=0)
+        self.views = MaskedViews(options.data, plain, options.batch_size, device.type)
+        network = models.resnet50(weights=None)  # the speed does not depend on its weights
+        body = nn.Sequential(*list(network.children())[:-2]).to(device).eval()
+        self.body = body.to(memory_format=torch.channels_last)
+        self.draws = Draws(0, device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.views:
+            assert batch.key is not None
+            found = {"query": batch.query, "key": batch.key}
+            with torch.no_grad(), autocast(self.config.precision, self.device):
+                maps = {
+                    f"{name}_saliency": nn.functional.adaptive_avg_pool2d(
+                        self.body(view).sum(1).float(), self.recipe.grid
+                    )
+                    for name, view in found.items()
+                }
+            query, key, hard = usual.vectorised({**found, **maps}, self.recipe, self.draws)
+            yield replace(batch, query=query, key=key, hard_negative=hard)
+
+
+class ReleasedViews:
+    """PIL in worker processes, fp32 saliency online, masks by loops (see `bench.usual`)."""
+
+    def __init__(self, folder: Path, options: Settings, config: TrainConfig, device: Any) -> None:
+        self.recipe, self.device = config.recipe, device
+        self.localiser = usual.Localiser(device.type, config.recipe.grid)
+        self.batches = usual.from_folder(
+            folder, config.recipe, options.batch_size, options.workers, tensors=False
+        )
+        next(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for views in self.batches:
+            moved = {n: view.to(self.device, non_blocking=True) for n, view in views.items()}
+            query, key, hard = usual.looped(moved, self.recipe, self.localiser)
+            label = torch.zeros(len(query), dtype=torch.long, device=self.device)
+            yield Batch(query=query, key=key, hard_negative=hard, label=label)
