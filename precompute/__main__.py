@@ -123,8 +123,11 @@ def resolve(options: Options) -> "Job":
     from precompute.progress import listed
 
     resize = Resize(options.resize, options.resize_quality)
-    root = options.root
-    if root and f"{Store(options.out).root}/".startswith(f"{Store(root).root}/"):
+    # workers have another current folder where they run in a cluster that is there already
+    out, root = Store(options.out).location(""), options.root
+    if root and "://" not in root:
+        root = os.path.abspath(root)
+    if root and f"{Store(out).root}/".startswith(f"{Store(root).root}/"):
         raise UserError(f"{options.out}: lies inside {root}, whose files are the inputs")
     source = open_source(options.dataset, root, options.split, options.download)
     images, rejects = list_images(listed(source.images()))
@@ -132,7 +135,7 @@ def resolve(options: Options) -> "Job":
         raise UserError(f"{root}: no images in it; see `python -m precompute --help` for ROOT")
     before = None
     if options.extend:
-        before, images, rejects = only_new(options.out, images, rejects, list(source.classes))
+        before, images, rejects = only_new(out, images, rejects, list(source.classes))
     return Job(
         name=options.name or options.dataset,
         split=options.split,
@@ -143,7 +146,7 @@ def resolve(options: Options) -> "Job":
         rejects=rejects,
         estimator=options.estimator,
         seed=options.seed,
-        out=options.out,
+        out=out,
         batch_size=options.batch_size,
         resize=resize,
         before=before,
@@ -168,5 +171,9 @@ def report(summary: "Summary") -> str:
     )
 
 
-if __name__ == "__main__":
+def start() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -2,7 +2,7 @@
 
 import tyro
 
-from schemas.cli import run
+from schemas.cli import program, run
 from schemas.dataset import ShardDataset
 from schemas.info import describe
 
@@ -30,10 +30,12 @@ def info(url: tyro.conf.Positional[str], /) -> int:
 
 
 def main() -> int:
-    return tyro.extras.subcommand_cli_from_dict(
-        {"verify": verify, "info": info}, prog="python -m schemas"
-    )
+    return tyro.extras.subcommand_cli_from_dict({"verify": verify, "info": info}, prog=program())
+
+
+def start() -> None:
+    run(main)
 
 
 if __name__ == "__main__":
-    run(main)
+    start()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -99,11 +100,20 @@ def parse(
             chosen[field] = make(name) if make and ":" in name else lookup(field, name, known)
     return tyro.cli(
         config,
+        prog=program(subcommand=argv is not None),
         args=arguments,
         default=(start or config)(**chosen),
-        description="\n\n".join(description),
+        description="\n".join(description),
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def program(subcommand: bool = False) -> str:
+    """The command as it was given: `python -m bench train`, or a script's name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec and f"python -m {spec.name.removesuffix('.__main__')}"
+    words = sys.argv[1:2] if subcommand else []
+    return " ".join([module or Path(sys.argv[0]).name, *(w for w in words if w[0] != "-")])
 
 
 def take(arguments: list[str], option: str) -> str | None:

@@ -3,7 +3,7 @@
 import io
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,15 @@ def photos() -> Path:
 def mobilenet_weights() -> Path:
     """ImageNet weights of torchvision's mobilenet_v2, float16."""
     return existing(DATA / "weights" / "mobilenet_v2_imagenet_f16.pt")
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[None]:
+    """A Ray that the jobs of this process use one after the other: starting one takes seconds."""
+    from precompute.cluster import cluster  # here: most tests need no Ray
+
+    with cluster(None):
+        yield
 
 
 def existing(path: Path) -> Path:

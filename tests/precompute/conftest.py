@@ -1,7 +1,6 @@
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +9,8 @@ import pytest
 from PIL import Image
 
 from precompute.__main__ import main
-from precompute.cluster import cluster
 from precompute.sources import Source, list_images
 from tests.conftest import encode, noise
-
-
-@pytest.fixture(scope="session")
-def shared_ray() -> Iterator[None]:
-    """A Ray that the jobs of this process use one after the other: starting one takes seconds."""
-    with cluster(None):
-        yield
 
 
 def run_here(*arguments: object) -> int:
