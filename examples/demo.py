@@ -48,7 +48,7 @@ def rows(path: Path) -> list[dict]:
 
 def report(out: Path, seconds: float) -> str:
     train = ShardDataset.open(out / "train")
-    steps = rows(out / "run" / "metrics.jsonl")
+    steps = [row for row in rows(out / "run" / "metrics.jsonl") if "loss" in row]
     rates = sorted(row["images_per_second"] for row in steps)
     results = rows(out / "run" / "results.jsonl")
     latest = {row["weights"]: row["accuracy"]["20"] for row in results}

@@ -82,5 +82,9 @@ def order(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def start() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    start()

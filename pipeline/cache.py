@@ -1,4 +1,4 @@
-"""A local copy of remote shards, of bounded size, shared by the processes of a host.
+"""A local copy of shards from elsewhere, of bounded size, shared by the processes of a host.
 
     CACHE/lock              held while room is made
     CACHE/DIGEST/in-use     locked, shared, by every process that reads the copy
@@ -24,6 +24,10 @@ from schemas import ShardDataset, ShardRow, UserError
 from schemas.storage import Store
 from schemas.tables import shard_name
 
+MOUNTS = Path("/proc/mounts")
+NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
+"""File systems that fetch over a network and keep nothing on the local disk."""
+
 DOWNLOADS_AT_A_TIME = 8
 CHUNK = 1 << 22
 
@@ -47,6 +51,17 @@ class Copy:
 
     store: Store
     in_use: IO[bytes]
+
+
+def network_mount(url: str) -> str | None:
+    """The kind of the network file system that a local path lies on; None for any other place."""
+    if "://" in url or not MOUNTS.exists():
+        return None
+    path = Path(url).resolve()
+    mounts = (line.split() for line in MOUNTS.read_text().splitlines())
+    kinds = {Path(point.replace("\\040", " ")): kind for _, point, kind, *_ in mounts}
+    above = [point for point in (path, *path.parents) if point in kinds]
+    return kinds[above[0]] if above and kinds[above[0]] in NETWORK else None
 
 
 def fetch(dataset: ShardDataset, cache: Cache) -> Copy:

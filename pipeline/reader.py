@@ -59,7 +59,8 @@ def open_shards(url: str | Path, cache: Cache | None = None) -> Shards:
     """Open a dataset for DALI and check every index: DALI reads a stale one without a word.
 
     Args:
-        cache: where a remote dataset is copied to first; needed where DALI cannot read itself.
+        cache: where the dataset is copied to first; needed where DALI cannot read itself, and of
+            use where a network is slower than training.
 
     Raises:
         UserError: no dataset there, DALI cannot read from there, or a shard's tar or index is not
@@ -72,7 +73,7 @@ def open_shards(url: str | Path, cache: Cache | None = None) -> Shards:
             f"{dataset.url}: DALI does not read from {protocol}://; give a cache, or copy the "
             "dataset to a local folder"
         )
-    copy = None if cache is None or dataset.store.is_local else fetch(dataset, cache)
+    copy = None if cache is None else fetch(dataset, cache)
     store = dataset.store if copy is None else copy.store
     held = [row for row in dataset.shards if row.samples]
     with ThreadPoolExecutor(CHECKS_AT_A_TIME) as pool:

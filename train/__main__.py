@@ -28,11 +28,11 @@ from pipeline.recipes import RECIPES
 from schemas import UserError
 from schemas.cli import parse, run, take
 from train.config import TrainConfig
-from train.distributed import session
 from train.files import load
 from train.loop import train
 from train.methods import METHODS, find_method
 from train.presets import PRESETS, starting_point
+from train.session import session
 
 
 def main() -> None:
@@ -71,5 +71,9 @@ def read(
     )
 
 
-if __name__ == "__main__":
+def start() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    start()

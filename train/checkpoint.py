@@ -135,6 +135,11 @@ class Checkpoints:
                 f"there are {world_size()}; their number may change only where an epoch ends"
             )
 
+    def remove_unfinished(self) -> None:
+        """Delete what a save or a deletion left that did not end."""
+        for left in self.folder.glob(f".{PREFIX}*"):
+            shutil.rmtree(left)
+
     def remove(self, step: int) -> None:
         """Delete one so that none is ever seen half deleted."""
         doomed = self.folder / f".{PREFIX}{step:08d}.old"

@@ -1,11 +1,13 @@
 """The options of one training. The command line, config.yaml and checkpoints are views of this."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
+from pipeline import Cache
 from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
 from train.distributed import world_size
@@ -19,6 +21,12 @@ FREE = {
     "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
     "cache", "cache_gb", "knn", "wandb", "rank_timeout", "method.path",
 }  # fmt: skip
+
+
+POSITIVE = (
+    "batch_size", "accumulate", "epochs", "keep_checkpoints", "log_steps", "checkpoint_steps",
+    "rank_timeout", "synthetic",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +106,7 @@ class TrainConfig:
     rank_timeout: int = 600
     """Seconds after which a process that does not answer is taken for dead and the job ends."""
     cache: str | None = None
-    """A local folder that remote shards are copied to first; s3:// and gs:// need none."""
+    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
     cache_gb: float = 500.0
     """What all copies there may take, in GB of 10^9 bytes."""
 
@@ -109,13 +117,17 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     Raises:
         UserError: options that make no sense, alone or together.
     """
-    for name in (
-        "batch_size", "accumulate", "epochs", "keep_checkpoints", "log_steps", "checkpoint_steps",
-        "rank_timeout", "synthetic",
-    ):  # fmt: skip
-        value = getattr(config, name)
+    positive = {
+        **{name: getattr(config, name) for name in POSITIVE},
+        "knn.epochs": config.knn.epochs,
+        "knn.batch-size": config.knn.batch_size,
+    }
+    for name, value in positive.items():
         if value is not None and value < 1:
             raise UserError(f"{option(name)} {value}: must be at least 1")
+    if config.knn.test_data is not None and config.knn.data is None:
+        raise UserError("--knn.test-data: needs --knn.data, the images that its neighbours are of")
+    config.method.check(config.recipe)
     parts = world_size() * config.accumulate
     if config.batch_size % parts:
         among = f"among {world_size()} processes"
@@ -141,6 +153,11 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
         optim=replace(config.optim, lr=config.optim.peak(config.batch_size)),
         precision=pick_precision(config.precision, device),
     )
+
+
+def cache_of(folder: str | None, gigabytes: float) -> Cache | None:
+    """The options `cache` and `cache_gb`."""
+    return None if folder is None else Cache(Path(folder), int(1e9 * gigabytes))
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:

@@ -1,6 +1,7 @@
 """What a run says of itself: on the terminal, in its folder, in its encoder's metadata."""
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.cache import network_mount
 from train.config import TrainConfig, recipe_name, settings_of
 from train.distributed import world_size
 from train.feed import Views
@@ -46,7 +48,11 @@ def command() -> str:
     given = sys.orig_argv
     if "-m" not in given:
         return shlex.join(given)
-    start = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+    start = "python"
+    if world_size() > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        nodes = f"--nnodes {world_size() // local} " if world_size() > local else ""
+        start = f"torchrun {nodes}--nproc-per-node {local}"
     return f"{start} {shlex.join(given[given.index('-m') :])}"
 
 
@@ -82,8 +88,27 @@ def introduction(
         f"{optim.warmup_epochs} epochs of warm-up, weight decay {optim.weight_decay:g}",
         f"{config.epochs} epochs of {len(views)} steps; each leaves out {views.dropped} of "
         f"{views.samples} images, other ones each time, which do not fill a batch",
-        *(f"note: {note}" for note in method.notes(views.samples)),
+        *(f"note: {note}" for note in [*notes(config, device), *method.notes(views.samples)]),
     ]
+
+
+def notes(config: TrainConfig, device: torch.device) -> list[str]:
+    """What a person may not have meant; one line each."""
+    found = []
+    late = [epoch for epoch in config.optim.drop_epochs if epoch >= config.epochs]
+    if config.optim.schedule == "steps" and late:
+        found.append(
+            f"the rate is to drop at epoch {', '.join(map(str, late))}, and there are "
+            f"{config.epochs} epochs; see --drop-epochs"
+        )
+    if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
+        found.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} takes all")
+    if config.cache is None and (kind := network_mount(config.data)):
+        found.append(
+            f"{config.data} lies on {kind}: where steps wait for data, --cache FOLDER copies the "
+            "shards to a local disk once"
+        )
+    return found
 
 
 def metadata_of(config: TrainConfig, name: str, digest: str) -> dict[str, str]:

@@ -62,12 +62,20 @@ def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:
-    """Write `encoder` to one safetensors file, atomically; `metadata` must name its `encoder`."""
+    """Write `encoder` to one safetensors file, atomically; `metadata` must name its `encoder`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     tensors = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    try:
+        save_file(tensors, temporary, metadata)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:  # the latter when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error})") from error
     temporary.replace(path)
 
 

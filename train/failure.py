@@ -1,13 +1,17 @@
 """A loss that is not a number: stop, and leave what a person needs to find out why."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline import Batch
+from schemas import UserError
 from train.checkpoint import rank_file, write
 from train.distributed import all_mean, fail, is_main, rank, together
 from train.feed import Feed
@@ -28,7 +32,8 @@ class LossWatch:
 
     def note(self, scalars: dict[str, Tensor]) -> None:
         """A step that is done, to be looked at later."""
-        self.pending.append(scalars["loss"].detach())
+        losses = [value for name, value in scalars.items() if name.endswith("loss")]
+        self.pending.append(torch.stack(losses).sum())  # of all players: one bad one shows
 
     def check(self, number: int, scalars: dict[str, Tensor]) -> None:
         """Stop all ranks if step `number`, under way, or one that was noted has a bad loss.
@@ -45,7 +50,7 @@ class LossWatch:
 
     def stop(self, number: int, loss: float, newest: int) -> None:
         folder = self.out / "failed" / f"step-{number:08d}"
-        with together():
+        with together(), told_anyway(number, loss):
             folder.mkdir(parents=True, exist_ok=True)
             last = self.feed.last
             views = tensors_of(last) if last is not None and number == newest else None
@@ -60,16 +65,33 @@ class LossWatch:
                     "optimizer": self.step.state_dict(),
                 }
                 write(folder / "state.pt", state)
-        later = "" if number == newest else f"--log-steps 1 stops right at step {number}; "
+        later = "" if number == newest else f" (--log-steps 1 stops right at step {number})"
         fail(
             f"the loss of step {number} is {loss}; its images' keys and the state are in "
-            f"{folder}.\nTry a lower --lr, --warmup-epochs or --precision fp32; the same command "
-            "goes on from the last checkpoint, which is of an earlier step "
-            f"({later}batches are the same)"
+            f"{folder}.\nWith another --out, try a lower rate, a warm-up or --precision fp32; the "
+            "same command goes on from the last checkpoint, of an earlier step, with the same "
+            f"batches{later}"
         )
 
 
-def tensors_of(batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch by name, on the CPU."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value.cpu() for name, value in values.items() if isinstance(value, Tensor)}
+@contextmanager
+def told_anyway(number: int, loss: float) -> Iterator[None]:
+    """Where there is no room for the state, at least say why it was to be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(
+            f"the loss of step {number} is {loss}; its state could not be written ({error})"
+        ) from error
+
+
+def tensors_of(batch: Batch) -> dict[str, Any]:
+    """The tensors of a batch by name, and lists of tensors, on the CPU."""
+    found: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value.cpu()
+        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+            found[field.name] = [each.cpu() for each in value]
+    return found

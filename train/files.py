@@ -16,13 +16,22 @@ from train.optim import OptimConfig
 
 Options = TypeVar("Options")
 
+DECIDED = "decided"
 PARTS: dict[str, Any] = {"recipe": Recipe, "optim": OptimConfig, "knn": KnnConfig}
 
 
-def dump(config: TrainConfig) -> str:
-    """All options, those of the method with its name."""
-    content = plain(asdict(config))
-    content["method"] = {"name": name_of(type(config.method)), **content["method"]}
+def dump(given: TrainConfig, decided: TrainConfig) -> str:
+    """All options as they were given, those of the method with its name; then what was decided.
+
+    What was decided is for people: it is not read back, so that other options change it again.
+    """
+    content = plain(asdict(given))
+    content["method"] = {"name": name_of(type(given.method)), **content["method"]}
+    content[DECIDED] = {
+        "crop_size": decided.recipe.crop_size,
+        "lr": decided.optim.lr,
+        "precision": decided.precision,
+    }
     return yaml.safe_dump(content, sort_keys=False)
 
 
@@ -38,6 +47,7 @@ def load(path: str) -> TrainConfig:
         raise UserError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no options, name: value")
+    content.pop(DECIDED, None)
     method = dict(content.get("method") or {})
     name = method.pop("name", "moco")
     content["method"] = made(find_method(name), method, f"{path}: method")

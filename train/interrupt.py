@@ -1,4 +1,7 @@
-"""SIGTERM and SIGUSR1, as a cluster sends them before it takes a machine back: save, then end."""
+"""SIGTERM and SIGUSR1, as a cluster sends them before it takes a machine back: save, then end.
+
+SIGINT (Ctrl-C) likewise, once; the second one ends at once.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ import torch.distributed as dist
 
 from train.distributed import world_size
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 STATUS = 75
 """Exit status of a run that was stopped and has saved (EX_TEMPFAIL of sysexits.h): go on later."""
@@ -30,6 +33,8 @@ class Interrupt:
 
         def note(number: int, frame: FrameType | None) -> None:
             self.asked = True
+            if number == signal.SIGINT:
+                signal.signal(number, before[signal.SIGINT])
 
         before = {number: signal.signal(number, note) for number in SIGNALS}
         try:

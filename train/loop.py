@@ -3,62 +3,36 @@
 import errno
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
-from pipeline import Cache, MaskedViews
-from schemas import ShardDataset, UserError
+from schemas import UserError
 from schemas.cli import TerminatedError
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, resolved, settings_of
+from train.config import TrainConfig, settings_of
 from train.describe import introduction, metadata_of, write_start
-from train.distributed import is_main, pick_device, rank, together, world_size
+from train.distributed import gather_objects, is_main, together
 from train.encoders import save_encoder
 from train.evaluate.during import KnnDuringTraining
 from train.failure import LossWatch
-from train.feed import SYNTHETIC_CLASSES, Feed, SyntheticViews, Views
+from train.feed import Feed
 from train.files import dump
 from train.interrupt import STATUS, Interrupt
+from train.job import Job, prepare
 from train.meter import Meter
-from train.methods import Method, Setup
+from train.methods import Method
 from train.optim import learning_rate
-from train.record import Record
-from train.step import Step, placed
+from train.record import Record, disk_has_room
+from train.step import Step
 
 LOCK_SECONDS = 30
 """How long a run waits for one that is just ending in the same folder."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one rank trains with."""
-
-    config: TrainConfig  # with everything decided
-    device: torch.device
-    data_name: str
-    data_digest: str  # of what it trains on
-    method: Method
-    views: Views
-
-    @property
-    def out(self) -> Path:
-        return Path(self.config.out)
-
-    @property
-    def epoch_steps(self) -> int:
-        return len(self.views)
-
-    @property
-    def total_steps(self) -> int:
-        return self.epoch_steps * self.config.epochs
-
-
 Evaluation = Callable[[Method, int], dict[str, float]]
-"""Called on all ranks after each epoch, counted from 1: scores for the log, by name."""
+"""Called on all ranks after each epoch, counted from 1: scores for the log by name, if any are due.
+It must leave the method and all random generators as they were."""
 
 
 def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
@@ -74,7 +48,7 @@ def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
     Raises:
         UserError: data, options or an earlier run that do not fit; a loss that is not finite; no
             room to save. On rank 0; the other ranks exit with status 2.
-        TerminatedError: SIGTERM or SIGUSR1 came, and the state is saved. Likewise.
+        TerminatedError: SIGTERM, SIGUSR1 or SIGINT came, and the state is saved. Likewise.
     """
     with together():
         job = prepare(config)
@@ -94,99 +68,6 @@ def train_job(job: Job, evaluation: Evaluation | None = None) -> Path:
     finally:
         if lock is not None:
             lock.release()
-
-
-def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
-    """`train_job` once the folder is ours: restore, run, export."""
-    config, out = job.config, job.out
-    settings = settings_of(config, job.data_digest) | {"steps_per_epoch": job.epoch_steps}
-    checkpoints = Checkpoints(
-        folder=out / "checkpoints", keep=config.keep_checkpoints, settings=settings
-    )
-    step = Step(job.method, config, job.device)
-    with together():
-        if config.resume == "never" and checkpoints.steps():
-            raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
-        done = checkpoints.restore(job.method, step, job.views)
-    record = None
-    with together():
-        if is_main():
-            (out / "config.yaml").write_text(dump(config))
-            write_start(out / "starts.jsonl", config, job.device, done, job.data_digest)
-            record = Record(
-                out,
-                start=done,
-                total=job.total_steps,
-                epoch_steps=job.epoch_steps,
-                wandb_project=config.wandb,
-                config=settings,
-            )
-            for line in introduction(config, job.method, job.views, job.device):
-                record.say(line)
-            if done:
-                record.say(f"goes on after step {done} of {job.total_steps}")
-
-    interrupt = Interrupt()
-    with interrupt.listening():
-        run_steps(job, step, checkpoints, record, done, interrupt, evaluation)
-
-    path = out / job.method.file
-    with together():
-        if record is not None:
-            save_encoder(
-                path, job.method.exported(), metadata_of(config, job.data_name, job.data_digest)
-            )
-            record.say(f"written: {path}")
-            record.close()
-    return path
-
-
-def prepare(config: TrainConfig) -> Job:
-    """Decide what was left open, build the method, open the loader."""
-    device = pick_device(config.device)
-    config = resolved(config, device)
-    dataset = None if config.synthetic else ShardDataset.open(config.data)
-    torch.manual_seed(config.seed)  # equal weights on every rank
-    setup = Setup(
-        encoder=config.encoder,
-        stem=config.stem,
-        sync_bn=config.sync_bn,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        crop_size=config.recipe.crop_size,
-        classes=SYNTHETIC_CLASSES if dataset is None else len(dataset.classes),
-        seed=config.seed,
-    )
-    method = placed(config.method.build(setup), config, device)
-    views = open_views(config, device)
-    return Job(
-        config=config,
-        device=device,
-        data_name="synthetic" if dataset is None else dataset.card.name,
-        data_digest="synthetic" if dataset is None else dataset.digest,
-        method=method,
-        views=views,
-    )
-
-
-def open_views(config: TrainConfig, device: torch.device) -> Views:
-    """The loader of this rank."""
-    share = config.batch_size // world_size()
-    if config.synthetic:
-        return SyntheticViews(
-            config.synthetic, config.recipe, share, device, world_size(), config.seed
-        )
-    return MaskedViews(
-        config.data,
-        recipe=config.recipe,
-        batch_size=share,
-        device=device.type,
-        rank=rank(),
-        world_size=world_size(),
-        seed=config.seed,
-        report=("keys",),
-        cache=Cache(Path(config.cache), int(1e9 * config.cache_gb)) if config.cache else None,
-    )
 
 
 def locked(out: Path) -> FileLock:
@@ -213,55 +94,137 @@ def locked(out: Path) -> FileLock:
     return lock
 
 
-def run_steps(
-    job: Job,
-    step: Step,
-    checkpoints: Checkpoints,
-    record: Record | None,
-    done: int,
-    interrupt: Interrupt,
-    evaluation: Evaluation | None,
-) -> None:
-    """Train from `done` finished steps to the end; `record` on rank 0.
+def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
+    """`train_job` once the folder is ours: restore, run, export."""
+    config, out = job.config, job.out
+    settings = settings_of(config, job.data_digest) | {"steps_per_epoch": job.epoch_steps}
+    checkpoints = Checkpoints(
+        folder=out / "checkpoints", keep=config.keep_checkpoints, settings=settings
+    )
+    step = Step(job.method, config, job.device)
+    with together():
+        if config.resume == "never" and checkpoints.steps():
+            raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
+        done = checkpoints.restore(job.method, step, job.views)
+    record = None
+    with together():
+        if is_main():
+            checkpoints.remove_unfinished()
+            (out / "config.yaml").write_text(dump(job.given, config))
+            write_start(out / "starts.jsonl", config, job.device, done, job.data_digest)
+            record = Record(
+                out,
+                start=done,
+                total=job.total_steps,
+                epoch_steps=job.epoch_steps,
+                wandb_project=config.wandb,
+                config=settings,
+            )
+            for line in introduction(config, job.method, job.views, job.device):
+                record.say(line)
+            if done:
+                record.say(f"goes on after step {done} of {job.total_steps}")
 
-    Raises:
-        TerminatedError: some rank was asked to stop; the state is saved.
-    """
-    config, epoch_steps = job.config, job.epoch_steps
-    feed, meter = Feed(job.views, memory=config.log_steps), Meter(config.batch_size)
-    watch = LossWatch(step, feed, job.out)
-    for number in range(done + 1, job.total_steps + 1):
-        lr = learning_rate(
-            config.optim,
-            number - 1,
-            peak=config.optim.peak(config.batch_size),
-            total=job.total_steps,
-            epoch=epoch_steps,
-        )
-        epoch = math.ceil(number / epoch_steps)
-        stops = interrupt.anywhere()
-        ends = number % epoch_steps == 0
-        saves = stops or ends or number % (config.checkpoint_steps or epoch_steps) == 0
-        logs = saves or number % config.log_steps == 0
-        check = partial(watch.check, number) if logs else None
-        scalars = step(feed.parts(config.accumulate), lr, check)
-        if check is None:
-            watch.note(scalars)
-        meter.add(scalars, feed.waited, step=number, epoch=epoch, lr=lr)
-        if record is not None and (number - 1) % epoch_steps == 0 and feed.last is not None:
-            record.views(job.method.sheet(feed.last, config.recipe), number, epoch)
-        if logs:
-            rows, seconds = meter.take()
-            if ends and evaluation is not None:
-                rows[-1] |= evaluation(job.method, epoch)
-            if record is not None:
-                record.steps(rows, seconds)
-                record.sync()
-        if saves:
-            checkpoints.save(number, job.method, step, job.views)
-            meter.restart()
-        if stops and number < job.total_steps:
-            leave(number)
+    loop = Loop(job, step, checkpoints, record, evaluation)
+    with loop.interrupt.listening():
+        if done and done % job.epoch_steps == 0:
+            loop.catch_up(done)
+        loop.run(done + 1, job.total_steps)
+
+    path = out / job.method.file
+    with together():
+        if record is not None:
+            save_encoder(
+                path, job.method.exported(), metadata_of(config, job.data_name, job.data_digest)
+            )
+            record.say(f"written: {path}")
+            record.close()
+    return path
+
+
+class Loop:
+    """The steps of a job, and what goes on around them; `record` is there on rank 0."""
+
+    def __init__(
+        self,
+        job: Job,
+        step: Step,
+        checkpoints: Checkpoints,
+        record: Record | None,
+        evaluation: Evaluation | None = None,
+    ) -> None:
+        self.job, self.step, self.checkpoints = job, step, checkpoints
+        self.record, self.evaluation = record, evaluation
+        self.interrupt = Interrupt()
+        self.feed = Feed(job.views, memory=job.config.log_steps)
+        self.meter = Meter(job.config.batch_size)
+        self.watch = LossWatch(step, self.feed, job.out)
+
+    def run(self, first: int, last: int) -> None:
+        """Make the steps `first` to `last`, counted from 1.
+
+        Raises:
+            TerminatedError: some rank was asked to stop; the state is saved.
+        """
+        config, epoch_steps = self.job.config, self.job.epoch_steps
+        peak = config.optim.peak(config.batch_size)
+        for number in range(first, last + 1):
+            epoch = math.ceil(number / epoch_steps)
+            lr = learning_rate(
+                config.optim, number - 1, peak=peak, total=self.job.total_steps, epoch=epoch_steps
+            )
+            stops = self.interrupt.anywhere()
+            ends = number % epoch_steps == 0
+            saves = stops or ends or number % (config.checkpoint_steps or epoch_steps) == 0
+            logs = saves or number % config.log_steps == 0
+            check = partial(self.watch.check, number) if logs else None
+            scalars = self.step(self.feed.parts(config.accumulate), lr, check)
+            if check is None:
+                self.watch.note(scalars)
+            self.meter.add(scalars, self.feed.waited, step=number, epoch=epoch, lr=lr)
+            if (number - 1) % epoch_steps == 0:
+                self.show(number, epoch)
+            if logs:
+                self.log()
+            if saves:
+                self.checkpoints.save(number, self.job.method, self.step, self.job.views)
+                self.meter.restart()
+            if stops and number < self.job.total_steps:
+                leave(number)
+            if ends:
+                self.evaluate(number, epoch)
+
+    def show(self, number: int, epoch: int) -> None:
+        """The views that an epoch begins with."""
+        if self.record is not None and self.feed.last is not None:
+            sheet = self.job.method.sheet(self.feed.last, self.job.config.recipe)
+            with disk_has_room(self.job.out):
+                self.record.views(sheet, number, epoch)
+
+    def log(self) -> None:
+        """Tell of the steps since the last time; on the disk before a checkpoint of them is."""
+        rows, seconds = self.meter.take()
+        if self.record is not None:
+            with disk_has_room(self.job.out):
+                self.record.steps(rows, seconds)
+                self.record.sync()
+
+    def evaluate(self, number: int, epoch: int) -> None:
+        """Score the epoch that step `number` ended; its checkpoint is there already."""
+        if self.evaluation is None:
+            return
+        scores = self.evaluation(self.job.method, epoch)
+        if scores and self.record is not None:
+            with disk_has_room(self.job.out):
+                self.record.scores(scores, number, epoch)
+                self.record.sync()
+        self.meter.restart()
+
+    def catch_up(self, done: int) -> None:
+        """Evaluate the last epoch of a run that was stopped between its checkpoint and that."""
+        missing = self.record is not None and not self.record.has_scores(done)
+        if gather_objects(missing)[0]:
+            self.evaluate(done, done // self.job.epoch_steps)
 
 
 def leave(step: int) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,7 +27,7 @@ class Record:
     A line of metrics.jsonl is one step: `step` and `epoch` (both from 1), `loss` and what else the
     method reports and `data_wait` (seconds that the step waited for its batch), both means over
     the ranks, `lr`, and `images_per_second` (of all ranks; over the steps since the last log line).
-    The last step of an epoch may have scores, `knn_20` for one.
+    Or it has the scores of an epoch, `knn_20` for one, with `epoch` and the `step` that ended it.
 
     Raises:
         UserError: Weights & Biases is asked for and not installed.
@@ -58,19 +60,13 @@ class Record:
     def steps(self, rows: list[dict[str, Any]], seconds: float) -> None:
         """Tell of steps finished in the last `seconds`; the last of them on the terminal."""
         for row in rows:
-            self.file.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step", "epoch"}:
-                self.board.add_scalar(name, row[name], row["step"])
-            if self.wandb is not None:
-                self.wandb.log(row, step=row["step"])
+            self.write(row)
         self.file.flush()
         last = rows[-1]
         waiting = sum(row["data_wait"] for row in rows) / seconds
-        scores = [f", {n} {last[n]:.2%}" for n in last if n.startswith(("knn_", "top"))]
         text = (
             f"epoch {last['epoch']}/{self.epochs}, loss {last['loss']:.4f}, "
             f"{last['images_per_second']:.1f} images/s, {waiting:.0%} waiting for data"
-            f"{''.join(scores)}"
         )
         if self.bar is None:
             left = (time.monotonic() - self.started) * (self.total - last["step"])
@@ -79,6 +75,25 @@ class Record:
         else:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(last["step"] - self.bar.n)
+
+    def scores(self, scores: dict[str, float], step: int, epoch: int) -> None:
+        """Tell how an epoch was evaluated after its last step."""
+        self.write({"step": step, "epoch": epoch, **scores})
+        told = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
+        self.say(f"epoch {epoch}/{self.epochs}: {told}")
+
+    def has_scores(self, step: int) -> bool:
+        """Whether the epoch that this step ended was evaluated."""
+        rows = map(json.loads, self.path.read_text().splitlines())
+        return any(row["step"] == step and not is_step(row) for row in rows)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same as curves."""
+        self.file.write(json.dumps(row) + "\n")
+        for name in row.keys() - {"step", "epoch"}:
+            self.board.add_scalar(name, row[name], row["step"])
+        if self.wandb is not None:
+            self.wandb.log(row, step=row["step"])
 
     def views(self, sheet: Image.Image | None, step: int, epoch: int) -> None:
         """Show what was fed first in an epoch: TensorBoard and RUN/views."""
@@ -109,6 +124,25 @@ class Record:
             self.wandb.finish()
         if self.bar is not None:
             self.bar.close()
+
+
+def is_step(row: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is a step; else it has the scores of an epoch."""
+    return "loss" in row
+
+
+@contextmanager
+def disk_has_room(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into a UserError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader of our output has left
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to ({error.strerror or error}); when that is mended, the "
+            "same command goes on from the last checkpoint"
+        ) from error
 
 
 def wandb_run(project: str, folder: Path, config: dict[str, Any] | None) -> Any:

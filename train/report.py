@@ -18,6 +18,7 @@ import tyro
 from schemas import UserError
 from schemas.cli import parse, run
 from train.evaluate.results import RESULTS
+from train.record import is_step
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem;
@@ -77,14 +78,16 @@ def write_report(options: ReportOptions) -> Path:
 
 def page(folder: Path, rows: list[dict[str, Any]]) -> str:
     """The page's HTML."""
-    title = f"{folder.name}: {len(rows)} steps, {rows[-1]['epoch']} epochs"
+    steps = [row for row in rows if is_step(row)]
+    title = f"{folder.name}: {len(steps)} steps, {steps[-1]['epoch']} epochs"
     parts = [f"<h1>{html.escape(title)}</h1>", '<div class="curves">']
     for name, (label, value) in CURVES.items():
-        points = [(row["step"], value(row)) for row in rows]
+        points = [(row["step"], value(row)) for row in steps]
         parts.append(curve(name, label, {label: points}))
-    scores = sorted({name for row in rows for name in row if name.startswith(("knn_", "top"))})
+    epochs = [row for row in rows if not is_step(row)]
+    scores = sorted({name for row in epochs for name in row.keys() - {"step", "epoch"}})
     if scores:
-        lines = {n: [(row["step"], row[n]) for row in rows if n in row] for n in scores}
+        lines = {n: [(row["step"], row[n]) for row in epochs if n in row] for n in scores}
         parts.append(curve("scores", "accuracy on labelled shards", lines))
     parts.append("</div>")
 
@@ -181,5 +184,9 @@ def main() -> None:
     print(write_report(parse(ReportOptions)))
 
 
-if __name__ == "__main__":
+def start() -> None:
     run(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -59,8 +59,18 @@ def config(data: str, out: Path | str, **changes) -> TrainConfig:
     return replace(small, **changes)
 
 
-def metrics(out: Path) -> list[dict]:
+def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(out: Path) -> list[dict]:
+    """Of each step."""
+    return [row for row in lines(out) if "loss" in row]
+
+
+def scores(out: Path) -> list[dict]:
+    """Of each epoch that was evaluated."""
+    return [row for row in lines(out) if "loss" not in row]
 
 
 def told(out: Path) -> list[tuple]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from schemas import UserError
-from train import distributed
+from train import distributed, session
 from train.interrupt import Interrupt
 
 
@@ -82,7 +82,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_next_step(two_ranks):
 
 
 def test_missing_gpu_is_a_user_error(monkeypatch):
+    def refuse() -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system. Please check ...")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.pick_device("auto") == torch.device("cpu")
-    with pytest.raises(UserError, match="--device cpu"):
-        distributed.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    assert session.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match=r"no NVIDIA driver .*--device cpu"):
+        session.pick_device("cuda")

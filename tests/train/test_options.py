@@ -11,19 +11,25 @@ import train.loop
 from schemas import UserError
 from tests.train.runs import ARGUMENTS, command, config
 from train.__main__ import main, options
-from train.config import KnnConfig
+from train.config import KnnConfig, resolved
 
 
 def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
     """And goes on with that very run; single options change it."""
     argv = ["--config", str(run / "config.yaml")]
     again = options(argv)
-    assert replace(again, knn=KnnConfig()) == replace(
-        train.loop.resolved(config(shards, run), torch.device("cpu")), knn=KnnConfig()
-    )
+    assert replace(again, knn=KnnConfig()) == config(shards, run)
     changed = options([*argv, "--rho", "3", "--recipe", "blur", "--seed", "5"])
     assert (changed.method.rho, changed.recipe.fill, changed.seed) == (3.0, "blur", 5)
     assert changed.batch_size == 8
+    for more, lr, crop in (
+        (["--base-lr", "0.3"], 0.3 * 8 / 256, 28),
+        (["--batch-size", "16"], 0.03 * 16 / 256, 28),
+        (["--crop-size", "56"], 0.03 * 8 / 256, 56),
+    ):
+        decided = resolved(options([*argv, *more]), torch.device("cpu"))
+        assert decided.optim.lr == pytest.approx(lr)
+        assert decided.recipe.crop_size == crop
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from torchvision.models import ResNet
 import train.loop
 from schemas import UserError
 from schemas.cli import TerminatedError
-from tests.train.runs import config, metrics, stopped_after, told, write_images
+from tests.train.runs import config, metrics, scores, stopped_after, told, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder, untrained_encoder
 from train.evaluate.features import extract, unmasked
 from train.evaluate.knn import knn_accuracy
-from train.methods import MoCoConfig, SupervisedConfig
+from train.methods import MoCoConfig, Setup, SupervisedConfig
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
 
@@ -36,8 +36,10 @@ def test_run_leaves_its_record(run):
     assert all(row["images_per_second"] > 0 and row["data_wait"] >= 0 for row in rows)
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert written["method"] == {"name": "moco", "queue": 20, **written["method"]}
-    assert written["recipe"]["crop_size"] == 28
-    assert written["precision"] in ("bf16", "fp32")
+    decided = written["decided"]
+    assert decided["crop_size"] == 28
+    assert decided["precision"] in ("bf16", "fp32")
+    assert decided["lr"] == rows[0]["lr"]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "step-00000003",
         "step-00000006",
@@ -54,8 +56,8 @@ def test_run_leaves_its_record(run):
 
 def test_knn_of_each_epoch_is_that_of_the_encoder(shards, run):
     """The last one again, from the exported file."""
-    rows = metrics(run)
-    assert ["knn_5" in row for row in rows] == [False, False, True] * 2
+    rows = scores(run)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
     settings = config(shards, run)
     encoder, _, _ = load_encoder(str(run))
     recipe = unmasked(replace(settings.recipe, crop_size=28))
@@ -91,7 +93,36 @@ def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypa
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_an_evaluation_that_fails_costs_no_epoch_and_is_caught_up(shards, tmp_path):
+    def fails(method, epoch):
+        raise OSError("gone")
+
+    settings = config(shards, tmp_path)
+    with pytest.raises(OSError, match="gone"):
+        train.loop.train(settings, fails)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    seen = []
+
+    def evaluation(method, epoch):
+        seen.append(epoch)
+        return {"top1": epoch / 10}
+
+    train.loop.train(settings, evaluation)
+    train.loop.train(settings, evaluation)
+    assert seen == [1, 2]
+    assert [(row["step"], row["top1"]) for row in scores(tmp_path)] == [(3, 0.1), (6, 0.2)]
+
+
+def test_what_a_killed_save_left_is_removed(shards, tmp_path):
+    for name in (".step-00000001.tmp", ".step-00000002.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.pt").write_bytes(b"half")
+    train.loop.train(config(shards, tmp_path, epochs=1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
     shards, run, tmp_path, monkeypatch, number
 ):
@@ -146,7 +177,7 @@ def test_loss_that_is_not_finite_stops_before_its_update(shards, tmp_path):
     assert len(set(own["keys"])) == 8
     assert all(key.startswith("image") for key in own["keys"])
     method = explodes.method.build(
-        train.loop.Setup(encoder="resnet18", batch_size=8, classes=2, seed=0)
+        Setup(encoder="resnet18", batch_size=8, classes=2, seed=0)
     ).train()
     method.load_state_dict(state["model"])
     method.begin_step()
@@ -181,6 +212,9 @@ def test_supervised_reads_queries_and_labels(shards, tmp_path):
     assert metadata["stem"] == "small"
     assert encoder.conv1.weight.shape == (64, 3, 3, 3)
     unlabelled = write_images(tmp_path / "unlabelled", label=-1, classes=())
+    some = write_images(tmp_path / "some", label=-1)
+    with pytest.raises(UserError, match="26"):
+        train.loop.train(replace(settings, data=some, out=str(tmp_path / "other")))
     with pytest.raises(UserError, match="have 0 classes; it needs labels"):
         train.loop.train(replace(settings, data=unlabelled, out=str(tmp_path / "other")))
 

@@ -1,0 +1,148 @@
+"""Joins the processes that `torchrun` started, or stays alone; says why it cannot go on."""
+
+import ctypes
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pipeline.devices import device_of
+from schemas import UserError
+
+SILENCE = re.compile(r"gloo|timed? ?out|[Cc]onnection (closed|reset)")
+HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
+GRACE = 5.0
+"""Seconds in which every rank that is alive notices that another is not."""
+
+
+@contextmanager
+def session(timeout: int = 600) -> Iterator[None]:
+    """Join the processes of `torchrun` (RANK is set) or stay alone; share out the CPU cores.
+
+    Args:
+        timeout: seconds after which a rank that does not answer is taken for dead. It must be
+            longer than one epoch's first batch, an evaluation and a checkpoint take.
+
+    Raises:
+        UserError: the processes cannot meet; memory is full; a rank died or was silent for too long
+            (on the lowest of those that are left, the others exit with status 2).
+    """
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if "RANK" not in os.environ:
+        refuse_strangers()
+        with memory_is_enough():
+            yield
+        return
+    end_with_parent()
+    waits = timedelta(seconds=timeout)
+    store, number, size = meet(waits)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=size, timeout=waits
+    )
+    try:
+        with memory_is_enough():
+            yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors: its own name its source files, those of torch around it
+        # say that a wait or an operation timed out
+        if not isinstance(error, dist.DistError) and not SILENCE.search(str(error)):
+            raise
+        tell_silent_ranks(dist.PrefixStore("alive", store), number, size, timeout, error)
+    # not in a finally: after an error the group may hang on ranks that have gone
+    dist.destroy_process_group()
+
+
+def meet(waits: timedelta) -> tuple[dist.Store, int, int]:
+    """A store that all processes share, this one's rank, and their number.
+
+    Raises:
+        UserError: the port is taken, or not all came in time.
+    """
+    try:
+        return next(dist.rendezvous("env://", timeout=waits))
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        taken = "EADDRINUSE" in str(error)
+        what = "the port is taken by another program" if taken else str(error).splitlines()[0]
+        raise UserError(
+            f"the processes cannot meet at {place}: {what}; choose another --master-port, or let "
+            "torchrun find one: --standalone, on one machine"
+        ) from error
+
+
+def refuse_strangers() -> None:
+    """Raises UserError where srun started several processes, which know nothing of each other."""
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if count > 1:
+        raise UserError(
+            f"srun started {count} processes that do not know of each other: let it start torchrun "
+            "once a node (--ntasks-per-node 1), as examples/slurm.sh does"
+        )
+
+
+@contextmanager
+def memory_is_enough() -> Iterator[None]:
+    """Turn a full memory, of the GPU or of the host, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and HOST_FULL not in str(error):
+            raise
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+        raise UserError(
+            f"{where} is out of memory{f' ({asked[1]} more were asked for)' if asked else ''}: "
+            "--accumulate 2, 4 ... works through the same batch in parts; a smaller --batch-size "
+            "or --crop-size needs less too"
+        ) from error
+
+
+def tell_silent_ranks(
+    store: dist.Store, number: int, size: int, timeout: int, error: Exception
+) -> None:
+    """End this rank; the lowest one alive says which others are not."""
+    store.set(str(number), "alive")
+    time.sleep(GRACE)
+    silent = [other for other in range(size) if not store.check([str(other)])]
+    lowest = min(other for other in range(size) if other not in silent)
+    if number == lowest:
+        whom = f"rank {', '.join(map(str, silent))}" if silent else "the network"
+        raise UserError(
+            f"{whom} of {size} processes died or was silent for {timeout} s (--rank-timeout); the "
+            "same command goes on from the last checkpoint\n"
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    raise SystemExit(2)
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when torchrun is killed: without it, its workers would go on for themselves."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before we asked
+        raise SystemExit(2)
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` | `cpu` | `cuda` -> this rank's device: on CUDA, GPU number LOCAL_RANK."""
+    if device_of(name).type == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: this machine has "
+            f"{torch.cuda.device_count()}; start no more processes than GPUs"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
