@@ -60,7 +60,8 @@ def test_training_commands_are_understood():
     seen = 0
     for page in PAGES:
         for line in blocks(page):
-            if match := re.search(r"-m train (--.*)$", line):
+            match = re.search(r"-m train (--.*)$", line)
+            if match and "mine:" not in line:  # tests.test_documented runs that one
                 arguments = [a for a in match[1].split() if a != "..."]
                 assert isinstance(options(arguments), TrainConfig), line
                 seen += 1

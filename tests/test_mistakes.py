@@ -1,18 +1,24 @@
-"""Twenty mistakes of a first day: each message names the thing, the reason and the next step.
+"""Mistakes of a first day: each message names the thing, the reason and the next step.
 
 In at most three lines, by the command that a user would give.
 """
 
+import errno
+import fcntl
 import importlib
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
+from pipeline import cache
 from schemas import UserError, write_dataset
+from train.methods import MoCo
 
 MAINS = {
     "precompute": "precompute.__main__",
@@ -98,17 +104,131 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[0].replace("{p}/", ""))
-def test_the_message_helps(place, tmp_path, monkeypatch, mistake):
-    command, *parts = mistake
+def said(monkeypatch, place: Path, command: str) -> str:
+    """What a command says to a mistake: at most three lines."""
     name, *arguments = command.replace("{p}", str(place)).split()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         importlib.import_module(MAINS[name]).main()
     message = str(error.value)
     assert len(message.splitlines()) <= 3, message
+    return message
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[0].replace("{p}/", ""))
+def test_the_message_helps(place, tmp_path, monkeypatch, mistake):
+    command, *parts = mistake
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    message = said(monkeypatch, place, command)
     for part in parts:
         assert part in message
     assert not os.listdir(tmp_path)  # nothing was begun
+
+
+# mistakes that lie in the machine, not in the command
+
+ANY = "train --data {p}/d --encoder resnet18 --crop-size 56 --batch-size 4 --queue 8 --out {p}/any"
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_driver_too_old_is_named_and_no_cpu_takes_its_place(place, monkeypatch, device):
+    def refuse() -> None:
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020). Please update your "
+            "GPU driver by downloading and installing a new version. Alternatively, ..."
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    message = said(monkeypatch, place, f"{ANY} --device {device}")
+    assert "driver on your system is too old (found version 12020); " in message
+    assert "choose --device cpu" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"), "GPU"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 b"),
+            "this machine",
+        ),
+    ],
+)
+def test_a_full_memory(place, monkeypatch, error, where):
+    def fails(self, batch):
+        raise error
+
+    monkeypatch.setattr(MoCo, "forward", fails)
+    message = said(monkeypatch, place, f"{ANY} --device cpu")
+    assert where in message
+    assert "out of memory" in message
+    assert ("2.50 GiB" in message) == (where == "GPU")
+    assert "--accumulate 2" in message
+
+
+def test_a_taken_port(place, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in alone.items():
+            monkeypatch.setenv(name, str(value))
+        message = said(monkeypatch, place, f"{ANY} --device cpu")
+    assert f"127.0.0.1:{port}: the port is taken by another program; choose another" in message
+
+
+def test_srun_without_torchrun(place, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    message = said(monkeypatch, place, f"{ANY} --device cpu")
+    assert "srun started 8 processes that do not know of each other" in message
+    assert "torchrun" in message
+
+
+def test_a_file_system_without_locks(place, monkeypatch):
+    def nfs(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    message = said(monkeypatch, place, f"{ANY} --device cpu")
+    assert f"{place}/any: its file system gives no locks, as NFS does" in message
+    assert "--out" in message
+
+
+def test_shards_on_a_network_are_noted(place, tmp_path, monkeypatch, capsys):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/a {place.resolve()} nfs4 rw 0 0\n")
+    monkeypatch.setattr(cache, "MOUNTS", mounts)
+    monkeypatch.setattr(
+        sys, "argv", f"{ANY} --device cpu --epochs 1".replace("{p}", str(place)).split()
+    )
+    importlib.import_module(MAINS["train"]).main()
+    assert f"note: {place}/d lies on nfs4: where steps wait" in capsys.readouterr().out
+    assert cache.network_mount("/somewhere/else") is None
+    assert cache.network_mount("s3://bucket/data") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9\n  ..."),
+            ("Version mismatch", "Ray: 2.9", "start one from here", "leave --address out"),
+        ),
+        (ConnectionError("Could not find any running Ray instance."), ("no Ray cluster answers",)),
+    ],
+)
+def test_ray_that_runs_elsewhere(place, tmp_path, monkeypatch, error, parts):
+    def refuse(**_: object) -> None:
+        raise error
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    command = "precompute --dataset folder --estimator spectral --address auto"
+    message = said(monkeypatch, place, f"{command} --root {tmp_path}/photos --out {tmp_path}/o")
+    for part in ("auto", *parts):
+        assert part in message

@@ -1,0 +1,160 @@
+"""What README and docs tell to type is typed, on a few small pictures.
+
+A block that is not has a comment in front of it with the reason: `<!-- not run by a test: ... -->`.
+Each other one runs as it stands; what is only large is made small by further options.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+
+from pipeline import fills, masks
+from schemas import write_dataset
+from tests.conftest import encode, noise
+from train.encoders import build_encoder, save_encoder
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- not run by a test: ([^>]+) -->\n+)?```(sh|python)\n(.*?)```", re.S)
+
+SMALL_TRAINING = (
+    "--encoder resnet18 --crop-size 56 --batch-size 4 --epochs 1 --device cpu --precision fp32"
+)
+SMALL = {
+    "train": SMALL_TRAINING,
+    "train.evaluate knn": "--neighbours 1 --device cpu",
+    "train.evaluate linear": "--epochs 1 --batch-size 4 --device cpu",
+    "pipeline preview": "--samples 2 --crop-size 56",
+}
+"""Further options of a command."""
+VARIABLES = {
+    "precompute": {"ESTIMATOR": "spectral"},
+    "pretrain": {"ARGS": f"{SMALL_TRAINING} --queue 8"},
+    "evaluate": {"ARGS": "--neighbours 1 --device cpu"},
+    "preview": {"ARGS": "--samples 2 --crop-size 56"},
+}
+"""Of a make target, where its command does not give them."""
+SMALLER = {'device="cuda"': 'device="cpu"', "batch_size=256": "batch_size=4"}
+"""In Python."""
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """(reason why a block is not run or "", sh or python, its text) of a page, in order."""
+    return [(reason, kind, text) for reason, kind, text in BLOCK.findall(page.read_text())]
+
+
+@pytest.fixture
+def home(make_sample, tmp_path, monkeypatch) -> Path:
+    """A user's folder: the checkout, photos, shards of some and an encoder."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", "examples", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").symlink_to(Path(sys.prefix) / "bin")
+    (tmp_path / ".venv/.ready").touch()
+    for index in range(10):
+        photo = tmp_path / "photos" / "ab"[index % 2] / f"{index}.jpg"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        photo.write_bytes(encode(noise(index, 80, 96)))
+    samples = [make_sample(index) for index in range(10)]
+    for name in ("shards", "TRAIN", "VAL"):
+        write_dataset(str(tmp_path / name), samples, name=name, classes=["a", "b", "c"])
+    metadata = {
+        "encoder": "resnet18", "method": "moco", "recipe": "hp", "crop_size": "56", "seed": "0",
+        "high_pass": "False", "high_pass_kernel": "11", "high_pass_sigma": "5.0",
+    }  # fmt: skip
+    (tmp_path / "encoder").mkdir()
+    save_encoder(tmp_path / "encoder/encoder.safetensors", build_encoder("resnet18")[0], metadata)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def prepare(home: Path, page: str) -> None:
+    """What a page of docs takes for granted; its first Python is mine.py."""
+    if page != "README.md":
+        (home / "out").mkdir()
+        (home / "out/photos").symlink_to(home / "shards")
+        if page != "train.md":
+            (home / "out/run").symlink_to(home / "encoder")
+    lines = [f"photos/{'ab'[index % 2]}/{index}.jpg,{'ab'[index % 2]}" for index in range(10)]
+    (home / "list.csv").write_text("\n".join(lines))
+    code = [text for _, kind, text in blocks(ROOT / "docs" / page) if kind == "python"]
+    (home / "mine.py").write_text(code[0] if code else "")
+    # not a module that the workers of a Ray could import which is there already
+    cloudpickle.register_pickle_by_value(importlib.import_module("mine"))
+
+
+def typed(command: str, small: bool = False) -> None:
+    """Run one line of a shell, in this process: its imports, seconds long, are paid once."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        for line in expanded(words):
+            typed(line, small=True)
+        return
+    assert words[0].endswith("python"), command
+    assert words[1] == "-m", command
+    module, arguments = words[2], words[3:]
+    name = f"{module} {arguments[0]}" if f"{module} {arguments[0]}" in SMALL else module
+    package = module if module == "train.report" else f"{module}.__main__"
+    with pytest.MonkeyPatch.context() as patch:
+        more = [] if small else shlex.split(SMALL.get(name, ""))
+        patch.setattr(sys, "argv", [module, *arguments, *more])
+        patch.setattr("train.loop.LOCK_SECONDS", 1)
+        assert importlib.import_module(package).main() in (None, 0), command
+
+
+def execute(code: str, home: Path) -> None:
+    """Run Python as a page has it, where `url` is that of a dataset."""
+    for large, small in SMALLER.items():
+        code = code.replace(large, small)
+    exec(code, {"url": str(home / "shards")})
+
+
+def expanded(words: list[str]) -> list[str]:
+    """The commands that make would run."""
+    environment = {**os.environ, **VARIABLES.get(words[1], {})}
+    done = subprocess.run(
+        [*words[:1], "-n", *words[1:]], capture_output=True, text=True, check=True, env=environment
+    )
+    found = [line for line in done.stdout.replace("\\\n", " ").splitlines() if " -m " in line]
+    assert found, done.stdout
+    return found
+
+
+PAGES_THAT_RUN = [
+    page for page in PAGES if any(not reason and kind == "sh" for reason, kind, _ in blocks(page))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
+def test_a_page_does_what_it_says(home, monkeypatch, page):
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setattr("pipeline.fills.FILLS", dict(fills.FILLS))
+    monkeypatch.setattr("pipeline.masks.MASKS", dict(masks.MASKS))
+    own = page.parent.name == "docs"
+    if own:
+        prepare(home, page.name)
+    for reason, kind, text in blocks(page):
+        if reason:
+            continue
+        if kind == "sh":
+            for line in text.replace("\\\n", " ").splitlines():
+                typed(line)
+        elif own:
+            own = False  # it is mine.py
+        else:
+            execute(text, home)
+
+
+def test_most_blocks_run():
+    reasons = [reason for page in PAGES for reason, kind, _ in blocks(page)]
+    assert reasons.count("") > len(reasons) / 2
