@@ -1,12 +1,20 @@
-"""A small COCO tree of the true layout."""
+"""Small trees of COCO's and VOC's true layouts, an encoder, and a detection of few steps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from train.evaluate.detection.data import Pictures, coco
+from train.encoders import build_encoder, save_encoder
+from train.evaluate.detection.coco import read_coco
+from train.evaluate.detection.command import DetectionOptions, Schedule
+from train.evaluate.detection.data import Pictures
+
+SHORT = Schedule(iterations=8, units=2, drops=(1,))
+"""Parts of four steps."""
 
 
 def shapes(index: int) -> tuple[np.ndarray, list[float]]:
@@ -54,8 +62,57 @@ def write_coco(root: Path, split: str, count: int = 6, **changes) -> Path:
 
 
 def odd_coco(root: Path, **one) -> Pictures:
+    """Such a tree whose first annotation is changed; None takes a key out."""
     file = write_coco(root, "train2017")
     content = json.loads(file.read_text())
-    content["annotations"][0] |= one
+    first = content["annotations"][0] | one
+    content["annotations"][0] = {key: value for key, value in first.items() if value is not None}
     file.write_text(json.dumps(content))
-    return coco(str(root), "train2017")
+    return read_coco(str(root), "train2017")
+
+
+def write_voc(root: Path, objects: str, size: str = "<height>96</height><width>128</width>") -> str:
+    """One black picture of 96 x 128; `objects` is the XML of them."""
+    base = root / "VOCdevkit" / "VOC2007"
+    for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (base / folder).mkdir(parents=True)
+    (base / "ImageSets/Main/trainval.txt").write_text("000001\n")
+    Image.new("RGB", (128, 96)).save(base / "JPEGImages/000001.jpg")
+    text = f"<annotation><size>{size}</size>{objects}</annotation>"
+    (base / "Annotations/000001.xml").write_text(text)
+    return str(root)
+
+
+def voc_object(
+    name: str, difficult: str = "<difficult>0</difficult>", xmin: str = "<xmin>1</xmin>"
+) -> str:
+    box = f"{xmin}<ymin>11</ymin><xmax>50</xmax><ymax>60</ymax>"
+    return f"<object><name>{name}</name>{difficult}<bndbox>{box}</bndbox></object>"
+
+
+def write_encoder(folder: Path, seed: int = 0) -> Path:
+    """A run's folder with a ResNet-18 of random weights."""
+    torch.manual_seed(seed)
+    network, _ = build_encoder("resnet18")
+    folder.mkdir(exist_ok=True)
+    metadata = {
+        "encoder": "resnet18", "method": "moco", "recipe": "hp", "crop_size": "224", "seed": "0",
+        "high_pass": "False", "high_pass_kernel": "11", "high_pass_sigma": "5.0",
+    }  # fmt: skip
+    save_encoder(folder / "encoder.safetensors", network, metadata)
+    return folder
+
+
+def options_of(root: Path, encoder: Path, **changes) -> DetectionOptions:
+    """Tiny pictures, few RoIs."""
+    options = DetectionOptions(
+        encoder=str(encoder), dataset="coco", root=str(root), batch_size=2, short_sides=(64,),
+        test_side=64, rois=4, proposals=4, workers=0, device="cpu", log_steps=1, precision="fp32",
+    )  # fmt: skip
+    return replace(options, **changes)
+
+
+def losses(folder: Path) -> list[float]:
+    """Of each step of a run."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows]

@@ -1,24 +1,23 @@
-"""Detection: the metric by hand, odd annotations, exact resume, and that it learns."""
+"""Detection: the metric by hand, the command, exact resume, and what is refused."""
 
 import json
+import os
+import signal
 from dataclasses import replace
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torchvision.models import resnet50
 
+import train.loop
 from schemas import UserError
-from tests.train.pictures import write_coco
-from tests.train.runs import stopped_after
-from train.encoders import build_encoder, save_encoder
+from tests.train.pictures import SHORT, losses, options_of, write_coco, write_encoder
 from train.evaluate.detection import command
+from train.evaluate.detection.command import Schedule
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.metric import average_precision
-from train.evaluate.detection.model import DetectorConfig
-from train.evaluate.export import detectron2_name
-from train.methods import Setup
 
 
 def picture(number: int, boxes, labels=None, ignored=None) -> Picture:
@@ -81,99 +80,128 @@ def test_classes_count_alike_and_apart():
     assert precision(pictures, [right, wrong], ("a", "b"))["box_AP50"] == pytest.approx(0.5)
 
 
-# -- sets
+# -- the command
 
 
 @pytest.fixture
 def encoder(tmp_path) -> Path:
-    torch.manual_seed(0)
-    network, _ = build_encoder("resnet18")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    metadata = {
-        "encoder": "resnet18", "method": "moco", "recipe": "hp", "crop_size": "224", "seed": "0",
-        "high_pass": "False", "high_pass_kernel": "11", "high_pass_sigma": "5.0",
-    }  # fmt: skip
-    save_encoder(folder / "encoder.safetensors", network, metadata)
-    return folder
+    return write_encoder(tmp_path / "run")
 
 
-def options_of(root: Path, encoder: Path, **changes) -> command.DetectionOptions:
-    options = command.DetectionOptions(
-        encoder=str(encoder), dataset="coco", root=str(root), iterations=30, batch_size=2,
-        short_sides=(64,), test_side=64, rois=4, proposals=4, workers=0, device="cpu",
-        log_steps=1, precision="fp32",
-    )  # fmt: skip
-    return replace(options, **changes)
-
-
-def losses(folder: Path) -> list[float]:
-    return [
-        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-@pytest.mark.slow
-def test_it_learns_and_goes_on_exactly_where_it_was_stopped(tmp_path, encoder, monkeypatch):
-    """So short a training only lowers the loss; docs/detection.md has a longer one."""
+@pytest.fixture
+def root(tmp_path) -> Path:
     root = tmp_path / "coco"
     write_coco(root, "train2017")
     write_coco(root, "val2017")
-    options = options_of(root, encoder)
+    return root
+
+
+def changed(root: Path, split: str, **first) -> None:
+    """The first annotation of a split; None takes a key out, of all of them."""
+    path = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0] |= first
+    missing = [key for key, value in first.items() if value is None]
+    for one in content["annotations"]:
+        for key in missing:
+            del one[key]
+    path.write_text(json.dumps(content))
+
+
+def train_until_killed(options: command.DetectionOptions, step: int, threads: int) -> None:
+    """In a process of its own, which gets SIGKILL once a step is done and before it is logged."""
+    torch.set_num_threads(threads)
+    # as in a process that a person starts; a forkserver's workers would not hear of its end
+    set_start_method("fork", force=True)
+    command.SCHEDULES["short"] = SHORT
+    add = train.loop.Meter.add
+
+    def dying(self, scalars, waited, **known):
+        add(self, scalars, waited, **known)
+        if known["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.loop.Meter.add = dying  # type: ignore[method-assign]
+    command.evaluate(options)
+
+
+@pytest.mark.slow
+def test_killed_within_a_part_it_goes_on_exactly(tmp_path, root, encoder, monkeypatch):
+    """SIGKILL at step 7 of 8, with a process that has read ahead; the checkpoint is of step 4."""
+    monkeypatch.setitem(command.SCHEDULES, "short", SHORT)
+    options = options_of(root, encoder, workers=1)
     row = command.evaluate(replace(options, out=str(tmp_path / "whole")))
-    told = losses(tmp_path / "whole")
-    assert len(told) == 30
-    assert np.mean(told[-5:]) < 0.8 * np.mean(told[:5])
+    killed = replace(options, out=str(tmp_path / "killed"))
+    arguments = (killed, 7, torch.get_num_threads())
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.train.preloaded"])
+    process = context.Process(target=train_until_killed, args=arguments)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*")] == [
+        "step-00000004"
+    ]
+    assert len(losses(tmp_path / "killed")) == 6
+    again = command.evaluate(killed)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 8
     assert set(row["accuracy"]) == {f"{k}_{n}" for k in ("box", "mask") for n in AVERAGES}
+    assert again["accuracy"] == row["accuracy"]
+    written = [json.loads(x) for x in (encoder / "results.jsonl").read_text().splitlines()]
+    assert written == [row, again]
     assert (tmp_path / "whole" / "detections.png").exists()
     assert "found" in (tmp_path / "whole" / "detections.html").read_text()
-    assert json.loads((encoder / "results.jsonl").read_text()) == row
-
-    with stopped_after(8, monkeypatch):
-        command.evaluate(replace(options, out=str(tmp_path / "stopped")))
-    again = command.evaluate(replace(options, out=str(tmp_path / "stopped")))
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert again["accuracy"] == row["accuracy"]
 
 
-def test_other_data_or_another_encoder_do_not_go_on(tmp_path, encoder):
-    root = tmp_path / "coco"
-    write_coco(root, "train2017")
-    write_coco(root, "val2017", categories=[{"id": 3, "name": "green"}, {"id": 7, "name": "blue"}])
-    with pytest.raises(UserError, match="other classes"):
-        command.evaluate(options_of(root, encoder))
+@pytest.mark.slow
+def test_other_data_or_another_encoder_do_not_go_on(root, encoder, monkeypatch):
+    monkeypatch.setitem(command.SCHEDULES, "short", Schedule(iterations=2, units=2, drops=()))
+    options = options_of(root, encoder)
+    command.evaluate(options)
+    command.prepare(options)  # once more is no other training
+    file = root / "annotations" / "instances_train2017.json"
+    before = file.read_text()
+    changed(root, "train2017", bbox=[10, 10, 30, 30])
+    with pytest.raises(UserError, match=r"step-00000002: made with other settings: data was"):
+        command.evaluate(options)
+    file.write_text(before)
+    write_encoder(encoder, seed=1)
+    with pytest.raises(UserError, match=r"other settings: method.sha256 was"):
+        command.evaluate(options)
 
 
-def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
-    """What detectron2's R50-C4 expects of the encoder, by its names; and all of it trains."""
-    torch.manual_seed(0)
-    network, _ = build_encoder("resnet50")
-    save_encoder(tmp_path / "encoder.safetensors", network, {"encoder": "resnet50"})
-    config = DetectorConfig(path=str(tmp_path), sha256="", masks=True, short_sides=(96,))
-    method = config.build(Setup(encoder="resnet50", batch_size=2, classes=80))
-    body, head = method.network.backbone, method.network.roi_heads.box_head
-    assert torch.equal(body.conv1.weight, network.conv1.weight)
-    assert torch.equal(head.layer4[2].conv3.weight, network.layer4[2].conv3.weight)
-    assert body(torch.randn(1, 3, 64, 64)).shape == (1, 1024, 4, 4)
-    assert head(torch.randn(2, 1024, 14, 14)).shape == (2, 2048)
-    assert method.network.roi_heads.box_predictor.cls_score.out_features == 81
-    assert method.network.rpn.anchor_generator.num_anchors_per_location() == [15]
-    assert all(p.requires_grad for p in method.parameters())
-    blocks = {"res2": 3, "res3": 4, "res4": 6, "res5": 3}
-    expected = {"stem.conv1.weight", *(f"stem.conv1.norm.{x}" for x in NORM)}
-    for stage, count in blocks.items():
-        for block in range(count):
-            convs = ["conv1", "conv2", "conv3"] + ["shortcut"] * (block == 0)
-            for conv in convs:
-                expected |= {f"{stage}.{block}.{conv}.weight"}
-                expected |= {f"{stage}.{block}.{conv}.norm.{x}" for x in NORM}
-    names = {detectron2_name(name) for name in network.state_dict()}
-    assert {name for name in names if not name.endswith("num_batches_tracked")} == expected
-    theirs = resnet50().state_dict()
-    assert {k: v.shape for k, v in network.state_dict().items()} == {
-        k: v.shape for k, v in theirs.items() if not k.startswith("fc.")
-    }
+def test_a_test_set_that_tests_something_else_is_refused(root, encoder):
+    options = options_of(root, encoder)
+    changed(root, "val2017", segmentation=None)
+    with pytest.raises(UserError, match="coco val2017: has no segmentations, but coco train2017"):
+        command.prepare(options)
+    changed(root, "train2017", segmentation=None)
+    command.prepare(options)  # boxes alone on either side
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"annotations": []}))
+    with pytest.raises(UserError, match="coco val2017: no picture has an object to be found"):
+        command.prepare(options)
+    crowd = [one | {"iscrowd": 1} for one in content["annotations"]]
+    path.write_text(json.dumps(content | {"annotations": crowd}))
+    with pytest.raises(UserError, match="coco val2017: no picture has an object to be found"):
+        command.prepare(options)
+    names = [{"id": 3, "name": "green"}, {"id": 7, "name": "blue"}]
+    path.write_text(json.dumps(content | {"categories": names}))
+    with pytest.raises(UserError, match="coco val2017: has other classes than coco train2017"):
+        command.prepare(options)
+
+
+def test_iterations_come_in_equal_parts():
+    for schedule in command.SCHEDULES.values():
+        assert schedule.part(None) * schedule.units == schedule.iterations
+    schedule = Schedule(iterations=3000, units=30, drops=())
+    assert schedule.part(60) == 2
+    for asked, nearest in ((100, "90 or 120"), (29, "30"), (0, "30"), (-60, "30")):
+        message = f"--iterations {asked}: the schedule has 30 equal parts; take {nearest}$"
+        with pytest.raises(UserError, match=message):
+            schedule.part(asked)
 
 
 AVERAGES = ("AP", "AP50", "AP75")
-NORM = ("weight", "bias", "running_mean", "running_var")

@@ -1,17 +1,17 @@
 """Detection: sets of pictures, odd annotations, batches."""
 
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from schemas import UserError
-from tests.train.pictures import odd_coco, shapes, write_coco
-from train.evaluate.detection.data import Pictures, coco, voc
-from train.evaluate.detection.views import DetectionViews, Flipped, masks_of
+from tests.train.pictures import odd_coco, shapes, voc_object, write_coco, write_voc
+from train.evaluate.detection.coco import read_coco
+from train.evaluate.detection.views import masks_of
+from train.evaluate.detection.voc import read_voc
 
 CPU = torch.device("cpu")
 
@@ -36,59 +36,139 @@ def test_odd_objects_are_counted(tmp_path):
     flat = odd_coco(tmp_path / "b", bbox=[10, 10, 0, 30])
     assert flat.odd == Counter({"boxes without area left out": 1})
     assert len(flat.pictures[0].boxes) == 0
+    flat = odd_coco(tmp_path / "d", bbox=[100, 10, 1e-6, 30])  # nothing in float32
+    assert flat.odd == Counter({"boxes without area left out": 1})
+    single = odd_coco(tmp_path / "e", iscrowd=None)
+    assert single.odd == Counter({"objects without iscrowd, taken for single ones": 1})
     crowd = odd_coco(tmp_path / "c", iscrowd=1)
     assert crowd.pictures[0].ignored.tolist() == [True]
     assert len(crowd.trainable()) == 4
 
 
 def test_what_nobody_could_mean_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"instances_train2017.json: annotation 1 is of category 9"):
-        odd_coco(tmp_path / "a", category_id=9)
     write_coco(tmp_path / "b", "train2017")
     (tmp_path / "b" / "train2017" / "000000000002.jpg").unlink()
     with pytest.raises(UserError, match=r"000000000002.jpg: no such picture"):
-        coco(str(tmp_path / "b"), "train2017")
+        read_coco(str(tmp_path / "b"), "train2017")
     with pytest.raises(UserError, match=r"no .*instances_val2017.json"):
-        coco(str(tmp_path / "b"), "val2017")
+        read_coco(str(tmp_path / "b"), "val2017")
     with pytest.raises(UserError, match=r"no VOCdevkit/VOC2007 with a set test"):
-        voc(str(tmp_path), ("2007",), "test")
+        read_voc(str(tmp_path), ("2007",), "test")
 
 
-def write_voc(root: Path, objects: str) -> str:
-    base = root / "VOCdevkit" / "VOC2007"
-    for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
-        (base / folder).mkdir(parents=True)
-    (base / "ImageSets/Main/trainval.txt").write_text("000001\n")
-    Image.new("RGB", (128, 96)).save(base / "JPEGImages/000001.jpg")
-    size = "<size><width>128</width><height>96</height><depth>3</depth></size>"
-    text = f"<annotation><filename>000001.jpg</filename>{size}{objects}</annotation>"
-    (base / "Annotations/000001.xml").write_text(text)
-    return str(root)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_id": 9}, "annotation 1 is of category 9, which the file does not list"),
+        ({"category_id": None}, "annotation 1 has no category_id"),
+        ({"category_id": [3]}, r"annotation 1: its category_id is \[3\], no whole number"),
+        ({"image_id": 77}, "annotation 1 is of image 77, which the file does not list"),
+        ({"image_id": None}, "annotation 1 has no image_id"),
+        ({"id": 2}, "annotation 2 is there twice"),
+        ({"id": None}, "one of the annotations has no id"),
+        ({"bbox": None}, "annotation 1 has no bbox"),
+        ({"bbox": [1, 2, 3]}, r"annotation 1: its bbox is \[1, 2, 3\], not four finite numbers"),
+        ({"bbox": [1, 2, "3", 4]}, "annotation 1: its bbox is"),
+        ({"bbox": [1, 2, float("nan"), 4]}, "annotation 1: its bbox is"),
+        ({"iscrowd": "no"}, "annotation 1: its iscrowd is 'no', neither 0 nor 1"),
+        ({"segmentation": None}, "annotation 1 has no segmentation, while others"),
+        ({"segmentation": []}, "annotation 1 has no segmentation, while others"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "annotation 1: its segmentation holds what is no poly"),
+        ({"segmentation": {"size": [5, 5], "counts": "x"}}, "no run lengths of 96 x 128"),
+    ],
+)
+def test_an_annotation_that_cannot_be_meant_is_refused_by_its_number(tmp_path, change, message):
+    """None takes the key out."""
+    with pytest.raises(UserError, match=rf"instances_train2017\.json: .*{message}"):
+        odd_coco(tmp_path, **change)
 
 
-def voc_object(name: str, difficult: int = 0) -> str:
-    box = "<xmin>1</xmin><ymin>11</ymin><xmax>50</xmax><ymax>60</ymax>"
-    return (
-        f"<object><name>{name}</name><difficult>{difficult}</difficult>"
-        f"<bndbox>{box}</bndbox></object>"
-    )
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": 3}, "it has no list of images"),
+        ({"images": [{"id": 0}]}, "image 0 has no height"),
+        ({"images": [{"id": 0, "height": 0, "width": 5}]}, "image 0: its size is 0 x 5"),
+        ({"images": [{"id": 4, "height": 9, "width": 5}] * 2}, "image 4 is there twice"),
+        ({"categories": [{"id": 3, "name": "a"}] * 2}, "category 3 is there twice"),
+        ({"categories": [{"id": 3}, {"id": 7}]}, "category 3 has no name"),
+    ],
+)
+def test_a_list_that_cannot_be_meant_is_refused_by_its_entry(tmp_path, change, message):
+    write_coco(tmp_path, "train2017", **change)
+    with pytest.raises(UserError, match=rf"instances_train2017\.json: .*{message}"):
+        read_coco(str(tmp_path), "train2017")
+
+
+def test_a_file_that_is_no_coco_is_refused(tmp_path):
+    file = write_coco(tmp_path, "train2017")
+    for content in ("[]", "{", "\xff", "3"):
+        file.write_text(content, encoding="latin-1")
+        with pytest.raises(
+            UserError, match=r"train2017\.json: not a COCO annotation file: no JSON"
+        ):
+            read_coco(str(tmp_path), "train2017")
+
+
+def test_the_digest_tells_sets_apart_by_all_that_is_read(tmp_path):
+    changes = [
+        {},
+        {"bbox": [10, 10, 30, 30]},
+        {"category_id": 7},
+        {"iscrowd": 1},
+        {"segmentation": [[10, 10, 30, 10, 30, 30]]},
+    ]
+    digests = {odd_coco(tmp_path / str(k), **one).digest for k, one in enumerate(changes)}
+    assert len(digests) == len(changes)
+    data = odd_coco(tmp_path / "again")
+    assert data.digest in digests
+    hard = replace(data.pictures[0], ignored=~data.pictures[0].ignored)
+    assert replace(data, pictures=[hard, *data.pictures[1:]]).digest not in digests
 
 
 def test_voc_counts_from_one_and_keeps_difficult_objects_in_training(tmp_path):
-    root = write_voc(tmp_path / "a", voc_object("dog") + voc_object("cat", difficult=1))
-    (one,) = voc(root, ("2007",), "trainval").pictures
+    hard = voc_object("cat", difficult="<difficult>1</difficult>")
+    data = read_voc(write_voc(tmp_path / "a", voc_object("dog") + hard), ("2007",), "trainval")
+    (one,) = data.pictures
     assert one.boxes.tolist() == [[0, 10, 50, 60]] * 2
     assert one.labels.tolist() == [12, 8]
     assert one.ignored.tolist() == [False, True]
     assert one.trains.all()
-    assert not voc(write_voc(tmp_path / "b", ""), ("2007",), "trainval").trainable()
-    for objects, message in (
-        (voc_object("unicorn"), r"000001.xml: unknown class 'unicorn'"),
-        ("<object><name>dog</name></object>", r"000001.xml: cannot be read \(KeyError"),
-    ):
-        folder = tmp_path / message[-9:-1].replace("'", "")
-        with pytest.raises(UserError, match=message):
-            voc(write_voc(folder, objects), ("2007",), "trainval")
+    assert not data.odd
+    assert not read_voc(write_voc(tmp_path / "b", ""), ("2007",), "trainval").trainable()
+    silent = write_voc(tmp_path / "c", voc_object("dog", difficult=""))
+    odd = read_voc(silent, ("2007",), "trainval").odd
+    assert odd == {"objects that do not say whether they are difficult, taken for easy ones": 1}
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        (voc_object("unicorn"), "unknown class 'unicorn'"),
+        ("<object/>", "object without name"),
+        ("<object><name>dog</name></object>", "object without bndbox/xmin"),
+        (voc_object("dog", xmin="<xmin>nan</xmin>"), "a box of nan, 11.0, 50.0, 60.0"),
+        (voc_object("dog", xmin="<xmin>one</xmin>"), "could not convert string to float: 'one'"),
+        (voc_object("dog", difficult="<difficult>2</difficult>"), "difficult is '2', neither"),
+        ("<object>", "mismatched tag"),
+    ],
+)
+def test_a_voc_file_that_cannot_be_meant_is_refused_by_name(tmp_path, objects, message):
+    with pytest.raises(UserError, match=rf"000001\.xml: {message}"):
+        read_voc(write_voc(tmp_path, objects), ("2007",), "trainval")
+
+
+def test_a_voc_tree_that_cannot_be_meant_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"000001\.xml: annotation without size/height"):
+        read_voc(write_voc(tmp_path / "a", "", size=""), ("2007",), "trainval")
+    root = write_voc(tmp_path / "b", voc_object("dog"))
+    names = tmp_path / "b/VOCdevkit/VOC2007/ImageSets/Main/trainval.txt"
+    names.write_text("000001\n000001\n")
+    with pytest.raises(UserError, match=r"000001\.jpg: more than once in the set trainval of 2007"):
+        read_voc(root, ("2007",), "trainval")
+    names.write_text("000002\n")
+    with pytest.raises(UserError, match=r"000002\.xml: No such file"):
+        read_voc(root, ("2007",), "trainval")
 
 
 def test_real_voc_tree_is_read(tmp_path):
@@ -96,50 +176,6 @@ def test_real_voc_tree_is_read(tmp_path):
 
     (tmp_path / "VOCdevkit").mkdir()
     (tmp_path / "VOCdevkit" / "VOC2007").symlink_to(existing(DATA / "coco128_voc"))
-    data = voc(str(tmp_path), ("2007",), "trainval")
+    data = read_voc(str(tmp_path), ("2007",), "trainval")
     assert len(data.pictures) == 97
     assert all((p.boxes[:, 2:] > p.boxes[:, :2]).all() for p in data.pictures)
-
-
-# -- batches
-
-
-def views_of(data: Pictures, *, size=1, number=0, world=1, **options) -> DetectionViews:
-    return DetectionViews(
-        data, batch_size=size, unit=4, workers=0, device=CPU, rank=number, world_size=world, seed=5,
-        **options,
-    )  # fmt: skip
-
-
-def test_flips_move_boxes_and_masks_with_the_picture(tmp_path):
-    data = odd_coco(tmp_path)
-    flipped = 0
-    for place in range(12):
-        image, target, _ = Flipped(data.trainable(), True, 0)[place, 1]
-        (box,) = target["boxes"].round().long().tolist()
-        inside = image[0, box[1] : box[3], box[0] : box[2]]
-        assert inside.mean() > 0.8  # it is the red one
-        assert target["masks"][0, box[1] : box[3], box[0] : box[2]].float().mean() > 0.9
-        flipped += box[0] != shapes(1)[1][0]
-    assert 0 < flipped < 12
-
-
-def test_ranks_share_each_pass_and_a_state_goes_on_exactly(tmp_path):
-    data = odd_coco(tmp_path)  # five trainable pictures
-    alone = [b.sample_keys for _ in range(3) for b in views_of(data, size=2)]  # over several epochs
-    views = views_of(data, size=2)
-    stream = [b.sample_keys for _ in range(3) for b in views]
-    ranks = [views_of(data, number=number, world=2) for number in range(2)]
-    parts = [[b.sample_keys for _ in range(3) for b in one] for one in ranks]
-    assert [a + b for a, b in zip(*parts, strict=True)] == stream
-    flat = [key for batch in stream for key in batch]
-    assert sorted(flat[:5]) == sorted(flat[5:10]) == sorted({*flat})
-    assert alone[:4] == stream[:4]
-
-    again = views_of(data, size=2)
-    again.load_state_dict({"step": 6})
-    rest = [b for _ in range(2) for b in again]
-    assert [b.sample_keys for b in rest] == stream[6:]
-
-
-# -- the job

@@ -13,17 +13,21 @@ import tyro
 from pipeline.recipes import RECIPES
 from schemas import UserError
 from train.config import TrainConfig, resolved
-from train.distributed import is_main, pick_device, rank, together, world_size
+from train.distributed import is_main, rank, together, world_size
 from train.encoders import digest, load_encoder
 from train.evaluate import results
-from train.evaluate.detection.data import Pictures, coco, voc
+from train.evaluate.detection.coco import read_coco
+from train.evaluate.detection.data import Pictures
 from train.evaluate.detection.metric import average_precision, detect_all
 from train.evaluate.detection.model import Detector, DetectorConfig
 from train.evaluate.detection.show import write_sheet
 from train.evaluate.detection.views import DetectionViews
-from train.loop import Job, train_job
+from train.evaluate.detection.voc import read_voc
+from train.job import Job
+from train.loop import train_job
 from train.methods import Method, Setup
 from train.optim import OptimConfig
+from train.session import pick_device
 from train.step import placed
 
 REFERENCE_BATCH, REFERENCE_LR = 16, 0.02
@@ -42,6 +46,22 @@ class Schedule:
     iterations: int
     units: int
     drops: tuple[int, ...]
+
+    def part(self, iterations: int | None) -> int:
+        """Iterations of a part, where there are so many in all; by default the schedule's own.
+
+        Raises:
+            UserError: they do not come in equal parts.
+        """
+        asked = self.iterations if iterations is None else iterations
+        part, rest = divmod(asked, self.units)
+        if rest or part < 1:
+            nearest = sorted({max(1, part) * self.units, max(1, part + 1) * self.units})
+            raise UserError(
+                f"--iterations {asked}: the schedule has {self.units} equal parts; take "
+                f"{' or '.join(map(str, nearest))}"
+            )
+        return part
 
 
 SCHEDULES = {
@@ -70,7 +90,7 @@ class DetectionOptions:
     schedule: Literal["1x", "2x", "voc24k", "short"] = "short"
     """Of iterations and rate."""
     iterations: int | None = None
-    """Another length for the same schedule."""
+    """Another length for the same schedule; a multiple of its parts."""
     years: tuple[Literal["2007", "2012"], ...] = ("2007", "2012")
     """voc: which years are trained on; tests are of 2007."""
     train_annotations: str | None = None
@@ -111,6 +131,7 @@ def evaluate(options: DetectionOptions) -> dict[str, Any]:
             for data in (known, asked):
                 print(f"{data.name}: {len(data.pictures)} pictures, {told(data)}", flush=True)
     train_job(job)
+    cast(DetectionViews, job.views).close()
     found = detect_all(cast(Detector, job.method), asked, job.config.precision, job.device)
     row: dict[str, Any] = {}
     with together():
@@ -139,46 +160,9 @@ def prepare(
     device = pick_device(options.device)
     _, metadata, path = load_encoder(options.encoder)
     known, asked = read_sets(options)
-    if known.classes != asked.classes:
-        raise UserError(f"{asked.name}: has other classes than {known.name}")
-    if not known.trainable():
-        raise UserError(f"{known.name}: no picture has an object to train on")
-    schedule = SCHEDULES[options.schedule]
-    unit = max(1, round((options.iterations or schedule.iterations) / schedule.units))
-    method = DetectorConfig(
-        path=str(path),
-        sha256=digest(path),
-        masks=known.masks,
-        short_sides=options.short_sides or SHORT_SIDES[options.dataset],
-        test_side=options.test_side,
-        rois=options.rois,
-        proposals=options.proposals,
-    )
-    config = resolved(
-        TrainConfig(
-            data=options.root,
-            out=options.out or str(path.parent / f"detection-{options.dataset}"),
-            method=method,
-            recipe=RECIPES["none"],
-            encoder=metadata["encoder"],
-            sync_bn=True,
-            batch_size=options.batch_size,
-            epochs=schedule.units,
-            optim=OptimConfig(
-                lr=REFERENCE_LR * options.batch_size / REFERENCE_BATCH,
-                decay_norms=False,
-                schedule="steps",
-                drop_epochs=schedule.drops,
-                warmup_epochs=WARMUP_UNITS,
-            ),
-            seed=options.seed,
-            device=options.device,
-            precision=options.precision,
-            keep_checkpoints=1,
-            log_steps=options.log_steps,
-        ),
-        device,
-    )
+    check_sets(known, asked)
+    given = training(options, metadata["encoder"], path, known)
+    config = resolved(given, device)
     torch.manual_seed(options.seed)
     setup = Setup(
         encoder=config.encoder,
@@ -187,11 +171,11 @@ def prepare(
         classes=len(known.classes),
         seed=options.seed,
     )
-    built: Method = placed(method.build(setup), config, device)
+    built: Method = placed(config.method.build(setup), config, device)
     views = DetectionViews(
         known,
         batch_size=options.batch_size // world_size(),
-        unit=unit,
+        unit=SCHEDULES[options.schedule].part(options.iterations),
         workers=options.workers,
         device=device,
         rank=rank(),
@@ -199,6 +183,7 @@ def prepare(
         seed=options.seed,
     )
     job = Job(
+        given=given,
         config=config,
         device=device,
         data_name=known.name,
@@ -209,17 +194,66 @@ def prepare(
     return metadata, path, known, asked, job
 
 
+def training(options: DetectionOptions, encoder: str, path: Path, known: Pictures) -> TrainConfig:
+    """The options of `train` for a detector on `known`, from the encoder's file at `path`."""
+    schedule = SCHEDULES[options.schedule]
+    method = DetectorConfig(
+        path=str(path),
+        sha256=digest(path),
+        masks=known.masks,
+        short_sides=options.short_sides or SHORT_SIDES[options.dataset],
+        test_side=options.test_side,
+        rois=options.rois,
+        proposals=options.proposals,
+    )
+    return TrainConfig(
+        data=options.root,
+        out=options.out or str(path.parent / f"detection-{options.dataset}"),
+        method=method,
+        recipe=RECIPES["none"],
+        encoder=encoder,
+        sync_bn=True,
+        batch_size=options.batch_size,
+        epochs=schedule.units,
+        optim=OptimConfig(
+            lr=REFERENCE_LR * options.batch_size / REFERENCE_BATCH,
+            decay_norms=False,
+            schedule="steps",
+            drop_epochs=schedule.drops,
+            warmup_epochs=WARMUP_UNITS,
+        ),
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        keep_checkpoints=1,
+        log_steps=options.log_steps,
+    )
+
+
 def read_sets(options: DetectionOptions) -> tuple[Pictures, Pictures]:
     """What is trained and what is tested on."""
     if options.dataset == "voc":
         return (
-            voc(options.root, options.years, "trainval"),
-            voc(options.root, ("2007",), "test"),
+            read_voc(options.root, options.years, "trainval"),
+            read_voc(options.root, ("2007",), "test"),
         )
     return (
-        coco(options.root, "train2017", options.train_annotations),
-        coco(options.root, "val2017", options.test_annotations),
+        read_coco(options.root, "train2017", options.train_annotations),
+        read_coco(options.root, "val2017", options.test_annotations),
     )
+
+
+def check_sets(known: Pictures, asked: Pictures) -> None:
+    """Raises UserError where what is tested is not what is trained."""
+    if known.classes != asked.classes:
+        raise UserError(f"{asked.name}: has other classes than {known.name}")
+    if known.masks != asked.masks:
+        having, lacking = (known, asked) if known.masks else (asked, known)
+        raise UserError(f"{lacking.name}: has no segmentations, but {having.name} has")
+    if not known.trainable():
+        raise UserError(f"{known.name}: no picture has an object to train on")
+    if not asked.testable():
+        raise UserError(f"{asked.name}: no picture has an object to be found")
 
 
 def sentence(row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from train.config import autocast
-from train.distributed import gather_objects, is_main, rank, world_size
+from train.distributed import gather_objects, is_main, rank, together, world_size
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.model import Detector
 from train.evaluate.detection.views import image_of, masks_of
@@ -23,7 +23,7 @@ Found = dict[str, Any]
 
 def found_in(one: Picture, detections: dict[str, Tensor]) -> list[Found]:
     """What a detector says of a picture, as plain values; a mask is its pixels above one half."""
-    boxes = detections["boxes"].float().cpu().numpy()
+    boxes = detections["boxes"].cpu().numpy()
     rows = []
     for place, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         row: Found = {
@@ -42,13 +42,18 @@ def found_in(one: Picture, detections: dict[str, Tensor]) -> list[Found]:
 def detect_all(
     detector: Detector, data: Pictures, precision: str, device: torch.device
 ) -> list[Found]:
-    """Detections in every picture, on rank 0; the ranks share the work."""
+    """Detections in every picture, on rank 0; the ranks share the work.
+
+    Raises:
+        UserError: a picture is not as its annotation says; on rank 0, the others exit.
+    """
     detector.eval()
     own: list[Found] = []
-    for one in data.pictures[rank() :: world_size()]:
-        with autocast(precision, device):
-            (detections,) = detector.detect([image_of(one).to(device)])
-        own += found_in(one, detections)
+    with together():
+        for one in data.pictures[rank() :: world_size()]:
+            with autocast(precision, device):
+                (detections,) = detector.detect([image_of(one).to(device)])
+            own += found_in(one, detections)
     detector.train()
     parts = gather_objects(own)
     return [row for part in parts for row in part] if is_main() else []

@@ -1,7 +1,6 @@
 """Faster and Mask R-CNN with a C4 backbone, out of torchvision's parts.
 
-    image --> conv1 .. layer3 --> RPN, RoIAlign 14 x 14 --> layer4 --> norm --> mean --> class, box
-                                                                            `--> deconv --> mask
+    image --> conv1 .. layer3 --> RPN --> RoI heads (`heads.py`)
 
 This is detectron2's R50-C4 with MoCo's extra normalisation behind res5, as far as torchvision has a
 place for it; docs/detection.md lists the differences. All layers train.
@@ -12,18 +11,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from pipeline.assemble import MEAN, STD
 from schemas import UserError
 from train.encoders import build_encoder, load_encoder, stem_of
+from train.evaluate.detection.heads import C4RoIHeads, RoIHead, in_float32, last_width
 from train.methods.method import Method, MethodConfig, Setup
 
-STRIDE = 16  # of layer3's map
-ROI_SIZE = 14
 MASK_WIDTH = 256  # of the mask predictor's hidden layer
 
 
@@ -72,48 +72,41 @@ class Body(nn.Module):
         return x
 
 
-class RoIHead(nn.Module):
-    """layer4 and the extra norm on RoI features: (R, C, 14, 14) -> maps (R, D, 7, 7)."""
-
-    def __init__(self, layer4: nn.Module) -> None:
-        super().__init__()
-        self.layer4 = layer4
-        self.width = last_width(layer4)
-        self.norm = nn.BatchNorm2d(self.width)
-
-    def maps(self, x: Tensor) -> Tensor:
-        return self.norm(self.layer4(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.maps(x).mean(dim=(2, 3))
-
-
-class SharedMaps(nn.Module):
-    """The RoI head's maps for the mask branch: the same weights, as in C4, registered once."""
-
-    def __init__(self, head: RoIHead) -> None:
-        super().__init__()
-        self.head = (head,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head[0].maps(x)
+def proposer(width: int, proposals: int) -> RegionProposalNetwork:
+    """The RPN on a map of `width` channels; so many proposals of a picture in tests."""
+    anchors = AnchorGenerator(sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),))
+    (kinds,) = anchors.num_anchors_per_location()
+    return RegionProposalNetwork(
+        anchors,
+        in_float32(RPNHead(width, kinds)),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 12000, "testing": 6000},
+        post_nms_top_n={"training": 2000, "testing": proposals},
+        nms_thresh=0.7,
+    )
 
 
-class AlignedRoIs(MultiScaleRoIAlign):
-    """RoIAlign of one map with the half-pixel offset (detectron2's RoIAlignV2)."""
-
-    def __init__(self) -> None:
-        super().__init__(["0"], ROI_SIZE, sampling_ratio=-1)
-
-    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
-        return roi_align(
-            x["0"].float(),
-            boxes,
-            ROI_SIZE,
-            spatial_scale=1 / STRIDE,
-            sampling_ratio=-1,
-            aligned=True,
-        )
+def roi_heads(head: RoIHead, classes: int, config: DetectorConfig) -> C4RoIHeads:
+    """What classifies proposals into `classes` and the background, and cuts out masks."""
+    mask_predictor = None
+    if config.masks:
+        mask_predictor = in_float32(MaskRCNNPredictor(head.width, MASK_WIDTH, classes + 1))
+    return C4RoIHeads(
+        box_head=head,
+        box_predictor=in_float32(FastRCNNPredictor(head.width, classes + 1)),
+        mask_predictor=mask_predictor,
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=config.rois,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=0.05,
+        nms_thresh=0.5,
+        detections_per_img=100,
+    )
 
 
 class Detector(Method):
@@ -129,34 +122,13 @@ class Detector(Method):
                 raise UserError(f"{config.path}: has the small stem; detection needs torchvision's")
         else:
             encoder, _ = build_encoder(setup.encoder)
-        body, head = Body(encoder), RoIHead(encoder.get_submodule("layer4"))
-        anchors = AnchorGenerator(
-            sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)
+        body, head = in_float32(Body(encoder)), RoIHead(encoder.get_submodule("layer4"))
+        self.network = GeneralizedRCNN(
+            body,
+            proposer(body.out_channels, config.proposals),
+            roi_heads(head, setup.classes, config),
+            GeneralizedRCNNTransform(config.short_sides, config.long_side, list(MEAN), list(STD)),
         )
-        options: dict[str, Any] = dict(
-            min_size=(*config.short_sides, config.test_side),
-            max_size=config.long_side,
-            rpn_anchor_generator=anchors,
-            rpn_pre_nms_top_n_train=12000,
-            rpn_pre_nms_top_n_test=6000,
-            rpn_post_nms_top_n_train=2000,
-            rpn_post_nms_top_n_test=config.proposals,
-            box_batch_size_per_image=config.rois,
-            box_roi_pool=AlignedRoIs(),
-            box_head=head,
-            box_predictor=FastRCNNPredictor(head.width, setup.classes + 1),
-        )
-        self.network: FasterRCNN
-        if config.masks:
-            self.network = MaskRCNN(
-                body,
-                mask_roi_pool=AlignedRoIs(),
-                mask_head=SharedMaps(head),
-                mask_predictor=MaskRCNNPredictor(head.width, MASK_WIDTH, setup.classes + 1),
-                **options,
-            )
-        else:
-            self.network = FasterRCNN(body, **options)
         self.sides = config.short_sides, config.test_side
 
     def train(self, mode: bool = True) -> "Detector":
@@ -179,8 +151,3 @@ class Detector(Method):
 
     def sheet(self, batch: Any, recipe: Any) -> None:
         return None
-
-
-def last_width(layer: nn.Module) -> int:
-    """Channels that a stage of a ResNet puts out."""
-    return [m for m in layer.modules() if isinstance(m, nn.Conv2d)][-1].out_channels

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from schemas import UserError
 from train.evaluate.detection.data import Picture, Pictures
 
 
@@ -25,10 +26,28 @@ class DetectionBatch:
     sample_keys: list[str]
 
 
+Sample = tuple[Tensor, dict[str, Tensor], str]
+"""Of a picture: the image, its target, its key."""
+
+
 def image_of(one: Picture) -> Tensor:
-    """(3, H, W) float32 in 0 .. 1; EXIF orientation is left alone, as annotations mean it."""
-    with Image.open(one.path) as image:
-        return pil_to_tensor(image.convert("RGB")).float().div_(255)
+    """(3, H, W) float32 in 0 .. 1; EXIF orientation is left alone, as annotations mean it.
+
+    Raises:
+        UserError: it cannot be decoded, or is not as large as its annotation says.
+    """
+    try:
+        with Image.open(one.path) as image:
+            pixels = pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{one.path}: cannot be decoded ({error})") from error
+    _, height, width = pixels.shape
+    if (height, width) != one.size:
+        raise UserError(
+            f"{one.path}: has {height} x {width} pixels, but {one.size[0]} x {one.size[1]} by its "
+            "annotation"
+        )
+    return pixels.float().div_(255)
 
 
 def masks_of(one: Picture) -> np.ndarray:
@@ -54,8 +73,14 @@ class Flipped(Dataset):
     def __init__(self, pictures: list[Picture], masks: bool, seed: int) -> None:
         self.pictures, self.masks, self.seed = pictures, masks, seed
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor], str]:
-        place, index = item
+    def __getitem__(self, item: tuple[int, int]) -> Sample | UserError:
+        """An error is returned: torch would put a worker's traceback into its message."""
+        try:
+            return self.sample(*item)
+        except UserError as error:
+            return error
+
+    def sample(self, place: int, index: int) -> Sample:
         one = self.pictures[index]
         image = image_of(one)
         kept = one.trains
@@ -73,9 +98,14 @@ class Flipped(Dataset):
         return image, target, one.path.stem
 
 
-def as_lists(batch: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Samples of (image, target, key) as images, targets, keys."""
-    return list(zip(*batch, strict=True))
+def as_lists(batch: list[Sample | UserError]) -> list[tuple[Any, ...]] | UserError:
+    """Samples as images, targets, keys; or the first error among them."""
+    samples = []
+    for one in batch:
+        if isinstance(one, UserError):
+            return one
+        samples.append(one)
+    return list(zip(*samples, strict=True))
 
 
 class DetectionViews:
@@ -136,7 +166,10 @@ class DetectionViews:
             )
             self.stream = iter(loader)
         for _ in range(self.unit - self.step % self.unit):
-            images, targets, keys = next(self.stream)
+            batch = next(self.stream)
+            if isinstance(batch, UserError):
+                raise batch
+            images, targets, keys = batch
             self.step += 1
             yield DetectionBatch(
                 [image.to(self.device, non_blocking=True) for image in images],
@@ -149,3 +182,7 @@ class DetectionViews:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.stream = state["step"], None
+
+    def close(self) -> None:
+        """End the processes that read ahead; torch waits seconds for them when Python ends."""
+        self.stream = None

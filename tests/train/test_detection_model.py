@@ -1,0 +1,183 @@
+"""Detection: the network's parts, what is float32 in it, layer4 once a step, two ranks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+from tests.train.pictures import odd_coco, options_of, write_coco, write_encoder
+from train.config import autocast
+from train.encoders import build_encoder, save_encoder
+from train.evaluate.detection import command
+from train.evaluate.detection.data import Picture, Pictures
+from train.evaluate.detection.metric import average_precision, found_in
+from train.evaluate.detection.model import Detector, DetectorConfig
+from train.evaluate.detection.views import DetectionBatch, Flipped, as_lists
+from train.evaluate.export import detectron2_name
+from train.methods import Setup
+from train.step import Step
+
+CPU = torch.device("cpu")
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def detector(masks: bool = True, side: int = 64) -> Detector:
+    config = DetectorConfig(
+        path="", sha256="", masks=masks, short_sides=(side,), test_side=side, rois=8, proposals=8
+    )
+    return config.build(Setup(encoder="resnet18", batch_size=2, classes=2))
+
+
+def batch_of(data: Pictures) -> DetectionBatch:
+    """Its first two pictures."""
+    batch = as_lists([Flipped(data.trainable(), data.masks, 0)[place, place] for place in range(2)])
+    assert isinstance(batch, list)
+    return DetectionBatch(*map(list, batch))
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """All in nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    else:
+        for part in values.values() if isinstance(values, dict) else values:
+            yield from tensors(part)
+
+
+def put_out(network: nn.Module, name: str) -> list[Any]:
+    """Whatever a part puts out from now on."""
+    seen: list[Any] = []
+    part = network.get_submodule(name)
+    part.register_forward_hook(lambda _part, _inputs, output: seen.append(output))
+    return seen
+
+
+def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
+    """What detectron2's R50-C4 expects of the encoder, by its names; and all of it trains."""
+    torch.manual_seed(0)
+    network, _ = build_encoder("resnet50")
+    save_encoder(tmp_path / "encoder.safetensors", network, {"encoder": "resnet50"})
+    config = DetectorConfig(path=str(tmp_path), sha256="", masks=True, short_sides=(96,))
+    method = config.build(Setup(encoder="resnet50", batch_size=2, classes=80))
+    body, heads = method.network.backbone, method.network.roi_heads
+    assert torch.equal(body.conv1.weight, network.conv1.weight)
+    assert torch.equal(heads.box_head.layer4[2].conv3.weight, network.layer4[2].conv3.weight)
+    assert body(torch.randn(1, 3, 64, 64)).shape == (1, 1024, 4, 4)
+    maps = heads.box_head(torch.randn(2, 1024, 14, 14))
+    assert maps.shape == (2, 2048, 7, 7)
+    assert heads.mask_predictor(maps).shape == (2, 81, 14, 14)
+    assert heads.box_predictor.cls_score.out_features == 81
+    assert method.network.rpn.anchor_generator.num_anchors_per_location() == [15]
+    assert all(p.requires_grad for p in method.parameters())
+    blocks = {"res2": 3, "res3": 4, "res4": 6, "res5": 3}
+    expected = {"stem.conv1.weight", *(f"stem.conv1.norm.{x}" for x in NORM)}
+    for stage, count in blocks.items():
+        for block in range(count):
+            convs = ["conv1", "conv2", "conv3"] + ["shortcut"] * (block == 0)
+            for conv in convs:
+                expected |= {f"{stage}.{block}.{conv}.weight"}
+                expected |= {f"{stage}.{block}.{conv}.norm.{x}" for x in NORM}
+    names = {detectron2_name(name) for name in network.state_dict()}
+    assert {name for name in names if not name.endswith("num_batches_tracked")} == expected
+    theirs = resnet50().state_dict()
+    assert {k: v.shape for k, v in network.state_dict().items()} == {
+        k: v.shape for k, v in theirs.items() if not k.startswith("fc.")
+    }
+
+
+def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
+    data = odd_coco(tmp_path)
+    method = detector().train()
+    inside = [put_out(method.network, name) for name in ("backbone.layer3", "roi_heads.box_head")]
+    outside = [
+        put_out(method.network, name)
+        for name in (
+            "backbone", "rpn.head", "rpn.anchor_generator", "rpn", "roi_heads.box_roi_pool",
+            "roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads",
+        )
+    ]  # fmt: skip
+    batch = batch_of(data)
+    with autocast("bf16", CPU):
+        losses = method(batch)
+        method.eval()
+        method.network.roi_heads.score_thresh = 0.0  # it knows nothing yet
+        found = method.detect(batch.images)
+    assert {x.dtype for x in tensors(inside)} == {torch.bfloat16}
+    floats = [x for x in tensors([outside, losses, found]) if x.is_floating_point()]
+    assert {x.dtype for x in floats} == {torch.float32}
+    assert found[0].keys() == {"boxes", "labels", "scores", "masks"}
+    assert len(found[0]["boxes"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
+    """Small boxes far from the corner, which bf16 would move by up to two pixels."""
+    boxes = torch.tensor([[601.3, 417.7, 633.9, 441.1], [523.2, 301.4, 570.8, 333.3]])
+    method = detector(masks=False, side=120).eval()
+    predictor = method.network.roi_heads.box_predictor
+    for parameter in predictor.parameters():
+        nn.init.zeros_(parameter)
+    predictor.cls_score.bias.data[1] = 5.0
+    proposals = 120 / 480 * boxes
+    monkeypatch.setattr(method.network.rpn, "forward", lambda *_: ([proposals], {}))
+    with autocast(precision, CPU):
+        (found,) = method.detect([torch.rand(3, 480, 640)])
+    one = Picture(
+        0, Path("a.png"), (480, 640), boxes.numpy(), np.ones(2, np.int64), np.zeros(2, bool),
+        np.ones(2, bool), [],
+    )  # fmt: skip
+    scores = average_precision(Pictures("t", [one], ("a", "b"), False), found_in(one, found))
+    assert scores["box_AP"] == pytest.approx(1)
+
+
+def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
+    """layer4 and the extra norm see one batch a step: no second one of objects alone."""
+    method = detector().train()
+    heads = method.network.roi_heads
+    maps, asked = put_out(method.network, "roi_heads.box_head"), []
+    heads.mask_predictor.register_forward_pre_hook(lambda _part, inputs: asked.extend(inputs))
+    for steps in (1, 2):
+        method(batch_of(odd_coco(tmp_path / str(steps))))
+        counts = [x for k, x in heads.box_head.named_buffers() if k.endswith("batches_tracked")]
+        assert [int(count) for count in counts] == [steps] * len(counts)
+        rows = torch.tensor([[torch.equal(x, y) for y in maps[-1]] for x in asked[-1]])
+        assert rows.any(1).all()
+        assert 0 < len(asked[-1]) < len(maps[-1])
+    method.eval()
+    heads.score_thresh = 0.0
+    (found,) = method.detect([torch.rand(3, 96, 128)])
+    assert len(maps) == 4  # of proposals, and of the boxes that were made of them
+    assert torch.equal(asked[-1], maps[-1])
+    assert found["masks"].shape == (len(found["boxes"]), 1, 96, 128)
+
+
+# -- two ranks
+
+
+def step_of(options: command.DetectionOptions) -> tuple[list[str], dict[str, Tensor]]:
+    """One step of this rank: the pictures that it saw, and its weights and statistics after it."""
+    *_, job = command.prepare(options)
+    batch = next(iter(job.views))
+    Step(job.method, job.config, job.device)([batch], lr=0.01)
+    state = {key: x.detach().clone() for key, x in job.method.state_dict().items()}
+    return batch.sample_keys, state
+
+
+def test_two_ranks_make_one_step(tmp_path, two_ranks):
+    root = tmp_path / "coco"
+    write_coco(root, "train2017")
+    write_coco(root, "val2017")
+    options = options_of(root, write_encoder(tmp_path / "run"), batch_size=4)
+    (keys, state), (other_keys, other_state) = two_ranks(step_of, options)
+    assert len(keys) == len(other_keys) == 2
+    assert not {*keys} & {*other_keys}
+    assert all(torch.equal(x, other_state[key]) for key, x in state.items())
+    *_, job = command.prepare(options)
+    before = job.method.state_dict()
+    moved = {key for key, x in state.items() if not torch.equal(x, before[key])}
+    assert {key for key in before if key.endswith(("running_mean", "conv1.weight"))} <= moved
