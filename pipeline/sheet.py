@@ -17,9 +17,9 @@ QUERY, KEY = (0, 114, 178), (213, 94, 0)  # told apart by the colour-blind as we
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; background: #fafaf8; color: #1e1e1e }
 h1 { font-size: 1.2rem } p { color: #666; max-width: 60rem }
-section { display: flex; flex-wrap: wrap; gap: 0.75rem; padding: 0.75rem 0;
-          border-top: 1px solid #ddd }
-figure { margin: 0; width: min(224px, 44vw) }
+section { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 0.75rem;
+          padding: 0.75rem 0; border-top: 1px solid #ddd }
+figure { margin: 0; max-width: 224px }
 figure img { width: 100%; display: block }
 figcaption { font-size: 0.8rem; overflow-wrap: anywhere } figcaption b { font-weight: 600 }
 .query b { color: #0072b2 } .key b { color: #d55e00 }

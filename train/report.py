@@ -132,6 +132,7 @@ def curve(name: str, label: str, lines: dict[str, list[tuple[int, float | None]]
         steps, values = [step for step, _ in found], [value for _, value in found]
         axes.plot(steps, values, "o-" if len(found) < 30 else "-", label=line, ms=3, lw=1.2)
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize=8)

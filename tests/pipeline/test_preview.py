@@ -14,6 +14,7 @@ from pipeline.preview import FOREGROUND, outline, view_tile
 from pipeline.sheet import KEY, QUERY
 from schemas import ShardDataset, UserError
 from schemas.cli import run
+from tests.browser import shown
 from tests.pipeline.conftest import small
 
 
@@ -43,6 +44,19 @@ def test_a_sheet_is_written(
     assert set(re.findall(r'(?:src|href)="(?!data:)', page)) == set(), "it needs another file"
     assert ("ratio 0." in page) == (recipe == "hp")
     HTMLParser().feed(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_browser_shows_the_page_at_phone_and_desktop_width(
+    dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    out = tmp_path / "sheet.png"
+    preview(
+        monkeypatch, "--data", dataset.url, "--out", str(out), "--samples", "3",
+        "--crop-size", "56",
+    )  # fmt: skip
+    assert shown(out.with_suffix(".html"), tmp_path, width, "section img") == 3 * 7
 
 
 def test_more_samples_and_hard_negatives_make_a_larger_sheet(
