@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from precompute.__main__ import main
+from precompute.build import ShardBuilder
+from precompute.encode import Resize
+from precompute.job import Job
+from precompute.resume import missing_shards
 from precompute.sources import Source, list_images
+from schemas import ShardDataset
+from schemas.storage import Store
+from schemas.tables import SHARD_FOLDER
+from schemas.writer import finish_dataset
 from tests.conftest import encode, noise
 
 
@@ -48,6 +56,32 @@ def precompute(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, check=False, timeout=300
     )
+
+
+def without_ray(job: Job) -> ShardDataset:
+    """The same job in this process."""
+    store, settings = Store(job.out), job.settings(None)
+    store.make_folder(SHARD_FOLDER)
+    shards = list(range(len(job.plan.shards)))
+    estimator = job.estimator.build()
+    builder = ShardBuilder(job.source, estimator, store, job.batch_size, Resize(), settings)
+    assert missing_shards(store, settings) == shards
+    for shard, part in enumerate(job.plan.shards):
+        builder.build(shard, part, lambda written, rejected: None)
+    assert missing_shards(store, settings) == []
+    dataset = finish_dataset(
+        store,
+        len(shards),
+        name=job.name,
+        split=job.split,
+        classes=job.source.classes,
+        saliency_side=28,
+        estimator=settings["estimator"],
+        plan=job.plan_digest,
+        seed=job.seed,
+    )
+    assert dataset.verify().clean
+    return dataset
 
 
 def batch(*images: np.ndarray) -> object:

@@ -14,13 +14,14 @@ from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
 from precompute.sources import SourceImage
 from schemas import ShardDataset, UserError
+from tests.precompute.conftest import without_ray
 
 pytestmark = pytest.mark.slow
 
 
 def job(out: Path) -> Job:
     source = DemoScenes("", "train", False)
-    images = [image for image in source.images() if isinstance(image, SourceImage)][:160]
+    images = [image for image in source.images() if isinstance(image, SourceImage)][:120]
     plan = make_plan(images, seed=0, shard_samples=4)
     return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
 
@@ -46,14 +47,13 @@ def test_a_node_that_dies_costs_nothing_but_time(tmp_path: Path) -> None:
         run_job(job(two), Resources(cluster.address, workers=2))
         killer.join(10)
         assert killed_at, "the node was not killed"
-        assert killed_at[0] < 40, "the node was killed too late"
-        run_job(job(one), Resources(cluster.address))
+        assert killed_at[0] < 30, "the node was killed too late"
     finally:
         ray.shutdown()
         cluster.shutdown()
     dataset = ShardDataset.open(two)
     assert dataset.verify().clean
-    assert dataset.card == ShardDataset.open(one).card
+    assert dataset.digest == without_ray(job(one)).digest
     for path in one.glob("shards/*"):
         assert path.read_bytes() == (two / "shards" / path.name).read_bytes()
 

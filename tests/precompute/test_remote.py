@@ -18,14 +18,13 @@ from precompute.encode import Resize
 from precompute.estimators import SpectralOptions
 from precompute.job import Job
 from precompute.plan import make_plan
-from precompute.resume import missing_shards
 from precompute.sources import list_images
 from precompute.sources.trees import Folder
 from schemas import ShardDataset, UserError
 from schemas.storage import Store
 from schemas.tables import SHARD_FOLDER
-from schemas.writer import finish_dataset
 from tests.conftest import encode, noise
+from tests.precompute.conftest import without_ray
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +116,12 @@ def test_a_store_that_fails_in_the_middle_costs_no_image(s3: Flaky) -> None:
     dataset = ShardDataset.open("s3://shards/out")
     assert len(dataset) == IMAGES
     assert dataset.verify().clean
-    assert dataset.digest == in_memory("s3://photos/root").digest
+    # and no other than those of a job without Ray, whose workers could not see this one's memory
+    source = Folder("s3://photos/root", "train", False)
+    images, _ = list_images(source.images())
+    plan = make_plan(images, seed=0, shard_samples=IMAGES // SHARDS)
+    job = Job("folder", "train", source, plan, [], SpectralOptions(), 0, "memory://job/out", 32)
+    assert dataset.digest == without_ray(job).digest
 
 
 def test_a_source_that_refuses_rejects_nothing(s3: Flaky) -> None:
@@ -136,32 +140,3 @@ def test_a_source_that_refuses_rejects_nothing(s3: Flaky) -> None:
     with pytest.raises(UserError, match=r"\w/\d+\.jpg: the source fails"):
         builder.build(0, images, lambda written, rejected: None)
     assert not store.sizes(SHARD_FOLDER)
-
-
-def in_memory(root: str) -> ShardDataset:
-    """The same job without Ray, whose workers could not see this process's memory."""
-    source = Folder(root, "train", False)
-    images, _ = list_images(source.images())
-    plan = make_plan(images, seed=0, shard_samples=IMAGES // SHARDS)
-    job = Job("folder", "train", source, plan, [], SpectralOptions(), 0, "memory://job/out", 32)
-    store = Store(job.out)
-    settings = job.settings(None)
-    store.make_folder(SHARD_FOLDER)
-    builder = ShardBuilder(source, SpectralOptions().build(), store, 32, Resize(), settings)
-    assert missing_shards(store, settings) == list(range(SHARDS))
-    for shard, part in enumerate(plan.shards):
-        builder.build(shard, part, lambda written, rejected: None)
-    assert missing_shards(store, settings) == []
-    dataset = finish_dataset(
-        store,
-        SHARDS,
-        name="folder",
-        split="train",
-        classes=source.classes,
-        saliency_side=28,
-        estimator=settings["estimator"],
-        plan=plan.digest,
-        seed=0,
-    )
-    assert dataset.verify().clean
-    return dataset

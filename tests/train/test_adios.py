@@ -274,12 +274,12 @@ def test_two_ranks_play_as_one_does(two_ranks, objective):
 def test_stopped_it_goes_on_exactly_with_both_optimisers(shards, tmp_path, monkeypatch):
     settings = config(
         shards, tmp_path / "whole", method=ADIOSConfig(hidden=16, projection=8), crop_size=56,
-        recipe=RECIPES["none"], checkpoint_steps=2, log_steps=1,
+        recipe=RECIPES["none"], epochs=1, checkpoint_steps=2, log_steps=1,
     )  # fmt: skip
     train.loop.train(settings)
 
     stopped = replace(settings, out=str(tmp_path / "stopped"))
-    with stopped_after(5, monkeypatch):
+    with stopped_after(3, monkeypatch):
         train.loop.train(stopped)
     train.loop.train(stopped)
     for row, again in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
