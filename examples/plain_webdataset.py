@@ -4,33 +4,44 @@ python examples/plain_webdataset.py out/photos
 """
 
 import glob
+import io
 import sys
 
 import torch
 import webdataset
+from PIL import Image, ImageOps
+from torch.nn.functional import adaptive_avg_pool2d
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-CROP = 112
+CROP, GRID = 112, 7
+CUT = v2.Compose([v2.RandomResizedCrop(CROP, antialias=True), v2.RandomHorizontalFlip()])
+TYPES = ("jpg", "png", "webp")
+
+
+def view(sample: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A crop (3, CROP, CROP) uint8, its foreground (GRID, GRID) bool, and the label."""
+    content = next(sample[name] for name in TYPES if name in sample)
+    image = v2.functional.to_image(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    png = v2.functional.to_image(Image.open(io.BytesIO(sample["saliency.png"])))
+    # the map is of the whole image: stretched over it, one window and one flip cut both
+    stretched = v2.functional.resize(png.float(), list(image.shape[-2:]))
+    image, saliency = CUT(v2.functional.grayscale_to_rgb(image), tv_tensors.Mask(stretched))
+    cells = adaptive_avg_pool2d(saliency, GRID)[0]
+    return image, cells >= cells.mean() - 0.6 * cells.std(), int(sample["cls"])
 
 
 def loader(folder: str, batch_size: int = 32) -> webdataset.WebLoader:
-    """Batches of image (N, 3, CROP, CROP) uint8, saliency (N, 28, 28) in 0 .. 1, and label (N,)."""
-    to_image = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(CROP, antialias=True)])
-    to_map = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-
-    def sample(one: dict) -> tuple:
-        image = next(one[name] for name in ("jpg", "png", "webp") if name in one)
-        saliency = to_map(one["saliency.png"].convert("L"))[0]
-        return to_image(image.convert("RGB")), saliency, int(one["cls"])
-
+    """Batches of what `view` gives, in an order that is shuffled further."""
     shards = sorted(glob.glob(f"{folder}/shards/*.tar"))
-    data = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(500).decode("pil")
-    return webdataset.WebLoader(data.map(sample).batched(batch_size), batch_size=None)
+    data = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(500).map(view)
+    return webdataset.WebLoader(data.batched(batch_size), batch_size=None)
 
 
 def main() -> None:
-    for image, saliency, label in loader(sys.argv[1]):
-        print(tuple(image.shape), tuple(saliency.shape), label[:8].tolist())
+    for image, foreground, label in loader(sys.argv[1]):
+        share = foreground.float().mean()
+        print(tuple(image.shape), f"{share:.0%} of the cells are foreground,", label[:8].tolist())
 
 
 if __name__ == "__main__":

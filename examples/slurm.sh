@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain on several nodes of a Slurm cluster. From the checkout, with its .venv in place, and with
 # URLs that all nodes see:
-#   sbatch examples/slurm.sh --data s3://bucket/in100 --out /shared/runs/hp --method moco --recipe hp
+#   sbatch examples/slurm.sh --data s3://bucket/in100 --cache /local/disk --out /shared/runs/hp --recipe hp
 # Before the time limit, or when the job is preempted, the state is saved and the job queued again;
 # it goes on at the very step.
 #SBATCH --job-name=pretrain

@@ -32,6 +32,8 @@ def cluster(address: str | None) -> Iterator[None]:
     """
     # Ray reports at length on itself; what concerns the job comes back in rows
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # and, unless told otherwise, to its makers; that would take a process of its own too
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for logger in ("ray", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     ours = not ray.is_initialized()

@@ -15,11 +15,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from precompute.cluster import cluster
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
+from precompute.ledger import Ledger
 from precompute.plan import Plan
 from precompute.progress import watch
 from precompute.resume import missing_shards
 from precompute.sources import Source
-from precompute.worker import BuilderFactory, Ledger, ShardActor
+from precompute.worker import BuilderFactory, ShardActor
 from schemas.cli import TerminatedError
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError

@@ -36,7 +36,9 @@ class Taster:
     def survives(self, images: Sequence[SourceImage]) -> bool:
         """Whether the child lives through all of them."""
         if self.process is None or self.connection is None:
-            context = multiprocessing.get_context("spawn")
+            # forked from a process that has imported torch and DALI once, and used neither
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["precompute.build"])
             self.connection, theirs = context.Pipe()
             self.process = context.Process(
                 target=taste, args=(theirs, self.make_builder), daemon=True

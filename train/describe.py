@@ -103,11 +103,15 @@ def notes(config: TrainConfig, device: torch.device) -> list[str]:
         )
     if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         found.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} takes all")
-    if config.cache is None and (kind := network_mount(config.data)):
-        found.append(
-            f"{config.data} lies on {kind}: where steps wait for data, --cache FOLDER copies the "
-            "shards to a local disk once"
-        )
+    if config.cache is None and not config.synthetic:
+        remedy = "--cache FOLDER copies the shards to a local disk once"
+        if kind := network_mount(config.data):
+            found.append(f"{config.data} lies on {kind}: where steps wait for data, {remedy}")
+        elif "://" in config.data:
+            found.append(
+                f"{config.data}: the store is asked three times an image, one after the other, "
+                f"which is slow where it is far; {remedy}"
+            )
     return found
 
 

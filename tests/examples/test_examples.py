@@ -1,11 +1,15 @@
 """The example programs run as written, on a small dataset, and say what is true of it."""
 
+import io
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from schemas import write_dataset
 
@@ -39,11 +43,37 @@ def run(name: str, dataset: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.slow
 def test_plain_webdataset(dataset):
     lines = run("plain_webdataset.py", dataset)
-    assert lines[0].startswith("(32, 3, 112, 112) (32, 28, 28) [")
+    assert re.match(r"\(32, 3, 112, 112\) \d\d% of the cells are foreground, \[\d, ", lines[0])
     assert lines[1].startswith("(8, 3, 112, 112)")
+
+
+def test_plain_webdataset_cuts_image_and_map_alike():
+    """One half is white and salient."""
+    view = runpy.run_path(str(ROOT / "examples/plain_webdataset.py"))["view"]
+    pixels, checked = np.zeros((60, 80), np.uint8), 0
+    pixels[:, 40:] = 255
+    for side in ("left", "right"):
+        image = Image.fromarray(pixels if side == "right" else 255 - pixels)
+        sample = {"png": png(image), "saliency.png": png(image.resize((28, 28))), "cls": b"2"}
+        for _ in range(20):
+            crop, foreground, label = view(sample)
+            assert crop.shape == (3, 112, 112)
+            assert label == 2
+            white = crop[0].reshape(7, 16, 7, 16).float().mean(dim=(1, 3)) > 127
+            # with less white, mean - 0.6 std is below zero, and all is foreground
+            if 0.3 < white.float().mean() < 1:
+                assert (white == foreground).float().mean() > 0.8
+                checked += 1
+    assert checked > 5
 
 
 def test_questions(dataset):

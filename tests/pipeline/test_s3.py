@@ -13,10 +13,11 @@ COMPARE = """
 import sys
 import boto3
 import torch
-from pipeline import MaskedViews
+from pipeline import MaskedViews, graph
 from schemas import ShardDataset, write_dataset
 from tests.pipeline.conftest import small
 
+graph.SHUFFLE_BUFFER = 16  # DALI asks three times for each image that it fills the buffer with
 local = ShardDataset.open(sys.argv[1])
 boto3.client("s3").create_bucket(Bucket="shards")
 url = "s3://shards/folder/dataset"

@@ -13,9 +13,10 @@ from precompute.demo import DemoScenes
 from precompute.encode import Resize
 from precompute.estimators import SpectralOptions
 from precompute.job import Job, Resources, run_job
+from precompute.ledger import Ledger
 from precompute.plan import make_plan
 from precompute.sources import SourceImage, list_images
-from precompute.worker import BuilderFactory, Ledger, ShardActor
+from precompute.worker import BuilderFactory, ShardActor
 from schemas import ShardDataset, UserError
 from tests.conftest import encode, noise
 from tests.precompute.conftest import precompute, run_here

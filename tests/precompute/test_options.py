@@ -13,9 +13,9 @@ from PIL import Image
 
 from precompute import decode, progress
 from precompute.encode import EncodedImage, RejectedError, Resize, check
+from precompute.ledger import Ledger
 from precompute.progress import stalled
 from precompute.sources import SourceImage
-from precompute.worker import Ledger
 from schemas import ShardDataset, UserError
 from schemas.shard import read_marker
 from tests.conftest import encode, noise

@@ -41,7 +41,7 @@ def two_pictures(root: Path, source: Path) -> None:
 
 @pytest.mark.slow
 def test_two_real_pictures_are_learnt_by_heart(tmp_path, monkeypatch):
-    """AP50 of boxes on the training pictures; seen: 1.0, with two seeds."""
+    """AP50 of boxes on the training pictures; seen: 1.0 and 0.83 with two seeds."""
     source = existing(DATA / "coco128")
     weights = existing(DATA / "weights" / "resnet18_imagenet_partial_no_layer4_3x3_f16.pt")
     two_pictures(tmp_path / "coco", source)
@@ -51,11 +51,11 @@ def test_two_real_pictures_are_learnt_by_heart(tmp_path, monkeypatch):
     network.load_state_dict(known, strict=False)
     metadata = {"encoder": "resnet18", "high_pass": "False", "crop_size": "224"}
     save_encoder(encoder / "encoder.safetensors", network, metadata)
-    # so short a training wants a high rate: 0.015 at a batch of 2
-    monkeypatch.setattr(command, "REFERENCE_LR", 0.12)
-    monkeypatch.setitem(command.SCHEDULES, "short", Schedule(80, 10, (8,)))
+    # so short a training wants a high rate: 0.02 at a batch of 2
+    monkeypatch.setattr(command, "REFERENCE_LR", 0.16)
+    monkeypatch.setitem(command.SCHEDULES, "short", Schedule(60, 10, (8,)))
     options = options_of(
         tmp_path / "coco", encoder, short_sides=(128,), test_side=128, rois=8, proposals=30
     )
     accuracy = command.evaluate(options)["accuracy"]
-    assert accuracy["box_AP50"] > 0.6, accuracy
+    assert accuracy["box_AP50"] > 0.5, accuracy

@@ -12,6 +12,7 @@ from schemas import UserError
 from tests.train.runs import ARGUMENTS, command, config
 from train.__main__ import main, options
 from train.config import KnnConfig, resolved
+from train.describe import notes
 
 
 def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
@@ -114,3 +115,13 @@ def test_command_line_shows_one_line_and_no_traceback(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: /nowhere: no dataset here")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_store_without_a_cache_is_noted(tmp_path):
+    cpu = torch.device("cpu")
+    (note,) = notes(config("s3://bucket/data", tmp_path), cpu)
+    assert note.startswith("s3://bucket/data: the store is asked three times an image")
+    assert "--cache FOLDER" in note
+    assert notes(config("s3://bucket/data", tmp_path, cache="cache"), cpu) == []
+    assert notes(config("s3://bucket/data", tmp_path, synthetic=64), cpu) == []
+    assert notes(config(str(tmp_path), tmp_path), cpu) == []

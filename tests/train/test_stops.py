@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.runs import command, told
+import train.loop
+from tests.train.runs import command, config, told
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 LONGER = {"--log-steps": "1", "--epochs": "4", "--checkpoint-steps": "2"}
@@ -26,10 +27,10 @@ def torchrun(data: str, out: Path, *agent: str, **options: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def whole(shards, tmp_path_factory) -> Path:
+def whole(shards, tmp_path_factory, two_ranks) -> Path:
     """Twelve steps on two ranks."""
     out = tmp_path_factory.mktemp("whole")
-    subprocess.run(torchrun(shards, out), env=ENVIRONMENT, check=True)
+    two_ranks(train.loop.train, config(shards, out, log_steps=1, epochs=4, checkpoint_steps=2))
     return out
 
 
