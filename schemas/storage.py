@@ -47,27 +47,53 @@ class Store:
         """A plain path for a local folder, otherwise a URL: what other tools are given."""
         return self.path(name) if self.is_local else self.fs.unstrip_protocol(self.path(name))
 
+    @contextmanager
+    def answers(self) -> Iterator[None]:
+        """Turn what is no answer of a store (no key, no network) into one line.
+
+        Drivers raise OSErrors for what a store answers; for all else they have classes of their own.
+
+        Raises:
+            UserError: the store does not answer.
+        """
+        try:
+            yield
+        except (OSError, UserError):
+            raise
+        except Exception as error:
+            if self.is_local:
+                raise
+            raise UserError(
+                f"{self.url}: the store does not answer ({str(error).splitlines()[0]}); look at its "
+                "address, your keys and the network"
+            ) from error
+
     def exists(self, name: str) -> bool:
-        return self.fs.exists(self.path(name))
+        with self.answers():
+            return self.fs.exists(self.path(name))
 
     def size(self, name: str) -> int:
         """Size in bytes. Raises FileNotFoundError."""
-        return self.fs.info(self.path(name))["size"]
+        with self.answers():
+            return self.fs.info(self.path(name))["size"]
 
     def read(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
-        return self.fs.cat_file(self.path(name))
+        with self.answers():
+            return self.fs.cat_file(self.path(name))
 
     def open(self, name: str) -> BinaryIO:
         """The file, open for reading. Raises FileNotFoundError."""
-        return self.fs.open(self.path(name), "rb")
+        with self.answers():
+            return self.fs.open(self.path(name), "rb")
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names (relative to `folder`) and sizes in bytes of the files directly in it, sorted."""
         path = self.path(folder)
-        if not self.fs.isdir(path):
-            return {}
-        entries = self.fs.ls(path, detail=True)
+        with self.answers():
+            if not self.fs.isdir(path):
+                return {}
+            entries = self.fs.ls(path, detail=True)
         files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
         return dict(sorted(files.items()))
 
@@ -78,8 +104,9 @@ class Store:
             UserError: a folder that cannot be listed, or links that lead in a circle.
         """
         if not self.is_local:
-            for path in sorted(self.fs.find(self.path(folder))):
-                yield posixpath.relpath(path, self.root)
+            with self.answers():
+                found = sorted(self.fs.find(self.path(folder)))
+            yield from (posixpath.relpath(path, self.root) for path in found)
             return
 
         def fail(error: OSError) -> None:
@@ -103,7 +130,7 @@ class Store:
         Raises:
             UserError: no space left, or no permission.
         """
-        with explained(self.location(name)):
+        with explained(self.location(name)), self.answers():
             if self.is_local:
                 write_locally(Path(self.path(name)), content)
             else:
@@ -111,7 +138,7 @@ class Store:
 
     def make_folder(self, name: str) -> None:
         """Make a folder, and find out early whether it can be written to. Raises UserError."""
-        with explained(self.location(name)):
+        with explained(self.location(name)), self.answers():
             self.fs.makedirs(self.path(name), exist_ok=True)
             if self.is_local and not os.access(self.path(name), os.W_OK):
                 raise PermissionError(self.path(name))

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from schemas import UserError
 from schemas.storage import Store
@@ -53,3 +54,32 @@ def test_left_over_temporaries_are_removed(tmp_path: Path) -> None:
 def test_list_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert Store(tmp_path / "absent").sizes("shards") == {}
     assert Store("memory://absent").sizes("shards") == {}
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, and nobody at the address: the driver has errors of its own for these."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    S3FileSystem.clear_instance_cache()
+    for key, reason in (("", "Unable to locate credentials"), ("key", "Could not connect")):
+        if key:
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key)
+            S3FileSystem.clear_instance_cache()
+        store = Store("s3://bucket/folder")
+        for ask in (store.exists, store.size, store.read, store.open, store.sizes, walked):
+            with pytest.raises(UserError) as caught:
+                ask("file") if ask is not walked else ask(store)
+            message = str(caught.value)
+            assert message.startswith(f"s3://bucket/folder: the store does not answer ({reason}")
+            assert "keys and the network" in message
+    S3FileSystem.clear_instance_cache()
+
+
+def walked(store: Store) -> list[str]:
+    return list(store.walk())
