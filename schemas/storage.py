@@ -51,7 +51,7 @@ class Store:
     def answers(self) -> Iterator[None]:
         """Turn what is no answer of a store (no key, no network) into one line.
 
-        Drivers raise OSErrors for what a store answers; for all else they have classes of their own.
+        Drivers raise OSErrors for what a store answers, and errors of their own for all else.
 
         Raises:
             UserError: the store does not answer.
@@ -63,9 +63,10 @@ class Store:
         except Exception as error:
             if self.is_local:
                 raise
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{self.url}: the store does not answer ({str(error).splitlines()[0]}); look at its "
-                "address, your keys and the network"
+                f"{self.url}: the store does not answer ({reason}); look at its address, your keys "
+                "and the network"
             ) from error
 
     def exists(self, name: str) -> bool:
