@@ -24,8 +24,8 @@ srun --kill-on-bad-exit=1 \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29400" \
     -m train "$@" &
 step=$!
-# torchrun hands SIGTERM on to its ranks, which save and end (and would itself die of SIGUSR1)
-trap 'stopped=yes; kill -TERM "$step"' TERM
+# to torchrun on each node, which hands it on to its ranks; srun itself would end them by force
+trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 
 status=0
 wait "$step" || status=$?
