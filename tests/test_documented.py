@@ -7,6 +7,7 @@ Each other one runs as it stands; what is only large is made small by further op
 import importlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from train.encoders import build_encoder, save_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?:<!-- not run by a test: ([^>]+) -->\n+)?```(sh|python)\n(.*?)```", re.S)
+BLOCK = re.compile(
+    r"(?:<!-- not run by a test: ([^>]+) -->\n+)?```(sh|python|console)\n(.*?)```", re.S
+)
 
 SMALL_TRAINING = (
     "--encoder resnet18 --crop-size 56 --batch-size 4 --epochs 1 --device cpu --precision fp32"
@@ -46,7 +49,7 @@ SMALLER = {'device="cuda"': 'device="cpu"', "batch_size=256": "batch_size=4"}
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
-    """(reason why a block is not run or "", sh or python, its text) of a page, in order."""
+    """(reason why a block is not run or "", its language, its text) of a page, in order."""
     return [(reason, kind, text) for reason, kind, text in BLOCK.findall(page.read_text())]
 
 
@@ -58,7 +61,7 @@ def home(make_sample, tmp_path, monkeypatch) -> Path:
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/bin").symlink_to(Path(sys.prefix) / "bin")
     (tmp_path / ".venv/.ready").touch()
-    for index in range(10):
+    for index in range(36):  # as many as the examples take for a batch
         photo = tmp_path / "photos" / "ab"[index % 2] / f"{index}.jpg"
         photo.parent.mkdir(parents=True, exist_ok=True)
         photo.write_bytes(encode(noise(index, 80, 96)))
@@ -99,6 +102,11 @@ def typed(command: str, small: bool = False) -> None:
             typed(line, small=True)
         return
     assert words[0].endswith("python"), command
+    if words[1].endswith(".py"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            runpy.run_path(words[1], run_name="__main__")
+        return
     assert words[1] == "-m", command
     module, arguments = words[2], words[3:]
     name = f"{module} {arguments[0]}" if f"{module} {arguments[0]}" in SMALL else module
@@ -146,6 +154,7 @@ def test_a_page_does_what_it_says(home, monkeypatch, page):
     for reason, kind, text in blocks(page):
         if reason:
             continue
+        assert kind != "console", "a session is either typed by a test too, or says why not"
         if kind == "sh":
             for line in text.replace("\\\n", " ").splitlines():
                 typed(line)
