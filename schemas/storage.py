@@ -73,6 +73,16 @@ class Store:
         with self.answers():
             return self.fs.exists(self.path(name))
 
+    def is_folder(self, name: str) -> bool:
+        with self.answers():
+            return self.fs.isdir(self.path(name))
+
+    def glob(self, url: str) -> list[str]:
+        """Names of what a pattern finds, which is a path or URL below this folder, sorted."""
+        with self.answers():
+            found = self.fs.glob(Store(url).root, detail=False)
+        return sorted(posixpath.relpath(path, self.root) for path in found)
+
     def size(self, name: str) -> int:
         """Size in bytes. Raises FileNotFoundError."""
         with self.answers():
@@ -90,11 +100,10 @@ class Store:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names (relative to `folder`) and sizes in bytes of the files directly in it, sorted."""
-        path = self.path(folder)
+        if not self.is_folder(folder):
+            return {}
         with self.answers():
-            if not self.fs.isdir(path):
-                return {}
-            entries = self.fs.ls(path, detail=True)
+            entries = self.fs.ls(self.path(folder), detail=True)
         files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
         return dict(sorted(files.items()))
 

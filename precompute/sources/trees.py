@@ -156,19 +156,20 @@ class Files(Source):
         self.is_glob = any(sign in root for sign in "*?[")
         fixed = re.split(r"[*?\[]", root, maxsplit=1)[0]
         self.store = Store(posixpath.dirname(fixed) or ".")
-        if not self.is_glob and not self.store.exists(posixpath.basename(root)):
-            raise UserError(f"{root}: no such text file; ROOT is a glob or a list of images")
+        name = posixpath.basename(root)
+        if not self.is_glob and (not self.store.exists(name) or self.store.is_folder(name)):
+            raise UserError(
+                f"{root}: no such text file; ROOT is a glob or a list of images; DATASET=folder "
+                "takes a folder"
+            )
 
     def images(self) -> Iterator[SourceImage | Reject]:
         for location in self.locations():
             yield SourceImage(key_of(location), location, UNLABELLED)
 
     def locations(self) -> Iterator[str]:
-        fs = self.store.fs
         if self.is_glob:
-            pattern = Store(self.root).root
-            found = sorted(fs.glob(pattern, detail=False))
-            yield from (posixpath.relpath(path, self.store.root) for path in found)
+            yield from self.store.glob(self.root)
             return
         with self.store.open(posixpath.basename(self.root)) as lines:
             for line in lines:
@@ -184,12 +185,13 @@ class Files(Source):
 def folders_in(store: Store, advice: str) -> list[str]:
     """Names of the folders directly in a folder, sorted, but hidden ones. Raises UserError."""
     fs, path = store.fs, store.root
-    if not fs.exists(path):
-        raise UserError(f"{store.url}: no such folder; {advice}".rstrip("; "))
-    if not fs.isdir(path):
-        raise UserError(f"{store.url}: not a folder; {advice}".rstrip("; "))
-    entries = fs.ls(path, detail=True)
-    names = (posixpath.basename(e["name"].rstrip("/")) for e in entries if fs.isdir(e["name"]))
+    with store.answers():
+        if not fs.exists(path):
+            raise UserError(f"{store.url}: no such folder; {advice}".rstrip("; "))
+        if not fs.isdir(path):
+            raise UserError(f"{store.url}: not a folder; {advice}".rstrip("; "))
+        entries = fs.ls(path, detail=True)
+        names = [posixpath.basename(e["name"].rstrip("/")) for e in entries if fs.isdir(e["name"])]
     return sorted(name for name in names if not name.startswith("."))
 
 

@@ -41,9 +41,7 @@ class WebDatasetShards(Source):
             raise UserError("--root is missing: a folder with tars, or a glob of tars")
         is_glob = any(sign in root for sign in "*?[")
         self.store = Store(posixpath.dirname(root) or "." if is_glob else root)
-        pattern = Store(root).root if is_glob else self.store.path("*.tar")
-        found = self.store.fs.glob(pattern, detail=False)
-        self.tars = sorted(posixpath.relpath(path, self.store.root) for path in found)
+        self.tars = self.store.glob(root if is_glob else f"{self.store.url}/*.tar")
         if not self.tars:
             raise UserError(f"{root}: no tars; ROOT is a folder with tars, or a glob of them")
         self.most = UNLABELLED

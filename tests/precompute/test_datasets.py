@@ -218,8 +218,9 @@ def test_files_by_glob_and_by_list(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\n".join(lines))
     found = listed(open_source("files", str(tmp_path / "list.txt"), "train", False))
     assert list(found) == [lines[0], *lines[2:]]
-    with pytest.raises(UserError, match="no such text file"):
-        open_source("files", str(tmp_path / "absent.txt"), "train", False)
+    for no_list in ("absent.txt", "x"):
+        with pytest.raises(UserError, match=r"no such text file; .*DATASET=folder takes a folder"):
+            open_source("files", str(tmp_path / no_list), "train", False)
 
 
 class OneImage(Source):

@@ -72,13 +72,17 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key)
             S3FileSystem.clear_instance_cache()
         store = Store("s3://bucket/folder")
-        for ask in (store.exists, store.size, store.read, store.open, store.sizes, walked):
+        for ask in (store.exists, store.size, store.read, store.open, store.sizes, globbed, walked):
             with pytest.raises(UserError) as caught:
-                ask("file") if ask is not walked else ask(store)
+                ask(store) if ask in (globbed, walked) else ask("file")
             message = str(caught.value)
             assert message.startswith(f"s3://bucket/folder: the store does not answer ({reason}")
             assert "keys and the network" in message
     S3FileSystem.clear_instance_cache()
+
+
+def globbed(store: Store) -> list[str]:
+    return store.glob("s3://bucket/folder/*.jpg")
 
 
 def walked(store: Store) -> list[str]:
