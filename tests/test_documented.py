@@ -127,7 +127,9 @@ def execute(code: str, home: Path) -> None:
 
 def expanded(words: list[str]) -> list[str]:
     """The commands that make would run."""
-    environment = {**os.environ, **VARIABLES.get(words[1], {})}
+    # without the variables of the make that runs the tests
+    own = {name: x for name, x in os.environ.items() if name != "ARGS" and "MAKE" not in name}
+    environment = own | VARIABLES.get(words[1], {})
     done = subprocess.run(
         [*words[:1], "-n", *words[1:]], capture_output=True, text=True, check=True, env=environment
     )
