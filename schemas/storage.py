@@ -88,10 +88,10 @@ class Store:
         with self.answers():
             return self.fs.info(self.path(name))["size"]
 
-    def read(self, name: str) -> bytes:
-        """The whole file. Raises FileNotFoundError."""
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The whole file, or its bytes from `start` up to `end`. Raises FileNotFoundError."""
         with self.answers():
-            return self.fs.cat_file(self.path(name))
+            return self.fs.cat_file(self.path(name), start, end)
 
     def open(self, name: str) -> BinaryIO:
         """The file, open for reading. Raises FileNotFoundError."""
@@ -106,6 +106,13 @@ class Store:
             entries = self.fs.ls(self.path(folder), detail=True)
         files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
         return dict(sorted(files.items()))
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted."""
+        with self.answers():
+            entries = self.fs.ls(self.root, detail=True)
+            found = [entry["name"].rstrip("/") for entry in entries if self.fs.isdir(entry["name"])]
+        return sorted(map(posixpath.basename, found))
 
     def walk(self, folder: str = "") -> Iterator[str]:
         """Names of all files below a folder, however deep, in a fixed order; links are followed.

@@ -184,15 +184,11 @@ class Files(Source):
 
 def folders_in(store: Store, advice: str) -> list[str]:
     """Names of the folders directly in a folder, sorted, but hidden ones. Raises UserError."""
-    fs, path = store.fs, store.root
-    with store.answers():
-        if not fs.exists(path):
-            raise UserError(f"{store.url}: no such folder; {advice}".rstrip("; "))
-        if not fs.isdir(path):
-            raise UserError(f"{store.url}: not a folder; {advice}".rstrip("; "))
-        entries = fs.ls(path, detail=True)
-        names = [posixpath.basename(e["name"].rstrip("/")) for e in entries if fs.isdir(e["name"])]
-    return sorted(name for name in names if not name.startswith("."))
+    if not store.exists(""):
+        raise UserError(f"{store.url}: no such folder; {advice}".rstrip("; "))
+    if not store.is_folder(""):
+        raise UserError(f"{store.url}: not a folder; {advice}".rstrip("; "))
+    return [name for name in store.folders() if not name.startswith(".")]
 
 
 def visible(store: Store, folder: str, below: bool = True) -> Iterator[str]:

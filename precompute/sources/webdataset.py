@@ -90,9 +90,8 @@ class WebDatasetShards(Source):
 
     def contents(self, image: SourceImage) -> Iterator[tuple[str, bytes]]:
         tar, _, _ = image.location.partition(".tar/")
-        path = self.store.path(f"{tar}.tar")
         for extension, offset, size in json.loads(image.annotation):
-            yield extension, self.store.fs.cat_file(path, offset, offset + size)
+            yield extension, self.store.read(f"{tar}.tar", offset, offset + size)
 
 
 def samples(archive: tarfile.TarFile) -> Iterator[tuple[str, Members, bytes]]:
