@@ -18,9 +18,9 @@ from nvidia.dali import types
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
+from pipeline.crop import cut_on_host
 from pipeline.masks import foreground
 from pipeline.recipes import RECIPES
-from pipeline.views import cut_on_host
 from precompute import demo
 from precompute.decode import decode
 from precompute.encode import Resize, check

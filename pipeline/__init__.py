@@ -2,17 +2,17 @@
 
 from pipeline.batch import Batch
 from pipeline.cache import Cache
+from pipeline.eval_loader import EvalBatch, EvalViews
 from pipeline.loader import MaskedViews
-from pipeline.plain import PlainBatch, PlainViews
 from pipeline.recipes import RECIPES, Recipe, get_recipe
 
 __all__ = [
     "RECIPES",
     "Batch",
     "Cache",
+    "EvalBatch",
+    "EvalViews",
     "MaskedViews",
-    "PlainBatch",
-    "PlainViews",
     "Recipe",
     "get_recipe",
 ]

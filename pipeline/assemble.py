@@ -2,21 +2,21 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline import filters, photometric, reader, regions
+from pipeline import devices, filters, photometric, regions
 from pipeline.batch import Extra
-from pipeline.draws import Draws
+from pipeline.crop import cut_on_host
 from pipeline.fills import FILLS
 from pipeline.masks import Masks, draw
 from pipeline.memory import Buffers
 from pipeline.recipes import Recipe
 from pipeline.registry import find
-from pipeline.views import cut_on_host
+from pipeline.rng import BatchRng, Rng
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -55,7 +55,7 @@ def assemble(
     query: View,
     key: View | None,
     recipe: Recipe,
-    draws: Draws,
+    rng: BatchRng,
     report: frozenset[Extra],
     buffers: Buffers,
 ) -> dict[str, Any]:
@@ -64,36 +64,41 @@ def assemble(
     On a CPU the images are `buffers`.
     """
     cuts = {"query": query} if key is None else {"query": query, "key": key}
-    looks = {name: photometric.draw(len(view.image), recipe, draws) for name, view in cuts.items()}
+    colors = rng.stream("photometric")
+    looks = {name: photometric.draw(len(view.image), recipe, colors) for name, view in cuts.items()}
     many = recipe.hard_negatives
     drawn: dict[str, Masks] = {}
     boxes = None
     if key is not None and recipe.regions:
-        boxes = regions.draw(query.window, key.window, query.saliency, recipe, draws)
+        own = rng.stream("regions")
+        boxes = regions.draw(query.window, key.window, query.saliency, recipe, own)
     if recipe.fill != "none":
         if boxes is not None and recipe.query_mask == "regions":
             drawn["query"] = boxes.masks(recipe.crop_size)
         elif recipe.branch != "key":
-            drawn["query"] = draw(guide(query), recipe, "query", draws)
+            drawn["query"] = draw(guide(query), recipe, "query", rng.stream("query"))
         if key is not None and recipe.branch != "query":
-            drawn["key"] = draw(guide(key), recipe, "query", draws)
+            drawn["key"] = draw(guide(key), recipe, "query", rng.stream("key"))
         if key is not None and many:
-            repeated = guide(key).repeat(many, 1, 1)
-            drawn["hard_negative"] = draw(repeated, recipe, "hard_negative", draws)
+            copies = [
+                draw(guide(key), recipe, "hard_negative", rng.stream("hard_negative", copy))
+                for copy in range(many)
+            ]
+            drawn["hard_negative"] = Masks.concatenate(copies)
 
     size, side = len(query.image), recipe.crop_size
     rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
     images = {
         name: buffers.empty(rows, side)
-        if draws.device.type == "cpu"
+        if rng.device.type == "cpu"
         else torch.empty(
-            (rows, 3, side, side), device=draws.device, memory_format=torch.channels_last
+            (rows, 3, side, side), device=rng.device, memory_format=torch.channels_last
         )
         for name, rows in rows_of.items()
         if rows
     }
 
-    def put(name: str, rows: slice, image: Tensor, own: Draws) -> None:
+    def put(name: str, rows: slice, image: Tensor, own: Rng) -> None:
         if name in drawn:
             std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
             content = find("fill", recipe.fill, FILLS)(image, recipe, std, own)
@@ -101,21 +106,21 @@ def assemble(
             image = torch.lerp(image, content, drawn[name].pixels(rows, side))
         images[name][rows] = image
 
-    def work(number: int, rows: slice) -> None:
-        own = draws.part(1 + number)
-        put("query", rows, encoder_input(query, looks["query"], rows, recipe), own)
+    def work(rows: slice) -> None:
+        fills = partial(rng.stream, "fill", rows=rows)
+        put("query", rows, encoder_input(query, looks["query"], rows, recipe), fills(0))
         if key is None:
             return
         image = encoder_input(key, looks["key"], rows, recipe)
-        put("key", rows, image, own)
-        for first in range(0, many * size, size):
-            put("hard_negative", slice(first + rows.start, first + rows.stop), image, own)
+        put("key", rows, image, fills(1))
+        for copy in range(many):
+            at = slice(copy * size + rows.start, copy * size + rows.stop)
+            put("hard_negative", at, image, fills(2 + copy))
 
-    if draws.device.type == "cpu":
-        rows = parts(size)
-        list(workers().map(work, range(len(rows)), rows))
+    if rng.device.type == "cpu":
+        list(workers().map(work, parts(size)))
     else:
-        work(0, slice(0, size))
+        work(slice(0, size))
     found: dict[str, Any] = {}
     if boxes is not None:
         found = dict(query_regions=boxes.query, key_regions=boxes.key, region_valid=boxes.valid)
@@ -130,7 +135,7 @@ def parts(size: int) -> list[slice]:
 @cache
 def workers() -> ThreadPoolExecutor:
     """Threads for the parts of a batch on a CPU, each with one core: they need no barriers."""
-    return ThreadPoolExecutor(reader.threads(), "views", torch.set_num_threads, (1,))
+    return ThreadPoolExecutor(devices.cpu_threads(), "views", torch.set_num_threads, (1,))
 
 
 def cut_all(images: list[Tensor], windows: Tensor, side: int) -> Tensor:

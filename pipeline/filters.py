@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from pipeline.draws import to_device
+from pipeline.devices import to_device
 from pipeline.recipes import Recipe
 
 

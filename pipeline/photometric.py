@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pipeline.draws import Draws, to_device
+from pipeline.devices import to_device
 from pipeline.filters import gaussian_blur, gaussian_kernel
 from pipeline.recipes import Range, Recipe
+from pipeline.rng import Rng
 
 GRAY = (0.299, 0.587, 0.114)
 """Weights of R, G, B in gray (ITU-R BT.601, as in PIL)."""
@@ -47,15 +48,15 @@ class Photometric:
         return Photometric(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def draw(size: int, recipe: Recipe, draws: Draws) -> Photometric:
+def draw(size: int, recipe: Recipe, rng: Rng) -> Photometric:
     """Draw the parameters of `size` views."""
 
     def coin(probability: float) -> Tensor:
-        return draws.on_host(size) < probability
+        return rng.on_host(size) < probability
 
     def between(limits: Range) -> Tensor:
         low, high = limits
-        return low + (high - low) * draws.on_host(size)
+        return low + (high - low) * rng.on_host(size)
 
     jittered = coin(recipe.jitter_probability)
 
@@ -63,7 +64,7 @@ def draw(size: int, recipe: Recipe, draws: Draws) -> Photometric:
         return torch.where(jittered, between((1 - change, 1 + change)), 1.0)
 
     return Photometric(
-        order=draws.on_host(size, 4).argsort(1),
+        order=rng.on_host(size, 4).argsort(1),
         brightness=factor(recipe.brightness),
         contrast=factor(recipe.contrast),
         saturation=factor(recipe.saturation),

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import torch
 
-from pipeline import Cache, MaskedViews, PlainViews
+from pipeline import Cache, EvalViews, MaskedViews
 from pipeline.cache import fetch
 from schemas import ShardDataset, UserError, write_dataset
 from tests.pipeline.conftest import SAMPLES, picture, sample_of, small
@@ -44,7 +44,7 @@ def test_a_copy_gives_the_batches_of_the_original(
             assert a.sample_keys == b.sample_keys
             assert torch.equal(a.query, b.query)
         other.load_state_dict(one.state_dict())  # where shards lie does not matter
-    plain = PlainViews(remote, 8, "cpu", crop_size=56, cache=cache)
+    plain = EvalViews(remote, 8, "cpu", crop_size=56, cache=cache)
     assert sum(len(batch.label) for batch in plain) == SAMPLES
 
 

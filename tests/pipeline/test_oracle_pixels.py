@@ -12,8 +12,8 @@ import torch
 
 from pipeline import RECIPES, Recipe
 from pipeline.assemble import View, assemble
-from pipeline.draws import Draws
 from pipeline.memory import Buffers
+from pipeline.rng import BatchRng
 from tests.pipeline import oracle
 
 TOLERANCE = 1e-4
@@ -40,7 +40,7 @@ def views(size: int, recipe: Recipe, device: str = "cpu", seed: int = 0) -> list
 
 def step(recipe: Recipe, size: int, device: str = "cpu", seed: int = 0) -> tuple[list[View], dict]:
     pair = views(size, recipe, device, seed)
-    fields = assemble(*pair, recipe, Draws(seed, torch.device(device)), REPORT, Buffers())
+    fields = assemble(*pair, recipe, BatchRng(seed, 0, np.arange(size), device), REPORT, Buffers())
     return pair, fields
 
 

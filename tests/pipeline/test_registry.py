@@ -64,7 +64,7 @@ def test_a_module_on_the_path_is_imported(
 ) -> None:
     (tmp_path / "my_masks.py").write_text(
         "import torch\n"
-        "def left(saliency, ratio, recipe, draws):\n"
+        "def left(saliency, ratio, recipe, rng):\n"
         "    pixels = torch.zeros(len(ratio), 1, recipe.crop_size, dtype=torch.bool)\n"
         "    pixels[:, :, : recipe.crop_size // 2] = True\n"
         "    return pixels\n"
