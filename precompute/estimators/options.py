@@ -36,8 +36,9 @@ class ScdaOptions(EstimatorOptions):
     backbone: str = "resnet50"
     """A torchvision classification CNN by name."""
     weights: str = "DEFAULT"
-    """A torchvision weights name (downloaded as torchvision does), the path of a state_dict
-    (.pt, .pth, .safetensors; also what `train` exports), or `random`."""
+    """A torchvision weights name (downloaded as torchvision does), `random`, a run's folder, or any
+    file of weights: a state_dict or a checkpoint (MoCo's .pth.tar, Lightning's .ckpt, safetensors)
+    in which the backbone's names have some prefix."""
     layer: str = ""
     """The map to sum, as torch.fx calls it (layer3, features.8 ...); the last one by default."""
     size: int = 224
