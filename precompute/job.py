@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.compute as pc
 import ray
 import ray.data
+from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from precompute.cluster import cluster
@@ -21,7 +22,7 @@ from precompute.progress import watch
 from precompute.resume import missing_shards
 from precompute.sources import Source
 from precompute.worker import BuilderFactory, ShardActor
-from schemas.cli import TerminatedError
+from schemas.cli import TerminatedError, loaded_files
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.settings import defaults_of
@@ -221,6 +222,8 @@ def build_shards(
     """
     images = {shard: job.plan.shards[shard - job.first_shard] for shard in missing}
     store = Store(job.out)
+    for module in loaded_files():  # a source of the user's own, named by its file
+        cloudpickle.register_pickle_by_value(module)
 
     def so_far() -> str:
         there = store.sizes(SHARD_FOLDER)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from precompute.estimators.base import Estimator
+from schemas.cli import absolute
 from schemas.errors import UserError
 
 
@@ -101,7 +102,16 @@ class FunctionOptions(EstimatorOptions):
     name: ClassVar[str] = "function"
 
     function: str = ""
-    """`module:function`."""
+    """`FILE.py:function` or `module:function`."""
+
+    def __post_init__(self) -> None:
+        # workers have another current folder
+        object.__setattr__(self, "function", absolute(self.function))
+
+    def parameters(self) -> dict[str, Any]:
+        """Of a file its name alone: what is in it counts, by its sha256, and not where it lies."""
+        module, _, name = self.function.rpartition(":")
+        return {"name": self.name, "function": f"{module.rpartition('/')[2]}:{name}"}
 
     def build(self) -> Estimator:
         from precompute.estimators.function import FunctionEstimator
