@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from importlib.machinery import PathFinder
+from importlib.metadata import version
 from pathlib import Path
 
 FOLDER = str(Path(__file__).resolve().parent)
@@ -63,6 +64,10 @@ def place_of(spec: object) -> str | None:
 
 
 def start(module: str) -> None:
+    """Run a command; its version is told without the seconds that torch takes to be imported."""
+    if "--version" in sys.argv[1:]:
+        print(f"saliency-shards {version('saliency-shards')}")
+        sys.exit(0)
     own_rooms_first()
     importlib.import_module(module).start()
 

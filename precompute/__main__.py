@@ -172,7 +172,7 @@ def report(summary: "Summary") -> str:
 
 
 def start() -> None:
-    run(main, outlives_reader=True)
+    run(main, outlives_reader=True, decodes=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any, TextIO, TypeVar, cast
 
 import tyro
 
+from schemas.decoder_noise import without_decoder_noise
 from schemas.errors import UserError
 
 Config = TypeVar("Config")
@@ -90,14 +91,21 @@ def lasting_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def run(main: Callable[[], int | None], outlives_reader: bool = False) -> None:
+def run(
+    main: Callable[[], int | None], outlives_reader: bool = False, decodes: bool = False
+) -> None:
     """Run a command; a user's mistake is one line on stderr and exit status 2.
 
     Args:
         outlives_reader: for a job whose result is not what it prints: it goes on when stdout or
             stderr is closed. Other commands end with status 141, as programs in pipes do.
+        decodes: for a command that decodes images: see `decoder_noise`.
     """
-    with lasting_output() if outlives_reader else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if decodes:
+            stack.enter_context(without_decoder_noise())
+        if outlives_reader:
+            stack.enter_context(lasting_output())
         status = status_of(main)
     sys.exit(status)
 

@@ -107,6 +107,13 @@ def test_an_installed_command_runs_the_projects_own_rooms(repository, path):
     assert len(done.stderr.splitlines()) == len(ROOMS)
 
 
+def test_the_version_is_told_without_any_import(repository):
+    done = run(f"{SCRIPT}; print('no exit')", "--version", PYTHONPATH=".")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("saliency-shards ")
+    assert len(done.stdout.splitlines()) == 1
+
+
 def test_what_was_imported_before_is_told_in_one_line(repository):
     done = run(f"import sys; import schemas; {SCRIPT}", "--help")
     assert done.returncode == 2

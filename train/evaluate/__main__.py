@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def start() -> None:
-    run(main, outlives_reader=True)
+    run(main, outlives_reader=True, decodes=True)
 
 
 if __name__ == "__main__":
