@@ -1,9 +1,9 @@
 """Keep what image decoders print on stderr from standing between the lines of a job.
 
 libtiff, libjpeg, libpng, OpenCV and nvImageCodec write to file descriptor 2, mostly without a
-switch for it. What matters of it comes back as an error or a reject; here the lines are counted, and the
-first is shown at the end. A process of its own reads them (this file, run as a program), so that
-whatever else is written, the last words of a crash too, still reaches stderr.
+switch for it. What matters of it comes back as an error or a reject; here the lines are counted,
+and the first is shown at the end. A process of its own reads them (this file, run as a program), so
+that whatever else is written, the last words of a crash too, still reaches stderr.
 """
 
 import contextlib
