@@ -25,7 +25,9 @@ RUN ?= out/runs/$(METHOD)-$(RECIPE)
 ARGS ?=
 STUDY ?= out/study
 SALIENCY ?=
-LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node $(NPROC) -m train)
+# a free port, and no name of this machine that must be resolved
+ALONE := --standalone --local-addr 127.0.0.1
+LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,OMP_NUM_THREADS=1 $(VENV)/bin/torchrun $(ALONE) --nproc-per-node $(NPROC) -m train)
 
 # $(call need,NAME,EXAMPLE): stop with one line when a variable is not given
 need = @test -n "$($(1))" || { echo "error: give $(1)=..., for example: $(2)" >&2; exit 2; }

@@ -99,4 +99,4 @@ def finish(out: Path, tables: dict, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, outlives_reader=True, decodes=True)

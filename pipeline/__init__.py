@@ -1,5 +1,8 @@
 """Shards -> masked views on the device."""
 
+import saliency_shards  # noqa: F401  under `python -m` it puts the project's own folder first
+
+# isort: split
 from pipeline.batch import Batch
 from pipeline.cache import Cache
 from pipeline.eval_loader import EvalBatch, EvalViews

@@ -83,7 +83,7 @@ def order(argv: list[str]) -> int:
 
 
 def start() -> None:
-    run(main)
+    run(main, decodes=True)
 
 
 if __name__ == "__main__":

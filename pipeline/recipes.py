@@ -71,8 +71,8 @@ class Recipe:
     """Its standard deviation in pixels (loader.py)."""
 
     fill: str = "noise"
-    """What replaces a masked pixel: a name of `pipeline.fills.FILLS` or your own `module:function`;
-    `none` masks nothing."""
+    """What replaces a masked pixel: a name of `pipeline.fills.FILLS`; your own function as
+    `FILE.py:function` or `module:function`; `none` masks nothing."""
     noise_query: float = 0.18
     """Standard deviation of the noise in query and key, in normalised units (random_mask_hp.py)."""
     noise_hard_negative: float = 0.14
@@ -87,7 +87,8 @@ class Recipe:
     foreground_margin: float = 0.6
     """A cell is foreground where A >= mean - margin * std (relaxed SCDA; poster, localize.py)."""
     query_mask: str = "spread"
-    """Where a query is masked: a name of `pipeline.masks.MASKS`, or your own `module:function`."""
+    """Where a query is masked: a name of `pipeline.masks.MASKS`, or your own, `FILE.py:function`
+    or `module:function`."""
     hard_negative_mask: str = "foreground"
     """Where a hard negative is masked, likewise."""
     branch: Branch = "query"

@@ -29,7 +29,7 @@ class Options:
 
     --dataset chooses one of: imagenet, imagenet100, imagenette, caltech101, flowers102, stl10,
     cifar10, voc, coco, coco-instances, folder (one folder a class), files (a glob or a list),
-    webdataset (tars that exist already), demo (generated scenes), or module:Class of your own.
+    webdataset (tars that exist already), demo (generated scenes), or FILE.py:Class of your own.
     """
 
     dataset: str = tyro.MISSING
@@ -172,7 +172,7 @@ def report(summary: "Summary") -> str:
 
 
 def start() -> None:
-    run(main)
+    run(main, outlives_reader=True, decodes=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def forecast(job: Job, cores: int) -> str:
     Nothing is written. Raises UserError as the job itself would.
     """
     estimator = job.estimator.build()
-    missing = missing_shards(Store(job.out), job.settings(estimator.weights_sha256))
+    missing = missing_shards(
+        Store(job.out), job.settings(estimator.weights_sha256), job.default_settings
+    )
     plans = [job.plan.shards[shard - job.first_shard] for shard in missing]
     images = sum(map(len, plans))
     lines = [

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.compute as pc
 import ray
 import ray.data
+from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from precompute.cluster import cluster
@@ -21,9 +22,10 @@ from precompute.progress import watch
 from precompute.resume import missing_shards
 from precompute.sources import Source
 from precompute.worker import BuilderFactory, ShardActor
-from schemas.cli import TerminatedError
+from schemas.cli import TerminatedError, loaded_files
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
+from schemas.settings import defaults_of
 from schemas.storage import Store
 from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, Reject, shard_name
 from schemas.writer import PACKAGES, finish_dataset
@@ -88,6 +90,17 @@ class Job:
         if self.before is not None:
             settings["first_shard"] = self.first_shard
         return json.loads(json.dumps(settings))  # as a marker gives them back: tuples are lists
+
+    @property
+    def default_settings(self) -> dict[str, Any]:
+        """What a setting counts as that a marker of an older version does not know."""
+        resize = Resize()
+        return {
+            "resize": resize.short_side,
+            "resize_quality": resize.quality,
+            "first_shard": 0,
+            "estimator": defaults_of(type(self.estimator)),
+        }
 
 
 @dataclass(frozen=True)
@@ -173,7 +186,7 @@ def run_job(job: Job, resources: Resources) -> Summary:
     card = None
     if store.exists(CARD):  # of a newer format its shards would look damaged, and be written over
         card = DatasetCard.from_json(store.read(CARD), store.location(CARD))
-    missing = missing_shards(store, settings)
+    missing = missing_shards(store, settings, job.default_settings)
     store.make_folder(SHARD_FOLDER)
     at_work = 0.0
     if missing:
@@ -209,6 +222,8 @@ def build_shards(
     """
     images = {shard: job.plan.shards[shard - job.first_shard] for shard in missing}
     store = Store(job.out)
+    for module in loaded_files():  # a source of the user's own, named by its file
+        cloudpickle.register_pickle_by_value(module)
 
     def so_far() -> str:
         there = store.sizes(SHARD_FOLDER)

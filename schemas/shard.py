@@ -24,6 +24,7 @@ from schemas.tables import (
     Reject,
     ShardRow,
     from_parquet,
+    known_fields,
     shard_name,
     to_parquet,
 )
@@ -186,10 +187,15 @@ def read_marker(store: Store, shard: int) -> ShardMarker:
     metadata = (table.schema.metadata or {}).get(MARKER_METADATA)
     if metadata is None:
         raise FormatError(f"{location}: not a shard's parquet file: its metadata is missing")
-    record = json.loads(metadata)
-    return ShardMarker(
-        row=ShardRow(**record["shard"]),
-        samples=table.replace_schema_metadata(None),
-        rejects=[Reject(**reject) for reject in record["rejects"]],
-        settings=record["settings"],
-    )
+    try:
+        record = json.loads(metadata)
+        return ShardMarker(
+            row=ShardRow(**known_fields(ShardRow._fields, record["shard"])),
+            samples=table.replace_schema_metadata(None),
+            rejects=[Reject(**known_fields(Reject._fields, r)) for r in record["rejects"]],
+            settings=record["settings"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            f"{location}: not a shard's marker: its metadata lacks {error}"
+        ) from error

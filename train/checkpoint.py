@@ -12,7 +12,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from schemas import UserError
+from schemas.settings import differences, sentence
 from train.distributed import is_main, rank, together, world_size
 
 VERSION = 1
@@ -44,11 +45,13 @@ class Checkpoints:
         keep: how many of the last stay.
         settings: what a checkpoint must have in common with this run, name -> plain value;
             among them `steps_per_epoch`.
+        defaults: what a setting counts as that a checkpoint of an older version does not know.
     """
 
     folder: Path
     keep: int
     settings: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
@@ -118,18 +121,13 @@ class Checkpoints:
             raise UserError(
                 f"{path}: checkpoint version {state['version']}, this code reads {VERSION}"
             )
-        then, now = state["settings"], self.settings
-        differing = [
-            f"{name} was {then.get(name)}, is {now.get(name)}"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name)
-        ]
-        if differing:
+        if found := differences(state["settings"], self.settings, self.defaults):
             raise UserError(
-                f"{path}: made with other settings: {'; '.join(differing)}. "
+                f"{path}: made with other settings: {sentence(found)}. "
                 "Repeat the first command, or choose another --out"
             )
-        if state["world_size"] != world_size() and state["step"] % now["steps_per_epoch"]:
+        epoch_steps = self.settings["steps_per_epoch"]
+        if state["world_size"] != world_size() and state["step"] % epoch_steps:
             raise UserError(
                 f"{path}: made by {state['world_size']} processes in the middle of an epoch, now "
                 f"there are {world_size()}; their number may change only where an epoch ends"

@@ -1,6 +1,6 @@
 """The options of one training. The command line, config.yaml and checkpoints are views of this."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,7 @@ import tyro
 from pipeline import Cache
 from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
+from schemas.settings import defaults_of, equal, flatten
 from train.distributed import world_size
 from train.encoders import Stem
 from train.methods import MethodConfig, MoCoConfig
@@ -184,13 +185,37 @@ def settings_of(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
 
     `data` is the digest of what the dataset holds, so a dataset may move.
     """
-    settings = {"data": dataset_digest, "method": config.method.name}
-    for name, value in asdict(config).items():
-        if isinstance(value, dict) and name not in FREE:
-            settings |= {f"{name}.{key}": plain(inner) for key, inner in value.items()}
-        elif name not in FREE:
-            settings[name] = plain(value)
-    return {name: value for name, value in settings.items() if name not in FREE - {"data"}}
+    return {"data": dataset_digest, "method": config.method.name, **bound(flatten(config))}
+
+
+def default_settings(
+    method: type[MethodConfig], given: TrainConfig | None = None, decided: TrainConfig | None = None
+) -> dict[str, Any]:
+    """What a setting counts as that an older version did not know: today's defaults, flat.
+
+    Args:
+        method: whose own options are meant.
+        given, decided: a run's options before and after `resolved`. Where the run leaves an option
+            at a default that is decided by other options, what was decided stands.
+    """
+    general = defaults_of(TrainConfig)
+    defaults = {name: value for name, value in general.items() if not name.startswith("method.")}
+    defaults |= {f"method.{name}": value for name, value in defaults_of(method).items()}
+    if given is not None and decided is not None:
+        own, values = flatten(given), flatten(decided)
+        for name, value in defaults.items():
+            if name in own and equal(own[name], value):
+                defaults[name] = values.get(name, value)
+    return bound(defaults)
+
+
+def bound(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings, flat, that may differ between a checkpoint and a run."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in FREE and name.split(".")[0] not in FREE
+    }
 
 
 def recipe_name(recipe: Recipe) -> str:
@@ -204,13 +229,6 @@ def recipe_name(recipe: Recipe) -> str:
         if all(getattr(recipe, mask) == getattr(known, mask) for mask in masks):
             return name
     return "custom"
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, so that YAML and a restored checkpoint show and compare them alike."""
-    if isinstance(value, dict):
-        return {name: plain(inner) for name, inner in value.items()}
-    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def option(name: str) -> str:

@@ -1,18 +1,23 @@
 """Encoders: torchvision ResNets without their classifier, and the file that holds a trained one."""
 
+import functools
 import hashlib
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from schemas import UserError
 from schemas.cli import lookup
+from schemas.weights import fit_weights, read_weights, shapes_of
+from train.distributed import is_main
 
 # resnet18 ... resnet152, resnext*, wide_resnet*: all torchvision models of the class ResNet.
 ENCODERS = {
@@ -20,7 +25,8 @@ ENCODERS = {
     for name in torchvision.models.list_models(module=torchvision.models)
     if "resne" in name
 }
-
+RESNETS = tuple(ENCODERS)
+"""Those that a file from elsewhere is compared with."""
 
 Stem = Literal["imagenet", "small"]
 
@@ -80,30 +86,111 @@ def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> No
 
 
 def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
-    """Read what `save_encoder` wrote: (encoder on the CPU, metadata, the file's path).
+    """Read an encoder: (encoder on the CPU, metadata, the file's path).
 
     Args:
-        location: the safetensors file, or the folder of the run that wrote `encoder.safetensors`.
+        location: the folder of a run, its `encoder.safetensors`, or any file of weights in which a
+            ResNet of torchvision's names lies under some prefix (see `schemas.weights`). Of the
+            latter the architecture is found by its shapes, and evaluations show it plain images of
+            FOREIGN_CROP pixels.
 
     Raises:
-        UserError: no such file, or not one that `save_encoder` wrote.
+        UserError: no such file, or no ResNet in it.
     """
     path = Path(location)
     if path.is_dir():
         path = path / "encoder.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such encoder; has its training ended?")
+    content = read_weights(path, unpickle, load_file)
+    metadata = metadata_of(path)
+    if "encoder" in metadata:
+        encoder = build_encoder(metadata["encoder"], stem_of(metadata))[0]
+        encoder.load_state_dict(content)
+        return encoder, metadata, path
+    return *foreign_encoder(content, path), path
+
+
+FOREIGN_CROP: dict[Stem, int] = {"imagenet": 224, "small": 32}
+"""Side in pixels of the images that an encoder from elsewhere is evaluated on."""
+
+
+def foreign_encoder(content: Any, path: Path) -> tuple[nn.Module, dict[str, str]]:
+    """The ResNet in the content of a file that `train` did not write, and metadata for it.
+
+    Raises:
+        UserError: it has none, or one that torchvision does not know.
+    """
+    problem: UserError | None = None
+    for stem in get_args(Stem):
+        for name in RESNETS:
+            shapes, children = architecture(name, stem)
+            try:
+                found = fit_weights(content, shapes, str(path), f"a {name}", children)
+            except UserError as error:
+                problem = nearer(problem, error)
+                continue
+            encoder = build_encoder(name, stem)[0]
+            encoder.load_state_dict({**encoder.state_dict(), **found.tensors})
+            if is_main():
+                tell(
+                    f"{found.told or f'{path}: a {name}'}; evaluated on plain images of "
+                    f"{FOREIGN_CROP[stem]} pixels"
+                )
+            return encoder, foreign_metadata(name, stem, path)
+    assert problem is not None
+    raise problem
+
+
+@functools.cache
+def architecture(name: str, stem: Stem) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Names and shapes of a ResNet's weights, and its parts in order; nothing is allocated."""
+    with torch.device("meta"):
+        encoder = build_encoder(name, stem)[0]
+    return shapes_of(encoder.state_dict()), [child for child, _ in encoder.named_children()]
+
+
+def foreign_metadata(name: str, stem: Stem, path: Path) -> dict[str, str]:
+    """What evaluations must know of an encoder, where nobody wrote it down."""
+    return {
+        "encoder": name,
+        "stem": stem,
+        "method": path.name,
+        "recipe": "none",
+        "crop_size": str(FOREIGN_CROP[stem]),
+        "high_pass": "False",
+        "high_pass_kernel": "11",  # of no use without high_pass
+        "high_pass_sigma": "5.0",
+        "settings": json.dumps({"recipe.fill": "none", "sha256": digest(path)}),
+        "seed": "0",
+    }
+
+
+def nearer(one: UserError | None, other: UserError) -> UserError:
+    """Of two refusals the one that is about a shape or a layer rather than about all names."""
+    if one is None or ("lacks conv1.weight" in str(one) and "lacks conv1.weight" not in str(other)):
+        return other
+    return one
+
+
+@functools.cache
+def tell(text: str) -> None:
+    """Print a line once, however often a file is read."""
+    print(text, flush=True)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What `save_encoder` kept beside the weights; empty for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-    if "encoder" not in metadata:
-        raise UserError(f"{path}: names no encoder in its metadata; not written by train")
-    encoder = build_encoder(metadata["encoder"], stem_of(metadata))[0]
-    encoder.load_state_dict(tensors)
-    return encoder, metadata, path
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
+def unpickle(path: Path, stubs: Sequence[tuple[type, str]]) -> Any:
+    with torch.serialization.safe_globals(list(stubs)):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def digest(path: Path) -> str:

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from schemas import UserError
 from schemas.cli import TerminatedError
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, settings_of
+from train.config import TrainConfig, default_settings, settings_of
 from train.describe import introduction, metadata_of, write_start
 from train.distributed import gather_objects, is_main, together
 from train.encoders import save_encoder
@@ -99,7 +99,10 @@ def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
     config, out = job.config, job.out
     settings = settings_of(config, job.data_digest) | {"steps_per_epoch": job.epoch_steps}
     checkpoints = Checkpoints(
-        folder=out / "checkpoints", keep=config.keep_checkpoints, settings=settings
+        folder=out / "checkpoints",
+        keep=config.keep_checkpoints,
+        settings=settings,
+        defaults=default_settings(type(config.method), job.given, config),
     )
     step = Step(job.method, config, job.device)
     with together():

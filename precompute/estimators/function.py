@@ -1,4 +1,4 @@
-"""A user's own function as an estimator: `--estimator my_maps:centre`."""
+"""A user's own function as an estimator: `--estimator ./my_maps.py:centre`."""
 
 import hashlib
 import inspect
@@ -14,8 +14,8 @@ class FunctionEstimator:
     """See `Estimator`. Its sha256 is that of the function's file: changed code is other settings.
 
     Args:
-        path: `module:function`; takes a list of (height, width, 3) uint8 arrays, returns
-            (N, side, side) floats, more is more salient.
+        path: `FILE.py:function` or `module:function`; takes a list of (height, width, 3)
+            uint8 arrays, returns (N, side, side) floats, more is more salient.
 
     Raises:
         UserError: there is no such function, or it does not return maps.

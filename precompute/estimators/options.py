@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from precompute.estimators.base import Estimator
+from schemas.cli import absolute
 from schemas.errors import UserError
 
 
@@ -36,8 +37,9 @@ class ScdaOptions(EstimatorOptions):
     backbone: str = "resnet50"
     """A torchvision classification CNN by name."""
     weights: str = "DEFAULT"
-    """A torchvision weights name (downloaded as torchvision does), the path of a state_dict
-    (.pt, .pth, .safetensors; also what `train` exports), or `random`."""
+    """A torchvision weights name (downloaded as torchvision does), `random`, a run's folder, or any
+    file of weights: a state_dict or a checkpoint (MoCo's .pth.tar, Lightning's .ckpt, safetensors)
+    in which the backbone's names have some prefix."""
     layer: str = ""
     """The map to sum, as torch.fx calls it (layer3, features.8 ...); the last one by default."""
     size: int = 224
@@ -100,7 +102,16 @@ class FunctionOptions(EstimatorOptions):
     name: ClassVar[str] = "function"
 
     function: str = ""
-    """`module:function`."""
+    """`FILE.py:function` or `module:function`."""
+
+    def __post_init__(self) -> None:
+        # workers have another current folder
+        object.__setattr__(self, "function", absolute(self.function))
+
+    def parameters(self) -> dict[str, Any]:
+        """Of a file its name alone: what is in it counts, by its sha256, and not where it lies."""
+        module, _, name = self.function.rpartition(":")
+        return {"name": self.name, "function": f"{module.rpartition('/')[2]}:{name}"}
 
     def build(self) -> Estimator:
         from precompute.estimators.function import FunctionEstimator

@@ -25,7 +25,7 @@ class ExportOptions:
     """Write an encoder for another library."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or an encoder.safetensors."""
+    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
     format: Format = "torchvision"
     """torchvision: a state_dict without fc, for load_state_dict(..., strict=False). safetensors:
     the same keys. detectron2: the pickle of MoCo's convert-pretrain.py, for R50-C4 and its like."""

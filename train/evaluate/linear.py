@@ -39,7 +39,7 @@ class LinearOptions:
     """Train a linear classifier on a frozen encoder, and test it after each epoch."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or an encoder.safetensors."""
+    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
     data: str = tyro.MISSING
     """Labelled shards to train on."""
     test_data: str = tyro.MISSING

@@ -21,7 +21,7 @@ class KnnOptions:
     """Weighted kNN accuracy of a frozen encoder."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or an encoder.safetensors."""
+    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
     data: str = tyro.MISSING
     """Labelled shards whose images are the neighbours."""
     test_data: str | None = None
