@@ -13,7 +13,7 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from pipeline import failures
-from pipeline.cache import Cache, Copy, fetch
+from pipeline.cache import Cache
 from schemas import ShardDataset, ShardRow, UserError
 from schemas.sample import IMAGE_EXTENSIONS, LABEL_MEMBER, SALIENCY_MEMBER
 from schemas.shard import INDEX_VERSION
@@ -36,7 +36,6 @@ class Shards:
         samples: how many samples they hold in all.
         digest: of the dataset's shard table.
         url: the dataset's folder.
-        copy: what keeps a local copy in use.
     """
 
     tars: tuple[str, ...]
@@ -44,7 +43,6 @@ class Shards:
     samples: int
     digest: str
     url: str
-    copy: Copy | None = None
 
     def in_order(self, order: list[int]) -> "Shards":
         """The same shards, the one that `order` names first at the front."""
@@ -73,8 +71,9 @@ def open_shards(url: str | Path, cache: Cache | None = None) -> Shards:
             f"{dataset.url}: DALI does not read from {protocol}://; give a cache, or copy the "
             "dataset to a local folder"
         )
-    copy = None if cache is None else fetch(dataset, cache)
-    store = dataset.store if copy is None else copy.store
+    if cache is not None:
+        raise UserError("the cache is not plugged into this reader")
+    store = dataset.store
     held = [row for row in dataset.shards if row.samples]
     with ThreadPoolExecutor(CHECKS_AT_A_TIME) as pool:
         list(pool.map(lambda row: check_shard(store, row), held))
@@ -84,7 +83,6 @@ def open_shards(url: str | Path, cache: Cache | None = None) -> Shards:
         samples=sum(row.samples for row in held),
         digest=dataset.digest,
         url=dataset.url,
-        copy=copy,
     )
 
 
