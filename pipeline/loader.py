@@ -11,7 +11,7 @@ size or device it is in. So the loader's state is two integers, epoch and step, 
 and go between any two steps as long as the global batch stays.
 """
 
-import dataclasses
+import ast
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -37,6 +37,7 @@ from pipeline.registry import find
 from pipeline.rng import BatchRng
 from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
+from schemas.settings import differences, fields_of, plain, sentence
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,8 @@ class MaskedViews:
                 f"{batch_size} = {world_size * batch_size} from {streams} streams; choose a "
                 "smaller batch"
             )
-        self._source = open_source(self.dataset, cache)
+        streams_read = max(1, streams // world_size)
+        self._source = open_source(self.dataset, cache, together=streams_read * shuffle_shards)
         if rank == 0:
             log.info(
                 f"{url}: {self.samples} samples, {len(self)} steps per epoch of {world_size} x "
@@ -185,13 +187,13 @@ class MaskedViews:
             )
         own = self._fingerprint()
         saved = as_current(state)
-        differ = [name for name in own if own[name] != saved[name]]
-        if differ == ["batch_size"] and state["step"] == 0:
-            differ = []
-        if differ:
-            changes = ", ".join(f"{name} {saved[name]} -> {own[name]}" for name in differ)
-            where = " inside an epoch" if differ == ["batch_size"] else ""
-            raise UserError(f"the loader cannot resume{where} under other settings: {changes}")
+        differ = differences(saved, own, default_fingerprint())
+        inside = [one.name for one in differ] == ["batch_size"]
+        if differ and not (inside and state["step"] == 0):
+            where = " inside an epoch" if inside else ""
+            raise UserError(
+                f"the loader cannot resume{where} under other settings: {sentence(differ)}"
+            )
         self.close()
         self.epoch, self.step = state["epoch"], state["step"]
         if state["version"] == 1 and self.step and self.rank == 0:
@@ -206,7 +208,7 @@ class MaskedViews:
         """Return what the order and everything drawn depend on."""
         return {
             "dataset": self.dataset.digest,
-            **{f"recipe.{k}": str(v) for k, v in dataclasses.asdict(self.recipe).items()},
+            "recipe": plain(fields_of(self.recipe)),
             "batch_size": self.batch_size * self.world_size,
             "seed": self.seed,
             "shuffle_shards": self.order.shuffle_shards,
@@ -250,16 +252,32 @@ class MaskedViews:
         return View(cut_all(decoded.images, window, self.recipe.crop_size), saliency, window)
 
 
-def as_current(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the fingerprint of a state in today's form; what it does not know has its default.
+def default_fingerprint() -> dict[str, Any]:
+    """Return what a setting counts as that an older state does not know."""
+    return {"recipe": fields_of(Recipe()), "shuffle_shards": SHUFFLE_SHARDS, "streams": 1}
 
-    States of version 1 were those of another order of samples, which depended on the world size.
+
+def as_current(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of a state in today's form.
+
+    States of version 1 were those of another order of samples, which depended on the world size;
+    values of the recipe were strings.
     """
-    defaults = {f"recipe.{k}": str(v) for k, v in dataclasses.asdict(Recipe()).items()}
-    saved = {"shuffle_shards": SHUFFLE_SHARDS, "streams": 1, **defaults, **state["fingerprint"]}
-    if state["version"] == 1:
-        saved["batch_size"] *= saved["world_size"]
-    return saved
+    saved = state["fingerprint"]
+    if state["version"] > 1:
+        return saved
+    named = fields_of(Recipe())
+    recipe = {
+        name: value if isinstance(named.get(name), str) else ast.literal_eval(value)
+        for name, value in (
+            (key.removeprefix("recipe."), value)
+            for key, value in saved.items()
+            if key.startswith("recipe.")
+        )
+    }
+    batch_size = saved["batch_size"] * saved["world_size"]
+    kept = {name: saved[name] for name in ("dataset", "seed")}
+    return {**kept, "recipe": recipe, "batch_size": batch_size}
 
 
 def prepare(

@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from pipeline.cache import Cache
+from pipeline.cache import Cache, ShardCache
+from pipeline.cache_folder import ShardFiles
 from pipeline.order import Order
 from schemas import FormatError, ShardDataset, ShardRow, UserError
 from schemas.sample import SALIENCY_MEMBER
@@ -29,19 +30,6 @@ READERS = 4
 
 WINDOWS_AHEAD = 3
 """Windows of shards that a cache is told of: those in use and those that come next."""
-
-
-class ShardFiles(NamedTuple):
-    """The three files of a shard.
-
-    Attributes:
-        tar: an open file descriptor; whoever gets it closes it.
-        idx, parquet: contents of the DALI index and of the shard's table.
-    """
-
-    tar: int
-    idx: bytes
-    parquet: bytes
 
 
 class ShardSource(Protocol):
@@ -82,13 +70,22 @@ class LocalShards:
         """Do nothing."""
 
 
-def open_source(dataset: ShardDataset, cache: Cache | None) -> ShardSource:
+def open_source(dataset: ShardDataset, cache: Cache | None, together: int = 1) -> ShardSource:
     """Return where the shards of a dataset are read from.
 
     Args:
-        cache: where the shards of a remote dataset are kept; a local one is read where it is.
+        cache: where the shards of a remote dataset are kept. A local dataset is read where it is,
+            unless a cache is given: its folder may lie on a network file system.
+        together: shards that are open at once, at most.
+
+    Raises:
+        UserError: the cache cannot be used or is too small for so many shards.
     """
-    return LocalShards(dataset)
+    if dataset.store.is_local and cache is None:
+        return LocalShards(dataset)
+    shards = ShardCache(dataset, cache or Cache())
+    shards.require(min(together, len(dataset.shards)))
+    return shards
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 import tyro
 
 from pipeline import Cache
+from pipeline.order import SHUFFLE_SHARDS
 from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
 from schemas.settings import defaults_of, equal, flatten
@@ -24,9 +25,9 @@ FREE = {
 }  # fmt: skip
 
 
-POSITIVE = (
+POSITIVE = ("shuffle_shards", "streams",
     "batch_size", "accumulate", "epochs", "keep_checkpoints", "log_steps", "checkpoint_steps",
-    "rank_timeout", "synthetic",
+    "rank_timeout", "synthetic", "shuffle_shards", "streams",
 )  # fmt: skip
 
 
@@ -107,9 +108,15 @@ class TrainConfig:
     rank_timeout: int = 600
     """Seconds after which a process that does not answer is taken for dead and the job ends."""
     cache: str | None = None
-    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
-    cache_gb: float = 500.0
-    """What all copies there may take, in GB of 10^9 bytes."""
+    """Local folder for the shards of a remote dataset; by default one in the user's cache folder.
+    A dataset on a network file system is read through a cache only where this is given."""
+    cache_gb: float | None = None
+    """Limit of that folder in GB of 10^9 bytes; by default half of what the disk has free."""
+    shuffle_shards: int = SHUFFLE_SHARDS
+    """Number of shards whose samples are shuffled together."""
+    streams: int = 1
+    """Number of parts that shards are dealt to for the whole training; with as many as nodes, each
+    node reads its own shards only. Divides the batch size."""
 
 
 def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -156,9 +163,12 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def cache_of(folder: str | None, gigabytes: float) -> Cache | None:
-    """The options `cache` and `cache_gb`."""
-    return None if folder is None else Cache(Path(folder), int(1e9 * gigabytes))
+def cache_of(folder: str | None, gigabytes: float | None) -> Cache | None:
+    """Return what the options `cache` and `cache_gb` say; None where none is given."""
+    if folder is None and gigabytes is None:
+        return None
+    limit = None if gigabytes is None else int(1e9 * gigabytes)
+    return Cache(None if folder is None else Path(folder), limit)
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:

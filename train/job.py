@@ -92,4 +92,6 @@ def open_views(config: TrainConfig, device: torch.device) -> Views:
         seed=config.seed,
         report=("keys",),
         cache=cache_of(config.cache, config.cache_gb),
+        shuffle_shards=config.shuffle_shards,
+        streams=config.streams,
     )

@@ -13,7 +13,7 @@ from schemas.cli import TerminatedError
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, default_settings, settings_of
 from train.describe import introduction, metadata_of, write_start
-from train.distributed import gather_objects, is_main, together
+from train.distributed import gather_objects, is_main, together, world_size
 from train.encoders import save_encoder
 from train.evaluate.during import KnnDuringTraining
 from train.failure import LossWatch
@@ -108,7 +108,7 @@ def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
     with together():
         if config.resume == "never" and checkpoints.steps():
             raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
-        done = checkpoints.restore(job.method, step, job.views)
+        done, saved_by = checkpoints.restore(job.method, step, job.views)
     record = None
     with together():
         if is_main():
@@ -126,7 +126,8 @@ def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
             for line in introduction(config, job.method, job.views, job.device):
                 record.say(line)
             if done:
-                record.say(f"goes on after step {done} of {job.total_steps}")
+                processes = f", {saved_by} -> {world_size()} processes" * (saved_by != world_size())
+                record.say(f"resumes after step {done} of {job.total_steps}{processes}")
 
     loop = Loop(job, step, checkpoints, record, evaluation)
     with loop.interrupt.listening():

@@ -62,9 +62,9 @@ class LinearOptions:
     log_steps: int = 10
     """Steps between two log lines."""
     cache: str | None = None
-    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
-    cache_gb: float = 500.0
-    """What all copies there may take, in GB of 10^9 bytes."""
+    """Local folder for the shards of a remote dataset; by default in the user's own."""
+    cache_gb: float | None = None
+    """Limit of that folder in GB of 10^9 bytes; by default half of what the disk has free."""
 
 
 def evaluate(options: LinearOptions) -> dict[str, Any]:
