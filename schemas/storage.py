@@ -91,7 +91,8 @@ class Store:
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The whole file, or its bytes from `start` up to `end`. Raises FileNotFoundError."""
         with self.answers():
-            return self.fs.cat_file(self.path(name), start, end)
+            # by name: the second argument of s3fs is a version
+            return self.fs.cat_file(self.path(name), start=start, end=end)
 
     def open(self, name: str) -> BinaryIO:
         """The file, open for reading. Raises FileNotFoundError."""
