@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -150,7 +151,7 @@ class ShardCache:
         self._threads = 0
         self._elsewhere = 0  # fetches by other processes that threads met one after the other
         self._is_warned = False
-        self._poll = threading.Lock()
+        self._turn = threading.Lock()  # held by the one thread that waits to look again
 
     def bytes_of(self, row: ShardRow) -> int:
         """Return the bytes that are reserved for a shard: tar, index and table."""
@@ -181,7 +182,10 @@ class ShardCache:
             for _ in range(self._threads, min(FETCHES_AT_A_TIME, len(self._queue))):
                 self._threads += 1
                 threading.Thread(
-                    target=run_fetcher, args=(weakref.ref(self),), name="fetch", daemon=True
+                    target=run_fetcher,
+                    args=(weakref.ref(self), self._turn),
+                    name="fetch",
+                    daemon=True,
                 ).start()
 
     def open(self, shard: int) -> ShardFiles:
@@ -206,7 +210,7 @@ class ShardCache:
             if outcome is Refusal.FETCHED_ELSEWHERE:
                 self.folder.wait_for_fetch(row)
             elif outcome is Refusal.FULL:
-                self._closed.wait(POLL)  # all room is reserved by fetches, each of which will end
+                time.sleep(POLL)  # all room is reserved by fetches, each of which will end
         with self._state:
             self.counts["found"] += is_found
             self._needed.pop(row.sha256, None)
@@ -224,13 +228,17 @@ class ShardCache:
         except OSError as error:
             raise self._local_error(row, error) from error
 
-    def _fetch_next(self) -> bool:
-        """Fetch the next shard of the list, or wait a moment; False when there is none left."""
+    def _fetch_next(self) -> float | None:
+        """Fetch the next shard of the list, if it can be fetched now.
+
+        Returns:
+            Seconds to wait before the next call; None when the list is done.
+        """
         with self._state:
             waiting = [shard for shard in self._queue if shard not in self._fetching]
             if not waiting:
                 self._threads -= 1
-                return False
+                return None
             shard = waiting[0]
             self._fetching.add(shard)
         outcome, error = self._try_fetch(shard, is_urgent=False)
@@ -247,10 +255,7 @@ class ShardCache:
                 must_wait = error is None and outcome is Refusal.FULL
                 if is_listed and not must_wait:
                     self._queue.remove(shard)
-        if must_wait:
-            with self._poll:  # so that of all threads one looks again each time
-                self._closed.wait(POLL)
-        return True
+        return POLL if must_wait else 0.0
 
     def _try_fetch(
         self, shard: int, is_urgent: bool
@@ -340,10 +345,16 @@ class ShardCache:
             )
 
 
-def run_fetcher(reference: "weakref.ref[ShardCache]") -> None:
+def run_fetcher(reference: "weakref.ref[ShardCache]", turn: threading.Lock) -> None:
     """Fetch until the list is done, or nobody holds the cache any more."""
-    while (cache := reference()) is not None and cache._fetch_next():
+    while (cache := reference()) is not None:
+        seconds = cache._fetch_next()
         del cache
+        if seconds is None:
+            return
+        if seconds:
+            with turn:  # one after the other, so that waiting threads cost next to nothing
+                time.sleep(seconds)
 
 
 def gigabytes(count: int) -> str:
