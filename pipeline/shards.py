@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from pipeline.cache import Cache
+from pipeline.cache import Cache, ShardCache
+from pipeline.cache_folder import ShardFiles
 from pipeline.order import Order
 from schemas import FormatError, ShardDataset, ShardRow, UserError
 from schemas.sample import SALIENCY_MEMBER
@@ -31,21 +32,15 @@ WINDOWS_AHEAD = 3
 """Windows of shards that a cache is told of: those in use and those that come next."""
 
 
-class ShardFiles(NamedTuple):
-    """The three files of a shard.
+class ShardSource(Protocol):
+    """Where shards come from: a local folder, or a cache of a remote one.
 
     Attributes:
-        tar: an open file descriptor; whoever gets it closes it.
-        idx, parquet: contents of the DALI index and of the shard's table.
+        description: one line for the user about where shards are kept; empty for a local dataset.
     """
 
-    tar: int
-    idx: bytes
-    parquet: bytes
-
-
-class ShardSource(Protocol):
-    """Where shards come from: a local folder, or a cache of a remote one."""
+    @property
+    def description(self) -> str: ...
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Take note of the shards that will be opened next, in this order."""
@@ -59,6 +54,8 @@ class ShardSource(Protocol):
 
 class LocalShards:
     """The shards of a dataset in a local folder."""
+
+    description = ""
 
     def __init__(self, dataset: ShardDataset) -> None:
         self.folder = Path(dataset.url)
@@ -82,13 +79,22 @@ class LocalShards:
         """Do nothing."""
 
 
-def open_source(dataset: ShardDataset, cache: Cache | None) -> ShardSource:
+def open_source(dataset: ShardDataset, cache: Cache | None, at_once: int = 1) -> ShardSource:
     """Return where the shards of a dataset are read from.
 
     Args:
-        cache: where the shards of a remote dataset are kept; a local one is read where it is.
+        cache: where the shards of a remote dataset are kept; a local one is read where it is,
+            unless a folder is named.
+        at_once: shards that are open at the same time.
+
+    Raises:
+        UserError: the cache cannot be used, or is too small for so many shards.
     """
-    return LocalShards(dataset)
+    if dataset.store.is_local and (cache is None or cache.folder is None):
+        return LocalShards(dataset)
+    source = ShardCache(dataset, cache or Cache())
+    source.require(at_once)
+    return source
 
 
 @dataclass(frozen=True)

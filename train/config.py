@@ -106,9 +106,10 @@ class TrainConfig:
     rank_timeout: int = 600
     """Seconds after which a process that does not answer is taken for dead and the job ends."""
     cache: str | None = None
-    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
-    cache_gb: float = 500.0
-    """What all copies there may take, in GB of 10^9 bytes."""
+    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
+    a remote dataset when not given. A local dataset is copied to it only if it is given."""
+    cache_gb: float | None = None
+    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
 
 
 def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -155,9 +156,12 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def cache_of(folder: str | None, gigabytes: float) -> Cache | None:
-    """The options `cache` and `cache_gb`."""
-    return None if folder is None else Cache(Path(folder), int(1e9 * gigabytes))
+def cache_of(folder: str | None, gigabytes: float | None) -> Cache:
+    """Return the cache that the options `cache` and `cache_gb` name; None stands for a default."""
+    return Cache(
+        None if folder is None else Path(folder),
+        None if gigabytes is None else int(1e9 * gigabytes),
+    )
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:

@@ -88,6 +88,7 @@ def introduction(
         f"{optim.warmup_epochs} epochs of warm-up, weight decay {optim.weight_decay:g}",
         f"{config.epochs} epochs of {len(views)} steps; each leaves out {views.dropped} of "
         f"{views.samples} images, other ones each time, which do not fill a batch",
+        *filter(None, [views.cache_description]),
         *(f"note: {note}" for note in [*notes(config, device), *method.notes(views.samples)]),
     ]
 
@@ -103,15 +104,12 @@ def notes(config: TrainConfig, device: torch.device) -> list[str]:
         )
     if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         found.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} takes all")
-    if config.cache is None and not config.synthetic:
-        remedy = "--cache FOLDER copies the shards to a local disk once"
-        if kind := network_mount(config.data):
-            found.append(f"{config.data} lies on {kind}: where steps wait for data, {remedy}")
-        elif "://" in config.data:
-            found.append(
-                f"{config.data}: the store is asked three times an image, one after the other, "
-                f"which is slow where it is far; {remedy}"
-            )
+    kind = network_mount(config.data)
+    if kind and config.cache is None and not config.synthetic:
+        found.append(
+            f"{config.data} lies on {kind}: where steps wait for data, --cache FOLDER keeps shards "
+            "on a local disk"
+        )
     return found
 
 

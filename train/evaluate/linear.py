@@ -62,9 +62,10 @@ class LinearOptions:
     log_steps: int = 10
     """Steps between two log lines."""
     cache: str | None = None
-    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
-    cache_gb: float = 500.0
-    """What all copies there may take, in GB of 10^9 bytes."""
+    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
+    a remote dataset when not given. A local dataset is copied to it only if it is given."""
+    cache_gb: float | None = None
+    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
 
 
 def evaluate(options: LinearOptions) -> dict[str, Any]:
