@@ -102,6 +102,11 @@ bench-loader: $(READY) ## DATA=...: views/s of the loader beside the usual ways,
 	$(call need,DATA,make bench-loader DATA=out/photos)
 	$(PY) -m bench loader --data "$(DATA)" $(ARGS)
 
+.PHONY: bench-remote
+bench-remote: $(READY) ## DATA=...: first batch and images/s from S3 at a distance, beside local
+	$(call need,DATA,make bench-remote DATA=out/photos)
+	$(PY) -m bench remote --data "$(DATA)" $(ARGS)
+
 .PHONY: bench-precompute
 bench-precompute: $(READY) ## ROOT=...: the precompute job on a folder of photos, beside its ceilings
 	$(call need,ROOT,make bench-precompute ROOT=photos)

@@ -1,6 +1,7 @@
 """Measure this machine.
 
 python -m bench loader --data URL         views/s beside the usual ways, on the same images
+python -m bench remote --data URL         first batch and rate from S3 at a distance, beside local
 python -m bench precompute --root PHOTOS  the job beside its ceilings
 python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import fidelity, loader, precompute, study, train
+from bench import fidelity, loader, precompute, remote, study, train
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
@@ -23,6 +24,7 @@ from schemas.cli import parse, run
 def main() -> int:
     commands = {
         "loader": bench_loader,
+        "remote": bench_remote,
         "precompute": bench_precompute,
         "fidelity": bench_fidelity,
         "train": bench_train,
@@ -44,6 +46,14 @@ def bench_loader(argv: Sequence[str]) -> None:
         rows = measure(loader.ways(options, Path(folder)), options.repeats)
     print(show("Loader", rows, loader.bases([row.name for row in rows])), end="\n\n")
     finish(options.out, {"Loader": rows}, asdict(options))
+
+
+def bench_remote(argv: Sequence[str]) -> None:
+    options = parse(remote.Options, argv)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = remote.measure(options, Path(folder))
+    print(remote.report(figures, options))
+    remote.write(options, figures)
 
 
 def bench_precompute(argv: Sequence[str]) -> None:

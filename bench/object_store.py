@@ -2,12 +2,14 @@
 
 It serves the files of a local folder, read-only: `GET /bucket/key` is the file `folder/bucket/key`.
 It knows what a reader of shards needs (GET with ranges, HEAD, ListObjectsV2) and no signatures.
+`GET /?counts` is how often each file was asked for, as JSON.
 Benchmarks start it as a process of its own, so that its CPU time is not the client's:
 
 python -m bench.object_store FOLDER --latency 0.02 --bandwidth 200e6
 """
 
 import argparse
+import json
 import os
 import socket
 import threading
@@ -124,7 +126,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer("HEAD")
 
     def do_GET(self) -> None:
-        if "list-type" in urlsplit(self.path).query:
+        if self.path == "/?counts":
+            with self.server.lock:
+                counts = {" ".join(key): count for key, count in self.server.requests.items()}
+            self.send_text(json.dumps(counts), "application/json")
+        elif "list-type" in urlsplit(self.path).query:
             self.list_objects()
         else:
             self.answer("GET")
@@ -227,9 +233,13 @@ class Handler(BaseHTTPRequestHandler):
             f"<Name>{escape(bucket.name)}</Name><Prefix>{escape(prefix)}</Prefix>"
             f"<KeyCount>{len(rows)}</KeyCount><IsTruncated>false</IsTruncated>{''.join(rows)}"
             "</ListBucketResult>"
-        ).encode()
+        )
+        self.send_text(body, "application/xml")
+
+    def send_text(self, text: str, kind: str) -> None:
+        body = text.encode()
         self.send_response(200)
-        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

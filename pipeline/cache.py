@@ -103,10 +103,6 @@ def open_folder(cache: Cache) -> CacheFolder:
             f"cache {folder}: cannot be used ({error.strerror or error}); choose a local folder "
             "that may be written to by --cache"
         ) from error
-    log.info(
-        f"cache {folder}: at most {gigabytes(opened.limit)}, {gigabytes(held)} are there now; "
-        "--cache and --cache-gb change it"
-    )
     return opened
 
 
@@ -140,6 +136,7 @@ class ShardCache:
         self.folder = open_folder(cache)
         self._closed = threading.Event()
         self.downloader = Downloader(dataset, self._closed, attempts, backoff)
+        log.info(self.description)
         self.counts: Counter[str] = Counter()
         self._rows = {row.shard: row for row in dataset.shards}
         self._side_bytes: dict[int, int] = {}  # where more than was reserved
@@ -152,6 +149,15 @@ class ShardCache:
         self._elsewhere = 0  # fetches by other processes that threads met one after the other
         self._is_warned = False
         self._turn = threading.Lock()  # held by the one thread that waits to look again
+
+    @property
+    def description(self) -> str:
+        """Say in one line where shards are kept and how many bytes they may take."""
+        return (
+            f"{self.dataset.url}: shards are kept in {self.folder.folder}, at most "
+            f"{gigabytes(self.folder.limit)} ({gigabytes(self.folder.held())} are there now); "
+            "--cache and --cache-gb change it"
+        )
 
     def bytes_of(self, row: ShardRow) -> int:
         """Return the bytes that are reserved for a shard: tar, index and table."""

@@ -69,6 +69,7 @@ class MaskedViews:
     Attributes:
         epoch, step: of the batch that comes next, from 0.
         samples: in the dataset. dropped: how many of them an epoch leaves out, over all ranks.
+        cache_description: one line about where shards are kept; empty for a local dataset.
 
     Raises:
         UserError: the dataset, its size, the recipe or the device does not allow it; and from
@@ -126,8 +127,9 @@ class MaskedViews:
                 f"{batch_size} = {world_size * batch_size} from {streams} streams; choose a "
                 "smaller batch"
             )
-        streams_read = max(1, streams // world_size)
-        self._source = open_source(self.dataset, cache, together=streams_read * shuffle_shards)
+        own_streams = max(1, streams // world_size)
+        self._source = open_source(self.dataset, cache, own_streams * shuffle_shards)
+        self.cache_description = self._source.description
         if rank == 0:
             log.info(
                 f"{url}: {self.samples} samples, {len(self)} steps per epoch of {world_size} x "

@@ -33,7 +33,14 @@ WINDOWS_AHEAD = 3
 
 
 class ShardSource(Protocol):
-    """Where shards come from: a local folder, or a cache of a remote one."""
+    """Where shards come from: a local folder, or a cache of a remote one.
+
+    Attributes:
+        description: one line for the user about where shards are kept; empty for a local dataset.
+    """
+
+    @property
+    def description(self) -> str: ...
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Take note of the shards that will be opened next, in this order."""
@@ -47,6 +54,8 @@ class ShardSource(Protocol):
 
 class LocalShards:
     """The shards of a dataset in a local folder."""
+
+    description = ""
 
     def __init__(self, dataset: ShardDataset) -> None:
         self.folder = Path(dataset.url)
@@ -70,22 +79,22 @@ class LocalShards:
         """Do nothing."""
 
 
-def open_source(dataset: ShardDataset, cache: Cache | None, together: int = 1) -> ShardSource:
+def open_source(dataset: ShardDataset, cache: Cache | None, at_once: int = 1) -> ShardSource:
     """Return where the shards of a dataset are read from.
 
     Args:
-        cache: where the shards of a remote dataset are kept. A local dataset is read where it is,
-            unless a cache is given: its folder may lie on a network file system.
-        together: shards that are open at once, at most.
+        cache: where the shards of a remote dataset are kept; a local one is read where it is,
+            unless a folder is named.
+        at_once: shards that are open at the same time.
 
     Raises:
-        UserError: the cache cannot be used or is too small for so many shards.
+        UserError: the cache cannot be used, or is too small for so many shards.
     """
-    if dataset.store.is_local and cache is None:
+    if dataset.store.is_local and (cache is None or cache.folder is None):
         return LocalShards(dataset)
-    shards = ShardCache(dataset, cache or Cache())
-    shards.require(min(together, len(dataset.shards)))
-    return shards
+    source = ShardCache(dataset, cache or Cache())
+    source.require(at_once)
+    return source
 
 
 @dataclass(frozen=True)

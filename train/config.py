@@ -108,10 +108,10 @@ class TrainConfig:
     rank_timeout: int = 600
     """Seconds after which a process that does not answer is taken for dead and the job ends."""
     cache: str | None = None
-    """Local folder for the shards of a remote dataset; by default one in the user's cache folder.
-    A dataset on a network file system is read through a cache only where this is given."""
+    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
+    a remote dataset when not given. A local dataset is copied to it only if it is given."""
     cache_gb: float | None = None
-    """Limit of that folder in GB of 10^9 bytes; by default half of what the disk has free."""
+    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
     shuffle_shards: int = SHUFFLE_SHARDS
     """Number of shards whose samples are shuffled together."""
     streams: int = 1
@@ -163,12 +163,12 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def cache_of(folder: str | None, gigabytes: float | None) -> Cache | None:
-    """Return what the options `cache` and `cache_gb` say; None where none is given."""
-    if folder is None and gigabytes is None:
-        return None
-    limit = None if gigabytes is None else int(1e9 * gigabytes)
-    return Cache(None if folder is None else Path(folder), limit)
+def cache_of(folder: str | None, gigabytes: float | None) -> Cache:
+    """Return the cache that the options `cache` and `cache_gb` name; None stands for a default."""
+    return Cache(
+        None if folder is None else Path(folder),
+        None if gigabytes is None else int(1e9 * gigabytes),
+    )
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:

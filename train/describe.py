@@ -87,7 +87,8 @@ def introduction(
         f"{optim.optimizer}, lr {optim.peak(config.batch_size):g}, {optim.schedule}, "
         f"{optim.warmup_epochs} epochs of warm-up, weight decay {optim.weight_decay:g}",
         f"{config.epochs} epochs of {len(views)} steps; each drops {views.dropped} of "
-        f"{views.samples} images, other ones each time, which do not fill a batch",
+        f"{views.samples} images (different ones each epoch) that do not fill a batch",
+        *filter(None, [views.cache_description]),
         *(f"note: {note}" for note in [*notes(config, device), *method.notes(views.samples)]),
     ]
 
@@ -103,10 +104,11 @@ def notes(config: TrainConfig, device: torch.device) -> list[str]:
         )
     if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         found.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} takes all")
-    if config.cache is None and not config.synthetic and (kind := network_mount(config.data)):
+    kind = network_mount(config.data)
+    if kind and config.cache is None and not config.synthetic:
         found.append(
-            f"{config.data} lies on {kind}: where steps wait for data, --cache FOLDER fetches "
-            "whole shards to a local disk, ahead of time"
+            f"{config.data} lies on {kind}: where steps wait for data, --cache FOLDER keeps shards "
+            "on a local disk"
         )
     return found
 

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from bench.object_store import ObjectServer
+from pipeline import EvalViews, MaskedViews, cache_folder
 from pipeline import cache as cache_module
-from pipeline import cache_folder
 from pipeline.cache import Cache, ShardCache, default_folder, open_folder
 from schemas import ShardDataset, UserError, write_dataset
 from schemas.tables import shard_name
-from tests.pipeline.conftest import picture, sample_of
+from tests.pipeline.conftest import picture, sample_of, small
 
 SHARDS = 12
 ROOM = 10**9
@@ -665,13 +666,46 @@ def test_a_folder_on_nfs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_default_is_stated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: ObjectServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with caplog.at_level(logging.INFO):
-        opened = open_folder(Cache())
-    assert opened.folder == tmp_path / "saliency-shards"
+        cache = ShardCache(ShardDataset.open(f"{server.url}/b"), Cache())
+    limit = cache.folder.limit
     disk = os.statvfs(tmp_path)
     free = disk.f_bavail * disk.f_frsize
-    assert 0.4 * free < opened.limit < 0.6 * free
-    assert f"cache {tmp_path}/saliency-shards: at most {opened.limit / 1e9:.3g} GB" in caplog.text
+    assert 0.4 * free < limit < 0.6 * free
+    stated = f"kept in {tmp_path}/saliency-shards, at most {limit / 1e9:.3g} GB"
+    assert stated in cache.description
+    assert stated in caplog.text
+
+
+# --- through the loader ---------------------------------------------------------------------------
+
+
+def test_a_remote_dataset_gives_the_batches_of_the_same_shards_on_disk(
+    server: ObjectServer, store: Path, tmp_path: Path
+) -> None:
+    limit = 6 * 10**5  # less than the dataset
+    cache = Cache(tmp_path, limit)
+    assert sum(row.bytes for row in ShardDataset.open(store / "b").shards) > limit / 2
+    options: dict = {"report": ("keys",), "seed": 3, "shuffle_shards": 2}
+    local = MaskedViews(store / "b", small("hp"), 4, "cpu", **options)
+    remote = MaskedViews(f"{server.url}/b", small("hp"), 4, "cpu", cache=cache, **options)
+    for ours, theirs in zip(remote, local, strict=True):
+        assert ours.sample_keys == theirs.sample_keys
+        assert torch.equal(ours.query, theirs.query)
+    plain = EvalViews(f"{server.url}/b", 4, "cpu", crop_size=56, cache=cache)
+    assert sum(len(batch.label) for batch in plain) == SHARDS
+    with pytest.raises(UserError, match="4 shards open at once"):
+        MaskedViews(
+            f"{server.url}/b",
+            small("hp"),
+            4,
+            "cpu",
+            cache=Cache(tmp_path, limit // 6),
+            shuffle_shards=4,
+        )

@@ -62,9 +62,10 @@ class LinearOptions:
     log_steps: int = 10
     """Steps between two log lines."""
     cache: str | None = None
-    """Local folder for the shards of a remote dataset; by default in the user's own."""
+    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
+    a remote dataset when not given. A local dataset is copied to it only if it is given."""
     cache_gb: float | None = None
-    """Limit of that folder in GB of 10^9 bytes; by default half of what the disk has free."""
+    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
 
 
 def evaluate(options: LinearOptions) -> dict[str, Any]:

@@ -37,9 +37,10 @@ class KnnOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch finds a GPU."""
     cache: str | None = None
-    """Local folder for the shards of a remote dataset; by default in the user's own."""
+    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
+    a remote dataset when not given. A local dataset is copied to it only if it is given."""
     cache_gb: float | None = None
-    """Limit of that folder in GB of 10^9 bytes; by default half of what the disk has free."""
+    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
 
 
 def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
