@@ -21,8 +21,8 @@ from torchvision import datasets, io, models, transforms, tv_tensors
 from torchvision.transforms import v2
 
 from pipeline import Recipe, fills, masks
-from pipeline.assemble import MEAN, STD
 from pipeline.draws import Draws
+from pipeline.fused import MEAN, STD
 
 Views = dict[str, Tensor]
 

@@ -2,25 +2,22 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline import filters, photometric, reader, regions
+from pipeline import photometric, reader, regions
 from pipeline.batch import Extra
 from pipeline.draws import Draws
 from pipeline.fills import FILLS
 from pipeline.masks import Masks, draw
 from pipeline.memory import Buffers
+from pipeline.pixels import Masking, make_views
 from pipeline.recipes import Recipe
 from pipeline.registry import find
 from pipeline.views import cut_on_host
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's mean and standard deviation of R, G, B in 0 .. 1, as in torchvision."""
 
 PART = 8
 """Views that a CPU works on at a time: 5 MB at 224 pixels, which stays in its caches."""
@@ -39,16 +36,6 @@ class View:
     image: Tensor
     saliency: Tensor | None
     window: Tensor
-
-
-def normalised(image: Tensor, recipe: Recipe) -> Tensor:
-    """(N, 3, H, W) float32 in 0 .. 1 -> as an encoder of this recipe sees it, high-passed or not.
-
-    Changes `image`.
-    """
-    for channel, mean, std in zip(image.unbind(1), MEAN, STD, strict=True):
-        channel.sub_(mean).div_(std)
-    return filters.high_pass(image, recipe) if recipe.high_pass else image
 
 
 def assemble(
@@ -81,45 +68,71 @@ def assemble(
             repeated = guide(key).repeat(many, 1, 1)
             drawn["hard_negative"] = draw(repeated, recipe, "hard_negative", draws)
 
-    size, side = len(query.image), recipe.crop_size
-    rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
-    images = {
-        name: buffers.empty(rows, side)
-        if draws.device.type == "cpu"
-        else torch.empty(
-            (rows, 3, side, side), device=draws.device, memory_format=torch.channels_last
-        )
-        for name, rows in rows_of.items()
-        if rows
-    }
-
-    def put(name: str, rows: slice, image: Tensor, own: Draws) -> None:
-        if name in drawn:
-            std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
-            content = find("fill", recipe.fill, FILLS)(image, recipe, std, own)
-            # a weight of 0 or 1 chooses: on a CPU fifteen times as fast as `where`
-            image = torch.lerp(image, content, drawn[name].pixels(rows, side))
-        images[name][rows] = image
-
-    def work(number: int, rows: slice) -> None:
-        own = draws.part(1 + number)
-        put("query", rows, encoder_input(query, looks["query"], rows, recipe), own)
-        if key is None:
-            return
-        image = encoder_input(key, looks["key"], rows, recipe)
-        put("key", rows, image, own)
-        for first in range(0, many * size, size):
-            put("hard_negative", slice(first + rows.start, first + rows.stop), image, own)
-
-    if draws.device.type == "cpu":
-        rows = parts(size)
-        list(workers().map(work, range(len(rows)), rows))
-    else:
-        work(0, slice(0, size))
+    side = recipe.crop_size
+    images = make_all(cuts, looks, drawn, recipe, draws, buffers)
     found: dict[str, Any] = {}
     if boxes is not None:
         found = dict(query_regions=boxes.query, key_regions=boxes.key, region_valid=boxes.valid)
     return images | found | extras(cuts, looks, drawn, side, report)
+
+
+def make_all(
+    cuts: dict[str, View],
+    looks: dict[str, photometric.Photometric],
+    drawn: dict[str, Masks],
+    recipe: Recipe,
+    draws: Draws,
+    buffers: Buffers,
+) -> dict[str, Tensor]:
+    """Make the images of a batch by their names in `Batch`; on a CPU in `buffers`."""
+    size, many = len(cuts["query"].image), recipe.hard_negatives
+    on_cpu = draws.device.type == "cpu"
+    images = {}
+    if on_cpu:
+        rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
+        images = {
+            name: buffers.empty(rows, recipe.crop_size) for name, rows in rows_of.items() if rows
+        }
+
+    def masking(name: str, at: slice, own: Draws) -> Masking | None:
+        if name not in drawn:
+            return None
+        std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
+        noise, content = None, None
+        if recipe.fill == "noise":
+            noise = own.normal(at.stop - at.start, 3, recipe.cell, recipe.cell)
+        else:
+            function = find("fill", recipe.fill, FILLS)
+            content = partial(function, recipe=recipe, std=std, draws=own)
+        return Masking(drawn[name].of(at), std, noise, content)
+
+    def work(number: int, rows: slice) -> dict[str, list[Tensor]]:
+        own, made = draws.part(1 + number), {}
+        for name, view in cuts.items():
+            places = [(name, rows)]
+            if name == "key":
+                places += [
+                    ("hard_negative", slice(first + rows.start, first + rows.stop))
+                    for first in range(0, many * size, size)
+                ]
+            found = make_views(
+                view.image[rows],
+                looks[name].of(rows),
+                [masking(place, at, own) for place, at in places],
+                recipe,
+                [images[place][at] for place, at in places] if on_cpu else None,
+            )
+            made[name] = found[:1]
+            if found[1:]:
+                made["hard_negative"] = found[1:]
+        return made
+
+    if on_cpu:
+        rows = parts(size)
+        list(workers().map(work, range(len(rows)), rows))
+        return images
+    made = work(0, slice(0, size))
+    return {name: one[0] if len(one) == 1 else torch.cat(one) for name, one in made.items()}
 
 
 def parts(size: int) -> list[slice]:
@@ -143,12 +156,6 @@ def cut_all(images: list[Tensor], windows: Tensor, side: int) -> Tensor:
 
     list(workers().map(work, parts(len(images))))
     return cut.permute(0, 2, 3, 1)
-
-
-def encoder_input(view: View, look: photometric.Photometric, rows: slice, recipe: Recipe) -> Tensor:
-    """These rows of a view, unmasked: (n, 3, H, W) float32."""
-    image = photometric.apply(view.image[rows], look.of(rows))
-    return normalised(image, recipe)
 
 
 def guide(view: View) -> Tensor:

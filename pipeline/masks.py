@@ -166,8 +166,13 @@ class Masks:
     ratio: Tensor
     focal: Tensor
 
+    def of(self, rows: slice) -> "Masks":
+        """Return the masks of these rows."""
+        window = None if self.window is None else self.window[rows]
+        return Masks(self.cells[rows], window, self.ratio[rows], self.focal[rows])
+
     def pixels(self, rows: slice, side: int) -> Tensor:
-        """Of these rows: (n, C, side, side) float32, 1 where filled and 0 elsewhere."""
+        """Return (n, C, side, side) float32 of these rows, 1 where filled and 0 elsewhere."""
         cells = self.cells[rows].float()
         pixels = cells.repeat_interleave(side // cells.shape[3], 3)
         pixels = pixels.repeat_interleave(side // cells.shape[2], 2)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from pipeline.blur import gaussian_blur, soft_blur_kernel
 from pipeline.draws import Draws, to_device
-from pipeline.filters import gaussian_blur, gaussian_kernel
 from pipeline.recipes import Range, Recipe
 
 GRAY = (0.299, 0.587, 0.114)
@@ -85,9 +85,7 @@ def apply(view: Tensor, drawn: Photometric) -> Tensor:
         weight = to_device(drawn.gray.float(), image.device).view(-1, 1, 1, 1)
         image.lerp_(gray_of(image), weight)
     for host, rows in groups(drawn.sigma > 0, image.device):
-        sigma = drawn.sigma[host]
-        kernel = gaussian_kernel(sigma, (3 * sigma).ceil().long())
-        image[rows] = gaussian_blur(image[rows], kernel)
+        image[rows] = gaussian_blur(image[rows], soft_blur_kernel(drawn.sigma[host]))
     return image
 
 

@@ -10,8 +10,8 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from pipeline import devices, reader
-from pipeline.assemble import normalised
 from pipeline.cache import Cache
+from pipeline.pixels import encoder_input_
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
 from schemas import UserError
 
@@ -105,7 +105,7 @@ class PlainViews:
             count = min(self.batch_size, self.samples - start)
             labels = reader.parse_labels(label[:count]).to(self.device)
             unmasked = image[:count].permute(0, 3, 1, 2).float().div_(255)
-            yield PlainBatch(normalised(unmasked, self.recipe), labels)
+            yield PlainBatch(encoder_input_(unmasked, self.recipe), labels)
 
 
 @pipeline_def
