@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -98,13 +98,12 @@ def make_all(
         if name not in drawn:
             return None
         std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
-        noise, content = None, None
+        masks = drawn[name].of(at)
         if recipe.fill == "noise":
             noise = own.normal(at.stop - at.start, 3, recipe.cell, recipe.cell)
-        else:
-            function = find("fill", recipe.fill, FILLS)
-            content = partial(function, recipe=recipe, std=std, draws=own)
-        return Masking(drawn[name].of(at), std, noise, content)
+            return Masking(masks, std, noise, None)
+        function = find("fill", recipe.fill, FILLS)
+        return Masking(masks, std, None, lambda image: function(image, recipe, std, own))
 
     def work(number: int, rows: slice) -> dict[str, list[Tensor]]:
         own, made = draws.part(1 + number), {}

@@ -11,6 +11,7 @@ the 8-bit pixels: that is arithmetic instead of memory traffic. Each blur is one
 high-pass subtraction, the noise and the masks belong to the last pass.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -219,10 +220,11 @@ def blur(view: Tensor, taps: Sequence[Tensor] | Sequence[float]) -> Tensor:
     for axis in (2, 1):
         side = view.shape[axis]
         place = torch.arange(side, device=view.device)
-        view = sum(
+        terms = (
             weight * view.index_select(axis, reflect(place + offset, side))
             for offset, weight in zip(range(-radius, radius + 1), taps, strict=True)
         )
+        view = functools.reduce(torch.add, terms)
     return view
 
 

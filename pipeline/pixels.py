@@ -10,27 +10,22 @@ rounding:
 * on a GPU whose machine has no compiler, with PyTorch's own operators on the whole batch.
 """
 
-import logging
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from pipeline import fused, photometric
 from pipeline.blur import high_pass
+from pipeline.compiling import Compiled
 from pipeline.draws import to_device
 from pipeline.fills import repeat_tile
 from pipeline.fused import FUSED_FILLS, MEAN, STD
 from pipeline.masks import Masks
 from pipeline.photometric import Photometric
 from pipeline.recipes import Recipe
-
-log = logging.getLogger(__name__)
 
 COMPILER_OPTIONS: dict[str, str | int | bool] = {
     # one kernel per blur axis: by default Inductor writes a sum of so many reads to memory midway
@@ -41,12 +36,6 @@ COMPILER_OPTIONS: dict[str, str | int | bool] = {
 }
 """Inductor's settings (torch/_inductor/config.py) for `pipeline.fused`."""
 
-RECOMPILE_LIMIT = 64
-"""Compiled forms in one process: one per recipe, batch size and branch (PyTorch's default is 8)."""
-
-OLDEST_CAPABILITY = (7, 0)
-"""The oldest GPU that Inductor's kernels run on (torch/_inductor/scheduler.py)."""
-
 
 @dataclass(frozen=True)
 class Masking:
@@ -55,10 +44,10 @@ class Masking:
     Attributes:
         masks: where; as many rows as the view has, on its device.
         std: standard deviation of the noise, in normalized units.
-        noise: (N, 3, cell, cell) float32, standard normal, on the device: each view's tile, repeated
-            over its grid. None where the fill is not `noise`.
-        content: for any other fill, the function from unmasked images (n, 3, H, W) to what replaces
-            their masked pixels, broadcastable to them.
+        noise: (N, 3, cell, cell) float32, standard normal, on the device: each view's tile, which
+            is repeated over its grid. None where the fill is not `noise`.
+        content: for any other fill, the function from unmasked images (n, 3, H, W) to what
+            replaces their masked pixels, broadcastable to them.
     """
 
     masks: Masks
@@ -96,7 +85,7 @@ def make_views(
         new = [torch.empty(shape, memory_format=torch.channels_last) for _ in maskings]
         return make_on_cpu(image, look, maskings, recipe, new if out is None else list(out))
     assert out is None, "memory is given on a CPU only"
-    return gpu_chain(recipe, image.device)(image, look, maskings)
+    return make_on_gpu(image, look, maskings, recipe)
 
 
 def make_on_cpu(
@@ -157,52 +146,24 @@ def mix(
     torch.lerp(view, content, pixels, out=out)
 
 
-GpuChain = Callable[[Tensor, Photometric, Sequence[Masking | None]], list[Tensor]]
+def make_on_gpu(
+    image: Tensor, look: Photometric, maskings: Sequence[Masking | None], recipe: Recipe
+) -> list[Tensor]:
+    """Make the views of a whole batch, compiled if possible."""
+    is_fused = recipe.fill in FUSED_FILLS
+    covers = [cover(masking) for masking in maskings] if is_fused else [None]
+    table = to_device(fused.pack(look, recipe), image.device)
+    views = compiled_chain(recipe).try_call(image, table, covers)
+    if views is not None and is_fused:
+        return views
+    # a user's fill sees the views before they are masked
+    view = unmasked(image, look, recipe) if views is None else views[0]
+    return copies(view, maskings, recipe)
 
 
 @cache
-def gpu_chain(recipe: Recipe, device: torch.device) -> GpuChain:
-    """Return the function that makes this recipe's views on this GPU, compiled if possible."""
-    eager = partial(make_with_operators, recipe=recipe)
-    reason = why_not_compiled(device)
-    if reason is not None:
-        log.warning(
-            f"views are made without a compiler ({reason}): about 700 kernels per batch in place "
-            "of about 15"
-        )
-        return eager
-    return Compiled(recipe, eager)
-
-
-class Compiled:
-    """The compiled pixels of one recipe; falls back to PyTorch's operators if compiling fails."""
-
-    def __init__(self, recipe: Recipe, eager: GpuChain) -> None:
-        self.recipe, self.eager = recipe, eager
-        self.chain: fused.Chain | None = torch.compile(
-            fused.build_chain(recipe), fullgraph=True, dynamic=False, options=COMPILER_OPTIONS
-        )
-
-    def __call__(
-        self, image: Tensor, look: Photometric, maskings: Sequence[Masking | None]
-    ) -> list[Tensor]:
-        if self.chain is None:
-            return self.eager(image, look, maskings)
-        table = to_device(fused.pack(look, self.recipe), image.device)
-        is_fused = self.recipe.fill in FUSED_FILLS
-        covers = [cover(masking) if is_fused else None for masking in maskings]
-        if not is_fused:
-            covers = [None]  # one view; a user's fill comes before its masks
-        try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                views = self.chain(image, table, covers)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            log.warning(
-                f"the pixels could not be compiled, views are made without: {error}", exc_info=True
-            )
-            self.chain = None
-            return self.eager(image, look, maskings)
-        return views if is_fused else copies(views[0], maskings, self.recipe)
+def compiled_chain(recipe: Recipe) -> Compiled:
+    return Compiled(fused.build_chain(recipe), options=COMPILER_OPTIONS)
 
 
 def cover(masking: Masking | None) -> fused.Cover | None:
@@ -211,13 +172,6 @@ def cover(masking: Masking | None) -> fused.Cover | None:
         return None
     masks = masking.masks
     return fused.Cover(masks.cells, masks.window, masks.focal, masking.noise, masking.std)
-
-
-def make_with_operators(
-    image: Tensor, look: Photometric, maskings: Sequence[Masking | None], recipe: Recipe
-) -> list[Tensor]:
-    """Make the views on a GPU without a compiler."""
-    return copies(unmasked(image, look, recipe), maskings, recipe)
 
 
 def copies(view: Tensor, maskings: Sequence[Masking | None], recipe: Recipe) -> list[Tensor]:
@@ -231,19 +185,3 @@ def copies(view: Tensor, maskings: Sequence[Masking | None], recipe: Recipe) -> 
             mix(view, masking, recipe, None, copy)
         found.append(copy)
     return found
-
-
-@cache
-def why_not_compiled(device: torch.device) -> str | None:
-    """Return what keeps this machine from compiling for its GPU; None if nothing does."""
-    if torch._dynamo.config.disable:
-        return "TORCH_COMPILE_DISABLE is set"
-    if find_spec("triton") is None:
-        return "the package triton is missing"
-    # what Triton builds its launchers with
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "there is no C compiler: install gcc or clang, or name one by CC"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        return f"Triton knows no GPU of compute capability {capability[0]}.{capability[1]}"
-    return None
