@@ -59,7 +59,7 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any] | None = None) -> None:
-        self.name = function.__qualname__
+        self.function, self.options = function, options
         self._compiled: Callable[..., Any] | None = torch.compile(
             function, fullgraph=True, dynamic=False, options=options
         )
@@ -76,7 +76,7 @@ class Compiled:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
                 return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            log.warning(f"{self.name} could not be compiled and runs without: {error}")
+            log.warning(f"{self.function.__qualname__} could not be compiled and runs without: {error}")
             self._compiled = None
             return None
 

@@ -210,7 +210,7 @@ def turn_hue(planes: Planes, turns: Tensor) -> Planes:
     return red, green, blue
 
 
-def blur(view: Tensor, taps: Sequence[Tensor] | Sequence[float]) -> Tensor:
+def blur(view: Tensor, taps: Sequence[Tensor | float]) -> Tensor:
     """Convolve the rows and columns of (N, H, W, 3), the border reflected.
 
     Args:
