@@ -37,7 +37,7 @@ H100 = types.SimpleNamespace(
 )  # fmt: skip
 """What Inductor asks a GPU for (CUDA C++ Programming Guide, compute capability 9.0)."""
 
-UNCOUNTED = ("aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empty")
+UNCOUNTED = ("aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empty", "prim::")
 
 
 @dataclass

@@ -76,7 +76,9 @@ class Compiled:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
                 return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            log.warning(f"{self.function.__qualname__} could not be compiled and runs without: {error}")
+            log.warning(
+                f"{self.function.__qualname__} could not be compiled and runs without: {error}"
+            )
             self._compiled = None
             return None
 
