@@ -3,8 +3,8 @@
 The tensors are PyTorch's fake ones: shapes without memory, on a device `cuda` that need not exist.
 Operators that run one by one count as one kernel each, which reads its inputs and writes its
 outputs once; a view of memory counts as nothing. What is compiled is lowered by Inductor for an
-H100: it decides what is fused and generates the kernels, and its scheduler tells the bytes that each
-of them reads and writes. No kernel is compiled or run, so the count says nothing of arithmetic or
+H100: it decides what is fused and generates the kernels, and its scheduler tells the bytes that
+each of them reads and writes. No kernel is compiled or run, so the count says nothing of arithmetic or
 of caches; the time that the bytes take at the card's bandwidth is a lower bound.
 """
 
@@ -192,7 +192,7 @@ def count(recipe: Recipe, size: int, compiled: bool = True) -> Cost:
 
     side, grid = recipe.crop_size, recipe.grid
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch.cuda, "_lazy_init", lambda: None))
+        stack.enter_context(mock.patch.object(torch.cuda, "_lazy_init"))
         for module in (draws, photometric, blur, pixels):
             stack.enter_context(mock.patch.object(module, "to_device", to_device))
         stack.enter_context(mock.patch.object(Compiled, "try_call", try_call))
