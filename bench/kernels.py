@@ -5,7 +5,7 @@ Operators that run one by one count as one kernel each, which reads its inputs a
 outputs once; a view of memory counts as nothing. What is compiled is lowered by Inductor for an
 H100: it decides what is fused and generates the kernels, and its scheduler tells the bytes that
 each of them reads and writes. No kernel is compiled or run, so the count says nothing of arithmetic
-of caches; the time that the bytes take at the card's bandwidth is a lower bound.
+or of caches; the time that the bytes take at the card's bandwidth is a lower bound.
 """
 
 import contextlib
