@@ -112,6 +112,10 @@ bench-precompute: $(READY) ## ROOT=...: the precompute job on a folder of photos
 	$(call need,ROOT,make bench-precompute ROOT=photos)
 	$(PY) -m bench precompute --root "$(ROOT)" $(ARGS)
 
+.PHONY: bench-kernels
+bench-kernels: $(READY) ## Kernels and bytes of a batch of views on a GPU, counted without one
+	$(PY) -m bench kernels $(ARGS)
+
 .PHONY: bench-train
 bench-train: $(READY) ## DATA=...: training steps alone, fed by the loader, and the released way
 	$(call need,DATA,make bench-train DATA=out/photos)

@@ -5,6 +5,7 @@ python -m bench remote --data URL         first batch and rate from S3 at a dist
 python -m bench precompute --root PHOTOS  the job beside its ceilings
 python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
+python -m bench kernels                   kernels and bytes of a batch's views on a GPU, counted
 python -m bench study --shards FOLDER      arms of the method on real data, several seeds, a table
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import fidelity, loader, precompute, remote, study, train
+from bench import fidelity, kernels, loader, precompute, remote, study, train
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
@@ -28,6 +29,7 @@ def main() -> int:
         "precompute": bench_precompute,
         "fidelity": bench_fidelity,
         "train": bench_train,
+        "kernels": bench_kernels,
         "study": run_study,
     }
     name, *argv = sys.argv[1:] or ["--help"]
@@ -79,6 +81,10 @@ def bench_train(argv: Sequence[str]) -> None:
     found = train.summary(rows, train.shares(made, rows, options))
     print(*found, sep="\n")
     finish(options.out, {"Training": rows}, {**asdict(options), "summary": found})
+
+
+def bench_kernels(argv: Sequence[str]) -> None:
+    print(kernels.table(parse(kernels.Options, argv)))
 
 
 def run_study(argv: Sequence[str]) -> None:

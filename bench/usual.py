@@ -21,7 +21,7 @@ from torchvision import datasets, io, models, transforms, tv_tensors
 from torchvision.transforms import v2
 
 from pipeline import Recipe, fills, masks
-from pipeline.assemble import MEAN, STD
+from pipeline.fused import MEAN, STD
 from pipeline.rng import BatchRng
 
 Views = dict[str, Tensor]

@@ -2,25 +2,25 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline import devices, filters, photometric, regions
+from pipeline import devices, photometric, regions
 from pipeline.batch import Extra
 from pipeline.crop import cut_on_host
 from pipeline.fills import FILLS
 from pipeline.masks import Masks, draw
 from pipeline.memory import Buffers
+from pipeline.pixels import Masking, make_views
 from pipeline.recipes import Recipe
 from pipeline.registry import find
-from pipeline.rng import BatchRng, Rng
+from pipeline.rng import BatchRng
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's mean and standard deviation of R, G, B in 0 .. 1, as in torchvision."""
+COPIES = ("query", "key", "hard_negative")
+"""Names of what a batch has of each sample; there may be several hard negatives."""
 
 PART = 8
 """Views that a CPU works on at a time: 5 MB at 224 pixels, which stays in its caches."""
@@ -39,16 +39,6 @@ class View:
     image: Tensor
     saliency: Tensor | None
     window: Tensor
-
-
-def normalised(image: Tensor, recipe: Recipe) -> Tensor:
-    """(N, 3, H, W) float32 in 0 .. 1 -> as an encoder of this recipe sees it, high-passed or not.
-
-    Changes `image`.
-    """
-    for channel, mean, std in zip(image.unbind(1), MEAN, STD, strict=True):
-        channel.sub_(mean).div_(std)
-    return filters.high_pass(image, recipe) if recipe.high_pass else image
 
 
 def assemble(
@@ -86,45 +76,74 @@ def assemble(
             ]
             drawn["hard_negative"] = Masks.concatenate(copies)
 
-    size, side = len(query.image), recipe.crop_size
-    rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
-    images = {
-        name: buffers.empty(rows, side)
-        if rng.device.type == "cpu"
-        else torch.empty(
-            (rows, 3, side, side), device=rng.device, memory_format=torch.channels_last
-        )
-        for name, rows in rows_of.items()
-        if rows
-    }
-
-    def put(name: str, rows: slice, image: Tensor, own: Rng) -> None:
-        if name in drawn:
-            std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
-            content = find("fill", recipe.fill, FILLS)(image, recipe, std, own)
-            # a weight of 0 or 1 chooses: on a CPU fifteen times as fast as `where`
-            image = torch.lerp(image, content, drawn[name].pixels(rows, side))
-        images[name][rows] = image
-
-    def work(rows: slice) -> None:
-        fills = partial(rng.stream, "fill", rows=rows)
-        put("query", rows, encoder_input(query, looks["query"], rows, recipe), fills(0))
-        if key is None:
-            return
-        image = encoder_input(key, looks["key"], rows, recipe)
-        put("key", rows, image, fills(1))
-        for copy in range(many):
-            at = slice(copy * size + rows.start, copy * size + rows.stop)
-            put("hard_negative", at, image, fills(2 + copy))
-
-    if rng.device.type == "cpu":
-        list(workers().map(work, parts(size)))
-    else:
-        work(slice(0, size))
+    side = recipe.crop_size
+    images = make_all(cuts, looks, drawn, recipe, rng, buffers)
     found: dict[str, Any] = {}
     if boxes is not None:
         found = dict(query_regions=boxes.query, key_regions=boxes.key, region_valid=boxes.valid)
     return images | found | extras(cuts, looks, drawn, side, report)
+
+
+def make_all(
+    cuts: dict[str, View],
+    looks: dict[str, photometric.Photometric],
+    drawn: dict[str, Masks],
+    recipe: Recipe,
+    rng: BatchRng,
+    buffers: Buffers,
+) -> dict[str, Tensor]:
+    """Make the images of a batch by their names in `Batch`; on a CPU in `buffers`."""
+    size, many = len(cuts["query"].image), recipe.hard_negatives
+    on_cpu = rng.device.type == "cpu"
+    images = {}
+    if on_cpu:
+        rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
+        images = {
+            name: buffers.empty(rows, recipe.crop_size) for name, rows in rows_of.items() if rows
+        }
+
+    def masking(copy: int, rows: slice) -> Masking | None:
+        """Of query (0), key (1) or a hard negative (2, 3, ...)."""
+        name = COPIES[min(copy, 2)]
+        if name not in drawn:
+            return None
+        std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
+        masks = drawn[name].of(place(copy, rows))
+        own = rng.stream("fill", copy, rows)
+        if recipe.fill == "noise":
+            noise = own.normal(rows.stop - rows.start, 3, recipe.cell, recipe.cell)
+            return Masking(masks, std, noise, None)
+        function = find("fill", recipe.fill, FILLS)
+        return Masking(masks, std, None, lambda image: function(image, recipe, std, own))
+
+    def place(copy: int, rows: slice) -> slice:
+        """Return the rows of a copy among all images of its name."""
+        first = max(0, copy - 2) * size
+        return slice(first + rows.start, first + rows.stop)
+
+    def work(rows: slice) -> dict[str, list[Tensor]]:
+        made: dict[str, list[Tensor]] = {}
+        for name, view in cuts.items():
+            copies = [0] if name == "query" else [1, *range(2, 2 + many)]
+            names = [COPIES[min(copy, 2)] for copy in copies]
+            found = make_views(
+                view.image[rows],
+                looks[name].of(rows),
+                [masking(copy, rows) for copy in copies],
+                recipe,
+                [images[own][place(copy, rows)] for own, copy in zip(names, copies, strict=True)]
+                if on_cpu
+                else None,
+            )
+            for own, one in zip(names, found, strict=True):
+                made.setdefault(own, []).append(one)
+        return made
+
+    if on_cpu:
+        list(workers().map(work, parts(size)))
+        return images
+    made = work(slice(0, size))
+    return {name: one[0] if len(one) == 1 else torch.cat(one) for name, one in made.items()}
 
 
 def parts(size: int) -> list[slice]:
@@ -148,12 +167,6 @@ def cut_all(images: list[Tensor], windows: Tensor, side: int) -> Tensor:
 
     list(workers().map(work, parts(len(images))))
     return cut.permute(0, 2, 3, 1)
-
-
-def encoder_input(view: View, look: photometric.Photometric, rows: slice, recipe: Recipe) -> Tensor:
-    """These rows of a view, unmasked: (n, 3, H, W) float32."""
-    image = photometric.apply(view.image[rows], look.of(rows))
-    return normalised(image, recipe)
 
 
 def guide(view: View) -> Tensor:

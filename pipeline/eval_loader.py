@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline import devices
-from pipeline.assemble import normalised
 from pipeline.cache import Cache
 from pipeline.crop import center_windows
 from pipeline.graph import Cut, Decoder, PreparedBatch
 from pipeline.order import DiskOrder
+from pipeline.pixels import encoder_input_
 from pipeline.read_ahead import ReadAhead
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
 from pipeline.shards import ShardReader, open_source
@@ -106,7 +106,7 @@ class EvalViews:
                 labels = torch.from_numpy(decoded.prepared.encoded.labels)
                 image = decoded.views[0].permute(0, 3, 1, 2).float().div_(255)
                 yield EvalBatch(
-                    normalised(image, self.recipe), devices.to_device(labels, self.device)
+                    encoder_input_(image, self.recipe), devices.to_device(labels, self.device)
                 )
 
     def _prepare(self, reader: ShardReader) -> Iterator[PreparedBatch]:

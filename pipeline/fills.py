@@ -16,7 +16,7 @@ from functools import partial
 
 from torch import Tensor
 
-from pipeline import filters
+from pipeline.blur import shared_blur
 from pipeline.recipes import Recipe
 from pipeline.registry import register
 from pipeline.rng import Rng
@@ -37,17 +37,21 @@ fill = partial(register, "fill", registry=FILLS)
 @fill("noise")
 def noise(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
     """N(0, std^2)."""
-    tile = rng.normal(len(image), 3, recipe.cell, recipe.cell).mul_(std)
-    return tile.repeat(1, 1, recipe.grid, recipe.grid)
+    return repeat_tile(rng.normal(len(image), 3, recipe.cell, recipe.cell) * std, recipe)
 
 
 @fill("blur")
 def blur(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
     """The view's own strong blur."""
-    return filters.shared_blur(image, recipe.blur_kernel, recipe.blur_sigma)
+    return shared_blur(image, recipe.blur_kernel, recipe.blur_sigma)
 
 
 @fill("mean")
 def mean(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
     """The view's own mean of each channel."""
     return image.mean((2, 3), keepdim=True)
+
+
+def repeat_tile(tile: Tensor, recipe: Recipe) -> Tensor:
+    """Repeat a tile of one cell (N, 3, cell, cell) over the view."""
+    return tile.repeat(1, 1, recipe.grid, recipe.grid)

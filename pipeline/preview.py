@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from pipeline import masks
-from pipeline.assemble import MEAN, STD
 from pipeline.batch import Batch
+from pipeline.fused import MEAN, STD
 from pipeline.loader import MaskedViews
 from pipeline.recipes import Recipe
 from pipeline.sheet import KEY, QUERY, TILE, Tile, fit_into_tile, page, png

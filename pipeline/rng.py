@@ -25,6 +25,10 @@ WORDS = 64
 """64-bit words that a stream draws ahead: one call of NumPy for all the small draws of a view."""
 
 
+REGISTER = 16
+"""float32 numbers that a CPU works on at a time, at most (AVX-512)."""
+
+
 class Rng:
     """Random numbers of N samples for one purpose, each sample's from its own stream.
 
@@ -62,7 +66,7 @@ class Rng:
         if missing > 0:
             self._words = np.concatenate([self._words, self._draw(max(missing, WORDS))], axis=1)
         taken, self._words = self._words[:, :count], self._words[:, count:]
-        return taken
+        return np.ascontiguousarray(taken)
 
     def _draw(self, count: int) -> np.ndarray:
         """Draw at least `count` words of each stream, in whole blocks of four."""
@@ -103,11 +107,13 @@ class Rng:
             shape: as of `on_host`.
         """
         count = int(np.prod(shape, dtype=np.int64)) // max(1, len(self.samples))
-        words = np.ascontiguousarray(self.raw(-(-count // 2)))
-        bits = torch.from_numpy(words.view(np.int32)[:, :count].reshape(shape))
+        # Each sample's numbers fill whole vector registers: those that do not are rounded
+        # differently on a CPU, and then a number would depend on the batch that it is in.
+        words = self.raw(-(-count // REGISTER) * REGISTER // 2)
+        bits = to_device(torch.from_numpy(words.view(np.int32)), self.device)
         # 24 random bits as (k + 1/2) / 2^23 in (-1, 1): exact in float32, never -1 or 1
-        centered = (to_device(bits, self.device) >> 8).float().add_(0.5).mul_(2.0**-23)
-        return centered.erfinv_().mul_(2**0.5)
+        centered = (bits >> 8).float().add_(0.5).mul_(2.0**-23)
+        return centered.erfinv_().mul_(2**0.5)[:, :count].reshape(shape)
 
 
 class BatchRng:

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur, normalize
 
 from pipeline import EvalViews
-from pipeline.assemble import MEAN, STD
+from pipeline.fused import MEAN, STD
 from schemas import ShardDataset, UserError
 from tests.pipeline.conftest import CROP, SAMPLES
 

@@ -18,7 +18,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from pipeline.assemble import MEAN, STD
+from pipeline.fused import MEAN, STD
 from schemas import UserError
 from train.encoders import build_encoder, load_encoder, stem_of
 from train.evaluate.detection.heads import C4RoIHeads, RoIHead, in_float32, last_width
