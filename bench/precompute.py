@@ -17,7 +17,6 @@ import torch
 import tyro
 
 from bench.table import Row
-from precompute.build import ShardBuilder
 from precompute.cluster import cluster
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions, ScdaOptions, SpectralOptions
@@ -25,6 +24,7 @@ from precompute.estimators.scda import CHUNK, ScdaEstimator
 from precompute.estimators.windows import cut, windows
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage, list_images
 from precompute.sources.trees import Folder
 from schemas import Sample

@@ -93,9 +93,9 @@ def main() -> int:
 
     job = resolve(options)
     if options.dry_run:
-        from precompute.forecast import forecast
+        from precompute.dry_run import estimate_job
 
-        print(forecast(job, len(os.sched_getaffinity(0))))
+        print(estimate_job(job, len(os.sched_getaffinity(0))))
         return 0
     if not job.plan.images:
         print(f"nothing to do: {options.out} knows every image of the source")

@@ -15,9 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from precompute.cluster import cluster
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
-from precompute.ledger import Ledger
 from precompute.plan import Plan
 from precompute.progress import watch
+from precompute.progress_actor import ProgressActor
 from precompute.resume import missing_shards
 from precompute.sources import Source
 from precompute.worker import BuilderFactory, ShardActor
@@ -232,22 +232,22 @@ def build_shards(
         )
         # beside the driver, so that it goes only where the job goes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        ledger = ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote()
+        progress = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
         plans = [{"shard": shard, "images": json.dumps(images[shard])} for shard in missing]
         results = ray.data.from_items(plans, override_num_blocks=len(plans)).map(
             ShardActor,
-            fn_constructor_args=(factory, ledger),
+            fn_constructor_args=(factory, progress),
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
             num_cpus=cpus,
             num_gpus=gpus or None,
         )
 
         try:
-            with watch(ledger, sum(map(len, images.values())), len(missing)):
+            with watch(progress, sum(map(len, images.values())), len(missing)):
                 for row in results.iter_rows():
                     if row["error"]:
                         raise UserError(f"shard {row['shard']} failed: {row['error']}; {so_far()}")
-            return ray.get(ledger.at_work.remote())
+            return ray.get(progress.at_work.remote())
         except TerminatedError as error:
             raise TerminatedError(f"terminated; {so_far()}") from error
         except ray.exceptions.RayError as error:

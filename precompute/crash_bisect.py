@@ -13,13 +13,13 @@ from multiprocessing.connection import Connection
 
 from ray import cloudpickle
 
-from precompute.build import ShardBuilder
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import SourceImage
 
 MakeBuilder = Callable[[], ShardBuilder]
 
 
-class Taster:
+class CrashProbe:
     """A child process that makes images; it is started again when one has killed it.
 
     Attributes:
@@ -38,10 +38,10 @@ class Taster:
         if self.process is None or self.connection is None:
             # forked from a process that has imported torch and DALI once, and used neither
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["precompute.build"])
+            context.set_forkserver_preload(["precompute.shard_builder"])
             self.connection, theirs = context.Pipe()
             self.process = context.Process(
-                target=taste, args=(theirs, self.make_builder), daemon=True
+                target=serve_probe, args=(theirs, self.make_builder), daemon=True
             )
             self.process.start()
             theirs.close()
@@ -64,7 +64,7 @@ class Taster:
         self.process = self.connection = None
 
 
-def taste(connection: Connection, make_builder: bytes) -> None:
+def serve_probe(connection: Connection, make_builder: bytes) -> None:
     """In the child: make each list of images, and say so. An exception is none of our business."""
     builder = cloudpickle.loads(make_builder)()
     with contextlib.suppress(EOFError):
@@ -76,16 +76,18 @@ def taste(connection: Connection, make_builder: bytes) -> None:
             connection.send("alive")
 
 
-def find_poison(images: Sequence[SourceImage], make_builder: MakeBuilder) -> dict[str, str]:
+def find_crashing_images(
+    images: Sequence[SourceImage], make_builder: MakeBuilder
+) -> dict[str, str]:
     """Keys of the images that kill a process alone, and how it died. Empty if none does alone."""
-    taster = Taster(make_builder)
+    probe = CrashProbe(make_builder)
     found: dict[str, str] = {}
 
     def search(part: Sequence[SourceImage]) -> None:
-        if taster.survives(part):
+        if probe.survives(part):
             return
         if len(part) == 1:
-            found[part[0].key] = f"the process that read it died ({taster.died_of})"
+            found[part[0].key] = f"the process that read it died ({probe.died_of})"
             return
         search(part[: len(part) // 2])
         search(part[len(part) // 2 :])
@@ -93,5 +95,5 @@ def find_poison(images: Sequence[SourceImage], make_builder: MakeBuilder) -> dic
     try:
         search(images)
     finally:
-        taster.close()
+        probe.close()
     return found

@@ -7,9 +7,9 @@ import nvidia.dali.experimental.dynamic as ndd
 import torch
 from tqdm import tqdm
 
-from precompute.build import ShardBuilder
 from precompute.job import Job
 from precompute.resume import missing_shards
+from precompute.shard_builder import ShardBuilder
 from schemas.saliency import SaliencyMap
 from schemas.storage import Store
 
@@ -17,7 +17,7 @@ BATCHES = 3
 """Batches that are made to measure rate and size; the first one warms up and is not timed."""
 
 
-def forecast(job: Job, cores: int) -> str:
+def estimate_job(job: Job, cores: int) -> str:
     """Images, shards, bytes and time of a job, from a few batches made in one process on one core.
 
     Nothing is written. Raises UserError as the job itself would.
