@@ -11,12 +11,12 @@ import fsspec
 from PIL import Image, UnidentifiedImageError
 
 from schemas import UserError
+from schemas.device_errors import classify_error, first_line
 from schemas.sample import IMAGE_EXTENSIONS
 
 SOURCE = re.compile(
     r"(?P<shard>[^\s\"':]*(?:://)?[^\s\"':]*\.(?:tar|idx))(?::\d+:(?P<member>\S+))?"
 )
-MEMORY = re.compile("bad_alloc|out of memory|memory allocation", re.IGNORECASE)
 SEARCH_SECONDS = 30
 """How long to look for a sample that DALI does not name: a job should end within a minute."""
 
@@ -31,10 +31,15 @@ def explained(url: str, tars: Sequence[str]) -> Iterator[None]:
 
 
 def explanation(message: str, url: str, tars: Sequence[str]) -> str:
-    said = message.partition("encountered:")[2].strip() or message
-    reason, *_ = said.splitlines()
-    if MEMORY.search(message):
+    reason = first_line(message)
+    kind = classify_error(message)
+    if kind == "memory":
         return f"{url}: DALI is out of memory ({reason}); a smaller batch or crop needs less"
+    if kind == "device":
+        return (
+            f"the GPU fails ({reason}), no shard is to blame: look at `nvidia-smi` and the "
+            "system's log, then run the same command again to resume"
+        )
     place = SOURCE.search(reason)
     if place and place["member"]:
         where = f"{place['shard']}: sample {place['member'].partition('.')[0]}"

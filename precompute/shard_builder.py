@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from precompute.decode import decode, within_memory
+from precompute.device_failure import device_error
 from precompute.encode import EncodedImage, RejectedError, Resize, check
 from precompute.estimators import Estimator
 from precompute.sources import Source, SourceImage
+from schemas.device_errors import classify_error
 from schemas.errors import UserError
 from schemas.sample import Sample
 from schemas.shard import ShardMarker, write_shard
@@ -142,7 +144,12 @@ class ShardBuilder:
     def estimate(self, encoded: list[EncodedImage], pixels: Any) -> Iterator[Sample]:
         if not encoded:
             return
-        maps = self.estimator(pixels)
+        try:
+            maps = self.estimator(pixels)
+        except RuntimeError as error:
+            if classify_error(str(error)) == "data":
+                raise
+            raise device_error(error, "the estimator fails") from error
         if not np.isfinite(maps).all():
             raise ValueError("the estimator gave values that are not finite")
         for one, image, saliency in zip(encoded, pixels, maps, strict=True):
