@@ -106,7 +106,7 @@ class Rated:
 class Nothing:
     """Stands for an estimator where none is to run."""
 
-    side, weights_sha256 = 1, None
+    side, weights_sha256, device = 1, None, "cpu"
 
     def __call__(self, images: Any) -> np.ndarray:
         return np.zeros((len(images), 1, 1), np.float32)

@@ -38,10 +38,12 @@ class ScdaEstimator:
             network without a convolutional map.
     """
 
-    def __init__(self, options: ScdaOptions):
+    def __init__(self, options: ScdaOptions, device: str = "auto"):
         self.options = options
         self.side = options.side
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device
+        if device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         known = {name: name for name in torchvision.models.list_models(torchvision.models)}
         torch.manual_seed(0)  # random weights are the same in every worker
         model = torchvision.models.get_model(lookup("backbone", options.backbone, known))
@@ -77,7 +79,7 @@ class ScdaEstimator:
         normalised = (pixels.to(self.device).float() - self.mean) / self.std
         inputs = normalised.permute(0, 3, 1, 2)  # NHWC in memory: channels_last, no copy
         reduced = self.options.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
+        with torch.autocast(self.device, torch.bfloat16, enabled=reduced):
             activation = self.trunk(inputs)["map"]  # (N, D, U, V)
         return activation.float().sum(dim=1).cpu()
 

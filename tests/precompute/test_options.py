@@ -157,7 +157,8 @@ def test_resized_datasets_and_what_a_run_says(
     assert not out.exists()
     assert f"6 images -> 2 shards in {out}" in text
     assert "missing: 2 shards, 6 images" in text
-    assert "images/s on one (of 6 images;" in text
+    assert "images/s by one worker of" in text
+    assert "times 1 (of 6 images)" in text
 
     run_here(*arguments(root, out), "--resize", 20, "--resize-quality", 80)
     dataset = ShardDataset.open(out)
