@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 from schemas.errors import UserError
 
 Config = TypeVar("Config")
@@ -86,6 +84,8 @@ def parse(
     Raises:
         UserError: a name that is not in `named`.
     """
+    import tyro  # here, so that what has no command line needs none
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--version" in arguments:
         print(f"saliency-shards {version('saliency-shards')}")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import URLError
 
-import safetensors.torch
 import torch
 import torchvision
 from torch import nn
@@ -51,18 +50,17 @@ def read_state(path: Path) -> Mapping[str, torch.Tensor]:
     """A state_dict from a file, by its suffix. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
+    unreadable: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError)
     try:
         if path.suffix == ".safetensors":
+            import safetensors.torch  # here: networks by torchvision's names need none
+
+            unreadable += (safetensors.SafetensorError,)
             state = safetensors.torch.load_file(path)
         else:
+            unreadable += (pickle.UnpicklingError,)
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-    ) as error:
+    except unreadable as error:
         raise UserError(f"{path}: not a readable state_dict ({error})") from error
     if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path}: not a state_dict: it must map names to tensors")
