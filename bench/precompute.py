@@ -20,7 +20,7 @@ from bench.table import Row
 from precompute.cluster import cluster
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions, ScdaOptions, SpectralOptions
-from precompute.estimators.scda import CHUNK, ScdaEstimator
+from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
 from precompute.estimators.windows import cut, windows
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
@@ -119,7 +119,8 @@ def parts(images: Any, options: ScdaOptions) -> Iterator[list]:
         places = [
             (index, w) for index, (height, width) in shapes for w in windows(height, width, area)
         ]
-        yield from (places[start : start + CHUNK] for start in range(0, len(places), CHUNK))
+        chunk = WINDOWS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
+        yield from (places[start : start + chunk] for start in range(0, len(places), chunk))
 
 
 def measure(options: Options, folder: Path) -> list[Row]:
