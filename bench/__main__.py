@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import fidelity, loader, precompute, study, train
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
@@ -38,7 +37,12 @@ def main() -> int:
     return 0
 
 
+# Each target imports what it measures, and no other target's packages: Ray, for one.
+
+
 def bench_loader(argv: Sequence[str]) -> None:
+    from bench import loader
+
     options = parse(loader.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(loader.ways(options, Path(folder)), options.repeats)
@@ -47,6 +51,8 @@ def bench_loader(argv: Sequence[str]) -> None:
 
 
 def bench_precompute(argv: Sequence[str]) -> None:
+    from bench import precompute
+
     options = parse(precompute.Options, argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -61,6 +67,8 @@ def bench_precompute(argv: Sequence[str]) -> None:
 
 
 def bench_train(argv: Sequence[str]) -> None:
+    from bench import train
+
     options = parse(train.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         made = train.trainers(options, Path(folder))
@@ -72,12 +80,16 @@ def bench_train(argv: Sequence[str]) -> None:
 
 
 def run_study(argv: Sequence[str]) -> None:
+    from bench import study
+
     options = parse(study.Options, argv)
     study.run(options)
     print("\n" + study.report(options))
 
 
 def bench_fidelity(argv: Sequence[str]) -> None:
+    from bench import fidelity
+
     options = parse(fidelity.Options, argv)
     study = fidelity.Study(options)
     areas = [f"{a} - {b}" for a, b in itertools.pairwise(fidelity.BINS)]
