@@ -56,6 +56,10 @@ def bench_precompute(argv: Sequence[str]) -> None:
     options = parse(precompute.Options, argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if "cpu" in options.rows:
+            print(precompute.cpu_time(options, folder), end="\n\n", flush=True)
+        if options.rows == ("cpu",):
+            return
         rows = precompute.measure(options, folder)
         print(show("Precompute", rows, precompute.bases([row.name for row in rows])), end="\n\n")
         early, late = precompute.memory(options, folder)
