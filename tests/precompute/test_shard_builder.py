@@ -180,6 +180,19 @@ def test_a_group_of_images_goes_to_the_host_once(monkeypatch: pytest.MonkeyPatch
     assert windows > 2 * 8, "one forward pass was enough"
 
 
+def test_a_gpu_takes_the_windows_of_all_areas_together() -> None:
+    estimator = ScdaOptions("resnet18", "random", size=32).build("cpu")
+    levels = [scda.list_places([(375, 500)] * 32, area) for area in (1.0, 0.45)]
+    assert [len(level) for level in levels] == [32, 288]
+
+    def lengths(device: str) -> list[int]:
+        estimator.device = device  # type: ignore[misc]
+        return [len(chunk) for chunk in estimator.chunks(levels)]  # type: ignore[attr-defined]
+
+    assert lengths("cuda") == [256, 64]
+    assert lengths("cpu") == [32, 64, 64, 64, 64, 32]
+
+
 def test_folded_batch_norms_give_the_same_map() -> None:
     """What a GPU runs, run here: within rounding of the network as it is."""
     torch.manual_seed(0)
