@@ -1,12 +1,14 @@
 """The first session with a GPU, in its small form on a CPU."""
 
 import ast
+import queue
+import threading
 from pathlib import Path
 
 import pytest
 
 from bench import gpu_precompute
-from bench.gpu_precompute import Settings, measure, run_workers
+from bench.gpu_precompute import Settings, measure, work
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,9 +25,13 @@ def test_workers_side_by_side_without_ray() -> None:
     assert result.passed or "2 workers give" in result.lines[0]
 
 
-def test_a_worker_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="unknown backbone 'no-such-net'"):
-        run_workers(Settings("no-such-net", 2, 1, 8, 8, workers=(1,)), 1)
+def test_a_worker_that_fails_says_why_and_frees_the_others(tmp_path: Path) -> None:
+    """In this process: a worker is a function of a barrier and a queue."""
+    settings = Settings("no-such-net", 2, 1, 8, 8, workers=(2,))
+    warm, reports = threading.Barrier(2), queue.Queue()
+    work(settings, tmp_path, warm, reports)  # type: ignore[arg-type]
+    assert "unknown backbone 'no-such-net'" in reports.get_nowait()
+    assert warm.broken, "the other worker would wait for this one"
 
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
