@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import fidelity, kernels, loader, precompute, remote, study, train
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
@@ -42,7 +41,12 @@ def main() -> int:
     return 0
 
 
+# Each target imports what it measures, and no other target's packages: Ray, for one.
+
+
 def bench_loader(argv: Sequence[str]) -> None:
+    from bench import loader
+
     options = parse(loader.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(loader.ways(options, Path(folder)), options.repeats)
@@ -51,6 +55,8 @@ def bench_loader(argv: Sequence[str]) -> None:
 
 
 def bench_remote(argv: Sequence[str]) -> None:
+    from bench import remote
+
     options = parse(remote.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         figures = remote.measure(options, Path(folder))
@@ -59,9 +65,15 @@ def bench_remote(argv: Sequence[str]) -> None:
 
 
 def bench_precompute(argv: Sequence[str]) -> None:
+    from bench import precompute
+
     options = parse(precompute.Options, argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if "cpu" in options.rows:
+            print(precompute.cpu_time(options, folder), end="\n\n", flush=True)
+        if options.rows == ("cpu",):
+            return
         rows = precompute.measure(options, folder)
         print(show("Precompute", rows, precompute.bases([row.name for row in rows])), end="\n\n")
         early, late = precompute.memory(options, folder)
@@ -73,6 +85,8 @@ def bench_precompute(argv: Sequence[str]) -> None:
 
 
 def bench_train(argv: Sequence[str]) -> None:
+    from bench import train
+
     options = parse(train.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         made = train.trainers(options, Path(folder))
@@ -84,16 +98,22 @@ def bench_train(argv: Sequence[str]) -> None:
 
 
 def bench_kernels(argv: Sequence[str]) -> None:
+    from bench import kernels
+
     print(kernels.table(parse(kernels.Options, argv)))
 
 
 def run_study(argv: Sequence[str]) -> None:
+    from bench import study
+
     options = parse(study.Options, argv)
     study.run(options)
     print("\n" + study.report(options))
 
 
 def bench_fidelity(argv: Sequence[str]) -> None:
+    from bench import fidelity
+
     options = parse(fidelity.Options, argv)
     study = fidelity.Study(options)
     areas = [f"{a} - {b}" for a, b in itertools.pairwise(fidelity.BINS)]

@@ -1,7 +1,6 @@
 """What DALI says when it cannot go on, in a line that names the sample and what to do."""
 
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -9,8 +8,7 @@ from PIL import Image
 
 from pipeline.shards import EncodedBatch
 from schemas import UserError
-
-MEMORY = re.compile("bad_alloc|out of memory|memory allocation", re.IGNORECASE)
+from schemas.device_errors import classify_error, first_line
 
 
 @contextmanager
@@ -30,10 +28,14 @@ def translate_dali_errors(
 
 def explain(message: str, url: str, in_flight: Iterable[EncodedBatch]) -> str:
     """Return one line that says what happened, where, and what to do."""
-    said = message.partition("encountered:")[2].strip() or message
-    reason, *_ = said.splitlines()
-    if MEMORY.search(message):
+    reason, kind = first_line(message), classify_error(message)
+    if kind == "memory":
         return f"{url}: DALI is out of memory ({reason}); a smaller batch or crop needs less"
+    if kind == "device":
+        return (
+            f"the GPU fails ({reason}), no shard is to blame: look at `nvidia-smi` and the "
+            "system's log, then run the same command again to resume"
+        )
     where = find_unreadable(in_flight) if "decoders.image" in message else None
     return (
         f"{where or url}: {reason}; `python -m schemas verify {url}` "
@@ -49,6 +51,6 @@ def find_unreadable(in_flight: Iterable[EncodedBatch]) -> str | None:
             try:
                 for content in contents:
                     Image.open(io.BytesIO(content.tobytes())).load()
-            except (OSError, SyntaxError, ValueError):  # UnidentifiedImageError is an OSError
+            except Exception:  # decoders raise errors of many classes
                 return f"{batch.tars[row]}: sample {batch.keys[row]}"
     return None

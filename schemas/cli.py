@@ -15,8 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO, TypeVar, cast
 
-import tyro
-
 from schemas.decoder_noise import without_decoder_noise
 from schemas.errors import UserError
 
@@ -248,6 +246,8 @@ def parse(
     Raises:
         UserError: a name that is not in `named`.
     """
+    import tyro  # here, so that what has no command line needs none
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--version" in arguments:
         print(f"saliency-shards {version('saliency-shards')}")

@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 import numpy as np
+import torch
 
 from schemas.cli import imported
 from schemas.errors import UserError
@@ -28,6 +29,9 @@ class FunctionEstimator:
         except (TypeError, OSError) as error:
             raise UserError(f"estimator {path!r}: {error}") from error
         self.path = path
+        # what the function uses is not known: that it uses a GPU where there is one is the choice
+        # that promises less of further workers
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.weights_sha256 = hashlib.sha256(source.encode()).hexdigest()
         self.side = self.maps([np.zeros((32, 32, 3), np.uint8)]).shape[-1]
 

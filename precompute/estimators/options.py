@@ -19,8 +19,13 @@ class EstimatorOptions:
 
     name: ClassVar[str]
 
-    def build(self) -> Estimator:
-        """Load what it needs, on the GPU if there is one. Raises UserError."""
+    def build(self, device: str = "auto") -> Estimator:
+        """Load what the estimator needs. Raises UserError.
+
+        Args:
+            device: `auto`, the GPU if there is one; or `cpu`, to look at the weights and at the
+                map's side without a context on a GPU.
+        """
         raise NotImplementedError
 
     def parameters(self) -> dict[str, Any]:
@@ -61,10 +66,10 @@ class ScdaOptions(EstimatorOptions):
         check(self.size >= 1, "size", "must be 1 pixel or more")
         check(self.side >= 1, "side", "must be 1 cell or more")
 
-    def build(self) -> Estimator:
+    def build(self, device: str = "auto") -> Estimator:
         from precompute.estimators.scda import ScdaEstimator
 
-        return ScdaEstimator(self)
+        return ScdaEstimator(self, device)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class SpectralOptions(EstimatorOptions):
         check(self.sigma > 0, "sigma", "must be above 0")
         check(self.side >= 1, "side", "must be 1 cell or more")
 
-    def build(self) -> Estimator:
+    def build(self, device: str = "auto") -> Estimator:
         from precompute.estimators.spectral import SpectralEstimator
 
         return SpectralEstimator(self)
@@ -113,7 +118,7 @@ class FunctionOptions(EstimatorOptions):
         module, _, name = self.function.rpartition(":")
         return {"name": self.name, "function": f"{module.rpartition('/')[2]}:{name}"}
 
-    def build(self) -> Estimator:
+    def build(self, device: str = "auto") -> Estimator:
         from precompute.estimators.function import FunctionEstimator
 
         return FunctionEstimator(self.function)

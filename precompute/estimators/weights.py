@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import safetensors.torch
 import torch
 import torchvision
 from torch import nn
@@ -56,6 +55,8 @@ def unpickle(path: Path, stubs: Sequence[tuple[type, str]]) -> Any:
 
 
 def unpack(path: Path) -> Any:
+    import safetensors.torch  # here: networks by torchvision's names need none
+
     return safetensors.torch.load_file(path)
 
 

@@ -16,8 +16,6 @@ from tests.pipeline.test_oracle_pixels import views
 TOLERANCE = 5e-6
 """In normalized units, which are 0.22 of the range 0 .. 1: 1.1e-6 of it."""
 
-HOST = torch.device("cpu")
-
 
 def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, list, Recipe]:
     """Images, photometric parameters, two maskings (none and one) and the recipe."""

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from precompute.__main__ import main
-from precompute.build import ShardBuilder
 from precompute.encode import Resize
 from precompute.job import Job
 from precompute.resume import missing_shards
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, list_images
 from schemas import ShardDataset
 from schemas.storage import Store

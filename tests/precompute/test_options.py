@@ -13,8 +13,8 @@ from PIL import Image
 
 from precompute import decode, progress
 from precompute.encode import EncodedImage, RejectedError, Resize, check
-from precompute.ledger import Ledger
 from precompute.progress import stalled
+from precompute.progress_actor import ProgressActor
 from precompute.sources import SourceImage
 from schemas import ShardDataset, UserError
 from schemas.shard import read_marker
@@ -157,7 +157,8 @@ def test_resized_datasets_and_what_a_run_says(
     assert not out.exists()
     assert f"6 images -> 2 shards in {out}" in text
     assert "missing: 2 shards, 6 images" in text
-    assert "images/s on one (of 6 images;" in text
+    assert "images/s by one worker of" in text
+    assert "times 1 (of 6 images)" in text
 
     run_here(*arguments(root, out), "--resize", 20, "--resize-quality", 80)
     dataset = ShardDataset.open(out)
@@ -184,9 +185,9 @@ def test_a_job_that_stands_still_says_which_shards(
 ) -> None:
     monkeypatch.setattr(progress, "STALL_SECONDS", 0.1)
     monkeypatch.setattr(progress, "POLL_SECONDS", 0.05)
-    ledger = ray.remote(Ledger).remote()
-    ray.get([ledger.begin.remote(3), ledger.begin.remote(5), ledger.finish.remote(5)])
-    with progress.watch(ledger, images=10, shards=2):
+    actor = ray.remote(ProgressActor).remote()
+    ray.get([actor.begin.remote(3), actor.begin.remote(5), actor.finish.remote(5)])
+    with progress.watch(actor, images=10, shards=2):
         time.sleep(1)
     captured = capsys.readouterr()
     assert "begun and not finished: shards 3 (for" in captured.err
