@@ -116,6 +116,7 @@ def metadata_of(config: TrainConfig, name: str, digest: str) -> dict[str, str]:
     return {
         "encoder": config.encoder,
         "stem": config.stem,
+        "zero_init_residual": str(config.zero_init_residual),
         "method": config.method.name,
         "recipe": recipe_name(config.recipe),
         "crop_size": str(config.recipe.crop_size),

@@ -13,6 +13,7 @@ import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from schemas import UserError
 from schemas.cli import lookup
@@ -53,6 +54,25 @@ def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
     return encoder, features
+
+
+def zero_residual_gammas_(module: nn.Module, encoder: str) -> None:
+    """Set the last norm's weight of each residual block to 0, so that blocks start as identities.
+
+    Goyal et al. 2017; torchvision's `zero_init_residual`, which google-research/simclr has on.
+
+    Raises:
+        UserError: the module has no such blocks; `encoder` is its name.
+    """
+    last = [
+        block.bn3 if isinstance(block, Bottleneck) else block.bn2
+        for block in module.modules()
+        if isinstance(block, BasicBlock | Bottleneck)
+    ]
+    if not last:
+        raise UserError(f"--zero-init-residual: {encoder} has no residual blocks that it knows")
+    for norm in last:
+        nn.init.zeros_(norm.weight)
 
 
 def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -208,4 +228,7 @@ def untrained_encoder(metadata: dict[str, str], seed: int) -> nn.Module:
     """The same architecture as first initialised, from `seed` alone; torch's global RNG stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_encoder(metadata["encoder"], stem_of(metadata))[0]
+        encoder = build_encoder(metadata["encoder"], stem_of(metadata))[0]
+    if metadata.get("zero_init_residual") == "True":
+        zero_residual_gammas_(encoder, metadata["encoder"])
+    return encoder

@@ -61,12 +61,20 @@ PRESETS: dict[str, Preset] = {
             method=MoCoConfig(ema_momentum=0.99), batch_size=512, optim=OptimConfig(base_lr=0.4)
         )
     ),
-    # SimCLR v1 on ImageNet (google-research/simclr, README and run.py): batch 4096, LARS 0.3 at
-    # 256, weight decay 1e-4, 10 epochs of warm-up, tau 0.1, statistics over all devices; 100 to
-    # 1000 epochs there.
+    # SimCLR v1 on ImageNet (google-research/simclr, README, run.py, model_util.py, objective.py):
+    # batch 4096, LARS 0.3 at 256, weight decay 1e-4, 10 epochs of warm-up, tau 0.1, statistics over
+    # all devices and both views, a head of three normalized layers, the sum of both directions,
+    # residual blocks that start as identities; 100 to 1000 epochs there.
     "simclr": Preset(
         TrainConfig(
-            method=SimCLRConfig(temperature=0.1),
+            method=SimCLRConfig(
+                temperature=0.1,
+                head_layers=3,
+                head_norm=True,
+                sum_directions=True,
+                joint_views=True,
+            ),
+            zero_init_residual=True,
             sync_bn=True,
             batch_size=4096,
             epochs=200,

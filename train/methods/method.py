@@ -12,6 +12,9 @@ from pipeline.preview import sheet_of_fed
 from schemas import UserError
 from train.encoders import Stem
 
+HEAD_STD = 0.01
+"""Standard deviation of a normalized head's initial weights (google-research/simclr)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -122,7 +125,35 @@ def needs_keys(config: MethodConfig, recipe: Recipe) -> None:
         raise UserError(f"method {config.name}: the recipe makes no keys; take --recipe.pair")
 
 
-def projector(width: int, hidden: int | None, out: int) -> nn.Sequential:
-    """The two-layer head of MoCo v2 and SimCLR: `hidden` is as wide as the features when None."""
+def projector(
+    width: int, hidden: int | None, out: int, *, layers: int = 2, norm: bool = False
+) -> nn.Sequential:
+    """Build a projection head: linear layers with a ReLU between them.
+
+    Args:
+        width: of the features.
+        hidden: width of the layers between; that of the features when None.
+        out: width of the embedding.
+        layers: linear layers; 2 is the head of MoCo v2 and of SimCLR's paper.
+        norm: batch normalization behind each layer in place of its bias, the last one without an
+            offset, and weights of standard deviation 0.01 (google-research/simclr, model_util.py).
+
+    Raises:
+        UserError: no layer.
+    """
+    if layers < 1:
+        raise UserError(f"--head-layers {layers}: must be at least 1")
     hidden = width if hidden is None else hidden
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
+    modules: list[nn.Module] = []
+    for number in range(layers):
+        last = number == layers - 1
+        linear = nn.Linear(hidden if number else width, out if last else hidden, bias=not norm)
+        modules.append(linear)
+        if norm:
+            nn.init.normal_(linear.weight, std=HEAD_STD)
+            normalization = nn.BatchNorm1d(linear.out_features)
+            normalization.bias.requires_grad_(not last)  # the last one's stays at 0
+            modules.append(normalization)
+        if not last:
+            modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)

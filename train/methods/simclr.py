@@ -10,9 +10,11 @@ losses/simclr.py): for anchor i with its positive p(i)
     l_i = - log exp(z_i.z_p / tau) / D_i
     D_i = sum_{j != i} exp(z_i.z_j / tau) + sum_h exp(rho z_i.k-_h / tau)
 
-and the mean over all anchors. The last sum, over the hard negatives of the anchor's own image, is
-derived from the poster's MoCo form, not published: no code and no readable text of SimCLR's variant
-exists (methods 3.3). What it leaves open are fields of `SimCLRConfig`, with our defaults.
+and the mean over all anchors; with `sum_directions` the mean over the queries plus that over the
+keys, twice as much, as google-research/simclr has it. The last sum, over the hard negatives of the
+anchor's own image, is derived from the poster's MoCo form, not published: no code and no readable
+text of SimCLR's variant exists (methods 3.3). What it leaves open are fields of `SimCLRConfig`,
+with our defaults.
 """
 
 from dataclasses import dataclass
@@ -39,7 +41,17 @@ class SimCLRConfig(MethodConfig):
     projection: int = 128
     """Width of the projected embedding."""
     hidden: int | None = None
-    """Width of the head's hidden layer; that of the encoder's features when not given."""
+    """Width of the head's hidden layers; that of the encoder's features when not given."""
+    head_layers: int = 2
+    """Linear layers of the head (2 in solo-learn and ADIOS, 3 in google-research/simclr)."""
+    head_norm: bool = False
+    """Whether batch normalization stands behind each of them (google-research/simclr: yes)."""
+    sum_directions: bool = False
+    """Whether the losses of queries and keys are summed (google-research/simclr) or averaged (the
+    paper, solo-learn, ADIOS). Under LARS a sum moves norms and biases twice as far, not weights."""
+    joint_views: bool = False
+    """Whether query and key go through the network as one batch and share batch statistics
+    (google-research/simclr); here masked and whole views have statistics of their own."""
     rho: float = 2.0
     """Factor on the similarity of a hard negative (MoCo's value; unverified for SimCLR)."""
     hard_for_keys: bool = False
@@ -103,11 +115,17 @@ class SimCLR(Method):
         super().__init__()
         self.config, self.setup = config, setup
         self.encoder, width = build_encoder(setup.encoder, setup.stem)
-        self.head = projector(width, config.hidden, config.projection)
+        self.head = projector(
+            width,
+            config.hidden,
+            config.projection,
+            layers=config.head_layers,
+            norm=config.head_norm,
+        )
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         size, config = len(batch.query), self.config
-        q, k = self.project(batch.query), self.project(batch.key)  # (N, D) each
+        q, k = self.project_pair(batch.query, batch.key)  # (N, D) each
         with torch.set_grad_enabled(config.hard_gradient and torch.is_grad_enabled()):
             hard = self.hard_negatives(batch.hard_negative, k)  # (N, H, D)
         with torch.autocast(q.device.type, enabled=False):  # a softmax over 2M wants float32
@@ -121,6 +139,7 @@ class SimCLR(Method):
                 hard_for_keys=config.hard_for_keys,
                 hard_of_others=config.hard_of_others,
             )
+        loss = 2 * loss if config.sum_directions else loss
         return {"loss": loss, "contrastive_accuracy": accuracy}
 
     def contrast(self, batch: Any) -> dict[str, Tensor]:
@@ -142,6 +161,13 @@ class SimCLR(Method):
     def project(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> float32 unit vectors (N, D)."""
         return normalize(self.head(self.encoder(images)).float(), dim=1)
+
+    def project_pair(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed queries and keys, in one batch or in one each."""
+        if not self.config.joint_views:
+            return self.project(query), self.project(key)
+        embedded = self.project(torch.cat([query, key]))
+        return embedded[: len(query)], embedded[len(query) :]
 
     def hard_negatives(self, images: Tensor | None, key: Tensor) -> Tensor:
         """(H * N, 3, h, w), the first N rows one of each sample, and so on -> (N, H, D)."""
