@@ -18,9 +18,10 @@ REFERENCE_CROP = 224
 
 Range = tuple[float, float]
 Branch = Literal["query", "key", "both"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 VIEW_FIELDS = (
-    "crop_size", "crop_area", "crop_ratio", "pair", "flip_probability", "jitter_probability",
+    "crop_size", "crop_area", "crop_ratio", "interpolation", "pair", "flip_probability", "jitter_probability",
     "brightness", "contrast", "saturation", "hue", "grayscale_probability",
     "soft_blur_probability", "soft_blur_sigma",
 )  # fmt: skip
@@ -41,6 +42,9 @@ class Recipe:
     """Share of the image's area that a crop window covers (MoCo v2)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Width over height of the window in the image (torchvision's RandomResizedCrop)."""
+    interpolation: Interpolation = "bilinear"
+    """How a crop is resized to the view, antialiased either way (MoCo v2: bilinear; SimCLR,
+    solo-learn and ADIOS: bicubic). The saliency is always resized bilinearly."""
     pair: bool = True
     """Whether an image gives a query and a key; a query alone is for methods with labels."""
     flip_probability: float = 0.5
@@ -135,6 +139,12 @@ class Recipe:
             if field.name in ("brightness", "contrast", "saturation"):
                 check(0 <= value <= 1, field.name, value, "between 0 and 1")
         check(self.branch in get_args(Branch), "branch", self.branch, "query, key or both")
+        check(
+            self.interpolation in get_args(Interpolation),
+            "interpolation",
+            self.interpolation,
+            "bilinear or bicubic",
+        )
         check(
             self.crop_size > 0 and self.crop_size % self.grid == 0,
             "crop_size",

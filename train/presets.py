@@ -22,10 +22,12 @@ from train.methods import (
 )
 from train.optim import OptimConfig
 
-# google-research/simclr, data_util.py: colours of strength 1.0, crops from 8 % of the image on. Its
-# blur has a kernel of a tenth of the side; ours is cut at three sigma.
+# google-research/simclr, data_util.py: colors of strength 1.0, bicubic crops from 8 % of the image
+# on; solo-learn's are the same. Its blur has a kernel of a tenth of the side; ours is cut at three
+# sigma.
 SIMCLR_VIEWS: dict[str, Any] = {
     "crop_area": (0.08, 1.0),
+    "interpolation": "bicubic",
     "brightness": 0.8,
     "contrast": 0.8,
     "saturation": 0.8,
@@ -109,6 +111,7 @@ PRESETS: dict[str, Preset] = {
         ),
         {
             "crop_area": (0.08, 1.0),
+            "interpolation": "bicubic",
             "brightness": 0.7,
             "contrast": 0.6,
             "saturation": 0.8,

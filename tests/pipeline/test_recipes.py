@@ -47,6 +47,7 @@ def test_recipes_are_frozen() -> None:
         {"foreground_cap": (0.5, 0.6)},
         {"focal_kept": 225},
         {"branch": "neither"},
+        {"interpolation": "nearest"},
     ],
 )
 def test_a_value_without_sense_is_refused_by_its_name(changes: dict[str, object]) -> None:
