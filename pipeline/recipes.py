@@ -21,8 +21,8 @@ Branch = Literal["query", "key", "both"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 VIEW_FIELDS = (
-    "crop_size", "crop_area", "crop_ratio", "interpolation", "pair", "flip_probability", "jitter_probability",
-    "brightness", "contrast", "saturation", "hue", "grayscale_probability",
+    "crop_size", "crop_area", "crop_ratio", "interpolation", "pair", "flip_probability",
+    "jitter_probability", "brightness", "contrast", "saturation", "hue", "grayscale_probability",
     "soft_blur_probability", "soft_blur_sigma",
 )  # fmt: skip
 """Fields of a recipe that say how views are cut and coloured; the others say how masked."""
