@@ -37,7 +37,8 @@ class Recipe:
     """
 
     crop_size: int = REFERENCE_CROP
-    """Side of a view in pixels; a multiple of `grid`. Kernel sizes stay as they are."""
+    """Side of a view in pixels; a multiple of `grid` where cells are masked. Kernel sizes stay as
+    they are."""
     crop_area: Range = (0.2, 1.0)
     """Share of the image's area that a crop window covers (MoCo v2)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
@@ -145,11 +146,13 @@ class Recipe:
             self.interpolation,
             "bilinear or bicubic",
         )
+        check(self.crop_size > 0, "crop_size", self.crop_size, "above 0")
+        nearest = max(1, round(self.crop_size / self.grid)) * self.grid
         check(
-            self.crop_size > 0 and self.crop_size % self.grid == 0,
+            not self.masks_cells or nearest == self.crop_size,
             "crop_size",
             self.crop_size,
-            f"a multiple of the grid, {self.grid}",
+            f"a multiple of the grid of {self.grid} cells a side (--recipe.grid), say {nearest}",
         )
         # a reflected border must lie inside the view
         widest = max(
@@ -189,6 +192,14 @@ class Recipe:
             self.hard_negatives,
             "0 where the fill is none: nothing would set it apart from the key",
         )
+
+    @property
+    def masks_cells(self) -> bool:
+        """Whether masks or fills are made of cells, so that `grid` must divide the crop."""
+        if self.fill == "none":
+            return False
+        boxes_alone = self.query_mask == "regions" and self.hard_negatives == 0
+        return not boxes_alone or self.fill not in ("mean", "blur")
 
     @property
     def cell(self) -> int:

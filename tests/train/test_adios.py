@@ -13,7 +13,8 @@ from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
 from tests.train.runs import config, metrics, stopped_after
-from train.config import TrainConfig
+from train.__main__ import options
+from train.config import TrainConfig, resolved
 from train.distributed import rank, world_size
 from train.methods import ADIOSConfig, Setup
 from train.methods.adios import ADIOS, negative_entropy, sparsity_penalty
@@ -64,6 +65,19 @@ def test_masks_partition_the_image(side, norm):
 def test_crop_that_cannot_be_halved_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"--crop-size 100: adios halves it 4 times; .* 96"):
         OcclusionNet(100, masks=4, channels=8, norm="group")
+
+
+@pytest.mark.parametrize("side", [32, 64, 96])
+def test_sizes_of_cifar_10_and_stl_10_train(side):
+    """Of the command line's recipe, which has no cells to divide these sides."""
+    argv = ["--data", "d", "--out", "o", "--method", "adios", "--crop-size", str(side)]
+    settings = resolved(replace(options(argv), batch_size=2), CPU)
+    assert settings.recipe.crop_size == side
+    setup = Setup(encoder="tiny_norm", batch_size=2, crop_size=side)
+    method = ADIOSConfig(projection=5, hidden=None).build(setup)
+    scalars = step_of(method)([batch_of(2, side)], 0.1)
+    assert math.isfinite(scalars["loss"])
+    assert math.isfinite(scalars["mask_loss"])
 
 
 @pytest.mark.parametrize("channels", [4, 12])
