@@ -16,12 +16,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from pipeline.assemble import MEAN, STD
 from schemas import UserError
 from train.encoders import build_encoder, load_encoder, stem_of
 from train.evaluate.detection.heads import C4RoIHeads, RoIHead, in_float32, last_width
+from train.evaluate.detection.masks import Transform
 from train.methods.method import Method, MethodConfig, Setup
 
 MASK_WIDTH = 256  # of the mask predictor's hidden layer
@@ -127,7 +127,7 @@ class Detector(Method):
             body,
             proposer(body.out_channels, config.proposals),
             roi_heads(head, setup.classes, config),
-            GeneralizedRCNNTransform(config.short_sides, config.long_side, list(MEAN), list(STD)),
+            Transform(config.short_sides, config.long_side, list(MEAN), list(STD)),
         )
         self.sides = config.short_sides, config.test_side
 
