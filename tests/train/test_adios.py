@@ -54,6 +54,12 @@ def test_occlusion_network_has_the_published_size(channels, millions):
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
+def test_occlusion_network_without_a_norm_has_biases():
+    """The released code's count: 136 more than without, one for each channel."""
+    net = OcclusionNet(224, masks=4, channels=8, norm="none")
+    assert sum(p.numel() for p in net.parameters()) == 240_404
+
+
 @pytest.mark.parametrize(("side", "norm"), [(64, "group"), (96, "instance"), (160, "none")])
 def test_masks_partition_the_image(side, norm):
     masks = OcclusionNet(side, masks=5, channels=8, norm=norm)(torch.randn(2, 3, side, side))

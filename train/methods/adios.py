@@ -57,7 +57,7 @@ class ADIOSConfig(MethodConfig):
     channels: int = 8
     """Base width of the occlusion network; a multiple of 8 with group norm."""
     norm: Norm = "group"
-    """Of the occlusion network."""
+    """Normalization in the occlusion network; with none its convolutions have biases."""
     sparsity: float = 0.75
     """lambda: weight of the penalty on masks that have all of an image or nothing."""
     entropy: float = 0.0
