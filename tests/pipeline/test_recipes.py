@@ -10,7 +10,10 @@ from schemas import UserError
 
 
 def test_names() -> None:
-    assert list(RECIPES) == ["hp", "blur", "mean", "mscn", "maskco", "none"]
+    assert list(RECIPES) == [
+        "hp", "blur", "mean", "mscn", "maskco", "none",
+        "hp-released", "blur-released", "mean-released",
+    ]  # fmt: skip
     assert get_recipe("hp") == Recipe()
 
 

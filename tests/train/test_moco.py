@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,3 +187,34 @@ def test_state_dict_holds_queue_and_shuffling():
     assert torch.equal(
         torch.randperm(9, generator=other.generator), torch.randperm(9, generator=method.generator)
     )
+
+
+@pytest.mark.parametrize("hard_negatives", [1, 2])
+def test_shared_hard_negatives_are_those_of_the_first_images_alone(hard_negatives):
+    """D2 and D3 of the released code, by a loop over its logits: image m of the batch for all."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = dict(
+        queue=11, projection=5, rho=RHO, temperature=TAU, shared_hard_negative=True
+    )
+    method = MoCoConfig(**options).build(Setup(encoder="tiny_norm", batch_size=4)).train()
+    batch, teacher = random_batch(4, hard_negatives), branch(method, "momentum_")
+    # builder.py: im_t[:, m] of a batch of shape (1, N, 3, H, W), so one image is normalized alone
+    ts = [embed(batch.hard_negative[m * 4 + m][None], teacher)[0] for m in range(hard_negatives)]
+    expected = reference_loss(
+        embed(batch.query, branch(method, "")),
+        embed(batch.key, teacher),
+        method.queue.double().numpy(),
+        [ts] * 4,
+    )
+    assert method(batch)["loss"].item() == pytest.approx(expected, abs=1e-5)
+    # D3: the single images are in the momentum branch's running statistics
+    assert method.momentum_encoder.norm.num_batches_tracked == 1 + hard_negatives
+
+
+def test_shared_hard_negatives_need_more_than_one_cell_and_enough_images():
+    config = MoCoConfig(queue=11, shared_hard_negative=True)
+    with pytest.raises(UserError, match="at --crop-size 32 its last map is one cell"):
+        config.build(Setup(encoder="tiny", batch_size=4, crop_size=32))
+    method = config.build(Setup(encoder="tiny", batch_size=2))
+    with pytest.raises(UserError, match="3 hard negatives are those of as many images"):
+        method(random_batch(2, 3))
