@@ -80,6 +80,7 @@ def introduction(
 ) -> list[str]:
     """What is about to happen, one line each."""
     optim = config.optim
+    of_method = config.method.notes(config.recipe, config.batch_size // config.accumulate)
     return [
         f"{config.method.name}, {config.encoder}, recipe {recipe_name(config.recipe)}, "
         f"{config.recipe.crop_size} px, batch {config.batch_size} on {world_size()} x "
@@ -88,7 +89,10 @@ def introduction(
         f"{optim.warmup_epochs} epochs of warm-up, weight decay {optim.weight_decay:g}",
         f"{config.epochs} epochs of {len(views)} steps; each drops {views.dropped} of "
         f"{views.samples} images, other ones each time, which do not fill a batch",
-        *(f"note: {note}" for note in [*notes(config, device), *method.notes(views.samples)]),
+        *(
+            f"note: {note}"
+            for note in [*notes(config, device), *of_method, *method.notes(views.samples)]
+        ),
     ]
 
 

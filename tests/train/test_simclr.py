@@ -181,3 +181,30 @@ def test_preset_simclr_is_the_released_code():
     assert (method.head_layers, method.head_norm, method.temperature) == (3, True, 0.1)
     assert method.sum_directions
     assert method.joint_views
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
+    method, batch = tiny(), random_batch(4, hard_negatives)
+    batch.key[0] = batch.query[0]  # of these two anchors the positive wins
+    with torch.no_grad():
+        q, k = (method.project(x).double().tolist() for x in (batch.query, batch.key))
+        views = [] if batch.hard_negative is None else batch.hard_negative
+        hard = [method.project(view[None])[0].double().tolist() for view in views]
+    scalars = {name: value.item() for name, value in method(batch).items()}
+    z, wins, others = [*q, *k], 0, []
+    for i in range(8):
+        positive = (i + 4) % 8
+        rest = [oracle.dot(z[i], z[j]) for j in range(8) if j not in (i, positive)]
+        others += rest
+        wins += oracle.dot(z[i], z[positive]) > max(rest)
+    assert 0 < wins < 8
+    assert scalars["negatives_accuracy"] == wins / 8
+    own = [oracle.dot(q[i], k[i]) for i in range(4)]
+    assert scalars["key_similarity"] == pytest.approx(np.mean(own), abs=1e-6)
+    assert scalars["negatives_similarity"] == pytest.approx(np.mean(others), abs=1e-6)
+    if hard_negatives:
+        to_hard = [oracle.dot(q[i], hard[j * 4 + i]) for i in range(4) for j in range(2)]
+        assert scalars["hard_similarity"] == pytest.approx(np.mean(to_hard), abs=1e-6)
+    else:
+        assert "hard_similarity" not in scalars

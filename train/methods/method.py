@@ -1,5 +1,6 @@
 """What the training loop asks of a method, and no more."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,12 @@ from pipeline.preview import sheet_of_fed
 from schemas import UserError
 from train.encoders import Stem
 
+PUBLISHED_SHARE = math.exp(2 / 0.2) / 65_536
+"""exp(rho / tau) over the number of negatives in the published setting (README of the masked
+variant): a third. That is the weight in the denominator of a hard negative as similar as its key,
+over that of all others at similarity 0."""
+FAR = 4.0
+"""Times more or less than that from which a run is told (ours; NNS's queue of 16,384 is at 4)."""
 HEAD_STD = 0.01
 """Standard deviation of a normalized head's initial weights (google-research/simclr)."""
 
@@ -70,6 +77,14 @@ class MethodConfig(ABC):
             UserError: names the recipe, or the option, to take instead.
         """
 
+    def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
+        """Return what a person should know of these options with this recipe, one line each.
+
+        Args:
+            batch_size: images, over all ranks, whose embeddings meet: a step's or one part's.
+        """
+        return []
+
 
 class Method(nn.Module, ABC):
     """The modules and the loss of one way to pretrain an encoder.
@@ -123,6 +138,34 @@ def needs_keys(config: MethodConfig, recipe: Recipe) -> None:
     """Raises UserError where the recipe gives a query alone."""
     if not recipe.pair:
         raise UserError(f"method {config.name}: the recipe makes no keys; take --recipe.pair")
+
+
+def balanced_rho(temperature: float, negatives: int) -> float:
+    """Return tau ln(negatives / 3): hard negatives then weigh as in the published setting."""
+    return temperature * math.log(negatives / 3)
+
+
+def hard_negative_notes(
+    rho: float, temperature: float, negatives: int, where: str, recipe: Recipe
+) -> list[str]:
+    """Say so where hard negatives weigh far more or less than in the published setting.
+
+    Args:
+        negatives: how many others each query meets. where: what they are, in words.
+    """
+    if not recipe.hard_negatives:
+        return []
+    exponent = rho / temperature  # its exp may be more than a float holds
+    times = exponent - math.log(negatives) - math.log(PUBLISHED_SHARE)
+    if abs(times) <= math.log(FAR) + 1e-6:
+        return []
+    share = math.exp(min(exponent - math.log(negatives), 700.0))
+    return [
+        f"a hard negative as similar as its key weighs exp(rho / tau) = exp({exponent:.3g}), "
+        f"{share:.2g} times {where} of {negatives:,}, where the published setting has "
+        f"{PUBLISHED_SHARE:.2g}; --rho {balanced_rho(temperature, negatives):.3g} would be as "
+        "published"
+    ]
 
 
 def projector(

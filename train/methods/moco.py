@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, normalize
 from pipeline import Recipe
 from schemas import UserError
 from train.distributed import shuffle, world_size
-from train.methods.method import Setup, needs_keys
+from train.methods.method import Setup, hard_negative_notes, needs_keys
 from train.methods.momentum import MomentumConfig, MomentumMethod
 
 STRIDE = 32
@@ -46,6 +46,10 @@ class MoCoConfig(MomentumConfig):
 
     def check(self, recipe: Recipe) -> None:
         needs_keys(self, recipe)
+
+    def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
+        where = "the queue"
+        return hard_negative_notes(self.rho, self.temperature, self.queue, where, recipe)
 
     def build(self, setup: Setup) -> "MoCo":
         if self.shared_hard_negative and setup.crop_size <= STRIDE and setup.stem == "imagenet":
@@ -74,6 +78,24 @@ def contrastive_logits(
     negatives = q @ queue.T  # (N, K)
     hard_negatives = rho * torch.einsum("nd,nhd->nh", q, hard)  # (N, H)
     return torch.cat([positive, negatives, hard_negatives], dim=1) / temperature
+
+
+def contrast_scalars(logits: Tensor, negatives: int) -> dict[str, Tensor]:
+    """Return how often the positive is the most similar.
+
+    Args:
+        logits: (N, 1 + negatives + H): positive, negatives, hard negatives.
+
+    Returns:
+        `contrastive_accuracy` among all, `negatives_accuracy` without the hard negatives: scalars.
+    """
+    positive, hard = logits[:, 0], logits[:, 1 + negatives :]
+    wins = positive >= logits[:, 1 : 1 + negatives].amax(dim=1)
+    of_all = wins & (positive[:, None] >= hard).all(dim=1)
+    return {
+        "contrastive_accuracy": of_all.float().mean(),
+        "negatives_accuracy": wins.float().mean(),
+    }
 
 
 class MoCo(MomentumMethod):
@@ -111,8 +133,13 @@ class MoCo(MomentumMethod):
             )
             target = torch.zeros(len(q), dtype=torch.long, device=q.device)
             loss = cross_entropy(logits, target)
-        accuracy = (logits.detach().argmax(dim=1) == 0).float().mean()
-        return {"loss": loss, "contrastive_accuracy": accuracy}, key
+        scalars = contrast_scalars(logits.detach(), len(self.queue))
+        with torch.no_grad():
+            scalars["key_similarity"] = (q * key).sum(dim=1).mean()
+            scalars["negatives_similarity"] = q.mean(dim=0) @ self.queue.mean(dim=0)
+            if hard.shape[1]:
+                scalars["hard_similarity"] = torch.einsum("nd,nhd->nh", q, hard).mean()
+        return {"loss": loss, **scalars}, key
 
     def notes(self, samples: int) -> list[str]:
         notes = []

@@ -27,7 +27,14 @@ from torch.nn.functional import normalize
 from pipeline import Recipe
 from train.distributed import gather_with_gradient, rank, world_size
 from train.encoders import build_encoder
-from train.methods.method import Method, MethodConfig, Setup, needs_keys, projector
+from train.methods.method import (
+    Method,
+    MethodConfig,
+    Setup,
+    hard_negative_notes,
+    needs_keys,
+    projector,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,11 @@ class SimCLRConfig(MethodConfig):
     def check(self, recipe: Recipe) -> None:
         needs_keys(self, recipe)
 
+    def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
+        negatives = 2 * batch_size - 2  # both views of the other images
+        where = "the other views"
+        return hard_negative_notes(self.rho, self.temperature, negatives, where, recipe)
+
     def build(self, setup: Setup) -> "SimCLR":
         return SimCLR(self, setup)
 
@@ -77,7 +89,7 @@ def nt_xent(
     temperature: float,
     hard_for_keys: bool = False,
     hard_of_others: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean loss of this rank's anchors.
 
     Args:
@@ -86,7 +98,10 @@ def nt_xent(
         first: this rank's images are rows `first` .. `first` + N - 1 of the M.
 
     Returns:
-        loss, and how often an anchor's positive is the most similar of all, both scalars.
+        loss, and scalars: `contrastive_accuracy`, how often an anchor's positive is the most
+        similar of all; `negatives_accuracy`, the same without hard negatives; and the mean
+        similarities of positives, of other images' views and, where there are any, of queries' own
+        hard negatives.
     """
     views, everyone, width = embeddings.shape
     size = len(hard)
@@ -103,9 +118,34 @@ def nt_xent(
     hard_logits = rho * similar.flatten(2)
     if not hard_for_keys:
         hard_logits = torch.stack([hard_logits[0], torch.full_like(hard_logits[1], -torch.inf)])
+    with torch.no_grad():
+        scalars = similarities(embeddings, anchors, logits, positive, hard)
     logits = torch.cat([logits, hard_logits.flatten(0, 1)], dim=1) / temperature
     accuracy = (logits.detach().argmax(dim=1) == positive).float().mean()
-    return nn.functional.cross_entropy(logits, positive), accuracy
+    loss = nn.functional.cross_entropy(logits, positive)
+    return loss, {"contrastive_accuracy": accuracy, **scalars}
+
+
+def similarities(
+    embeddings: Tensor, anchors: Tensor, logits: Tensor, positive: Tensor, hard: Tensor
+) -> dict[str, Tensor]:
+    """Return what `nt_xent` reports of its similarities before hard negatives join them.
+
+    Args:
+        anchors: (2N, D). logits: (2N, 2M) similarities, -inf to itself. positive: (2N,) columns.
+    """
+    own = logits.gather(1, positive[:, None])[:, 0]
+    views = embeddings.flatten(0, 1)
+    others = anchors @ views.sum(dim=0) - anchors.square().sum(dim=1) - own  # without itself
+    scalars = {
+        "negatives_accuracy": (logits.argmax(dim=1) == positive).float().mean(),
+        "key_similarity": own.mean(),
+        "negatives_similarity": others.mean() / max(1, len(views) - 2),
+    }
+    if hard.shape[1]:
+        queries = anchors[: len(hard)]
+        scalars["hard_similarity"] = torch.einsum("nd,nhd->nh", queries, hard).mean()
+    return scalars
 
 
 class SimCLR(Method):
@@ -130,7 +170,7 @@ class SimCLR(Method):
             hard = self.hard_negatives(batch.hard_negative, k)  # (N, H, D)
         with torch.autocast(q.device.type, enabled=False):  # a softmax over 2M wants float32
             embeddings = torch.stack([gather_with_gradient(q), gather_with_gradient(k)])
-            loss, accuracy = nt_xent(
+            loss, scalars = nt_xent(
                 embeddings,
                 hard,
                 rank() * size,
@@ -140,7 +180,7 @@ class SimCLR(Method):
                 hard_of_others=config.hard_of_others,
             )
         loss = 2 * loss if config.sum_directions else loss
-        return {"loss": loss, "contrastive_accuracy": accuracy}
+        return {"loss": loss, **scalars}
 
     def contrast(self, batch: Any) -> dict[str, Tensor]:
         """`forward`: nothing is remembered between steps."""
