@@ -3,6 +3,7 @@
 python -m bench loader --data URL         views/s beside the usual ways, on the same images
 python -m bench precompute --root PHOTOS  the job beside its ceilings
 python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
+python -m bench map-sides --root PHOTOS   what the side of stored maps costs, in IoU and bytes
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
 python -m bench study --shards FOLDER      arms of the method on real data, several seeds, a table
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import fidelity, loader, precompute, study, train
+from bench import fidelity, loader, map_sides, precompute, study, train
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
@@ -25,6 +26,7 @@ def main() -> int:
         "loader": bench_loader,
         "precompute": bench_precompute,
         "fidelity": bench_fidelity,
+        "map-sides": bench_map_sides,
         "train": bench_train,
         "study": run_study,
     }
@@ -90,6 +92,16 @@ def bench_fidelity(argv: Sequence[str]) -> None:
     print(f"\n### {fidelity.SCENES} generated scenes\n")
     print("| estimator | foreground on the object | object covered |\n| --- | ---: | ---: |")
     for row in fidelity.on_objects(options):
+        print(row, flush=True)
+
+
+def bench_map_sides(argv: Sequence[str]) -> None:
+    options = parse(map_sides.SideOptions, argv)
+    study = fidelity.Study(options)
+    print(f"### {len(study.crops)} crops of {len(study.shapes)} photos, {options.backbone}\n")
+    print("| stored map | IoU | before jitter | IoU of a perfect estimator | bytes of its PNG |")
+    print("| --- |" + " ---: |" * 4)
+    for row in map_sides.rows(study, options):
         print(row, flush=True)
 
 
