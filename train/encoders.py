@@ -1,4 +1,4 @@
-"""Encoders: torchvision ResNets without their classifier, and the file that holds a trained one."""
+"""Encoders: ConvNets without their classifier, and the file that holds a trained one."""
 
 import functools
 import hashlib
@@ -19,6 +19,7 @@ from schemas import UserError
 from schemas.cli import lookup
 from schemas.weights import fit_weights, read_weights, shapes_of
 from train.distributed import is_main
+from train.timm_encoders import build_timm_encoder, is_timm, is_timm_encoder
 
 # resnet18 ... resnet152, resnext*, wide_resnet*: all torchvision models of the class ResNet.
 ENCODERS = {
@@ -38,14 +39,19 @@ def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
     Its state_dict has torchvision's key names without `fc`. Weights come from torch's global RNG.
 
     Args:
-        name: of `ENCODERS`.
+        name: of `ENCODERS`, or `timm:` and a ConvNet of timm, whose key names are timm's.
         stem: `imagenet`: torchvision's own, a 7 x 7 convolution of stride 2 and a max-pool;
             `small`: 3 x 3 of stride 1 and no pool, for images of 32 to 64 pixels (as SimCLR and
             solo-learn have it for CIFAR).
 
     Raises:
-        UserError: no such torchvision ResNet.
+        UserError: no such network, or not one that the method is for; the small stem for a network
+            of timm.
     """
+    if is_timm(name):
+        if stem != "imagenet":
+            raise UserError(f"--stem {stem}: is for torchvision's ResNets, not for {name}")
+        return build_timm_encoder(name)
     encoder = lookup("encoder", name, ENCODERS)(weights=None)
     features = encoder.fc.in_features
     encoder.fc = nn.Identity()
@@ -69,7 +75,10 @@ def zero_residual_gammas_(module: nn.Module, encoder: str) -> None:
         for block in module.modules()
         if isinstance(block, BasicBlock | Bottleneck)
     ]
-    if not last:
+    timm_blocks: list[Any] = [m for m in module.modules() if hasattr(m, "zero_init_last")]
+    for block in timm_blocks:
+        block.zero_init_last()
+    if not last and not timm_blocks:
         raise UserError(f"--zero-init-residual: {encoder} has no residual blocks that it knows")
     for norm in last:
         nn.init.zeros_(norm.weight)
@@ -80,6 +89,9 @@ def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
 
     `encoder` is one of `build_encoder`.
     """
+    if is_timm_encoder(encoder):
+        network: Any = encoder
+        return network.forward_features(images)
     assert isinstance(encoder, torchvision.models.ResNet)
     x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images))))
     for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):

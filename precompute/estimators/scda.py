@@ -17,6 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from precompute.estimators.maps import z_scored
 from precompute.estimators.options import ScdaOptions
+from precompute.estimators.timm_backbone import build_timm_backbone, is_timm
 from precompute.estimators.weights import load_weights, sha256_of
 from precompute.estimators.windows import cut, paste, windows
 from schemas.cli import lookup
@@ -42,9 +43,8 @@ class ScdaEstimator:
         self.options = options
         self.side = options.side
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        known = {name: name for name in torchvision.models.list_models(torchvision.models)}
         torch.manual_seed(0)  # random weights are the same in every worker
-        model = torchvision.models.get_model(lookup("backbone", options.backbone, known))
+        model = build_backbone(options.backbone)
         trunk = trunk_of(model.eval(), options.backbone, options.layer)
         load_weights(trunk, model, options.backbone, options.weights)
         self.weights_sha256 = sha256_of(trunk.state_dict())
@@ -80,6 +80,14 @@ class ScdaEstimator:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
             activation = self.trunk(inputs)["map"]  # (N, D, U, V)
         return activation.float().sum(dim=1).cpu()
+
+
+def build_backbone(name: str) -> nn.Module:
+    """Build a network of torchvision, or of timm by `timm:NAME`. Raises UserError."""
+    if is_timm(name):
+        return build_timm_backbone(name)
+    known = {name: name for name in torchvision.models.list_models(torchvision.models)}
+    return torchvision.models.get_model(lookup("backbone", name, known))
 
 
 def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:

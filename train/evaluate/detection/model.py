@@ -23,6 +23,7 @@ from train.encoders import build_encoder, load_encoder, stem_of
 from train.evaluate.detection.heads import C4RoIHeads, RoIHead, in_float32, last_width
 from train.evaluate.detection.masks import Transform
 from train.methods.method import Method, MethodConfig, Setup
+from train.timm_encoders import is_timm_encoder
 
 MASK_WIDTH = 256  # of the mask predictor's hidden layer
 
@@ -122,6 +123,11 @@ class Detector(Method):
                 raise UserError(f"{config.path}: has the small stem; detection needs torchvision's")
         else:
             encoder, _ = build_encoder(setup.encoder)
+        if is_timm_encoder(encoder):
+            raise UserError(
+                f"{config.path or setup.encoder}: is a network of timm; the C4 detector is made of "
+                "the stages of torchvision's ResNets"
+            )
         body, head = in_float32(Body(encoder)), RoIHead(encoder.get_submodule("layer4"))
         self.network = GeneralizedRCNN(
             body,
