@@ -4,6 +4,7 @@ python -m bench loader --data URL         views/s beside the usual ways, on the 
 python -m bench remote --data URL         first batch and rate from S3 at a distance, beside local
 python -m bench precompute --root PHOTOS  the job beside its ceilings
 python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
+python -m bench map-sides --root PHOTOS   what the side of stored maps costs, in IoU and bytes
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
 python -m bench kernels                   kernels and bytes of a batch's views on a GPU, counted
 python -m bench study --shards FOLDER      arms of the method on real data, several seeds, a table
@@ -27,6 +28,7 @@ def main() -> int:
         "remote": bench_remote,
         "precompute": bench_precompute,
         "fidelity": bench_fidelity,
+        "map-sides": bench_map_sides,
         "train": bench_train,
         "kernels": bench_kernels,
         "study": run_study,
@@ -126,6 +128,18 @@ def bench_fidelity(argv: Sequence[str]) -> None:
     print(f"\n### {fidelity.SCENES} generated scenes\n")
     print("| estimator | foreground on the object | object covered |\n| --- | ---: | ---: |")
     for row in fidelity.on_objects(options):
+        print(row, flush=True)
+
+
+def bench_map_sides(argv: Sequence[str]) -> None:
+    from bench import fidelity, map_sides
+
+    options = parse(map_sides.SideOptions, argv)
+    study = fidelity.Study(options)
+    print(f"### {len(study.crops)} crops of {len(study.shapes)} photos, {options.backbone}\n")
+    print("| stored map | IoU | before jitter | IoU of a perfect estimator | bytes of its PNG |")
+    print("| --- |" + " ---: |" * 4)
+    for row in map_sides.rows(study, options):
         print(row, flush=True)
 
 

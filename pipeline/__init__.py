@@ -3,6 +3,7 @@
 import saliency_shards  # noqa: F401  under `python -m` it puts the project's own folder first
 
 # isort: split
+import pipeline.released  # noqa: F401  adds its masks, fill and recipes to the registries
 from pipeline.batch import Batch
 from pipeline.cache import Cache
 from pipeline.eval_loader import EvalBatch, EvalViews

@@ -64,9 +64,12 @@ class TrainConfig:
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
     """How views are cut and masked."""
     encoder: str = "resnet50"
-    """A torchvision ResNet: resnet18 ... resnet152, resnext*, wide_resnet*. Random weights."""
+    """A torchvision ResNet (resnet18 ... resnet152, resnext*, wide_resnet*) or a ConvNet of timm
+    (timm:convnext_tiny). Random weights."""
     stem: Stem = "imagenet"
     """small: a 3 x 3 first convolution of stride 1, no max-pool; for crops of 32 to 64 pixels."""
+    zero_init_residual: bool = False
+    """Start each residual block as an identity: the last norm's weight in it is 0."""
     sync_bn: bool = False
     """Batch normalisation over the images of all processes; MoCo then does not shuffle them."""
     crop_size: int | None = None

@@ -80,6 +80,7 @@ def introduction(
 ) -> list[str]:
     """What is about to happen, one line each."""
     optim = config.optim
+    of_method = config.method.notes(config.recipe, config.batch_size // config.accumulate)
     return [
         f"{config.method.name}, {config.encoder}, recipe {recipe_name(config.recipe)}, "
         f"{config.recipe.crop_size} px, batch {config.batch_size} on {world_size()} x "
@@ -89,7 +90,10 @@ def introduction(
         f"{config.epochs} epochs of {len(views)} steps; each drops {views.dropped} of "
         f"{views.samples} images (different ones each epoch) that do not fill a batch",
         *filter(None, [views.cache_description]),
-        *(f"note: {note}" for note in [*notes(config, device), *method.notes(views.samples)]),
+        *(
+            f"note: {note}"
+            for note in [*notes(config, device), *of_method, *method.notes(views.samples)]
+        ),
     ]
 
 
@@ -118,6 +122,7 @@ def metadata_of(config: TrainConfig, name: str, digest: str) -> dict[str, str]:
     return {
         "encoder": config.encoder,
         "stem": config.stem,
+        "zero_init_residual": str(config.zero_init_residual),
         "method": config.method.name,
         "recipe": recipe_name(config.recipe),
         "crop_size": str(config.recipe.crop_size),

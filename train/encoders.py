@@ -1,4 +1,4 @@
-"""Encoders: torchvision ResNets without their classifier, and the file that holds a trained one."""
+"""Encoders: ConvNets without their classifier, and the file that holds a trained one."""
 
 import functools
 import hashlib
@@ -13,11 +13,13 @@ import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from schemas import UserError
 from schemas.cli import lookup
 from schemas.weights import fit_weights, read_weights, shapes_of
 from train.distributed import is_main
+from train.timm_encoders import build_timm_encoder, is_timm, is_timm_encoder
 
 # resnet18 ... resnet152, resnext*, wide_resnet*: all torchvision models of the class ResNet.
 ENCODERS = {
@@ -37,14 +39,19 @@ def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
     Its state_dict has torchvision's key names without `fc`. Weights come from torch's global RNG.
 
     Args:
-        name: of `ENCODERS`.
+        name: of `ENCODERS`, or `timm:` and a ConvNet of timm, whose key names are timm's.
         stem: `imagenet`: torchvision's own, a 7 x 7 convolution of stride 2 and a max-pool;
             `small`: 3 x 3 of stride 1 and no pool, for images of 32 to 64 pixels (as SimCLR and
             solo-learn have it for CIFAR).
 
     Raises:
-        UserError: no such torchvision ResNet.
+        UserError: no such network, or not one that the method is for; the small stem for a network
+            of timm.
     """
+    if is_timm(name):
+        if stem != "imagenet":
+            raise UserError(f"--stem {stem}: is for torchvision's ResNets, not for {name}")
+        return build_timm_encoder(name)
     encoder = lookup("encoder", name, ENCODERS)(weights=None)
     features = encoder.fc.in_features
     encoder.fc = nn.Identity()
@@ -55,11 +62,36 @@ def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
     return encoder, features
 
 
+def zero_residual_gammas_(module: nn.Module, encoder: str) -> None:
+    """Set the last norm's weight of each residual block to 0, so that blocks start as identities.
+
+    Goyal et al. 2017; torchvision's `zero_init_residual`, which google-research/simclr has on.
+
+    Raises:
+        UserError: the module has no such blocks; `encoder` is its name.
+    """
+    last = [
+        block.bn3 if isinstance(block, Bottleneck) else block.bn2
+        for block in module.modules()
+        if isinstance(block, BasicBlock | Bottleneck)
+    ]
+    timm_blocks: list[Any] = [m for m in module.modules() if hasattr(m, "zero_init_last")]
+    for block in timm_blocks:
+        block.zero_init_last()
+    if not last and not timm_blocks:
+        raise UserError(f"--zero-init-residual: {encoder} has no residual blocks that it knows")
+    for norm in last:
+        nn.init.zeros_(norm.weight)
+
+
 def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
     """The last map before pooling: (N, 3, H, W) -> (N, D, h, w), at stride 32 with its usual stem.
 
     `encoder` is one of `build_encoder`.
     """
+    if is_timm_encoder(encoder):
+        network: Any = encoder
+        return network.forward_features(images)
     assert isinstance(encoder, torchvision.models.ResNet)
     x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images))))
     for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
@@ -208,4 +240,7 @@ def untrained_encoder(metadata: dict[str, str], seed: int) -> nn.Module:
     """The same architecture as first initialised, from `seed` alone; torch's global RNG stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_encoder(metadata["encoder"], stem_of(metadata))[0]
+        encoder = build_encoder(metadata["encoder"], stem_of(metadata))[0]
+    if metadata.get("zero_init_residual") == "True":
+        zero_residual_gammas_(encoder, metadata["encoder"])
+    return encoder

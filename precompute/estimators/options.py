@@ -40,7 +40,7 @@ class ScdaOptions(EstimatorOptions):
     name: ClassVar[str] = "scda"
 
     backbone: str = "resnet50"
-    """A torchvision classification CNN by name."""
+    """A torchvision classification CNN by name, or one of timm: timm:convnext_tiny."""
     weights: str = "DEFAULT"
     """A torchvision weights name (downloaded as torchvision does), `random`, a run's folder, or any
     file of weights: a state_dict or a checkpoint (MoCo's .pth.tar, Lightning's .ckpt, safetensors)

@@ -19,6 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from precompute.estimators.maps import z_scored
 from precompute.estimators.options import ScdaOptions
+from precompute.estimators.timm_backbone import build_timm_backbone, is_timm
 from precompute.estimators.weights import load_weights, sha256_of
 from precompute.estimators.windows import Window, cut, paste, windows
 from schemas.cli import lookup
@@ -50,9 +51,8 @@ class ScdaEstimator:
         self.device = device
         if device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        known = {name: name for name in torchvision.models.list_models(torchvision.models)}
         torch.manual_seed(0)  # random weights are the same in every worker
-        model = torchvision.models.get_model(lookup("backbone", options.backbone, known))
+        model = build_backbone(options.backbone)
         trunk = trunk_of(model.eval(), options.backbone, options.layer)
         load_weights(trunk, model, options.backbone, options.weights)
         self.weights_sha256 = sha256_of(trunk.state_dict())
@@ -107,7 +107,7 @@ def list_places(shapes: list[tuple[int, int]], area: float) -> list[Place]:
     return [(i, window) for i, shape in enumerate(shapes) for window in windows(*shape, area)]
 
 
-def prepare(trunk: fx.GraphModule, device: str, precision: str) -> nn.Module:
+def prepare(trunk: nn.Module, device: str, precision: str) -> nn.Module:
     """Return the trunk as it runs on the device, its weights channels_last.
 
     On a GPU, batch norms are folded into the convolutions before them, each of which is a pass over
@@ -117,7 +117,8 @@ def prepare(trunk: fx.GraphModule, device: str, precision: str) -> nn.Module:
     """
     prepared: nn.Module = trunk.requires_grad_(False).to(device)
     if device == "cuda":
-        prepared = fold_batch_norms(trunk)
+        if isinstance(trunk, fx.GraphModule):  # networks of timm run as they are
+            prepared = fold_batch_norms(trunk)
         if precision == "bf16":
             cast_convolutions_(prepared)
     return prepared.to(memory_format=torch.channels_last)
@@ -137,7 +138,15 @@ def fold_batch_norms(trunk: fx.GraphModule) -> nn.Module:
     return fuse(evaluated, no_trace=True).eval().requires_grad_(False)
 
 
-def trunk_of(model: nn.Module, name: str, layer: str) -> fx.GraphModule:
+def build_backbone(name: str) -> nn.Module:
+    """Build a network of torchvision, or of timm by `timm:NAME`. Raises UserError."""
+    if is_timm(name):
+        return build_timm_backbone(name)
+    known = {name: name for name in torchvision.models.list_models(torchvision.models)}
+    return torchvision.models.get_model(lookup("backbone", name, known))
+
+
+def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:
     """The part of a network up to a layer's output, the last map by default. Raises UserError."""
     if not layer:
         return last_convolutional_map(model, name)

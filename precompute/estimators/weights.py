@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+from precompute.estimators.timm_backbone import PUBLISHED, download_timm, is_timm
 from schemas.cli import lookup
 from schemas.errors import UserError
 from schemas.weights import fit_weights, read_weights, shapes_of
@@ -41,7 +42,11 @@ def load_weights(trunk: nn.Module, model: nn.Module, backbone: str, weights: str
 
 def file_of(backbone: str, weights: str) -> Path | None:
     """The file that is meant, None for a name of torchvision's. A run's folder has its encoder."""
-    if weights in torchvision.models.get_model_weights(backbone).__members__:
+    if is_timm(backbone):
+        published = weights == PUBLISHED
+    else:
+        published = weights in torchvision.models.get_model_weights(backbone).__members__
+    if published:
         return None
     path = Path(weights)
     if path.is_dir():
@@ -62,6 +67,8 @@ def unpack(path: Path) -> Any:
 
 def download(backbone: str, name: str) -> Mapping[str, torch.Tensor]:
     """Weights that torchvision publishes, from its cache or the network. Raises UserError."""
+    if is_timm(backbone):
+        return download_timm(backbone, name)
     known = torchvision.models.get_model_weights(backbone).__members__
     chosen = lookup(f"weights of {backbone}", name, {**known, RANDOM: None})
     try:
