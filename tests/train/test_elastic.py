@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,14 @@ OPTIONS = {
 }
 
 
-def start(data: str, out: Path, stop: int, *agent: str) -> subprocess.Popen:
+def start(
+    data: str, out: Path, stop: int, *agent: str, options: Sequence[str] = ()
+) -> subprocess.Popen:
     notes = out.parent / "notes"
     notes.mkdir(exist_ok=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", *agent]
     return subprocess.Popen(
-        [*torchrun, str(SCRIPT), str(notes), str(stop), *command(data, out, **OPTIONS)],
+        [*torchrun, str(SCRIPT), str(notes), str(stop), *command(data, out, **OPTIONS), *options],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -86,14 +89,20 @@ def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> list[f
 def test_a_run_resumes_with_one_and_with_four_ranks(
     shards: str, tmp_path: Path, undisturbed: list[float]
 ) -> None:
-    """Two ranks for 2 steps, one up to step 4, four to the end; epochs have three steps."""
-    out = tmp_path / "run"
-    for size, stop in ((2, 2), (1, 4), (4, 0)):
-        process = start(shards, out, stop, "--standalone", "--nproc-per-node", str(size))
+    """Two ranks for 2 steps, one up to step 4, four to the end; epochs have three steps.
+
+    The first two read the shards where they are, the four through a cache, as remote ones are read.
+    """
+    out, cache = tmp_path / "run", ("--cache", str(tmp_path / "cache"))
+    for size, stop, options in ((2, 2, ()), (1, 4, ()), (4, 0, cache)):
+        process = start(
+            shards, out, stop, "--standalone", "--nproc-per-node", str(size), options=options
+        )
         said, _ = process.communicate(timeout=200)
         assert (process.returncode == 0) == (stop == 0), said
     assert "resumes after step 4 of 9, 1 -> 4 processes" in said
     assert assert_every_batch_was_whole(shards, out) == {1, 2, 4}
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == len(ShardDataset.open(shards).shards)
     losses = [row["loss"] for row in metrics(out)]
     np.testing.assert_allclose(losses, undisturbed, rtol=2e-4)
 
