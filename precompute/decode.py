@@ -5,18 +5,15 @@ and cannot be skipped there, so none may get into a shard. Where there is a GPU 
 the loader does.
 """
 
-import io
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 from nvidia.dali import types
-from PIL import Image
 
-from precompute.encode import EncodedImage, RejectedError, to_png
+from precompute.encode import EncodedImage, RejectedError, read_by_pillow, rejecting
 from schemas.tables import Reject
 
 PIXELS_AT_ONCE = 2**27
@@ -27,7 +24,7 @@ million pixels, so this only parts batches of very large images, which would not
 def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Reject]]:
     """Decode a batch; where it fails, one by one, to find which.
 
-    A TIFF that DALI cannot read but Pillow can is re-encoded.
+    What DALI cannot read but Pillow can is re-encoded.
 
     Returns:
         the images that decode, their pixels as a DALI batch of (height, width, 3) uint8 RGB with
@@ -35,7 +32,7 @@ def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Re
     """
     try:
         return images, decode_batch(images), []
-    except RuntimeError:
+    except Exception:  # a damaged image may raise anything; which one it is shows below
         good, rejects = [], []
         for encoded in images:
             try:
@@ -63,12 +60,10 @@ def readable(encoded: EncodedImage) -> EncodedImage:
     """The image as it is, or re-encoded, such that DALI decodes it. Raises RejectedError."""
     try:
         decode_batch([encoded])
-    except RuntimeError as error:
-        if encoded.extension != "tiff":
-            detail = "damaged or cut short; replace or remove it"
-            raise RejectedError(encoded.image, "undecodable", detail) from error
-        png = to_png(encoded.image, Image.open(io.BytesIO(encoded.content)))
-        return replace(encoded, content=png, extension="png", reencoded=True)
+    except Exception:  # as above
+        encoded = read_by_pillow(encoded)
+        with rejecting(encoded.image, "DALI does not read its re-encoded copy"):
+            decode_batch([encoded])
     return encoded
 
 
