@@ -5,19 +5,23 @@ it again after an interruption: it does only what is missing, and ends with the 
 """
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import tyro
 
 from precompute.estimators import ESTIMATORS, EstimatorOptions, FunctionOptions, ScdaOptions
+from precompute.guard import refuse_linked_inputs, refuse_own_inputs
 from precompute.plan import make_plan
-from precompute.sources import list_images, open_source
+from precompute.sources import SourceImage, list_images, open_source
 from schemas.cli import parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
+from schemas.names import to_stored
 from schemas.storage import Store
-from schemas.tables import REJECTS, SAMPLES, SHARDS
+from schemas.tables import REJECTS, SAMPLES, SHARDS, Reject
 
 if TYPE_CHECKING:
     from precompute.job import Job, Summary
@@ -127,12 +131,14 @@ def resolve(options: Options) -> "Job":
     out, root = Store(options.out).location(""), options.root
     if root and "://" not in root:
         root = os.path.abspath(root)
-    if root and f"{Store(out).root}/".startswith(f"{Store(root).root}/"):
-        raise UserError(f"{options.out}: lies inside {root}, whose files are the inputs")
+    if root:
+        refuse_own_inputs(options.out, root)
     source = open_source(options.dataset, root, options.split, options.download)
     images, rejects = list_images(listed(source.images()))
+    refuse_linked_inputs(options.out, source)
     if not images:
-        raise UserError(f"{root}: no images in it; see `python -m precompute --help` for ROOT")
+        raise UserError(no_images(root, rejects))
+    print(count_classes(images, source.classes), flush=True)
     before = None
     if options.extend:
         before, images, rejects = only_new(out, images, rejects, list(source.classes))
@@ -151,6 +157,29 @@ def resolve(options: Options) -> "Job":
         resize=resize,
         before=before,
     )
+
+
+def count_classes(images: list[SourceImage], classes: Sequence[str]) -> str:
+    """Say what was listed: a wrong ROOT shows before the work begins."""
+    labels = {image.label for image in images}
+    if not classes:
+        return f"{len(images)} images without classes"
+    empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
+    names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
+    return f"{len(images)} images in {len(classes)} classes, {len(empty)} folders empty{names}"
+
+
+def no_images(root: str, rejects: list[Reject]) -> str:
+    """Say why a source gives no image: the reasons, how often, and the first input of each."""
+    if not rejects:
+        return f"{root}: no images in it; see `python -m precompute --help` for ROOT"
+    first = {reject.reason: reject for reject in reversed(rejects)}
+    counts = Counter(reject.reason for reject in rejects)
+    reasons = "; ".join(
+        f"{count} {reason}, first {to_stored(first[reason].source)}: {first[reason].detail}"
+        for reason, count in counts.most_common()
+    )
+    return f"{root}: all {len(rejects)} inputs are rejected: {reasons}"
 
 
 def report(summary: "Summary") -> str:

@@ -77,7 +77,7 @@ def connect(address: str | None) -> None:
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        except Exception as error:  # a node that is slow to start is a plain Exception of Ray's
             raise UserError(refusal(address, error, last_words(said))) from error
 
 
@@ -91,7 +91,8 @@ def refusal(address: str | None, error: Exception, said: str) -> str:
         if "path length" in reason or "AF_UNIX" in reason:
             advice = "; set RAY_TMPDIR to a folder with a shorter name"
         return f"Ray does not start here: {reason}{advice}"
-    if isinstance(error, (OSError, ValueError)):
+    refused = "AuthToken" in reason or isinstance(error, (RuntimeError, ray.exceptions.RayError))
+    if not refused:
         return (
             f"no Ray cluster answers at {address}: {reason}; look at the address and whether "
             "`ray start` still runs there, or leave --address out"
@@ -109,8 +110,11 @@ def reach(address: str) -> None:
     Raises:
         OSError, ValueError: nothing listens there, or there is no such host or cluster.
     """
-    if "://" not in address:
-        address = services.canonicalize_bootstrap_address_or_die(address)
+    if address == "auto":
+        try:
+            address = services.canonicalize_bootstrap_address(address) or ""
+        except ConnectionError:
+            return  # ray.init finds none either, and says so
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ValueError("an address is HOST:PORT, or `auto` for the Ray of this machine")
