@@ -6,7 +6,6 @@ it again after an interruption: it does only what is missing, and ends with the 
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import tyro
 from precompute.estimators import ESTIMATORS, EstimatorOptions, FunctionOptions, ScdaOptions
 from precompute.guard import refuse_linked_inputs, refuse_own_inputs
 from precompute.plan import make_plan
-from precompute.sources import SourceImage, list_images, open_source
+from precompute.sources import Source, SourceImage, list_images, open_source
 from schemas.cli import parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
@@ -47,6 +46,15 @@ class Options:
     """Of the dataset, as it calls them (train, val, test; voc: 07+12-trainval; caltech101: all)."""
     download: bool = False
     """Let torchvision download the dataset into ROOT first."""
+    image_member: str = ""
+    """webdataset: extension of the image, where a sample has several (`input.jpg`)."""
+    label_member: str = ""
+    """webdataset: extension of the label (`txt`), `json:FIELD` for a field of a JSON member, or
+    `none`; by default `cls`, and where there is none a field `label` of `json`."""
+    label_text: bool = False
+    """webdataset: labels are names of classes even where they are digits."""
+    keys_with_dots: bool = False
+    """webdataset: the extension begins at the last dot of a name (`img.0001.jpg`)."""
     name: str = ""
     """Name of the dataset, for the card; by default what --dataset says."""
     shard_samples: int = 1000
@@ -133,12 +141,14 @@ def resolve(options: Options) -> "Job":
         root = os.path.abspath(root)
     if root:
         refuse_own_inputs(options.out, root)
-    source = open_source(options.dataset, root, options.split, options.download)
+    of_tars = ("image_member", "label_member", "label_text", "keys_with_dots")
+    chosen = {name: value for name in of_tars if (value := getattr(options, name))}
+    source = open_source(options.dataset, root, options.split, options.download, **chosen)
     images, rejects = list_images(listed(source.images()))
     refuse_linked_inputs(options.out, source)
     if not images:
         raise UserError(no_images(root, rejects))
-    print(count_classes(images, source.classes), flush=True)
+    print(count_classes(images, source), flush=True)
     before = None
     if options.extend:
         before, images, rejects = only_new(out, images, rejects, list(source.classes))
@@ -159,11 +169,11 @@ def resolve(options: Options) -> "Job":
     )
 
 
-def count_classes(images: list[SourceImage], classes: Sequence[str]) -> str:
+def count_classes(images: list[SourceImage], source: Source) -> str:
     """Say what was listed: a wrong ROOT shows before the work begins."""
-    labels = {image.label for image in images}
+    labels, classes = {image.label for image in images}, source.classes
     if not classes:
-        return f"{len(images)} images without classes"
+        return f"{len(images)} images without classes{source.hint()}"
     empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
     names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
     return f"{len(images)} images in {len(classes)} classes, {len(empty)} folders empty{names}"

@@ -16,11 +16,12 @@ import numpy as np
 from precompute.decode import decode, within_memory
 from precompute.encode import EncodedImage, RejectedError, Resize, check
 from precompute.estimators import Estimator
+from precompute.reads import PendingReads
 from precompute.sources import Source, SourceImage
 from schemas.errors import UserError
 from schemas.sample import Sample
 from schemas.shard import ShardMarker, write_shard
-from schemas.storage import Store
+from schemas.storage import NotAFileError, Store
 from schemas.tables import Reject
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class ShardBuilder:
         self.batch_size = batch_size
         self.resize = resize
         self.settings = settings
+        self.reads = PendingReads()
 
     def build(
         self,
@@ -115,15 +117,22 @@ class ShardBuilder:
             if why := refused.get(image.key):
                 return Reject(image.location, "kills-worker", why)
             try:
-                content, members = self.source.read(image), self.source.members(image)
+                with self.reads.begin(image.location):
+                    content = self.source.read(image)
+                with self.reads.begin(f"{image.location} (its annotation)"):
+                    members = read_members(self.source, image)
                 return check(image, content, members, self.resize)
             except RejectedError as error:
                 return error.reject
-            except ValueError as error:
-                return Reject(image.location, "bad-annotation", str(error))
+            except NotAFileError as error:
+                return Reject(image.location, "not-a-file", str(error))
             except OSError as error:
                 if not isinstance(error, FileNotFoundError) and error.errno not in OF_ONE_FILE:
                     raise UserError(f"{image.location}: the source fails: {error}") from error
+                return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
+            except UserError:
+                raise
+            except Exception as error:  # of the source's own reader, say of a damaged archive
                 return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
 
         with ThreadPoolExecutor(READERS) as pool:
@@ -159,6 +168,16 @@ class ShardBuilder:
                 reencoded=one.reencoded,
                 members=one.members,
             )
+
+
+def read_members(source: Source, image: SourceImage) -> dict[str, bytes]:
+    """Read what is kept beside an image. Raises RejectedError, OSError, UserError."""
+    try:
+        return source.members(image)
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        raise RejectedError(image, "bad-annotation", str(error)) from error
 
 
 def ahead(items: Generator[T]) -> Generator[T]:

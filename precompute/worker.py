@@ -14,6 +14,7 @@ from precompute.build import ShardBuilder
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
 from precompute.poison import find_poison
+from precompute.reads import reported
 from precompute.sources import Source, SourceImage
 from schemas.errors import UserError
 from schemas.storage import Store
@@ -70,11 +71,15 @@ class ShardActor:
         def advance(written: int, rejected: int) -> None:
             self.ledger.advance.remote(shard, written, rejected)
 
+        def report(slow: dict[str, float]) -> None:
+            self.ledger.report_reads.remote(shard, slow)
+
         try:
             refused: Mapping[str, str] = {}
             if attempt == MAX_ATTEMPTS:
                 refused = find_poison(images, self.make_builder)
-            self.builder.build(shard, images, advance, refused)
+            with reported(self.builder.reads, report):
+                self.builder.build(shard, images, advance, refused)
         except UserError as error:
             return str(error)
         except Exception as error:

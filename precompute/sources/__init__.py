@@ -6,9 +6,12 @@ class and one line in `SOURCES`, or `--dataset module:Class`.
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable
+from inspect import signature
+from typing import Any
 
 from precompute.sources.base import Source, SourceImage, free_key, key_of, walk_order
 from schemas.cli import imported, lookup
+from schemas.errors import UserError
 from schemas.tables import Reject
 
 __all__ = ["SOURCES", "Source", "SourceImage", "key_of", "list_images", "open_source"]
@@ -32,11 +35,21 @@ SOURCES = {
 """Where each is: importing them all would import torchvision for a folder of files."""
 
 
-def open_source(name: str, root: str, split: str, download: bool) -> Source:
-    """Open a source by its name in `SOURCES` or as `module:Class`. Raises UserError."""
+def open_source(name: str, root: str, split: str, download: bool, **options: Any) -> Source:
+    """Open a source by its name in `SOURCES` or as `module:Class`.
+
+    Args:
+        options: what only some sources understand, such as `image_member` of tars.
+
+    Raises:
+        UserError: there is no such source or root, or it does not understand an option.
+    """
     path = name if ":" in name else lookup("dataset", name, SOURCES)
-    make: Callable[[str, str, bool], Source] = imported("dataset", path)
-    return make(root, split, download)
+    make: Callable[..., Source] = imported("dataset", path)
+    if unknown := [option for option in options if option not in signature(make).parameters]:
+        option = unknown[0].replace("_", "-")
+        raise UserError(f"--{option} is an option of DATASET=webdataset, not of {name}")
+    return make(root, split, download, **options)
 
 
 def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceImage], list[Reject]]:
@@ -57,8 +70,10 @@ def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceIma
         else:
             there = first[entry.key]
             group = groups.setdefault(entry.key, {there.location: there})
-            if group.setdefault(entry.location, entry) is not entry or entry is there:
+            if entry.location in group:
                 rejects.append(Reject(entry.location, "duplicate", "listed more than once"))
+            else:
+                group[entry.location] = entry
     later: dict[str, SourceImage] = {}
     for key, group in sorted(groups.items()):
         first[key], *others = sorted(group.values(), key=lambda image: walk_order(image.location))

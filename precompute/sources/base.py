@@ -41,6 +41,10 @@ class Source(ABC):
 
     classes: Sequence[str] = ()
 
+    def hint(self) -> str:
+        """What a user should know where no image has a class, as the end of a sentence."""
+        return ""
+
     def linked_folders(self) -> Sequence[str]:
         """Local folders outside of ROOT that listing was led to by links."""
         return ()
