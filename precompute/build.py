@@ -12,8 +12,9 @@ from contextlib import closing
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
-from precompute.decode import decode, within_memory
+from precompute.decode import decode, decode_batch, within_memory
 from precompute.encode import EncodedImage, RejectedError, Resize, check
 from precompute.estimators import Estimator
 from precompute.reads import PendingReads
@@ -79,6 +80,7 @@ class ShardBuilder:
         self.resize = resize
         self.settings = settings
         self.reads = PendingReads()
+        self.has_estimated = False
 
     def build(
         self,
@@ -108,7 +110,8 @@ class ShardBuilder:
     ) -> Iterator[tuple[list[Sample], list[Reject]]]:
         """Everything but the writing, a group of images at a time."""
         for group in ahead(self.decoded(ahead(self.read(images, refused)))):
-            yield list(self.estimate(group.images, group.pixels)), group.rejects
+            samples, rejects = self.estimate(group.images, group.pixels)
+            yield samples, group.rejects + rejects
 
     def read(
         self, images: list[SourceImage], refused: Mapping[str, str]
@@ -148,26 +151,53 @@ class ShardBuilder:
             for group in within_memory(encoded):
                 yield Decoded(*decode(group))
 
-    def estimate(self, encoded: list[EncodedImage], pixels: Any) -> Iterator[Sample]:
+    def estimate(
+        self, encoded: list[EncodedImage], pixels: Any
+    ) -> tuple[list[Sample], list[Reject]]:
+        """Make samples of decoded images, and reject those that the estimator alone fails on."""
         if not encoded:
-            return
+            return [], []
+        try:
+            return self.samples_of(encoded, pixels), []
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            # of one image, or of all that there were so far: then the estimator is at fault
+            samples, rejects, last = [], [], None
+            for one in encoded:
+                try:
+                    samples += self.samples_of([one], decode_batch([one]))
+                except Exception as error:
+                    last = error
+                    detail = f"{type(error).__name__}: {error}"
+                    rejects.append(Reject(one.image.location, "estimator-fails", detail))
+            if last and not samples and not self.has_estimated:
+                raise last from None
+            return samples, rejects
+
+    def samples_of(self, encoded: list[EncodedImage], pixels: Any) -> list[Sample]:
         maps = self.estimator(pixels)
         if not np.isfinite(maps).all():
             raise ValueError("the estimator gave values that are not finite")
+        self.has_estimated = True
+        samples = []
         for one, image, saliency in zip(encoded, pixels, maps, strict=True):
             height, width, _ = image.shape
-            yield Sample(
-                key=one.image.key,
-                image=one.content,
-                extension=one.extension,
-                saliency=saliency,
-                label=one.image.label,
-                height=height,
-                width=width,
-                source=one.image.location,
-                reencoded=one.reencoded,
-                members=one.members,
+            samples.append(
+                Sample(
+                    key=one.image.key,
+                    image=one.content,
+                    extension=one.extension,
+                    saliency=saliency,
+                    label=one.image.label,
+                    height=height,
+                    width=width,
+                    source=one.image.location,
+                    reencoded=one.reencoded,
+                    members=one.members,
+                )
             )
+        return samples
 
 
 def read_members(source: Source, image: SourceImage) -> dict[str, bytes]:

@@ -40,7 +40,7 @@ def scale_to_bytes(values: np.ndarray, whites: tuple[int, ...]) -> np.ndarray:
         for white in whites:
             if high <= white:
                 return values * (255 / white)
-    return (values - low) * (255 / max(high - low, np.finfo(np.float64).tiny))
+    return (values - low) / ((high - low) or 1) * 255
 
 
 def from_gray(values: np.ndarray) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import re
 
-ESCAPE = re.compile(rb"\\\\(x[0-9a-f]{2}|[\\\\'])")
+ESCAPE = re.compile(rb"\\(x[0-9a-f]{2}|[\\'])")
 
 
 def to_stored(location: str) -> str:

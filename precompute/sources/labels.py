@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from schemas.names import to_stored
 from schemas.sample import LABEL_MEMBER, UNLABELLED
 
 NUMBER = re.compile(r"-1|[0-9]{1,9}")
@@ -71,7 +70,7 @@ class LabelReader:
         content = file.read(size)
         if is_json:
             return self.of_json(member, field, content)
-        text = content.decode("utf-8-sig", "backslashreplace").strip("\0 \t\r\n")
+        text = content.decode("utf-8-sig", "surrogateescape").strip("\0 \t\r\n")
         if not text or "\n" in text:
             raise LabelError(f"its {member} is {content[:20]!r}: no label")
         return text
@@ -131,7 +130,7 @@ def name_classes(
     if reader.text or (found and not digits):
         names = sorted(found)
         numbers |= {label: place for place, label in enumerate(names)}
-        return numbers, [to_stored(name) for name in names], {}
+        return numbers, names, {}
     bad = {
         label: f"its label is {label[:40]!r}, not digits as others are; --label-text takes all "
         "labels for names"

@@ -15,7 +15,6 @@ from precompute.sources.base import (
     visible,
 )
 from schemas.errors import UserError
-from schemas.names import to_stored
 from schemas.sample import UNLABELLED
 from schemas.storage import Store
 from schemas.tables import Reject
@@ -33,7 +32,7 @@ class ClassFolders(Source):
     def __init__(self, store: Store, folders: Sequence[str]):
         self.store = store
         self.folders = list(folders)
-        self.classes = [to_stored(name) for name in folders]
+        self.classes = list(folders)
 
     def images(self) -> Iterator[SourceImage | Reject]:
         for label, name in enumerate(self.folders):
