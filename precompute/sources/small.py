@@ -47,7 +47,8 @@ class Caltech101(Source):
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("caltech101", split, ("train", "test", "all"))
-        make = partial(datasets.Caltech101, root, download=download)
+        # its own lists take every file for an image, and what a system leaves behind for a class
+        make = partial(datasets.Caltech101, root, download=True) if download else dict
         opened("caltech101", root, make, ["caltech101/101_ObjectCategories"], download)
         self.split = split
         self.store = Store(f"{root}/caltech101/101_ObjectCategories")
