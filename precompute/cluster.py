@@ -66,9 +66,9 @@ def cluster(address: str | None) -> Iterator[None]:
 
 def connect(address: str | None) -> None:
     """Start a local Ray, or connect to the one at `address`. Raises UserError."""
-    with kept_stderr() as said:
+    with kept_stderr() as (said, terminal):
         try:
-            with token(address), watched_start(address, said):
+            with token(address), watched_start(address, said, terminal):
                 if address:
                     reach(address)
                 ray.init(
@@ -142,12 +142,16 @@ def token(address: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_stderr() -> Iterator[int]:
-    """Send stderr, Ray's C++ part's too, to a file in memory, to be shown if Ray does not start."""
+def kept_stderr() -> Iterator[tuple[int, int]]:
+    """Send stderr, Ray's C++ part's too, to a file in memory, to be shown if Ray does not start.
+
+    Returns:
+        descriptors of that file and of what stderr was before.
+    """
     said, kept = os.memfd_create("ray-stderr"), os.dup(2)
     os.dup2(said, 2)
     try:
-        yield said
+        yield said, kept
     finally:
         os.dup2(kept, 2)
         os.close(kept)
@@ -163,7 +167,7 @@ def last_words(said: int) -> str:
 
 
 @contextlib.contextmanager
-def watched_start(address: str | None, said: int) -> Iterator[None]:
+def watched_start(address: str | None, said: int, terminal: int) -> Iterator[None]:
     """Hear SIGTERM and Ctrl-C while `ray.init` runs, and end when a cluster does not answer.
 
     Python runs no handler while Ray's C++ part waits, so a thread hears of signals through the
@@ -172,7 +176,7 @@ def watched_start(address: str | None, said: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    terminal, over = os.dup(2), threading.Event()
+    over = threading.Event()
     heard, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
@@ -210,7 +214,7 @@ def watched_start(address: str | None, said: int) -> Iterator[None]:
         signal.set_wakeup_fd(before)
         os.write(wakeup, b"\0")
         thread.join()
-        for descriptor in (terminal, heard, wakeup):
+        for descriptor in (heard, wakeup):
             os.close(descriptor)
 
 
