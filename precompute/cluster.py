@@ -77,6 +77,8 @@ def connect(address: str | None) -> None:
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )
+        except (UserError, TerminatedError):
+            raise
         except Exception as error:  # a node that is slow to start is a plain Exception of Ray's
             raise UserError(refusal(address, error, last_words(said))) from error
 
@@ -189,14 +191,12 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
         left: float | None = ANSWER_SECONDS
         while not over.is_set():
             ready, _, _ = select.select([heard], [], [], left)
-            if over.is_set():
-                return
             number = os.read(heard, 1)[0] if ready else 0
             if number == signal.SIGTERM:
                 end("terminated before Ray was up; the same command starts again", 143)
             if number == signal.SIGINT:
                 end("interrupted before Ray was up; the same command starts again", 130)
-            if ready:
+            if ready or over.is_set():
                 continue
             words = last_words(said) or "it says nothing"
             if address:
