@@ -4,7 +4,9 @@ Reads the images of a source, estimates their saliency and writes both into WebD
 it again after an interruption: it does only what is missing, and ends with the same bytes.
 """
 
+import io
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -211,6 +213,8 @@ def report(summary: "Summary") -> str:
 
 
 def start() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
     run(main)
 
 
