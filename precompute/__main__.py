@@ -21,6 +21,7 @@ from schemas.cli import parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
 from schemas.names import to_stored
+from schemas.sample import UNLABELLED
 from schemas.storage import Store
 from schemas.tables import REJECTS, SAMPLES, SHARDS, Reject
 
@@ -176,6 +177,10 @@ def count_classes(images: list[SourceImage], source: Source) -> str:
     labels, classes = {image.label for image in images}, source.classes
     if not classes:
         return f"{len(images)} images without classes{source.hint()}"
+    if labels <= {UNLABELLED}:
+        return (
+            f"{len(images)} images without a label; their annotations know {len(classes)} classes"
+        )
     empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
     names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
     return f"{len(images)} images in {len(classes)} classes, {len(empty)} folders empty{names}"

@@ -141,7 +141,13 @@ class Store:
         """Names of the folders directly in this one, sorted."""
         with self.answers():
             entries = self.fs.ls(self.root, detail=True)
-            found = [entry["name"].rstrip("/") for entry in entries if self.fs.isdir(entry["name"])]
+            # a link has a type of its own; to ask about every file would be a request each
+            found = [
+                entry["name"].rstrip("/")
+                for entry in entries
+                if entry["type"] == "directory"
+                or (entry["type"] != "file" and self.fs.isdir(entry["name"]))
+            ]
         return sorted(map(posixpath.basename, found))
 
     def walk(self, folder: str = "") -> Iterator[str]:

@@ -101,7 +101,8 @@ def refuse_splits(store: Store, folders: list[str]) -> None:
     """Refuse a ROOT that holds the splits of a dataset: they would become its classes."""
     below = ""
     if len(folders) == 1:
-        below, folders = f"{folders[0]}/", class_folders(Store(f"{store.url}/{folders[0]}"))
+        below = f"{folders[0]}/"
+        folders = [name for name in sorted(SPLITS) if store.is_folder(below + name)]
     if len(folders) > 1 and SPLITS.issuperset(map(str.lower, folders)):
         raise UserError(
             f"{store.url}: holds {' and '.join(below + name for name in folders)}, which are "
