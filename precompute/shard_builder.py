@@ -196,7 +196,8 @@ class ShardBuilder:
 
         Raises:
             UserError: a GPU fails, or memory runs out; nothing is rejected then.
-            Exception: the estimator's own, where it has not worked on any image so far.
+            Exception: the estimator's own, where it has not worked on any image so far, or fails
+                on images together that it takes one by one.
         """
         if not encoded:
             return [], []
@@ -205,8 +206,10 @@ class ShardBuilder:
         except UserError:
             raise
         except Exception:
-            # of one image, or of all that there were so far: then the estimator is at fault
-            return self.estimate_one_by_one(encoded)
+            samples, rejects = self.estimate_one_by_one(encoded)
+            if not rejects:  # no image is at fault, and alone their maps differ in the last bits
+                raise
+            return samples, rejects
 
     def estimate_one_by_one(self, encoded: list[EncodedImage]) -> tuple[list[Sample], list[Reject]]:
         samples: list[Sample] = []
@@ -223,7 +226,7 @@ class ShardBuilder:
                 last = error
                 detail = f"{type(error).__name__}: {error}"
                 rejects.append(Reject(one.image.location, "estimator-fails", detail))
-        if last and not samples and not self.has_estimated:
+        if last and not self.has_estimated:  # on no image so far: the estimator is at fault
             raise last from None
         return samples, rejects
 
