@@ -157,13 +157,14 @@ def workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(devices.cpu_threads(), "views", torch.set_num_threads, (1,))
 
 
-def cut_all(images: list[Tensor], windows: Tensor, side: int) -> Tensor:
+def cut_all(images: list[Tensor], windows: Tensor, recipe: Recipe) -> Tensor:
     """Cut each image's window on the host: (N, side, side, 3) uint8, planar in memory."""
+    side = recipe.crop_size
     cut = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
 
     def work(rows: slice) -> None:
         for row in range(rows.start, rows.stop):
-            cut[row] = cut_on_host(images[row], windows[row], side)
+            cut[row] = cut_on_host(images[row], windows[row], side, recipe.interpolation)
 
     list(workers().map(work, parts(len(images))))
     return cut.permute(0, 2, 3, 1)

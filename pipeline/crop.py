@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.recipes import Recipe
+from pipeline.recipes import Interpolation, Recipe
 from pipeline.rng import Rng
 
 TRIES = 10
@@ -75,8 +75,10 @@ def center_windows(height: np.ndarray, width: np.ndarray, share: float) -> np.nd
     return np.stack([0.5 - y, 0.5 - x, 0.5 + y, 0.5 + x], axis=1).astype(np.float32)
 
 
-def cut_on_host(image: Tensor, window: Tensor, side: int) -> Tensor:
-    """Crop, resize (bilinear, antialiased) and flip one image with PyTorch.
+def cut_on_host(
+    image: Tensor, window: Tensor, side: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Crop, resize (antialiased) and flip one image with PyTorch.
 
     On a CPU this takes a fifth of the time of DALI's operator and gives the same pixels within two
     levels of 255, but at the border: there DALI's filter looks over the window's edge.
@@ -92,5 +94,5 @@ def cut_on_host(image: Tensor, window: Tensor, side: int) -> Tensor:
     top, bottom = round(y0 * height), round(y1 * height)
     left, right = sorted((round(x0 * width), round(x1 * width)))
     crop = image[top:bottom, left:right].permute(2, 0, 1).unsqueeze(0)
-    resized = interpolate(crop, (side, side), mode="bilinear", antialias=True)[0]
+    resized = interpolate(crop, (side, side), mode=interpolation, antialias=True)[0]
     return resized.flip(2) if x0 > x1 else resized

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from pipeline.devices import cpu_threads
 from pipeline.failures import translate_dali_errors
+from pipeline.recipes import Interpolation
 from pipeline.shards import EncodedBatch
 
 IN_FLIGHT = 2
 """Batches that DALI works on ahead of the one that is taken (its own default)."""
+
+INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Cut:
         crop_size: side of a view in pixels.
         views: how many views of each image.
         grid: side of a view's saliency in cells; None for no saliency.
+        interpolation: how a view is resized; its saliency always bilinearly.
         on_device: whether the graph cuts the views; otherwise it hands out the decoded images, and
             PyTorch cuts them, which is faster on a CPU (`crop.cut_on_host`).
     """
@@ -36,6 +40,7 @@ class Cut:
     crop_size: int
     views: int = 1
     grid: int | None = None
+    interpolation: Interpolation = "bilinear"
     on_device: bool = True
 
 
@@ -160,15 +165,17 @@ def view_graph(source: Any, cut: Cut, device: torch.device) -> tuple[Any, ...]:
     for _ in range(windows):
         start, end = inputs.pop(0), inputs.pop(0)
         if cut.grid is not None:
-            cells = cut_window(saliency, start, end, cut.grid, dtype=types.FLOAT)
+            cells = cut_window(saliency, start, end, cut.grid, "bilinear", dtype=types.FLOAT)
             outputs.append(cells.gpu() if device.type == "cuda" else cells)
         if cut.on_device:
-            outputs.append(cut_window(image, start, end, cut.crop_size))
+            outputs.append(cut_window(image, start, end, cut.crop_size, cut.interpolation))
     return tuple(outputs)
 
 
-def cut_window(image: Any, start: Any, end: Any, side: int, **options: Any) -> Any:
-    """Crop, resize to side x side (bilinear, antialiased) and flip, in one operator.
+def cut_window(
+    image: Any, start: Any, end: Any, side: int, interpolation: Interpolation, **options: Any
+) -> Any:
+    """Crop, resize to side x side (antialiased) and flip, in one operator.
 
     Args:
         start, end: (y, x) as shares of the image; x runs backwards when flipped.
@@ -179,7 +186,7 @@ def cut_window(image: Any, start: Any, end: Any, side: int, **options: Any) -> A
         roi_end=end,
         roi_relative=True,
         size=[side, side],
-        interp_type=types.INTERP_LINEAR,
+        interp_type=INTERPOLATIONS[interpolation],
         **options,
     )
 

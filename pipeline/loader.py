@@ -109,6 +109,7 @@ class MaskedViews:
             grid=self.recipe.grid
             if self.recipe.fill != "none" or "saliency" in self.report
             else None,
+            interpolation=self.recipe.interpolation,
             on_device=self.device.type == "cuda",
         )
         self.dataset = ShardDataset.open(url)
@@ -251,7 +252,7 @@ class MaskedViews:
         saliency: Tensor | None = decoded.saliency[number] if decoded.saliency else None
         if decoded.images is None:
             return View(decoded.views[number], saliency, window)
-        return View(cut_all(decoded.images, window, self.recipe.crop_size), saliency, window)
+        return View(cut_all(decoded.images, window, self.recipe), saliency, window)
 
 
 def default_fingerprint() -> dict[str, Any]:

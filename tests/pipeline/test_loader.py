@@ -242,9 +242,10 @@ def test_another_global_batch_goes_on_between_epochs(dataset: ShardDataset) -> N
 
 def version_1(views: MaskedViews, epoch: int, step: int) -> dict:
     """The state of a loader of version 1, which read by DALI's own reader."""
-    fingerprint = views.state_dict()["fingerprint"]
-    for name in ("streams", "shuffle_shards", "recipe.region_choice"):
-        del fingerprint[name]  # it knew no streams and no windows, and an early one no regions
+    own = views.state_dict()["fingerprint"]
+    recipe = {f"recipe.{k}": str(v) for k, v in dataclasses.asdict(views.recipe).items()}
+    del recipe["recipe.region_choice"]  # an early one knew no regions
+    fingerprint = {"dataset": own["dataset"], "seed": own["seed"], **recipe}
     return {
         "version": 1,
         "fingerprint": fingerprint

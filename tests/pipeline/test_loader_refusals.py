@@ -15,11 +15,11 @@ from tests.pipeline.conftest import BATCH, small, take, views_of
     ("name", "changes"),
     [
         ("seed", {"seed": 1}),
-        ("batch_size 16 -> 14", {"batch_size": 7}),
-        ("shuffle_shards 16 -> 8", {"shuffle_shards": 8}),
-        ("streams 1 -> 2", {"streams": 2}),
+        ("batch_size was 16, is 14", {"batch_size": 7}),
+        ("shuffle_shards was 16, is 8", {"shuffle_shards": 8}),
+        ("streams was 1, is 2", {"streams": 2}),
         ("recipe", {"recipe": small("hp", query_ratio=(0.1, 0.2))}),
-        ("batch_size 16 -> 24", {"world_size": 3}),
+        ("batch_size was 16, is 24", {"world_size": 3}),
     ],
 )
 def test_a_state_of_other_settings_is_refused(
@@ -34,7 +34,7 @@ def test_a_state_of_other_settings_is_refused(
     ) as refusal:
         other.load_state_dict(views.state_dict())
     if name == "recipe":
-        assert "recipe.query_ratio (0.05, 0.25) -> (0.1, 0.2)" in str(refusal.value)
+        assert "recipe.query_ratio was [0.05, 0.25], is [0.1, 0.2]" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 

@@ -35,8 +35,8 @@ def sample(key: str, size: tuple[int, int], axis: int, orientation: int) -> Samp
     return Sample(key, stored(seen, orientation), "jpg", saliency.astype(np.float32), -1, *size)
 
 
-def first(url: str, size: int, cuts: bool) -> Batch:
-    recipe = small("none", **STILL)
+def first(url: str, size: int, cuts: bool, **changes: object) -> Batch:
+    recipe = small("none", **STILL, **changes)
     views = MaskedViews(url, recipe, size, "cpu", report=("saliency", "windows", "keys"))
     # True: by the operators of the graph, as on a GPU
     views._cut = dataclasses.replace(views._cut, on_device=cuts)
@@ -83,7 +83,8 @@ def test_saliency_lies_on_its_image(write: Write, orientation: int, cuts: bool) 
     assert 0.3 < flips / (2 * len(samples)) < 0.7
 
 
-def test_graph_and_host_cut_the_same_pixels(write: Write) -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_graph_and_host_cut_the_same_pixels(write: Write, interpolation: str) -> None:
     random = np.random.default_rng(0)
     samples = []
     for number in range(24):
@@ -94,7 +95,7 @@ def test_graph_and_host_cut_the_same_pixels(write: Write) -> None:
         grid = np.zeros((28, 28), np.float32)
         samples.append(Sample(f"s{number}", buffer.getvalue(), "png", grid, 0, size[1], size[0]))
     url = write(samples).url
-    host, graph = (first(url, 24, cuts) for cuts in (False, True))
+    host, graph = (first(url, 24, cuts, interpolation=interpolation) for cuts in (False, True))
     assert torch.equal(host.query_window, graph.query_window)  # type: ignore[arg-type]
     difference = 255 * (host.query - graph.query).abs() * 0.229
     assert difference[..., 2:-2, 2:-2].max() < 2.5

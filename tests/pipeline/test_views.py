@@ -25,13 +25,13 @@ def pixels_of(view: Tensor) -> Tensor:
     return 255 * (view * std + mean)
 
 
-def cut_by_pil(pixels: np.ndarray, window: Tensor, side: int) -> np.ndarray:
+def cut_by_pil(pixels: np.ndarray, window: Tensor, side: int, how: Image.Resampling) -> np.ndarray:
     """Crop, resize and flip, as torchvision does to a PIL image."""
     y0, x0, y1, x1 = window.tolist()
     height, width = pixels.shape[:2]
     left, right = sorted((round(x0 * width), round(x1 * width)))
     box = (left, round(y0 * height), right, round(y1 * height))
-    view = Image.fromarray(pixels).crop(box).resize((side, side), Image.Resampling.BILINEAR)
+    view = Image.fromarray(pixels).crop(box).resize((side, side), how)
     return np.asarray(view)[:, ::-1] if x0 > x1 else np.asarray(view)
 
 
@@ -41,16 +41,18 @@ def grid_of(view: Tensor) -> np.ndarray:
     return gray.reshape(7, CROP // 7, 7, CROP // 7).mean((1, 3)).numpy()
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_view_is_the_window_of_its_image(
-    dataset: ShardDataset, pictures: dict[str, np.ndarray]
+    dataset: ShardDataset, pictures: dict[str, np.ndarray], interpolation: str
 ) -> None:
-    batch = first(dataset, small("none", **STILL))
+    how = Image.Resampling[interpolation.upper()]
+    batch = first(dataset, small("none", interpolation=interpolation, **STILL))
     assert batch.sample_keys is not None
     flips = 0
     for view, windows in ((batch.query, batch.query_window), (batch.key, batch.key_window)):
         assert windows is not None
         for key, pixels, window in zip(batch.sample_keys, pixels_of(view), windows, strict=True):
-            expected = cut_by_pil(pictures[key], window, CROP)
+            expected = cut_by_pil(pictures[key], window, CROP, how)
             difference = np.abs(pixels.permute(1, 2, 0).numpy() - expected)
             # PIL filters inside the crop only, DALI looks beyond its edge
             assert difference[4:-4, 4:-4].max() < 3
