@@ -150,7 +150,11 @@ def kept_stderr() -> Iterator[tuple[int, int]]:
     Returns:
         descriptors of that file and of what stderr was before.
     """
-    said, kept = os.memfd_create("ray-stderr"), os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # the job was started with stderr closed
+        kept = os.open(os.devnull, os.O_WRONLY)
+    said = os.memfd_create("ray-stderr")
     os.dup2(said, 2)
     try:
         yield said, kept
@@ -183,8 +187,12 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
     os.set_blocking(wakeup, False)
     before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
+    def tell(message: str) -> None:
+        with contextlib.suppress(OSError):  # who reads it may have left
+            os.write(terminal, f"{message}\n".encode())
+
     def end(message: str, status: int) -> None:
-        os.write(terminal, f"{message}\n".encode())
+        tell(message)
         os._exit(status)
 
     def watch() -> None:
@@ -202,7 +210,7 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
             if address:
                 silent = TimeoutError(f"silent for {ANSWER_SECONDS} s")
                 end(f"error: {refusal(address, silent, words)}", 2)
-            os.write(terminal, f"Ray is still starting ({words}); Ctrl-C ends\n".encode())
+            tell(f"Ray is still starting ({words}); Ctrl-C ends")
             left = None
 
     thread = threading.Thread(target=watch, daemon=True)
