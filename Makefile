@@ -112,6 +112,10 @@ bench-precompute: $(READY) ## ROOT=...: the precompute job on a folder of photos
 	$(call need,ROOT,make bench-precompute ROOT=photos)
 	$(PY) -m bench precompute --root "$(ROOT)" $(ARGS)
 
+.PHONY: bench-order
+bench-order: $(READY) ## Seconds and memory to plan a batch of 10^9 samples
+	$(PY) -m bench order $(ARGS)
+
 .PHONY: bench-kernels
 bench-kernels: $(READY) ## Kernels and bytes of a batch of views on a GPU, counted without one
 	$(PY) -m bench kernels $(ARGS)

@@ -6,6 +6,7 @@ python -m bench precompute --root PHOTOS  the job beside its ceilings
 python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
 python -m bench map-sides --root PHOTOS   what the side of stored maps costs, in IoU and bytes
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
+python -m bench order                     seconds and memory to plan a batch of 10^9 samples
 python -m bench kernels                   kernels and bytes of a batch's views on a GPU, counted
 python -m bench study --shards FOLDER      arms of the method on real data, several seeds, a table
 """
@@ -30,6 +31,7 @@ def main() -> int:
         "fidelity": bench_fidelity,
         "map-sides": bench_map_sides,
         "train": bench_train,
+        "order": bench_order,
         "kernels": bench_kernels,
         "study": run_study,
     }
@@ -97,6 +99,12 @@ def bench_train(argv: Sequence[str]) -> None:
     found = train.summary(rows, train.shares(made, rows, options))
     print(*found, sep="\n")
     finish(options.out, {"Training": rows}, {**asdict(options), "summary": found})
+
+
+def bench_order(argv: Sequence[str]) -> None:
+    from bench import order
+
+    print(order.table(parse(order.Options, argv)))
 
 
 def bench_kernels(argv: Sequence[str]) -> None:

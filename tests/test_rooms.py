@@ -22,7 +22,7 @@ MAY_NOT_NEED = {
     "train": {"ray"},
     "bench": set(),
 }
-MAX_LINES = 300
+MAX_LINES = 400
 
 
 def sources(room: str) -> list[Path]:

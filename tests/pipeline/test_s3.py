@@ -1,8 +1,10 @@
-"""Shards in S3: written and read by fsspec, streamed by DALI itself, on a server of our own."""
+"""Shards in S3: written, and read through the cache, on a server of our own."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
@@ -13,11 +15,10 @@ COMPARE = """
 import sys
 import boto3
 import torch
-from pipeline import MaskedViews, graph
+from pipeline import MaskedViews
 from schemas import ShardDataset, write_dataset
 from tests.pipeline.conftest import small
 
-graph.SHUFFLE_BUFFER = 16  # DALI asks three times for each image that it fills the buffer with
 local = ShardDataset.open(sys.argv[1])
 boto3.client("s3").create_bucket(Bucket="shards")
 url = "s3://shards/folder/dataset"
@@ -62,11 +63,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_shards_in_s3_give_the_batches_of_the_same_shards_on_disk(
-    server: str, dataset: ShardDataset
+    server: str, dataset: ShardDataset, tmp_path: Path
 ) -> None:
-    # DALI makes its S3 client once a process, so the environment has to be there before
+    # in a process of its own: s3fs keeps its clients, and the cache its folder, for a process
     done = subprocess.run(
         [sys.executable, "-c", COMPARE, dataset.url],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.endswith("the same\n"), done.stdout + done.stderr

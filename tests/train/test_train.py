@@ -152,7 +152,7 @@ def test_finished_run_is_left_as_it_is(shards, run, capsys):
     before = told(run)
     train.loop.train(config(shards, run))
     assert told(run) == before
-    assert "goes on after step 6 of 6" in capsys.readouterr().out
+    assert "resumes after step 6 of 6" in capsys.readouterr().out
 
 
 def test_other_settings_and_resume_never_are_refused(shards, run):

@@ -1,0 +1,56 @@
+"""What it costs to plan a batch of a very large dataset: seconds and memory, on this machine."""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.order import SHUFFLE_SHARDS, SampleOrder
+
+
+@dataclass(frozen=True)
+class Options:
+    """Seconds and memory until the first batch of any epoch, at any step, is planned."""
+
+    shards: int = 100_000
+    """Number of shards."""
+    shard_samples: int = 10_000
+    """Samples per shard."""
+    batch_size: int = 4096
+    """Samples per global batch."""
+    shuffle_shards: int = SHUFFLE_SHARDS
+    """Number of shards whose samples are shuffled together."""
+    streams: tuple[int, ...] = (1, 8)
+    """Numbers of streams to measure."""
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def table(options: Options) -> str:
+    """Plan one batch in the middle of epoch 57 for each number of streams; return the table."""
+    samples = options.shards * options.shard_samples
+    lines = [
+        f"{samples:,} samples in {options.shards:,} shards, batch {options.batch_size}, windows of "
+        f"{options.shuffle_shards} shards",
+        "",
+        "| streams | seconds | next step, ms | MB beyond the imported packages |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for streams in options.streams:
+        before = peak_megabytes()
+        start = time.perf_counter()
+        sizes = np.full(options.shards, options.shard_samples)
+        order = SampleOrder(sizes, options.batch_size, 1, options.shuffle_shards, streams)
+        step = order.steps // 2
+        order.batch(57, step)
+        planned = time.perf_counter()
+        order.batch(57, step + 1)
+        end = time.perf_counter()
+        lines.append(
+            f"| {streams} | {planned - start:.2f} | {1e3 * (end - planned):.2f} | "
+            f"{peak_megabytes() - before:.0f} |"
+        )
+    return "\n".join(lines)
