@@ -4,20 +4,26 @@ Reads the images of a source, estimates their saliency and writes both into WebD
 it again after an interruption: it does only what is missing, and ends with the same bytes.
 """
 
+import io
 import os
+import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import tyro
 
 from precompute.estimators import ESTIMATORS, EstimatorOptions, FunctionOptions, ScdaOptions
+from precompute.guard import refuse_linked_inputs, refuse_own_inputs
 from precompute.plan import make_plan
-from precompute.sources import list_images, open_source
+from precompute.sources import Source, SourceImage, list_images, open_source
 from schemas.cli import parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
+from schemas.names import to_stored
+from schemas.sample import UNLABELLED
 from schemas.storage import Store
-from schemas.tables import REJECTS, SAMPLES, SHARDS
+from schemas.tables import REJECTS, SAMPLES, SHARDS, Reject
 
 if TYPE_CHECKING:
     from precompute.job import Job, Summary
@@ -43,6 +49,15 @@ class Options:
     """Of the dataset, as it calls them (train, val, test; voc: 07+12-trainval; caltech101: all)."""
     download: bool = False
     """Let torchvision download the dataset into ROOT first."""
+    image_member: str = ""
+    """webdataset: extension of the image, where a sample has several (`input.jpg`)."""
+    label_member: str = ""
+    """webdataset: extension of the label (`txt`), `json:FIELD` for a field of a JSON member, or
+    `none`; by default `cls`, and where there is none a field `label` of `json`."""
+    label_text: bool = False
+    """webdataset: labels are names of classes even where they are digits."""
+    keys_with_dots: bool = False
+    """webdataset: the extension begins at the last dot of a name (`img.0001.jpg`)."""
     name: str = ""
     """Name of the dataset, for the card; by default what --dataset says."""
     shard_samples: int = 1000
@@ -127,12 +142,16 @@ def resolve(options: Options) -> "Job":
     out, root = Store(options.out).location(""), options.root
     if root and "://" not in root:
         root = os.path.abspath(root)
-    if root and f"{Store(out).root}/".startswith(f"{Store(root).root}/"):
-        raise UserError(f"{options.out}: lies inside {root}, whose files are the inputs")
-    source = open_source(options.dataset, root, options.split, options.download)
+    if root:
+        refuse_own_inputs(options.out, root)
+    of_tars = ("image_member", "label_member", "label_text", "keys_with_dots")
+    chosen = {name: value for name in of_tars if (value := getattr(options, name))}
+    source = open_source(options.dataset, root, options.split, options.download, **chosen)
     images, rejects = list_images(listed(source.images()))
+    refuse_linked_inputs(options.out, source)
     if not images:
-        raise UserError(f"{root}: no images in it; see `python -m precompute --help` for ROOT")
+        raise UserError(no_images(root, rejects))
+    print(count_classes(images, source), flush=True)
     before = None
     if options.extend:
         before, images, rejects = only_new(out, images, rejects, list(source.classes))
@@ -151,6 +170,33 @@ def resolve(options: Options) -> "Job":
         resize=resize,
         before=before,
     )
+
+
+def count_classes(images: list[SourceImage], source: Source) -> str:
+    """Say what was listed: a wrong ROOT shows before the work begins."""
+    labels, classes = {image.label for image in images}, source.classes
+    if not classes:
+        return f"{len(images)} images without classes{source.hint()}"
+    if labels <= {UNLABELLED}:
+        return (
+            f"{len(images)} images without a label; their annotations know {len(classes)} classes"
+        )
+    empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
+    names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
+    return f"{len(images)} images in {len(classes)} classes, {len(empty)} folders empty{names}"
+
+
+def no_images(root: str, rejects: list[Reject]) -> str:
+    """Say why a source gives no image: the reasons, how often, and the first input of each."""
+    if not rejects:
+        return f"{root}: no images in it; see `python -m precompute --help` for ROOT"
+    first = {reject.reason: reject for reject in reversed(rejects)}
+    counts = Counter(reject.reason for reject in rejects)
+    reasons = "; ".join(
+        f"{count} {reason}, first {to_stored(first[reason].source)}: {first[reason].detail}"
+        for reason, count in counts.most_common()
+    )
+    return f"{root}: all {len(rejects)} inputs are rejected: {reasons}"
 
 
 def report(summary: "Summary") -> str:
@@ -172,6 +218,8 @@ def report(summary: "Summary") -> str:
 
 
 def start() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
     run(main, outlives_reader=True, decodes=True)
 
 

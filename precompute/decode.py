@@ -7,7 +7,6 @@ the loader does.
 
 import io
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 from nvidia.dali import types
 from PIL import Image
 
-from precompute.device_failure import device_error
-from precompute.encode import EncodedImage, RejectedError, to_png
+from precompute.device_failure import classify, device_error
+from precompute.encode import EncodedImage, RejectedError, read_by_pillow
 from precompute.sources import SourceImage
-from schemas.device_errors import classify_error
+from schemas.device_errors import first_line
 from schemas.tables import Reject
 
 PIXELS_AT_ONCE = 2**27
@@ -31,7 +30,7 @@ million pixels, so this only parts batches of very large images, which would not
 def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Reject]]:
     """Decode a batch; where it fails, one by one, to find the images at fault.
 
-    A TIFF that DALI cannot read but Pillow can is re-encoded.
+    What DALI cannot read but Pillow can is re-encoded.
 
     Returns:
         the images that decode, their pixels as a DALI batch of (height, width, 3) uint8 RGB with
@@ -43,7 +42,7 @@ def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Re
     """
     try:
         return images, decode_batch(images), []
-    except RuntimeError as error:
+    except Exception as error:  # a damaged image may raise anything; which one it is shows below
         raise_unless_decoder_works(error)
         good, rejects = [], []
         for encoded in images:
@@ -53,11 +52,11 @@ def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Re
                 rejects.append(rejected.reject)
     try:
         return good, decode_batch(good) if good else None, rejects
-    except RuntimeError as error:  # each of them was decoded alone a moment ago
+    except Exception as error:  # each of them was decoded alone a moment ago
         raise device_error(error, "the decoder fails") from error
 
 
-def raise_unless_decoder_works(error: RuntimeError) -> None:
+def raise_unless_decoder_works(error: Exception) -> None:
     """Return if only the image of a failed decode can be at fault for `error`.
 
     Raises:
@@ -65,11 +64,11 @@ def raise_unless_decoder_works(error: RuntimeError) -> None:
             not decode either. After some errors of CUDA every later call fails, so images would be
             rejected one after the other, all of them sound.
     """
-    if classify_error(str(error)) != "data":
+    if classify(error) != "data":
         raise device_error(error, "the decoder fails") from error
     try:
         decode_batch([good_jpeg()])
-    except RuntimeError as second:
+    except Exception as second:
         raise device_error(second, "a JPEG that is known to be good does not decode") from second
 
 
@@ -104,14 +103,22 @@ def readable(encoded: EncodedImage) -> EncodedImage:
     """
     try:
         decode_batch([encoded])
-    except RuntimeError as error:
+    except Exception as error:  # as above
         raise_unless_decoder_works(error)
-        if encoded.extension != "tiff":
-            detail = "damaged or cut short; replace or remove it"
-            raise RejectedError(encoded.image, "undecodable", detail) from error
-        png = to_png(encoded.image, Image.open(io.BytesIO(encoded.content)))
-        return replace(encoded, content=png, extension="png", reencoded=True)
+        return reencoded(encoded)
     return encoded
+
+
+def reencoded(encoded: EncodedImage) -> EncodedImage:
+    """Return a PNG of what only Pillow reads, which DALI decodes. Raises as `readable` does."""
+    png = read_by_pillow(encoded)
+    try:
+        decode_batch([png])
+    except Exception as error:
+        raise_unless_decoder_works(error)
+        detail = f"DALI does not read its re-encoded copy: {first_line(str(error))}"
+        raise RejectedError(encoded.image, "undecodable", detail) from error
+    return png
 
 
 def decode_batch(images: list[EncodedImage]) -> Any:

@@ -2,18 +2,33 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from precompute.formats import name_format
+from precompute.pixels import to_rgb
 from precompute.sources import SourceImage
 from schemas.errors import UserError
 from schemas.sample import IMAGE_EXTENSIONS
 from schemas.tables import Reject
 
+# Pillow warns at 89 million pixels and refuses at twice that: the latter is our limit. Set once, as
+# warnings.catch_warnings is not safe in the threads that read.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
+
+MAX_JPEG_SIDE = 65500
+"""Pixels of the longest side of a JPEG that libjpeg writes."""
+
+MISREAD_BY_DALI = {"TIFF": {"LA", "La", "PA", "F", "LAB"}}
+"""By Pillow's format, modes whose pixels DALI 2.4 reads without an error, yet not as they are
+meant: alpha taken for a color, floats outside of 0 .. 1 cut off, L*a*b* taken for RGB."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,27 @@ class RejectedError(Exception):
         self.reject = Reject(image.location, reason, detail)
 
 
+@contextmanager
+def rejecting(image: SourceImage, name: str) -> Iterator[None]:
+    """Turn any error of a decoder, of EXIF or of a codec's plug-in into that input's reject.
+
+    Their classes say nothing: damaged inputs raise OSError, SyntaxError, OverflowError,
+    RuntimeError, struct.error, ZeroDivisionError and more, and a plug-in in Rust a BaseException.
+
+    Args:
+        name: of the format, for the reject.
+    """
+    try:
+        yield
+    except (RejectedError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except Image.DecompressionBombError as error:
+        raise RejectedError(image, "too-large", str(error)) from error
+    except BaseException as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RejectedError(image, "undecodable", f"{name}: {reason}") from error
+
+
 def check(
     image: SourceImage, content: bytes, members: dict[str, bytes], resize: Resize
 ) -> EncodedImage:
@@ -72,52 +108,71 @@ def check(
     """
     if not content:
         raise RejectedError(image, "empty", "the file has no bytes; replace or remove it")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns at 89 million pixels and refuses at twice that: the latter is our limit
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with rejecting(image, "its header is damaged"):
+        try:
             header = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError as error:
-        detail = "no image format that is known; replace or remove it"
-        raise RejectedError(image, "not-an-image", detail) from error
-    except Image.DecompressionBombError as error:
-        raise RejectedError(image, "too-large", str(error)) from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RejectedError(image, "undecodable", f"its header is damaged: {error}") from error
+        except UnidentifiedImageError as error:
+            if name := name_format(content):
+                detail = f"{name}, which is not read here; convert it to JPEG or PNG"
+                raise RejectedError(image, "undecodable", detail) from error
+            detail = "no image format that is known; replace or remove it"
+            raise RejectedError(image, "not-an-image", detail) from error
+    if min(header.size) < 1:
+        detail = f"{header.width} x {header.height} pixels; replace or remove it"
+        raise RejectedError(image, "undecodable", detail)
     pixels = header.width * header.height
-    extension = IMAGE_EXTENSIONS.get(header.format or "")
+    name = header.format or ""
+    extension = IMAGE_EXTENSIONS.get(name)
     if resize.short_side is not None and min(header.size) > resize.short_side:
-        smaller = shrink(image, header, resize.short_side, resize.quality)
-        return EncodedImage(image, smaller, "jpg", True, pixels, members)
-    if extension:
+        smaller, extension = shrink(image, header, resize.short_side, resize.quality)
+        return EncodedImage(image, smaller, extension, True, pixels, members)
+    if extension and header.mode not in MISREAD_BY_DALI.get(name, ()):
         return EncodedImage(image, content, extension, False, pixels, members)
     return EncodedImage(image, to_png(image, header), "png", True, pixels, members)
 
 
 def to_png(image: SourceImage, opened: Image.Image) -> bytes:
-    """A PNG of the first frame, oriented, RGB. Raises RejectedError."""
-    buffer = io.BytesIO()
-    oriented(image, opened).save(buffer, format="PNG")
-    return buffer.getvalue()
+    """Return a PNG of the first frame, oriented, RGB. Raises RejectedError."""
+    with rejecting(image, opened.format or "image"):
+        buffer = io.BytesIO()
+        oriented(opened).save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
-def shrink(image: SourceImage, opened: Image.Image, short_side: int, quality: int) -> bytes:
-    """A JPEG whose shorter side has so many pixels, oriented, RGB. Raises RejectedError."""
-    scale = short_side / min(opened.size)
-    width, height = (max(1, round(side * scale)) for side in opened.size)
-    # a JPEG may be decoded at a half, a quarter ... of its size, as long as that is twice ours
-    opened.draft("RGB", (2 * width, 2 * height))
-    if opened.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
-        width, height = height, width
-    pixels = oriented(image, opened)
-    buffer = io.BytesIO()
-    pixels.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+def shrink(
+    image: SourceImage, opened: Image.Image, short_side: int, quality: int
+) -> tuple[bytes, str]:
+    """Make the shorter side so many pixels, oriented, RGB. Raises RejectedError.
+
+    Returns:
+        a JPEG, or a PNG where a side is too long for one, and the extension.
+    """
+    with rejecting(image, opened.format or "image"):
+        scale = short_side / min(opened.size)
+        width, height = (max(1, round(side * scale)) for side in opened.size)
+        # a JPEG may be decoded at a half, a quarter ... of its size, if that is twice ours
+        opened.draft("RGB", (2 * width, 2 * height))
+        if opened.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
+            width, height = height, width
+        pixels = oriented(opened).resize((width, height), Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        if max(pixels.size) > MAX_JPEG_SIDE:
+            pixels.save(buffer, "PNG")
+            return buffer.getvalue(), "png"
+        pixels.save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue(), "jpg"
 
 
-def oriented(image: SourceImage, opened: Image.Image) -> Image.Image:
-    """The pixels as they are meant to be seen, RGB. Raises RejectedError."""
-    try:
-        return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RejectedError(image, "undecodable", f"{opened.format}: {error}") from error
+def oriented(opened: Image.Image) -> Image.Image:
+    """Return the pixels as they are meant to be seen, RGB. Raises whatever the decoder raises."""
+    return to_rgb(ImageOps.exif_transpose(opened))
+
+
+def read_by_pillow(encoded: EncodedImage) -> EncodedImage:
+    """Re-encode what DALI does not read as a PNG, without loss. Raises RejectedError."""
+    if encoded.reencoded:
+        raise RejectedError(encoded.image, "undecodable", "DALI does not read its re-encoded copy")
+    with rejecting(encoded.image, "damaged or cut short; replace or remove it"):
+        opened = Image.open(io.BytesIO(encoded.content))
+    png = to_png(encoded.image, opened)
+    return EncodedImage(encoded.image, png, "png", True, encoded.pixels, encoded.members)

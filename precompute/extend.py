@@ -1,8 +1,10 @@
 """New images for a dataset that is whole: shards of their own, behind those that are there."""
 
 from precompute.sources import SourceImage
+from precompute.sources.base import free_key
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
+from schemas.names import to_stored
 from schemas.shard import read_marker
 from schemas.storage import Store
 from schemas.tables import CARD, DatasetCard, Reject
@@ -13,7 +15,8 @@ def only_new(
 ) -> tuple[DatasetCard, list[SourceImage], list[Reject]]:
     """The dataset's card, the images that it does not know, and what stands against the others.
 
-    Known is what was written or rejected before, by its location.
+    Known is what was written or rejected before, by its location. Keys that are there stay; a new
+    image whose key is taken gets a digest into its own.
 
     Raises:
         UserError: there is no whole dataset, or its labels would change their meaning.
@@ -21,7 +24,7 @@ def only_new(
     if not Store(out).exists(CARD):
         raise UserError(f"{out}: no whole dataset that could be extended; leave --extend out")
     dataset = ShardDataset.open(out)
-    there = dataset.classes
+    there, classes = dataset.classes, [to_stored(name) for name in classes]
     if classes[: len(there)] != there:
         raise UserError(
             f"{out}: its labels would change: it has the classes {', '.join(there[:5])} ..., the "
@@ -34,13 +37,15 @@ def only_new(
         rows = marker.samples
         keys |= zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
     known = {*keys.values(), *(reject.source for marker in markers for reject in marker.rejects)}
-    new, taken = [], list(rejects)
+    new: list[SourceImage] = []
+    taken = keys.keys() | {image.key for image in images}
     for image in images:
-        if image.location in known:
+        if to_stored(image.location) in known:
             continue
         if image.key in keys:
-            detail = f"its key {image.key} is taken by {keys[image.key]}; rename one of the two"
-            taken.append(Reject(image.location, "key-collision", detail))
+            own = free_key(image.key, image.location, taken)
+            taken.add(own)
+            new.append(image._replace(key=own))
         else:
             new.append(image)
-    return dataset.card, new, taken
+    return dataset.card, new, rejects

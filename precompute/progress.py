@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,7 +29,26 @@ def listed(entries: Iterable[T]) -> Iterator[T]:
         mininterval=POLL_SECONDS if sys.stderr.isatty() else LINE_SECONDS,
         ascii=not sys.stderr.isatty(),
     )
-    yield from shown
+    waits: list[Any] = ["its first file", time.monotonic()]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(POLL_SECONDS):
+            if time.monotonic() - waits[1] >= STALL_SECONDS:
+                print(
+                    f"listing stands still behind {waits[0]}: is the disk still there?",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                waits[1] = time.monotonic()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for entry in shown:
+            yield entry
+            waits[:] = getattr(entry, "location", waits[0]), time.monotonic()
+    finally:
+        over.set()
 
 
 @contextmanager
@@ -57,6 +76,7 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
             try:
                 written, rejected, finished = ray.get(actor.totals.remote())
                 pending = ray.get(actor.pending.remote())
+                reads = ray.get(actor.slow_reads.remote())
             except ray.exceptions.RayError:
                 return  # the job itself meets it, and says so
             now, done = time.monotonic(), written + rejected
@@ -74,13 +94,25 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
                 )
             if now - moved >= STALL_SECONDS:
                 moved = now
-                bar.write(stalled(pending), file=sys.stderr)
+                bar.write(stalled(pending, reads), file=sys.stderr)
             if last:
                 return
 
 
-def stalled(pending: dict[int, float]) -> str:
-    """What to say of a job in which nothing is done any more."""
+def stalled(pending: dict[int, float], reads: Mapping[str, float] | None = None) -> str:
+    """Say of a job in which nothing is done any more what it waits for.
+
+    Args:
+        pending: shards that are begun, and for how many seconds.
+        reads: inputs whose bytes do not come, and for how many seconds.
+    """
+    if reads:
+        shown = [f"{name} (for {seconds:.0f} s)" for name, seconds in reads.items()][:SHOWN]
+        more = f" and {len(reads) - SHOWN} more" if len(reads) > SHOWN else ""
+        return (
+            f"nothing was done for a while: these reads do not end: {', '.join(shown)}{more}; is "
+            "the disk, the mount or the store still there?"
+        )
     if not pending:
         return "nothing was done for a while, no shard is begun: does the cluster have free cores?"
     shown = [f"{shard} (for {seconds:.0f} s)" for shard, seconds in pending.items()][:SHOWN]

@@ -13,6 +13,7 @@ class ProgressActor:
         self.attempts: dict[int, int] = {}
         self.counts: dict[int, tuple[int, int]] = {}
         self.begun: dict[int, float] = {}
+        self.reads: dict[int, dict[str, float]] = {}
         self.first = self.last = time.monotonic()
 
     def begin(self, shard: int) -> int:
@@ -21,6 +22,7 @@ class ProgressActor:
             self.first = time.monotonic()
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         self.counts[shard] = (0, 0)
+        self.reads.pop(shard, None)
         self.begun[shard] = time.monotonic()
         return self.attempts[shard]
 
@@ -28,7 +30,15 @@ class ProgressActor:
         before = self.counts[shard]
         self.counts[shard] = (before[0] + written, before[1] + rejected)
 
+    def report_reads(self, shard: int, slow: dict[str, float]) -> None:
+        """Keep which inputs of a shard have been read for long, and for how many seconds."""
+        self.reads[shard] = slow
+
+    def slow_reads(self) -> dict[str, float]:
+        return {name: seconds for slow in self.reads.values() for name, seconds in slow.items()}
+
     def finish(self, shard: int) -> None:
+        self.reads.pop(shard, None)
         del self.begun[shard]
         self.last = time.monotonic()
 

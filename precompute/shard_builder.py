@@ -15,16 +15,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from precompute.decode import decode, within_memory
-from precompute.device_failure import device_error
+from precompute.decode import decode, decode_batch, within_memory
+from precompute.device_failure import device_errors_named
 from precompute.encode import EncodedImage, RejectedError, Resize, check
 from precompute.estimators import Estimator
+from precompute.reads import PendingReads
 from precompute.sources import Source, SourceImage
-from schemas.device_errors import classify_error
 from schemas.errors import UserError
 from schemas.sample import Sample
 from schemas.shard import ShardMarker, write_shard
-from schemas.storage import Store
+from schemas.storage import NotAFileError, Store
 from schemas.tables import Reject
 
 T = TypeVar("T")
@@ -91,6 +91,8 @@ class ShardBuilder:
         self.readers = ThreadPoolExecutor(self.read_at_once, "read")
         self.decoder = ThreadPoolExecutor(1, "decode")
         self.packer = ThreadPoolExecutor(1, "pack")
+        self.reads = PendingReads()
+        self.has_estimated = False
 
     def build(
         self,
@@ -130,7 +132,8 @@ class ShardBuilder:
     ) -> Iterator[tuple[list[Sample], list[Reject]]]:
         """Do everything but the writing, a group of images at a time."""
         for group in ahead(self.decoded(self.read(images, refused)), self.decoder):
-            yield list(self.estimate(group.images, group.pixels)), group.rejects
+            samples, rejects = self.estimate(group.images, group.pixels)
+            yield samples, group.rejects + rejects
 
     def read(
         self, images: list[SourceImage], refused: Mapping[str, str]
@@ -154,15 +157,22 @@ class ShardBuilder:
         if why := refused.get(image.key):
             return Reject(image.location, "kills-worker", why)
         try:
-            content, members = self.source.read(image), self.source.members(image)
+            with self.reads.begin(image.location):
+                content = self.source.read(image)
+            with self.reads.begin(f"{image.location} (its annotation)"):
+                members = read_members(self.source, image)
             return check(image, content, members, self.resize)
         except RejectedError as error:
             return error.reject
-        except ValueError as error:
-            return Reject(image.location, "bad-annotation", str(error))
+        except NotAFileError as error:
+            return Reject(image.location, "not-a-file", str(error))
         except OSError as error:
             if not isinstance(error, FileNotFoundError) and error.errno not in OF_ONE_FILE:
                 raise UserError(f"{image.location}: the source fails: {error}") from error
+            return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # of the source's own reader, say of a damaged archive
             return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
 
     def decoded(self, batches: Generator[list[EncodedImage | Reject]]) -> Generator[Decoded]:
@@ -179,31 +189,81 @@ class ShardBuilder:
             for group in within_memory(encoded):
                 yield Decoded(*decode(group))
 
-    def estimate(self, encoded: list[EncodedImage], pixels: Any) -> Iterator[Sample]:
+    def estimate(
+        self, encoded: list[EncodedImage], pixels: Any
+    ) -> tuple[list[Sample], list[Reject]]:
+        """Make samples of decoded images, and reject those that the estimator alone fails on.
+
+        Raises:
+            UserError: a GPU fails, or memory runs out; nothing is rejected then.
+            Exception: the estimator's own, where it has not worked on any image so far, or fails
+                on images together that it takes one by one.
+        """
         if not encoded:
-            return
+            return [], []
         try:
-            maps = self.estimator(pixels)
-        except RuntimeError as error:
-            if classify_error(str(error)) == "data":
+            return self.samples_of(encoded, pixels), []
+        except UserError:
+            raise
+        except Exception:
+            samples, rejects = self.estimate_one_by_one(encoded)
+            if not rejects:  # no image is at fault, and alone their maps differ in the last bits
                 raise
-            raise device_error(error, "the estimator fails") from error
+            return samples, rejects
+
+    def estimate_one_by_one(self, encoded: list[EncodedImage]) -> tuple[list[Sample], list[Reject]]:
+        samples: list[Sample] = []
+        rejects: list[Reject] = []
+        last: Exception | None = None
+        for one in encoded:
+            try:
+                with device_errors_named("the decoder fails"):
+                    pixels = decode_batch([one])
+                samples += self.samples_of([one], pixels)
+            except UserError:
+                raise
+            except Exception as error:
+                last = error
+                detail = f"{type(error).__name__}: {error}"
+                rejects.append(Reject(one.image.location, "estimator-fails", detail))
+        if last and not self.has_estimated:  # on no image so far: the estimator is at fault
+            raise last from None
+        return samples, rejects
+
+    def samples_of(self, encoded: list[EncodedImage], pixels: Any) -> list[Sample]:
+        with device_errors_named("the estimator fails"):
+            maps = self.estimator(pixels)
         if not np.isfinite(maps).all():
             raise ValueError("the estimator gave values that are not finite")
+        self.has_estimated = True
+        samples = []
         for one, image, saliency in zip(encoded, pixels, maps, strict=True):
             height, width, _ = image.shape
-            yield Sample(
-                key=one.image.key,
-                image=one.content,
-                extension=one.extension,
-                saliency=saliency,
-                label=one.image.label,
-                height=height,
-                width=width,
-                source=one.image.location,
-                reencoded=one.reencoded,
-                members=one.members,
+            samples.append(
+                Sample(
+                    key=one.image.key,
+                    image=one.content,
+                    extension=one.extension,
+                    saliency=saliency,
+                    label=one.image.label,
+                    height=height,
+                    width=width,
+                    source=one.image.location,
+                    reencoded=one.reencoded,
+                    members=one.members,
+                )
             )
+        return samples
+
+
+def read_members(source: Source, image: SourceImage) -> dict[str, bytes]:
+    """Read what is kept beside an image. Raises RejectedError, OSError, UserError."""
+    try:
+        return source.members(image)
+    except (OSError, UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise RejectedError(image, "bad-annotation", str(error)) from error
 
 
 class Handover(Iterator[T]):

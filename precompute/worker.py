@@ -13,6 +13,7 @@ import torch
 from precompute.crash_bisect import find_crashing_images
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
+from precompute.reads import reported
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
 from schemas.errors import UserError
@@ -70,11 +71,15 @@ class ShardActor:
         def advance(written: int, rejected: int) -> None:
             self.progress.advance.remote(shard, written, rejected)
 
+        def report(slow: dict[str, float]) -> None:
+            self.progress.report_reads.remote(shard, slow)
+
         try:
             refused: Mapping[str, str] = {}
             if attempt == MAX_ATTEMPTS:
                 refused = find_crashing_images(images, self.make_builder)
-            self.builder.build(shard, images, advance, refused)
+            with reported(self.builder.reads, report):
+                self.builder.build(shard, images, advance, refused)
         except UserError as error:
             return str(error)
         except Exception as error:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from schemas.errors import FormatError
+from schemas.names import to_stored
 from schemas.saliency import SaliencyMap
 from schemas.sample import LABEL_MEMBER, SALIENCY_MEMBER, Sample
 from schemas.storage import Store
@@ -25,6 +26,7 @@ from schemas.tables import (
     from_parquet,
     known_fields,
     shard_name,
+    stored_reject,
     to_parquet,
 )
 from schemas.ustar import BLOCK, UstarWriter
@@ -76,7 +78,8 @@ def write_shard(
     tar, rows, members = pack(shard, samples)
     row = ShardRow(shard, len(rows), len(tar), hashlib.sha256(tar).hexdigest())
     table = pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA)
-    marker = ShardMarker(row, table, list(rejects), settings or {})
+    stored = [stored_reject(reject) for reject in rejects]
+    marker = ShardMarker(row, table, stored, settings or {})
     store.write(shard_name(shard, "tar"), tar)
     store.write(shard_name(shard, "idx"), index_of_members(members))
     store.write(shard_name(shard, "parquet"), marker_to_parquet(marker))
@@ -116,7 +119,7 @@ def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, A
                 "saliency_min": saliency.minimum,
                 "saliency_max": saliency.maximum,
                 "foreground": saliency.foreground(),
-                "source": sample.source,
+                "source": to_stored(sample.source),
                 "reencoded": sample.reencoded,
             }
         )

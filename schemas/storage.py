@@ -3,6 +3,7 @@
 import errno
 import os
 import posixpath
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,18 @@ from fsspec.implementations.local import LocalFileSystem
 from schemas.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
+OPEN_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+"""Paths of what this process has open already, such as a shell's `<(find ...)`."""
+IRREGULAR = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class NotAFileError(OSError):
+    """What is to be read is a pipe, a socket or a device; it was not opened."""
 
 
 class Store:
@@ -37,6 +50,7 @@ class Store:
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.followed: list[str] = []  # links to folders that `walk` has gone through
         self.root = os.path.abspath(self.root) if self.is_local else self.root.rstrip("/")
 
     def path(self, name: str) -> str:
@@ -89,16 +103,25 @@ class Store:
             return self.fs.info(self.path(name))["size"]
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The whole file, or its bytes from `start` up to `end`. Raises FileNotFoundError."""
-        if self.is_local and start is None and end is None:
-            # fsspec takes a multiple of the time that a small file itself takes
-            return Path(self.path(name)).read_bytes()
+        """Return the whole file, or its bytes from `start` up to `end`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            NotAFileError: it is a pipe, a socket or a device, which might never end.
+        """
+        if self.is_local:
+            check_regular(self.path(name))
+            if start is None and end is None:
+                # fsspec takes a multiple of the time that a small file itself takes
+                return Path(self.path(name)).read_bytes()
         with self.answers():
             # by name: the second argument of s3fs is a version
             return self.fs.cat_file(self.path(name), start=start, end=end)
 
     def open(self, name: str) -> BinaryIO:
-        """The file, open for reading. Raises FileNotFoundError."""
+        """The file, open for reading. Raises FileNotFoundError, NotAFileError."""
+        if self.is_local and not self.path(name).startswith(OPEN_DESCRIPTORS):
+            check_regular(self.path(name))
         with self.answers():
             return self.fs.open(self.path(name), "rb")
 
@@ -111,11 +134,24 @@ class Store:
         files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
         return dict(sorted(files.items()))
 
+    def names(self, folder: str) -> list[str]:
+        """Names of all that lies directly in a folder and is none, whatever it is, sorted."""
+        if not self.is_local:
+            return list(self.sizes(folder))
+        with os.scandir(self.path(folder)) as entries:
+            return sorted(entry.name for entry in entries if not entry.is_dir())
+
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted."""
         with self.answers():
             entries = self.fs.ls(self.root, detail=True)
-            found = [entry["name"].rstrip("/") for entry in entries if self.fs.isdir(entry["name"])]
+            # a link has a type of its own; to ask about every file would be a request each
+            found = [
+                entry["name"].rstrip("/")
+                for entry in entries
+                if entry["type"] == "directory"
+                or (entry["type"] != "file" and self.fs.isdir(entry["name"]))
+            ]
         return sorted(map(posixpath.basename, found))
 
     def walk(self, folder: str = "") -> Iterator[str]:
@@ -138,6 +174,7 @@ class Store:
             for link in filter(os.path.islink, (os.path.join(here, name) for name in folders)):
                 if real.startswith(os.path.realpath(link) + "/"):
                     raise UserError(f"{link}: leads back to a folder that holds it; remove it")
+                self.followed.append(link)
             folders.sort()
             for name in sorted(names):
                 yield os.path.relpath(os.path.join(here, name), self.root)
@@ -170,6 +207,15 @@ class Store:
         for name in names:
             self.fs.rm_file(self.path(posixpath.join(folder, name)))
         return len(names)
+
+
+def check_regular(path: str) -> None:
+    """Raises NotAFileError for a pipe, a socket or a device, without opening it, and OSError."""
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if kind != stat.S_IFREG:
+        raise NotAFileError(f"{IRREGULAR.get(kind, 'no regular file')}; only files are read")
 
 
 def write_locally(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import FormatError
+from schemas.names import to_bytes, to_stored
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,12 @@ class Reject(NamedTuple):
     source: str
     reason: str
     detail: str = ""
+
+
+def stored_reject(reject: Reject) -> Reject:
+    """Return the reject as the table holds it: in UTF-8, its detail in one line."""
+    detail = " ".join(to_bytes(reject.detail).decode("utf-8", "backslashreplace").split())
+    return Reject(to_stored(reject.source), reject.reason, detail)
 
 
 def shard_name(shard: int, suffix: str) -> str:

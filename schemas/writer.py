@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
+from schemas.names import to_stored
 from schemas.sample import Sample
 from schemas.shard import ShardMarker, read_marker, write_shard
 from schemas.storage import Store
@@ -23,6 +24,7 @@ from schemas.tables import (
     SHARDS_SCHEMA,
     DatasetCard,
     Reject,
+    stored_reject,
     table_of,
     to_parquet,
 )
@@ -57,7 +59,8 @@ def finish_dataset(
     markers = [read_marker(store, shard) for shard in range(shards)]
     samples = pa.concat_tables([marker.samples for marker in markers])
     check_unique(samples["key"].to_pylist(), markers)
-    all_rejects = [*rejects, *itertools.chain.from_iterable(m.rejects for m in markers)]
+    listed = [stored_reject(reject) for reject in rejects]
+    all_rejects = [*listed, *itertools.chain.from_iterable(m.rejects for m in markers)]
     store.write(SAMPLES, to_parquet(samples))
     store.write(SHARDS, to_parquet(table_of([m.row for m in markers], SHARDS_SCHEMA)))
     store.write(REJECTS, to_parquet(table_of(all_rejects, REJECTS_SCHEMA)))
@@ -67,7 +70,7 @@ def finish_dataset(
         samples=len(samples),
         shards=shards,
         rejects=len(all_rejects),
-        classes=list(classes),
+        classes=[to_stored(name) for name in classes],
         saliency_side=saliency_side,
         estimator=estimator,
         plan=plan,

@@ -4,17 +4,21 @@ A source lists its images without reading them, and reads one when asked to. A n
 class and one line in `SOURCES`, or `--dataset FILE.py:Class` or `module:Class`.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable
+from inspect import signature
+from typing import Any
 
-from precompute.sources.base import Source, SourceImage, key_of
+from precompute.sources.base import Source, SourceImage, free_key, key_of, walk_order
 from schemas.cli import imported, lookup
+from schemas.errors import UserError
 from schemas.tables import Reject
 
 __all__ = ["SOURCES", "Source", "SourceImage", "key_of", "list_images", "open_source"]
 
 SOURCES = {
-    "imagenet": "precompute.sources.trees:ImageNet",
-    "imagenet100": "precompute.sources.trees:ImageNet100",
+    "imagenet": "precompute.sources.imagenet:ImageNet",
+    "imagenet100": "precompute.sources.imagenet:ImageNet100",
     "imagenette": "precompute.sources.trees:Imagenette",
     "caltech101": "precompute.sources.small:Caltech101",
     "flowers102": "precompute.sources.small:Flowers102",
@@ -31,21 +35,49 @@ SOURCES = {
 """Where each is: importing them all would import torchvision for a folder of files."""
 
 
-def open_source(name: str, root: str, split: str, download: bool) -> Source:
-    """Open a source by its name in `SOURCES` or as `FILE.py:Class`. Raises UserError."""
+def open_source(name: str, root: str, split: str, download: bool, **options: Any) -> Source:
+    """Open a source by its name in `SOURCES` or as `FILE.py:Class`.
+
+    Args:
+        options: what only some sources understand, such as `image_member` of tars.
+
+    Raises:
+        UserError: there is no such source or root, or it does not understand an option.
+    """
     path = name if ":" in name else lookup("dataset", name, SOURCES)
-    make: Callable[[str, str, bool], Source] = imported("dataset", path)
-    return make(root, split, download)
+    make: Callable[..., Source] = imported("dataset", path)
+    if unknown := [option for option in options if option not in signature(make).parameters]:
+        option = unknown[0].replace("_", "-")
+        raise UserError(f"--{option} is an option of DATASET=webdataset, not of {name}")
+    return make(root, split, download, **options)
 
 
 def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceImage], list[Reject]]:
-    """All images of a source with keys of their own, and what cannot be one of them."""
-    images: dict[str, SourceImage] = {}
+    """List all images of a source with keys of their own, and what cannot be one of them.
+
+    Of different images with one key, the first in the order of a tree keeps it; each of the others
+    gets a digest of its location into its key. Which one that is does not depend on the order of
+    the entries. An image that is listed twice is a reject the second time.
+    """
+    first: dict[str, SourceImage] = {}
+    groups: dict[str, dict[str, SourceImage]] = {}
     rejects: list[Reject] = []
     for entry in entries:
         if isinstance(entry, Reject):
             rejects.append(entry)
-        elif (first := images.setdefault(entry.key, entry)) is not entry:
-            detail = f"its key {entry.key} is taken by {first.location}; rename one of the two"
-            rejects.append(Reject(entry.location, "key-collision", detail))
-    return list(images.values()), rejects
+        elif entry.key not in first:
+            first[entry.key] = entry
+        else:
+            there = first[entry.key]
+            group = groups.setdefault(entry.key, {there.location: there})
+            if entry.location in group:
+                rejects.append(Reject(entry.location, "duplicate", "listed more than once"))
+            else:
+                group[entry.location] = entry
+    later: dict[str, SourceImage] = {}
+    for key, group in sorted(groups.items()):
+        first[key], *others = sorted(group.values(), key=lambda image: walk_order(image.location))
+        for image in others:
+            own = free_key(key, image.location, ChainMap(first, later))
+            later[own] = image._replace(key=own)
+    return [*first.values(), *later.values()], rejects

@@ -10,8 +10,7 @@ from xml.etree import ElementTree
 from torchvision import datasets
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from precompute.sources.base import Source, SourceImage, check_split, key_of, opened
-from precompute.sources.trees import visible
+from precompute.sources.base import Source, SourceImage, check_split, key_of, opened, visible
 from schemas.errors import UserError
 from schemas.sample import UNLABELLED
 from schemas.storage import Store
@@ -54,7 +53,9 @@ class Voc(Source):
         self.store = Store(f"{root}/VOCdevkit") if root else Store(".")
         for year in VOC_YEARS[years]:
             make = partial(datasets.VOCDetection, root, year, name, download)
-            found = opened(f"voc {year}", root, make)
+            below = f"VOCdevkit/VOC{year}"
+            needs = [f"{below}/ImageSets/Main/{name}.txt", f"{below}/JPEGImages"]
+            found = opened(f"voc {year}", root, make, needs, download)
             self.entries += [(f"VOC{year}", Path(image).stem) for image in found.images]
 
     def images(self) -> Iterator[SourceImage]:
@@ -126,7 +127,10 @@ class CocoInstances(Coco):
 
     def images(self) -> Iterator[SourceImage | Reject]:
         found = opened(
-            "coco", self.root, lambda: datasets.CocoDetection(self.store.root, self.file)
+            "coco",
+            self.root,
+            lambda: datasets.CocoDetection(self.store.root, self.file),
+            [posixpath.relpath(self.file, self.root)],
         ).coco
         self.classes = [category["name"] for category in found.dataset["categories"]]
         for number, entry in sorted(found.imgs.items()):

@@ -3,15 +3,20 @@
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from schemas.errors import UserError
+from schemas.names import to_bytes
 from schemas.sample import MAX_KEY_LENGTH
+from schemas.storage import Store, check_regular
 from schemas.tables import Reject
 
 T = TypeVar("T")
+
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+"""What archives, file servers and systems leave behind: no class and no input, as hidden ones."""
 
 
 class SourceImage(NamedTuple):
@@ -36,6 +41,14 @@ class Source(ABC):
 
     classes: Sequence[str] = ()
 
+    def hint(self) -> str:
+        """What a user should know where no image has a class, as the end of a sentence."""
+        return ""
+
+    def linked_folders(self) -> Sequence[str]:
+        """Local folders outside of ROOT that listing was led to by links."""
+        return ()
+
     @abstractmethod
     def images(self) -> Iterator[SourceImage | Reject]:
         """Lists every input once, in a fixed order; what cannot be an image comes as a reject."""
@@ -58,9 +71,34 @@ def key_of(location: str) -> str:
     stem = str(PurePosixPath(location).with_suffix("")).replace("/", "_")
     key = re.sub(r"[^0-9A-Za-z_-]", "_", stem)
     if key != stem or len(key) > MAX_KEY_LENGTH:
-        digest = hashlib.sha256(location.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-        key = f"{key[: MAX_KEY_LENGTH - 9]}-{digest}"
+        key = digest_key(key, location)
     return key
+
+
+def digest_key(key: str, location: str, digits: int = 8) -> str:
+    """Return the key with so many digits of the sha256 of its location behind it."""
+    digest = hashlib.sha256(to_bytes(location)).hexdigest()[:digits]
+    return f"{key[: MAX_KEY_LENGTH - 1 - digits]}-{digest}"
+
+
+def free_key(key: str, location: str, taken: Container[str]) -> str:
+    """Return the key with as many digits as it needs to differ from those that are taken."""
+    return next(
+        candidate
+        for digits in (8, 16, 32, MAX_KEY_LENGTH - 1)
+        if (candidate := digest_key(key, location, digits)) not in taken
+    )
+
+
+def walk_order(location: str) -> list[tuple[bool, str]]:
+    """Sort locations as a tree is listed: the files of a folder before those of its folders."""
+    *folders, name = location.split("/")
+    return [*((True, folder) for folder in folders), (False, name)]
+
+
+def is_pattern(root: str) -> bool:
+    """Whether ROOT is a glob; a file or folder with such signs in its name is none."""
+    return any(sign in root for sign in "*?[") and not Store(root).exists("")
 
 
 def check_split(dataset: str, split: str, known: Sequence[str]) -> None:
@@ -69,14 +107,72 @@ def check_split(dataset: str, split: str, known: Sequence[str]) -> None:
         raise UserError(f"{dataset} has no split {split!r}: there are {', '.join(known)}")
 
 
-def opened(dataset: str, root: str, make: Callable[[], T]) -> T:
-    """What torchvision makes of a tree. Raises UserError with its reason where it cannot."""
+def opened(
+    dataset: str,
+    root: str,
+    make: Callable[[], T],
+    needs: Sequence[str] = (),
+    download: bool = False,
+) -> T:
+    """Let torchvision open a tree, after a look at what it would open or make.
+
+    torchvision makes the folder of some sets before it finds that they are not there, and speaks of
+    its own arguments; here a wrong ROOT stays as it is, and the message names what is missing.
+
+    Args:
+        needs: files and folders below ROOT without which there is no such set.
+        download: whether torchvision fetches it, so that nothing need be there.
+
+    Raises:
+        UserError: with the reason.
+    """
     if not root:
         raise UserError(f"--root is missing: the folder that {dataset} is in")
+    store = Store(root)
+    if not download:
+        for name in needs:
+            if not store.exists(name):
+                raise UserError(not_there(dataset, root, f"{name} is missing"))
+            if store.is_local and not store.is_folder(name):
+                try:
+                    check_regular(store.path(name))
+                except OSError as error:
+                    raise UserError(not_there(dataset, root, f"{name} is {error}")) from error
     try:
         return make()
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).replace("You can use download=True to download it", "").strip(" .")
-        raise UserError(
-            f"{root}: no {dataset} as torchvision lays it out ({reason}); --download fetches it"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        if download and isinstance(error, OSError):
+            raise UserError(f"{root}: {dataset} could not be downloaded: {error}") from error
+        reason = f"its files are not found or corrupted: {type(error).__name__}"
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, RuntimeError):  # torchvision has compared checksums
+            reason = f"{', '.join(needs) or 'its files'}: not found or corrupted"
+        raise UserError(not_there(dataset, root, reason)) from error
+
+
+def not_there(dataset: str, root: str, reason: str) -> str:
+    return f"{root}: no {dataset} as torchvision lays it out ({reason}); --download fetches it"
+
+
+def class_folders(store: Store, advice: str = "") -> list[str]:
+    """Return the sorted names of the folders in a folder that are not hidden, nor a system's own.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not store.exists(""):
+        raise UserError(f"{store.url}: no such folder; {advice}".rstrip("; "))
+    if not store.is_folder(""):
+        raise UserError(f"{store.url}: not a folder; {advice}".rstrip("; "))
+    return [n for n in store.folders() if not n.startswith(".") and n not in SYSTEM_FOLDERS]
+
+
+def visible(store: Store, folder: str, below: bool = True) -> Iterator[str]:
+    """List the files in a folder, and below it, none of them hidden."""
+    for location in store.walk(folder) if below else store.names(folder):
+        parts = PurePosixPath(location).parts
+        if not any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts):
+            yield location

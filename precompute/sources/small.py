@@ -3,8 +3,10 @@
 import hashlib
 import io
 import os
+import posixpath
+import re
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,25 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
-from precompute.sources.base import Source, SourceImage, check_split, key_of, opened
+from precompute.sources.base import (
+    Source,
+    SourceImage,
+    check_split,
+    class_folders,
+    key_of,
+    opened,
+    visible,
+)
 from schemas.errors import UserError
 from schemas.sample import UNLABELLED
 from schemas.storage import Store
+from schemas.tables import Reject
 
 CALTECH_TRAIN = 30
 """Training images a class: the usual protocol (methods.md 4.3); which ones is ours, by a hash."""
+
+CALTECH_BACKGROUND = "BACKGROUND_Google"
+CALTECH_IMAGE = re.compile(r"image_\d{4}\.jpg")
 
 STL10_SIDE = 96
 
@@ -33,17 +47,21 @@ class Caltech101(Source):
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("caltech101", split, ("train", "test", "all"))
-        found = opened("caltech101", root, lambda: datasets.Caltech101(root, download=download))
-        self.classes, self.split = list(found.categories), split
-        self.store = Store(f"{found.root}/101_ObjectCategories")
-        self.entries = list(zip(found.y, found.index, strict=True))
+        # its own lists take every file for an image, and what a system leaves behind for a class
+        make = partial(datasets.Caltech101, root, download=True) if download else dict
+        opened("caltech101", root, make, ["caltech101/101_ObjectCategories"], download)
+        self.split = split
+        self.store = Store(f"{root}/caltech101/101_ObjectCategories")
+        self.classes = [name for name in class_folders(self.store) if name != CALTECH_BACKGROUND]
 
-    def images(self) -> Iterator[SourceImage]:
-        by_class: dict[int, list[str]] = {}
-        for label, number in self.entries:
-            name = f"{self.classes[label]}/image_{number:04d}.jpg"
-            by_class.setdefault(label, []).append(name)
-        for label, names in by_class.items():
+    def images(self) -> Iterator[SourceImage | Reject]:
+        for label, kind in enumerate(self.classes):
+            names = []
+            for name in visible(self.store, kind):
+                if CALTECH_IMAGE.fullmatch(posixpath.basename(name)):
+                    names.append(name)
+                else:
+                    yield Reject(name, "no-image", "images are named image_0001.jpg ...")
             order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
             train, test = order[:CALTECH_TRAIN], order[CALTECH_TRAIN:]
             chosen = {"train": train, "test": test, "all": names}[self.split]
@@ -59,7 +77,11 @@ class Flowers102(Source):
     def __init__(self, root: str, split: str, download: bool):
         check_split("flowers102", split, ("train", "val", "test"))
         found = opened(
-            "flowers102", root, lambda: datasets.Flowers102(root, split, download=download)
+            "flowers102",
+            root,
+            lambda: datasets.Flowers102(root, split, download=download),
+            [f"flowers-102/{name}" for name in ("jpg", "imagelabels.mat", "setid.mat")],
+            download,
         )
         self.classes = list(found.classes)
         self.store = Store(f"{root}/flowers-102/jpg")
@@ -110,7 +132,11 @@ class Stl10(Arrays):
             )
         self.folder = Path(root, facts.base_folder)
         self.split = split
-        self.count = len(opened("stl10", root, lambda: self.pixels))
+        needs = [f"{split}_X.bin"]
+        if split != "unlabeled":
+            needs += [f"{split}_y.bin", facts.class_names_file]
+        needs = [f"{facts.base_folder}/{name}" for name in needs]
+        self.count = len(opened("stl10", root, lambda: self.pixels, needs))
         if split == "unlabeled":
             return
         self.classes = (self.folder / facts.class_names_file).read_text().split()
@@ -136,8 +162,13 @@ class Cifar10(Arrays):
     def __init__(self, root: str, split: str, download: bool):
         check_split("cifar10", split, ("train", "test"))
         self.root, self.split = os.path.abspath(root) if root else "", split
+        batches = [f"data_batch_{n}" for n in range(1, 6)] if split == "train" else ["test_batch"]
         found = opened(
-            "cifar10", root, lambda: datasets.CIFAR10(root, split == "train", download=download)
+            "cifar10",
+            root,
+            lambda: datasets.CIFAR10(root, split == "train", download=download),
+            [f"cifar-10-batches-py/{name}" for name in (*batches, "batches.meta")],
+            download,
         )
         self.classes, self.labels = list(found.classes), list(found.targets)
 

@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from PIL import Image
 
 from precompute.__main__ import main
-from precompute.encode import Resize
+from precompute.estimators import SpectralOptions
 from precompute.job import Job
+from precompute.plan import make_plan
 from precompute.resume import missing_shards
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, list_images
+from precompute.sources.trees import Folder
 from schemas import ShardDataset
 from schemas.storage import Store
 from schemas.tables import SHARD_FOLDER
@@ -64,7 +67,7 @@ def without_ray(job: Job) -> ShardDataset:
     store.make_folder(SHARD_FOLDER)
     shards = list(range(len(job.plan.shards)))
     estimator = job.estimator.build()
-    builder = ShardBuilder(job.source, estimator, store, job.batch_size, Resize(), settings)
+    builder = ShardBuilder(job.source, estimator, store, job.batch_size, job.resize, settings)
     assert missing_shards(store, settings, job.default_settings) == shards
     for shard, part in enumerate(job.plan.shards):
         builder.build(shard, part, lambda written, rejected: None)
@@ -79,9 +82,19 @@ def without_ray(job: Job) -> ShardDataset:
         estimator=settings["estimator"],
         plan=job.plan_digest,
         seed=job.seed,
+        rejects=job.rejects,
     )
     assert dataset.verify().clean
     return dataset
+
+
+def build_folder(root: Path, out: Path, **changes: object) -> ShardDataset:
+    """A folder's dataset by `spectral`, built in this process."""
+    source = Folder(str(root), "train", False)
+    images, rejects = list_images(source.images())
+    plan = make_plan(images, seed=0, shard_samples=1000)
+    job = Job("folder", "train", source, plan, rejects, SpectralOptions(), 0, str(out), 32)
+    return without_ray(replace(job, **changes))
 
 
 def batch(*images: np.ndarray) -> object:

@@ -167,32 +167,37 @@ SOUND = [check(SourceImage(f"k{i}", f"{i}", 0), JPEG) for i in range(3)]
 
 
 class BreakingDecoder:
-    """Stands for DALI: from call `first` on every decode fails with `text`."""
+    """Stands for DALI: from call `first` on every decode fails with `error`."""
 
-    def __init__(self, first: int, text: str):
-        self.first, self.text, self.calls = first, text, 0
+    def __init__(self, first: int, error: Exception):
+        self.first, self.error, self.calls = first, error, 0
         self.decode_batch = decode_module.decode_batch
 
     def __call__(self, images: list[EncodedImage]) -> object:
         self.calls += 1
         if self.calls > self.first:
-            raise RuntimeError(self.text)
+            raise self.error
         return self.decode_batch(images)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("error", "said"),
     [
-        (ILLEGAL, r"the decoder fails \(CUDA runtime API error cudaErrorIllegalAddress"),
-        ("CUDA allocation failed", "the decoder fails, out of memory"),
-        ("Can't allocate 9 bytes on device 0.", "the decoder fails, out of memory"),
-        ("Failed to decode sample #0 :", "known to be good does not decode"),
+        (
+            RuntimeError(ILLEGAL),
+            r"the decoder fails \(CUDA runtime API error cudaErrorIllegalAddress",
+        ),
+        (RuntimeError("CUDA allocation failed"), "the decoder fails, out of memory"),
+        (RuntimeError("Can't allocate 9 bytes on device 0."), "the decoder fails, out of memory"),
+        (MemoryError(), "the decoder fails, out of memory"),
+        (RuntimeError("Failed to decode sample #0 :"), "known to be good does not decode"),
+        (SystemError("not one image's"), "known to be good does not decode"),
     ],
 )
 def test_a_decoder_that_fails_rejects_no_image(
-    text: str, said: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_module, "decode_batch", BreakingDecoder(0, text))
+    monkeypatch.setattr(decode_module, "decode_batch", BreakingDecoder(0, error))
     with pytest.raises(UserError, match=said) as raised:
         decode(SOUND)
     assert "no image is rejected" in str(raised.value)
@@ -205,11 +210,33 @@ def test_a_decoder_that_fails_behind_a_damaged_image_rejects_no_sound_one(
 ) -> None:
     """The first batch fails for its image; the decoder itself breaks anywhere in the search."""
     damaged = check(SourceImage("bad", "bad", 0), JPEG[: len(JPEG) // 2])
-    breaking = BreakingDecoder(first, "Failed to decode sample #0 :")
+    breaking = BreakingDecoder(first, RuntimeError("Failed to decode sample #0 :"))
     monkeypatch.setattr(decode_module, "decode_batch", breaking)
     with pytest.raises(UserError, match="no image is rejected"):
         decode([damaged, *SOUND])
     assert breaking.calls > first
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cut"), ValueError("EXIF"), OverflowError("size")])
+def test_whatever_one_image_raises_is_its_own_reject(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_batch = decode_module.decode_batch
+
+    def fail_on_png(images: list[EncodedImage]) -> object:
+        if any(image.image.key in ("gif", "png") for image in images):
+            raise error
+        return decode_batch(images)
+
+    def make(image_format: str) -> EncodedImage:
+        content = saved(IMAGE.convert("P"), image_format)
+        return check(SourceImage(image_format.lower(), image_format, 0), content)
+
+    monkeypatch.setattr(decode_module, "decode_batch", fail_on_png)
+    good, _, rejects = decode([*SOUND, make("PNG"), make("GIF")])
+    assert good == SOUND
+    assert [reject.source for reject in rejects] == ["PNG", "GIF"]
+    assert {reject.reason for reject in rejects} == {"undecodable"}
 
 
 @pytest.mark.gpu

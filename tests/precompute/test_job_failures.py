@@ -16,6 +16,7 @@ from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
 from precompute.progress_actor import ProgressActor
 from precompute.sources import SourceImage, list_images
+from precompute.sources.base import digest_key
 from precompute.worker import BuilderFactory, ShardActor
 from schemas import ShardDataset, UserError
 from tests.conftest import encode, noise
@@ -49,14 +50,13 @@ def test_bad_inputs_are_rejected_and_all_else_is_written(
     (root / "bee" / "dangling.jpg").symlink_to(root / "nowhere.jpg")
     arguments = ["--dataset", "folder", "--root", root, "--out", out, "--estimator", "spectral"]
     assert run_here(*arguments, "--workers", 1) == 0
-    assert "rejects: 6" in capsys.readouterr().out
+    assert "rejects: 5" in capsys.readouterr().out
     dataset = ShardDataset.open(out)
     reasons = {row["source"]: row["reason"] for row in dataset.rejects.to_pylist()}
     assert reasons == {
         "ant/cut.jpg": "undecodable",
         "ant/empty.jpg": "empty",
         "ant/notes.txt": "not-an-image",
-        "bee/cat.png": "key-collision",
         "bee/dangling.jpg": "unreadable",
         "loose.jpg": "no-class",
     }
@@ -65,6 +65,8 @@ def test_bad_inputs_are_rejected_and_all_else_is_written(
     assert samples.keys() | reasons.keys() == inputs.keys() | {"bee/dangling.jpg"}
     assert samples["ant/wrong-extension.png"].extension == "jpg"
     assert samples["bee/moving.gif"].reencoded
+    assert samples["bee/cat.jpg"].key == "bee_cat"
+    assert samples["bee/cat.png"].key == digest_key("bee_cat", "bee/cat.png")
     assert not samples["ant/good.jpg"].reencoded
     assert samples["ant/good.jpg"].image == good
 

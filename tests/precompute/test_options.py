@@ -16,6 +16,7 @@ from precompute.encode import EncodedImage, RejectedError, Resize, check
 from precompute.progress import stalled
 from precompute.progress_actor import ProgressActor
 from precompute.sources import SourceImage
+from precompute.sources.base import digest_key
 from schemas import ShardDataset, UserError
 from schemas.shard import read_marker
 from tests.conftest import encode, noise
@@ -113,18 +114,20 @@ def test_new_images_are_added_in_new_shards(
     assert contents(out) == before
 
     folder(root, *[f"bee/{n}.jpg" for n in range(1, 5)], "cat/0.jpg", "ant/0.png")
-    with pytest.raises(UserError, match=r"images was 6, is 11.*--extend"):
+    with pytest.raises(UserError, match=r"images was 6, is 12.*--extend"):
         run_here(*arguments(root, out))
     run_here(*arguments(root, out), "--extend")
     dataset = ShardDataset.open(out)
     assert dataset.verify().clean
     assert dataset.classes == ["ant", "bee", "cat"]
-    assert (len(dataset), len(dataset.shards)) == (10, 4)
+    assert (len(dataset), len(dataset.shards)) == (11, 4)
     added = dataset.samples.slice(5)["source"].to_pylist()
-    assert sorted(added) == [*(f"bee/{n}.jpg" for n in range(1, 5)), "cat/0.jpg"]
+    assert sorted(added) == ["ant/0.png", *(f"bee/{n}.jpg" for n in range(1, 5)), "cat/0.jpg"]
+    keys = dict(zip(*(dataset.samples[c].to_pylist() for c in ("source", "key")), strict=True))
+    assert keys["ant/0.jpg"] == "ant_0"  # as it was
+    assert keys["ant/0.png"] == digest_key("ant_0", "ant/0.png")
     assert {row["source"]: row["reason"] for row in dataset.rejects.to_pylist()} == {
-        "ant/notes.txt": "not-an-image",
-        "ant/0.png": "key-collision",
+        "ant/notes.txt": "not-an-image"
     }
     after = contents(out)
     assert all(after[name] == before[name] for name in before if name.startswith("shards/"))

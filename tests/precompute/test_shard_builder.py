@@ -125,6 +125,60 @@ def test_an_estimator_that_fails_writes_nothing_and_the_next_shard_is_whole(
     assert len(read_marker(Store(tmp_path), 1).samples) == len(IMAGES)
 
 
+class FailsOnGray(Flat):
+    """Fails on every batch that has an image of one value."""
+
+    def __call__(self, images: Any) -> np.ndarray:
+        if any(np.asarray(image.cpu()).std() == 0 for image in images.tensors):
+            raise self.error or ZeroDivisionError("no contrast")
+        return super().__call__(images)
+
+
+def make_gray(monkeypatch: pytest.MonkeyPatch, *indices: int) -> None:
+    gray = encode(np.full((8, 8, 3), 128, np.uint8))
+    jpegs = [gray if index in indices else jpeg for index, jpeg in enumerate(JPEGS)]
+    monkeypatch.setattr(f"{__name__}.JPEGS", jpegs)
+
+
+def test_an_estimator_that_fails_on_one_image_rejects_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_gray(monkeypatch, 2)
+    build(tmp_path, estimator=FailsOnGray())
+    marker = read_marker(Store(tmp_path), 0)
+    gray = [image for image in IMAGES if int(image.key[1:]) % len(JPEGS) == 2]
+    assert [(reject.source, *reject[1:]) for reject in marker.rejects] == [
+        (image.location, "estimator-fails", "ZeroDivisionError: no contrast") for image in gray
+    ]
+    assert len(marker.samples) == len(IMAGES) - len(gray)
+
+
+def test_an_estimator_that_takes_no_image_ends_the_job_with_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_gray(monkeypatch, *range(len(JPEGS)))
+    with pytest.raises(ZeroDivisionError, match="no contrast"):
+        build(tmp_path, estimator=FailsOnGray())
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_gpu_that_fails_while_one_image_is_looked_for_rejects_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimator fails on a batch; the first of its images alone meets an error of CUDA."""
+    make_gray(monkeypatch, 2)
+
+    class Breaks(FailsOnGray):
+        def __call__(self, images: Any) -> np.ndarray:
+            if len(images.tensors) == 1:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return super().__call__(images)
+
+    with pytest.raises(UserError, match=r"the estimator fails .*illegal memory access"):
+        build(tmp_path, estimator=Breaks())
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def test_memory_that_runs_out_in_the_estimator_is_one_line(tmp_path: Path) -> None:
     text = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ..."
     estimator = Flat(torch.OutOfMemoryError(text), 2)
@@ -183,14 +237,14 @@ def test_a_group_of_images_goes_to_the_host_once(monkeypatch: pytest.MonkeyPatch
 def test_a_gpu_takes_the_windows_of_all_areas_together() -> None:
     estimator = ScdaOptions("resnet18", "random", size=32).build("cpu")
     levels = [scda.list_places([(375, 500)] * 32, area) for area in (1.0, 0.45)]
-    assert [len(level) for level in levels] == [32, 288]
+    assert [len(level) for level in levels] == [32, 256]
 
     def lengths(device: str) -> list[int]:
         estimator.device = device  # type: ignore[misc]
         return [len(chunk) for chunk in estimator.chunks(levels)]  # type: ignore[attr-defined]
 
-    assert lengths("cuda") == [256, 64]
-    assert lengths("cpu") == [32, 64, 64, 64, 64, 32]
+    assert lengths("cuda") == [256, 32]
+    assert lengths("cpu") == [32, 64, 64, 64, 64]
 
 
 def test_folded_batch_norms_give_the_same_map() -> None:

@@ -1,5 +1,6 @@
 """What a source lists: every input once, with a key of its own, or a reject with a reason."""
 
+import random
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from precompute import demo
 from precompute.sources import SourceImage, key_of, list_images
+from precompute.sources.base import digest_key
 from precompute.sources.trees import Folder
 from schemas import UserError
 from schemas.sample import check_key
@@ -54,15 +56,39 @@ def test_a_file_beside_the_classes_is_rejected(tmp_path: Path) -> None:
     assert [(r.source, r.reason) for r in rejects] == [("list.txt", "no-class")]
 
 
-def test_colliding_keys_cost_the_later_one(tmp_path: Path) -> None:
-    source = tree(tmp_path, "a/b_c.jpg", "a_b/c.jpg", "a/b_c.png")
+def test_pictures_whose_keys_meet_are_all_kept(tmp_path: Path) -> None:
+    names = ["a/b_c.jpg", "a_b/c.jpg", "a/b_c.png", "a/b/c.jpg", "a/b-c.jpg"]
+    source = tree(tmp_path, *names)
     images, rejects = list_images(source.images())
-    assert [image.location for image in images] == ["a/b_c.jpg"]
-    assert [(r.source, r.reason) for r in rejects] == [
-        ("a/b_c.png", "key-collision"),
-        ("a_b/c.jpg", "key-collision"),
-    ]
-    assert all("a/b_c.jpg; rename" in reject.detail for reject in rejects)
+    assert not rejects
+    keys = {image.location: image.key for image in images}
+    assert keys.keys() == set(names)
+    assert len(set(keys.values())) == len(names)
+    assert keys["a/b_c.jpg"] == "a_b_c"  # as it was when the others were dropped
+    assert keys["a/b_c.png"] == digest_key("a_b_c", "a/b_c.png")
+    for seed in range(5):  # whatever the order of a list of files
+        shuffled = random.Random(seed).sample(images, len(images))
+        again, _ = list_images(image._replace(key=key_of(image.location)) for image in shuffled)
+        assert {image.location: image.key for image in again} == keys
+
+
+def test_a_digest_in_a_key_takes_no_other_pictures_key(tmp_path: Path) -> None:
+    """A file bears the very name that the digest would give to another one."""
+    odd = digest_key("a_x", "a/x.png")
+    names = ["a/x.jpg", "a/x.png", f"{odd}.jpg"]
+    images, rejects = list_images(SourceImage(key_of(name), name, 0) for name in names)
+    keys = {image.location: image.key for image in images}
+    assert (keys["a/x.jpg"], keys[f"{odd}.jpg"]) == ("a_x", odd)
+    assert keys["a/x.png"] == digest_key("a_x", "a/x.png", 16)
+    assert not rejects
+
+
+def test_an_image_that_is_listed_twice_is_written_once() -> None:
+    image = SourceImage("a", "a.jpg", 0)
+    other = SourceImage("a", "a.png", 0)
+    images, rejects = list_images([image, image, other, other, SourceImage("a", "a.jpg", 0)])
+    assert len(images) == 2
+    assert [reject.reason for reject in rejects] == ["duplicate"] * 3
 
 
 @pytest.mark.parametrize(

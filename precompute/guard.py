@@ -1,0 +1,103 @@
+"""A dataset must not be written among its own inputs, whatever names they go by."""
+
+import os
+import posixpath
+import re
+
+from fsspec.utils import glob_translate
+
+from precompute.sources.base import Source, is_pattern
+from schemas.errors import UserError
+from schemas.storage import Store
+from schemas.tables import CARD, REJECTS, SAMPLES, SHARD_FOLDER, SHARDS, shard_name
+
+MOUNTS = "/proc/self/mountinfo"
+WRITTEN = (
+    *(CARD, SAMPLES, SHARDS, REJECTS, "stats.json"),
+    *(shard_name(0, suffix) for suffix in ("tar", "idx", "parquet")),
+)
+
+
+def refuse_own_inputs(out: str, root: str) -> None:
+    """Refuse an OUT whose files would be inputs when ROOT is listed again. Raises UserError."""
+    if is_pattern(root):
+        if found := matched(Store(out), root):
+            raise UserError(f"{out}: its {found} would match {root}; choose a folder outside of it")
+        return
+    if overlap(Store(out), Store(root)):
+        raise UserError(f"{out}: lies inside {root}, whose files are the inputs")
+
+
+def refuse_linked_inputs(out: str, source: Source) -> None:
+    """The same for folders that links below ROOT lead to. Raises UserError."""
+    for link in source.linked_folders():
+        if overlap(Store(out), Store(link)):
+            raise UserError(
+                f"{out}: lies inside {os.path.realpath(link)}, whose files are inputs by the link "
+                f"{link}"
+            )
+
+
+def overlap(out: Store, inputs: Store) -> bool:
+    """Whether shards that are written to OUT lie among the inputs, or the inputs among them."""
+    if type(out.fs) is not type(inputs.fs):
+        return False
+    base, *others = (real_place(store) for store in (inputs, out, Store(shards_of(out))))
+    return any(place[: len(base)] == base for place in others) or (
+        base[: len(others[1])] == others[1]
+    )
+
+
+def shards_of(out: Store) -> str:
+    return f"{out.location('').rstrip('/')}/{SHARD_FOLDER}"
+
+
+def real_place(store: Store) -> list[str]:
+    """Return where a folder lies: its device and the parts of its path there, links resolved.
+
+    A bind mount shows one folder under two names that no resolving of links tells apart, so a local
+    path is given as on its own file system.
+    """
+    if not store.is_local:
+        return posixpath.normpath(store.root).split("/")
+    path = os.path.realpath(store.root)
+    device, there, below = "", "/", path
+    for mounted, place, folder in mounts():
+        if f"{path}/".startswith(f"{folder.rstrip('/')}/"):  # of several, the last lies on top
+            device, there, below = mounted, place, os.path.relpath(path, folder)
+    return [device, *(part for part in f"{there}/{below}".split("/") if part not in ("", "."))]
+
+
+def mounts() -> list[tuple[str, str, str]]:
+    """Device, folder on that device and mount point of every mount; none where there is no /proc.
+
+    Sorted such that a mount comes behind those that it covers.
+    """
+    try:
+        with open(MOUNTS, "rb") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return []
+    found = [(unescape(fields[2]), unescape(fields[3]), unescape(fields[4])) for fields in lines]
+    return sorted(found, key=lambda mount: len(mount[2].rstrip("/")))
+
+
+def unescape(field: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
+
+
+def matched(out: Store, pattern: str) -> str:
+    """The first of the files of a dataset at OUT that a glob finds; "" if it finds none."""
+    inputs = Store(posixpath.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0]) or ".")
+    place, base = real_place(out), real_place(inputs)
+    if type(out.fs) is not type(inputs.fs) or place[: len(base)] != base:
+        return ""
+    regex = re.compile(glob_translate(Store(pattern).root))
+    return next(
+        (
+            name
+            for name in WRITTEN
+            if regex.match(posixpath.join(inputs.root, *place[len(base) :], name))
+        ),
+        "",
+    )

@@ -1,0 +1,162 @@
+"""ImageNet as torchvision and as Kaggle lay it out."""
+
+import csv
+import posixpath
+import re
+from collections.abc import Iterator
+from functools import partial
+from importlib import resources
+
+from precompute.sources.base import (
+    SourceImage,
+    check_split,
+    class_folders,
+    key_of,
+    opened,
+    visible,
+)
+from precompute.sources.trees import ClassFolders
+from schemas.errors import UserError
+from schemas.storage import Store
+from schemas.tables import Reject
+
+WNID = re.compile(r"n\d{8}")
+CLASSES = 1000
+KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+"""Where Kaggle's archive has `train` and `val`, seen from the folders above."""
+KAGGLE_LABELS = "LOC_val_solution.csv"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+SHOWN = 5
+
+
+class ImageNet(ClassFolders):
+    """ILSVRC 2012: `root/train/WNID/*.JPEG` and `root/val/WNID/*.JPEG`, as torchvision lays it out.
+
+    Where the folders are missing but the archives are there, torchvision unpacks them. Kaggle's
+    layout is read too: `root/ILSVRC/Data/CLS-LOC/train` and `val`, whose images lie in no class
+    folders but are listed in `LOC_val_solution.csv` beside ILSVRC. Labels by the sorted WordNet
+    ids, as everywhere.
+    """
+
+    def __init__(self, root: str, split: str, download: bool):
+        store = split_folder(root, split, download)
+        there = class_folders(store)
+        self.flat = {} if any(map(WNID.fullmatch, there)) else kaggle_labels(root, store)
+        wnids = sorted({*self.flat.values()} or filter(WNID.fullmatch, there))
+        self.others = [name for name in there if name not in wnids]
+        super().__init__(store, self.choose(wnids, store))
+
+    def choose(self, wnids: list[str], store: Store) -> list[str]:
+        """Return the classes in the order of their labels. Raises UserError."""
+        if len(wnids) != CLASSES:
+            raise UserError(
+                f"{store.url}: {len(wnids)} class folders named by WordNet id, not {CLASSES}: "
+                f"labels would not be ImageNet's{compare_splits(store, wnids)}; DATASET=folder "
+                "takes any"
+            )
+        return wnids
+
+    def images(self) -> Iterator[SourceImage | Reject]:
+        if not self.flat:
+            yield from super().images()
+            for name in self.others:
+                yield Reject(name, "no-class", "a folder that is named by no WordNet id")
+            return
+        labels = {name: label for label, name in enumerate(self.classes)}
+        for location in visible(self.store, ""):
+            wnid = self.flat.get(posixpath.splitext(posixpath.basename(location))[0])
+            if wnid is None:
+                yield Reject(location, "no-class", f"{KAGGLE_LABELS} does not list it")
+            elif wnid in labels:
+                yield SourceImage(key_of(location), location, labels[wnid])
+
+
+class ImageNet100(ImageNet):
+    """The 100 classes of ImageNet-100 (the list of Tian et al., "Contrastive Multiview Coding").
+
+    Out of an ImageNet tree, labels in the order of the list.
+    """
+
+    def choose(self, wnids: list[str], store: Store) -> list[str]:
+        file = resources.files("precompute.sources").joinpath("imagenet100.txt")
+        classes = file.read_text().split()
+        if missing := [name for name in classes if name not in wnids]:
+            raise UserError(
+                f"{store.url}: lacks {len(missing)} of the 100 class folders: {some(missing)}"
+            )
+        self.others = []
+        return classes
+
+
+def split_folder(root: str, split: str, download: bool) -> Store:
+    """Find the folder of a split, unpacking torchvision's archives. Raises UserError."""
+    check_split("imagenet", split, ("train", "val"))
+    if download:
+        raise UserError(
+            "ImageNet cannot be downloaded: register at image-net.org, put the archives into ROOT, "
+            "and leave --download out"
+        )
+    if not root:
+        raise UserError("--root is missing: the folder that ImageNet is in")
+    places = [root.rstrip("/"), *(f"{root.rstrip('/')}/{below}" for below in KAGGLE)]
+    stores = [Store(f"{place}/{split}") for place in places]
+    store = next((store for store in stores if store.exists("")), stores[0])
+    archive = f"ILSVRC2012_img_{split}.tar"
+    if not store.exists("") and Store(root).exists(archive):
+        from torchvision import datasets  # seconds to import; only where it is used
+
+        print(f"unpacking the archives in {root}", flush=True)
+        make = partial(datasets.ImageNet, root, split)
+        opened("imagenet", root, make, [DEVKIT, archive])
+    if not store.exists(""):
+        raise UserError(
+            f"{root}: no ImageNet in it: looked for {', '.join(f'{s.url}/' for s in stores)} and "
+            f"{archive}"
+        )
+    if not class_folders(store) and (tars := [n for n in store.names("") if n.endswith(".tar")]):
+        raise UserError(
+            f"{store.url}: holds {len(tars)} tars that are not unpacked ({tars[0]} ...); unpack "
+            f"each into a folder of its name: mkdir {tars[0][:-4]} && tar xf {tars[0]} -C "
+            f"{tars[0][:-4]}"
+        )
+    return store
+
+
+def kaggle_labels(root: str, store: Store) -> dict[str, str]:
+    """Return the WordNet id of each image of a flat folder, by its name without the ending.
+
+    Raises:
+        UserError: images without class folders, and no list of their classes.
+    """
+    above = [store.url]
+    while len(above) < 6 and "/" in above[-1].rstrip("/"):
+        above.append(posixpath.dirname(above[-1]))
+    places = dict.fromkeys([root.rstrip("/"), *above[1:]])
+    for place in map(Store, filter(None, places)):
+        if place.exists(KAGGLE_LABELS):
+            lines = place.read(KAGGLE_LABELS).decode("utf-8-sig", "replace").splitlines()
+            rows = csv.reader(lines[1:])  # ImageId,PredictionString: "n03995372 85 1 499 272"
+            return {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].split()}
+    if not any(visible(store, "")):
+        return {}
+    raise UserError(
+        f"{store.url}: its images lie in no class folders (n01440764 ...); looked for "
+        f"{KAGGLE_LABELS} in {', '.join(places)}"
+    )
+
+
+def compare_splits(store: Store, wnids: list[str]) -> str:
+    """Say which classes the other split has and this one lacks, and the reverse."""
+    other = {"train": "val", "val": "train"}[posixpath.basename(store.url)]
+    beside = Store(f"{posixpath.dirname(store.url)}/{other}")
+    if not beside.exists(""):
+        return ""
+    theirs = set(filter(WNID.fullmatch, class_folders(beside)))
+    missing, extra = sorted(theirs - set(wnids)), sorted(set(wnids) - theirs)
+    lacks = f"; {other} beside it also has {some(missing)}" if missing and theirs else ""
+    return lacks + (f"; {other} lacks {some(extra)}" if extra and theirs else "")
+
+
+def some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

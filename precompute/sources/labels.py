@@ -1,0 +1,152 @@
+"""Labels of samples in tars: digits, text, or a field of JSON -> numbers of classes."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from schemas.sample import LABEL_MEMBER, UNLABELLED
+
+NUMBER = re.compile(r"-1|[0-9]{1,9}")
+NONE = str(UNLABELLED)
+MAX_BYTES = 1000
+"""Of a label's text: more is a file that is no label."""
+JSON_FIELDS = (LABEL_MEMBER, "label", "class", "label_id", "class_id", "target", "category")
+"""Fields of a JSON member that hold a label, by img2dataset's and Hugging Face's users."""
+LABEL_NAMES = {LABEL_MEMBER, "label", "labels", "class", "classname", "target", "category"}
+"""Parts of an extension that speak of a label."""
+PLAIN_CLASSES = 100_000
+SPARSE = 10
+"""A label is a class's number if it is below the former, or below so many times the number of
+different labels up to it; otherwise it is an identifier, and a list of classes up to it would have
+millions of empty ones (ours)."""
+
+Members = Sequence[tuple[str, int, int]]
+
+
+class LabelError(Exception):
+    """A sample's label cannot be read; the message is a reject's detail."""
+
+
+class LabelReader:
+    """Reads the label of a sample as text.
+
+    Args:
+        member: extension of the label's member; `json:FIELD` or `json.FIELD` for a field of a JSON
+            member, `none` for no labels; by default `cls`, and without one a field of `json`.
+        text: take digits for names too.
+    """
+
+    def __init__(self, member: str, text: bool):
+        self.member, self.text = member.lstrip("."), text
+
+    def read(self, members: Members, file: Any) -> tuple[str, str]:
+        """Return the label (`-1` without one) and the extension of the member that it is in.
+
+        Raises:
+            LabelError: the member is missing, is no label, or its label cannot be read.
+        """
+        there = {extension: (offset, size) for extension, offset, size in members}
+        if self.member == "none":
+            return NONE, ""
+        member, field = self.member, ""
+        if member and member not in there and re.match(r"(.*\.)?json[:.]", member):
+            member, field = re.split(r"(?<=json)[:.]", member, maxsplit=1)
+        if not member and LABEL_MEMBER not in there:
+            label = self.read_member("json", "", *there["json"], file) if "json" in there else NONE
+            if label == NONE:
+                refuse_other_names(there)
+            return label, "json"
+        member = member or LABEL_MEMBER
+        if member not in there:
+            raise LabelError(f"it has no member {member!r} but {', '.join(list(there)[:8])}")
+        return self.read_member(member, field, *there[member], file), member
+
+    def read_member(self, member: str, field: str, offset: int, size: int, file: Any) -> str:
+        is_json = member.endswith("json")
+        if not is_json and size > MAX_BYTES:
+            raise LabelError(f"its {member} has {size} bytes: no label")
+        file.seek(offset)
+        content = file.read(size)
+        if is_json:
+            return self.of_json(member, field, content)
+        text = content.decode("utf-8-sig", "surrogateescape").strip("\0 \t\r\n")
+        if not text or "\n" in text:
+            raise LabelError(f"its {member} is {content[:20]!r}: no label")
+        return text
+
+    def of_json(self, member: str, field: str, content: bytes) -> str:
+        try:
+            value: Any = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            if not self.member:  # carried over as it is, as any other member
+                return NONE
+            raise LabelError(f"its {member} is no JSON ({error})") from error
+        if isinstance(value, dict):
+            fields = field.split(".") if field else [f for f in JSON_FIELDS if f in value][:1]
+            if not fields:
+                if not self.member:
+                    return NONE
+                raise LabelError(f"its {member} has no label but {', '.join(map(str, value))}")
+            for name in fields:
+                if not isinstance(value, dict) or name not in value:
+                    raise LabelError(f"its {member} has no {'.'.join(fields)!r}")
+                value = value[name]
+        elif not self.member:
+            return NONE
+        if value is None:
+            return NONE
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).strip():
+            raise LabelError(f"its {member} holds {str(value)[:40]!r}: no single label")
+        return str(value).strip()
+
+
+def refuse_other_names(members: Iterable[str]) -> None:
+    """Raises LabelError where a label has another name: it would be lost without a word."""
+    for name in members:
+        if LABEL_NAMES.intersection(name.lower().split(".")):
+            raise LabelError(
+                f"its label seems to be {name!r}: choose --label-member {name}, or none; if its "
+                "key has dots, --keys-with-dots"
+            )
+
+
+def name_classes(
+    labels: Iterable[str], reader: LabelReader
+) -> tuple[dict[str, int], list[str], dict[str, str]]:
+    """Number the classes of a dataset by all the labels that there are.
+
+    Digits are numbers of classes. Where no label is digits, or the reader is told so, labels are
+    names, numbered in sorted order.
+
+    Returns:
+        the number of each label, the names of the classes, and why other labels are no class.
+    """
+    found = set(labels) - {NONE}
+    numbers = {NONE: UNLABELLED}
+    digits = {label for label in found if NUMBER.fullmatch(label)}
+    if reader.text or (found and not digits):
+        names = sorted(found)
+        numbers |= {label: place for place, label in enumerate(names)}
+        return numbers, names, {}
+    bad = {
+        label: f"its label is {label[:40]!r}, not digits as others are; --label-text takes all "
+        "labels for names"
+        for label in found - digits
+    }
+    most = UNLABELLED
+    values = sorted({int(label) for label in digits})
+    for count, value in enumerate(values, 1):
+        if value < max(PLAIN_CLASSES, SPARSE * count):
+            most = value
+    for label in digits:
+        if int(label) > most:
+            bad[label] = (
+                f"its label {label} is far above the {len(values)} different ones: an identifier, "
+                "no number of a class; --label-text takes all labels for names"
+            )
+        else:
+            numbers[label] = int(label)
+    return numbers, [str(label) for label in range(most + 1)], bad

@@ -1,0 +1,198 @@
+"""Ray as docs/precompute.md starts it, and what is said where it does not start or answer."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from schemas import ShardDataset
+from tests.conftest import encode, noise
+from tests.precompute.conftest import command
+
+pytestmark = pytest.mark.slow
+
+RAY = str(Path(sys.executable).with_name("ray"))
+SECONDS = 240
+"""For a cluster to come up; seconds on an idle machine."""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A home and a folder of Ray's own; its name is short, as sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own = {"HOME": str(home), "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    return clean | own | more
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def alive(address: str, variables: dict[str, str]) -> int:
+    """Nodes of a cluster, 0 where none answers."""
+    status = subprocess.run(
+        [RAY, "status", "--address", address],
+        env=variables | {"RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return status.stdout.count(" node_")
+
+
+def start_node(start: list[str], variables: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+    with log.open("w") as output:
+        return subprocess.Popen(start, env=variables, stdout=output, stderr=output)
+
+
+def test_the_documented_commands_work_where_a_token_file_lies(home: Path, tmp_path: Path) -> None:
+    """`ray start --head` asks for a token then, and a job at a given address must bring it."""
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / "root" / "a" / f"{number}.jpg").write_bytes(encode(noise(number)))
+    plain = environment(home)
+    address = f"{socket.gethostbyname(socket.gethostname())}:{free_port()}"
+    more = ["--num-cpus", "1", "--block"]
+    head = ["--head", "--port", address.split(":")[1], "--include-dashboard", "false"]
+    second = ["--address", address]
+    nodes = []
+    try:
+        for number, (arguments, variables) in enumerate(
+            [(head, plain), (second, environment(home, RAY_AUTH_MODE="token"))], 1
+        ):
+            deadline = time.monotonic() + SECONDS
+            start = [RAY, "start", *arguments, *more]
+            log = tmp_path / f"node{number}.log"
+            nodes.append(start_node(start, variables, log))
+            while alive(address, plain) < number:
+                assert time.monotonic() < deadline, log.read_text()
+                if nodes[-1].poll() is not None:  # Ray gives up after 30 s on a loaded machine
+                    assert "InvalidAuthToken" not in log.read_text()
+                    nodes[-1] = start_node(start, variables, log)
+                time.sleep(1)
+        job = [
+            *("--dataset", "folder", "--root", tmp_path / "root", "--out", tmp_path / "out"),
+            *("--estimator", "spectral", "--shard-samples", 2, "--address", address),
+            *("--workers", 2, "--cpus-per-worker", 1),  # one on each node
+        ]
+        result = subprocess.run(
+            command(*job), env=plain, capture_output=True, text=True, check=False, timeout=SECONDS
+        )
+        assert result.returncode == 0, result.stderr
+        assert len(ShardDataset.open(tmp_path / "out")) == 4
+        (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+        out = [*job[:5], tmp_path / "other", *job[6:]]
+        result = subprocess.run(
+            command(*out), env=plain, capture_output=True, text=True, check=False, timeout=SECONDS
+        )
+        assert result.returncode == 2
+        assert "InvalidAuthToken" in result.stderr
+        assert "Traceback" not in result.stderr
+    finally:
+        for node in nodes:
+            node.terminate()
+        for node in nodes:
+            node.wait(60)
+
+
+CONNECT = """
+import sys
+from precompute import cluster
+from schemas.cli import run
+cluster.ANSWER_SECONDS = 6
+
+def main():
+    with cluster.cluster(sys.argv[1] or None):
+        print("connected")
+
+run(main)
+"""
+
+
+def connect(address: str, variables: dict[str, str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", CONNECT, address],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(process: "subprocess.Popen[str]") -> str:
+    _, errors = process.communicate(timeout=120)
+    assert len(errors.splitlines()) == 1, errors
+    return errors
+
+
+def test_the_address_of_a_dead_cluster(home: Path) -> None:
+    (home / "ray").mkdir()
+    (home / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
+    process = connect("auto", environment(home))
+    assert "error: no Ray cluster answers at auto: " in said(process)
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("terminated", [False, True])
+def test_something_else_listens_there(home: Path, terminated: bool) -> None:
+    """It takes the connection and never says a word; a signal is heard meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        process = connect(f"127.0.0.1:{server.getsockname()[1]}", environment(home))
+        server.settimeout(100)
+        connection, _ = server.accept()  # our own look; then Ray's
+        if terminated:
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+        message = said(process)
+        connection.close()
+    if terminated:
+        assert process.returncode == 143
+        assert "terminated before Ray was up" in message
+    else:
+        assert process.returncode == 2
+        assert "silent for 6 s" in message
+
+
+def test_a_folder_whose_name_is_too_long_for_a_socket(home: Path) -> None:
+    folder = home / ("x" * 100)
+    folder.mkdir()
+    process = connect("", environment(home, RAY_TMPDIR=str(folder)))
+    message = said(process)
+    assert "Ray does not start here: " in message
+    assert "cannot exceed 107 bytes" in message
+    assert "set RAY_TMPDIR to a folder with a shorter name" in message
+
+
+def test_a_local_ray_writes_no_token_into_the_home(home: Path) -> None:
+    """So it starts where the home cannot be written, and leaves nothing that others stumble on."""
+    code = """
+import os
+from precompute.cluster import token
+with token(None):
+    print(len(os.environ["RAY_AUTH_TOKEN"]))
+"""
+    for place in (str(home), "/proc/nowhere"):
+        variables = environment(home, HOME=place)
+        run = [sys.executable, "-c", code]
+        result = subprocess.run(run, env=variables, capture_output=True, text=True, check=True)
+        assert result.stdout == "64\n"
+    assert not list(home.iterdir())
