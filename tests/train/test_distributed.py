@@ -1,5 +1,6 @@
 import os
 import signal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +26,43 @@ def test_shuffle_deals_every_row_once_and_restores_exactly(two_ranks):
     assert first_back
     assert second_back
     assert shape == (8, 3, 2, 2)
+
+
+def shuffled_as_a_gather(dtype):
+    """The share of this rank, what an all-gather would give, and the dtype and bytes sent."""
+    everything = torch.randn(24, 3, 5, 4, generator=torch.Generator().manual_seed(1))
+    mine = everything.chunk(distributed.world_size())[distributed.rank()]
+    sent, send = [], torch.distributed.all_to_all_single
+
+    def counting(output, given, *counts):
+        own = sum(counts[1][: distributed.rank()])
+        others = torch.ones(len(given), dtype=torch.bool)
+        others[own : own + counts[1][distributed.rank()]] = False
+        sent.append((given.dtype, given[others].nbytes))
+        return send(output, given, *counts)
+
+    with (
+        patch("torch.distributed.all_to_all_single", counting),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
+        share, _ = distributed.shuffle(
+            mine.contiguous(memory_format=torch.channels_last), torch.Generator().manual_seed(3)
+        )
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    order = order.chunk(distributed.world_size())[distributed.rank()]
+    assert share.is_contiguous(memory_format=torch.channels_last)
+    return share, everything.to(dtype)[order], sent
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shuffle_sends_each_image_once_in_the_precision_of_the_first_layer(four_ranks, dtype):
+    images = 24 // 4
+    for share, expected, sent in four_ranks(shuffled_as_a_gather, dtype):
+        assert share.dtype == dtype
+        assert torch.equal(share, expected)
+        ((sent_dtype, size),) = sent
+        assert sent_dtype == dtype
+        assert 0 < size <= images * 3 * 5 * 4 * dtype.itemsize
 
 
 def test_shuffle_of_one_rank_is_nothing():
