@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline import devices, reader
 from pipeline.assemble import normalised
 from pipeline.cache import Cache
+from pipeline.draws import to_device
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
 from schemas import UserError
 
@@ -103,7 +104,7 @@ class PlainViews:
             label, image = map(reader.tensor, reader.run(pipeline, self.device, self.shards))
             # DALI fills the last batch from the next pass
             count = min(self.batch_size, self.samples - start)
-            labels = reader.parse_labels(label[:count]).to(self.device)
+            labels = to_device(reader.parse_labels(label[:count]), self.device)
             unmasked = image[:count].permute(0, 3, 1, 2).float().div_(255)
             yield PlainBatch(normalised(unmasked, self.recipe), labels)
 
