@@ -1,5 +1,7 @@
 """MaskCo against the formula as loops; regions pooled where they are; the head's ablation."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from schemas import UserError
 from tests.train import oracle
 from train.config import TrainConfig
 from train.distributed import rank, world_size
-from train.encoders import build_encoder, feature_map
+from train.encoders import build_encoder, compile_encoder_, feature_map
 from train.methods import MaskCoConfig, Setup
 from train.step import Step, placed
 
@@ -195,3 +197,30 @@ def test_two_ranks_compute_the_gradients_of_one(two_ranks):
         for name, gradient in expected.items():
             assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
         torch.testing.assert_close(its_queue, queue, atol=1e-5, rtol=1e-4)
+
+
+def test_compile_reaches_both_encoders_of_maskco(monkeypatch):
+    """Graphs are counted by a backend that runs them as they are: no compiler is needed."""
+    graphs, real = [], torch.compile
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: real(model, backend=count))
+    torch._dynamo.reset()
+    encoder = build_encoder("resnet18")[0].train()
+    momentum = copy.deepcopy(encoder)
+    images = torch.randn(2, 3, 64, 64)
+    expected = feature_map(copy.deepcopy(encoder), images)
+    keys = list(encoder.state_dict())
+    for each in (encoder, momentum):
+        compile_encoder_(each)
+    found = feature_map(encoder, images)
+    assert len(graphs) >= 1
+    with torch.no_grad():
+        feature_map(momentum, images)
+    torch.testing.assert_close(found, expected)
+    assert sum(node.op == "call_function" for graph in graphs for node in graph.graph.nodes) > 40
+    assert list(encoder.state_dict()) == keys
+    torch._dynamo.reset()
