@@ -25,7 +25,9 @@ RUN ?= out/runs/$(METHOD)-$(RECIPE)
 ARGS ?=
 STUDY ?= out/study
 SALIENCY ?=
-LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node $(NPROC) -m train)
+# a free port, and no name of this machine that must be resolved
+ALONE := --standalone --local-addr 127.0.0.1
+LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,OMP_NUM_THREADS=1 $(VENV)/bin/torchrun $(ALONE) --nproc-per-node $(NPROC) -m train)
 
 # $(call need,NAME,EXAMPLE): stop with one line when a variable is not given
 need = @test -n "$($(1))" || { echo "error: give $(1)=..., for example: $(2)" >&2; exit 2; }
@@ -100,10 +102,19 @@ bench-loader: $(READY) ## DATA=...: views/s of the loader beside the usual ways,
 	$(call need,DATA,make bench-loader DATA=out/photos)
 	$(PY) -m bench loader --data "$(DATA)" $(ARGS)
 
+.PHONY: bench-remote
+bench-remote: $(READY) ## DATA=...: first batch and images/s from S3 at a distance, beside local
+	$(call need,DATA,make bench-remote DATA=out/photos)
+	$(PY) -m bench remote --data "$(DATA)" $(ARGS)
+
 .PHONY: bench-precompute
 bench-precompute: $(READY) ## ROOT=...: the precompute job on a folder of photos, beside its ceilings
 	$(call need,ROOT,make bench-precompute ROOT=photos)
 	$(PY) -m bench precompute --root "$(ROOT)" $(ARGS)
+
+.PHONY: bench-kernels
+bench-kernels: $(READY) ## Kernels and bytes of a batch of views on a GPU, counted without one
+	$(PY) -m bench kernels $(ARGS)
 
 .PHONY: bench-train
 bench-train: $(READY) ## DATA=...: training steps alone, fed by the loader, and the released way

@@ -1,9 +1,12 @@
 """Measure this machine.
 
 python -m bench loader --data URL         views/s beside the usual ways, on the same images
+python -m bench remote --data URL         first batch and rate from S3 at a distance, beside local
 python -m bench precompute --root PHOTOS  the job beside its ceilings
 python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
+python -m bench map-sides --root PHOTOS   what the side of stored maps costs, in IoU and bytes
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
+python -m bench kernels                   kernels and bytes of a batch's views on a GPU, counted
 python -m bench study --shards FOLDER      arms of the method on real data, several seeds, a table
 """
 
@@ -14,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import fidelity, loader, precompute, study, train
 from bench.table import machine, measure, show, write
 from schemas import UserError
 from schemas.cli import parse, run
@@ -23,9 +25,12 @@ from schemas.cli import parse, run
 def main() -> int:
     commands = {
         "loader": bench_loader,
+        "remote": bench_remote,
         "precompute": bench_precompute,
         "fidelity": bench_fidelity,
+        "map-sides": bench_map_sides,
         "train": bench_train,
+        "kernels": bench_kernels,
         "study": run_study,
     }
     name, *argv = sys.argv[1:] or ["--help"]
@@ -38,7 +43,12 @@ def main() -> int:
     return 0
 
 
+# Each target imports what it measures, and no other target's packages: Ray, for one.
+
+
 def bench_loader(argv: Sequence[str]) -> None:
+    from bench import loader
+
     options = parse(loader.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(loader.ways(options, Path(folder)), options.repeats)
@@ -46,10 +56,26 @@ def bench_loader(argv: Sequence[str]) -> None:
     finish(options.out, {"Loader": rows}, asdict(options))
 
 
+def bench_remote(argv: Sequence[str]) -> None:
+    from bench import remote
+
+    options = parse(remote.Options, argv)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = remote.measure(options, Path(folder))
+    print(remote.report(figures, options))
+    remote.write(options, figures)
+
+
 def bench_precompute(argv: Sequence[str]) -> None:
+    from bench import precompute
+
     options = parse(precompute.Options, argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if "cpu" in options.rows:
+            print(precompute.cpu_time(options, folder), end="\n\n", flush=True)
+        if options.rows == ("cpu",):
+            return
         rows = precompute.measure(options, folder)
         print(show("Precompute", rows, precompute.bases([row.name for row in rows])), end="\n\n")
         early, late = precompute.memory(options, folder)
@@ -61,6 +87,8 @@ def bench_precompute(argv: Sequence[str]) -> None:
 
 
 def bench_train(argv: Sequence[str]) -> None:
+    from bench import train
+
     options = parse(train.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         made = train.trainers(options, Path(folder))
@@ -71,13 +99,23 @@ def bench_train(argv: Sequence[str]) -> None:
     finish(options.out, {"Training": rows}, {**asdict(options), "summary": found})
 
 
+def bench_kernels(argv: Sequence[str]) -> None:
+    from bench import kernels
+
+    print(kernels.table(parse(kernels.Options, argv)))
+
+
 def run_study(argv: Sequence[str]) -> None:
+    from bench import study
+
     options = parse(study.Options, argv)
     study.run(options)
     print("\n" + study.report(options))
 
 
 def bench_fidelity(argv: Sequence[str]) -> None:
+    from bench import fidelity
+
     options = parse(fidelity.Options, argv)
     study = fidelity.Study(options)
     areas = [f"{a} - {b}" for a, b in itertools.pairwise(fidelity.BINS)]
@@ -93,10 +131,22 @@ def bench_fidelity(argv: Sequence[str]) -> None:
         print(row, flush=True)
 
 
+def bench_map_sides(argv: Sequence[str]) -> None:
+    from bench import fidelity, map_sides
+
+    options = parse(map_sides.SideOptions, argv)
+    study = fidelity.Study(options)
+    print(f"### {len(study.crops)} crops of {len(study.shapes)} photos, {options.backbone}\n")
+    print("| stored map | IoU | before jitter | IoU of a perfect estimator | bytes of its PNG |")
+    print("| --- |" + " ---: |" * 4)
+    for row in map_sides.rows(study, options):
+        print(row, flush=True)
+
+
 def finish(out: Path, tables: dict, settings: dict) -> None:
     write(out, tables, {**settings, "out": str(out)})
     print(f"{machine()['cores']} cores, {machine()['device']}; written to {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, outlives_reader=True, decodes=True)

@@ -8,7 +8,7 @@ backbone run online on that crop's pixels, after the photometric jitter of train
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
@@ -18,9 +18,9 @@ from nvidia.dali import types
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
+from pipeline.crop import cut_on_host
 from pipeline.masks import foreground
 from pipeline.recipes import RECIPES
-from pipeline.views import cut_on_host
 from precompute import demo
 from precompute.decode import decode
 from precompute.encode import Resize, check
@@ -49,6 +49,8 @@ class Options:
     """A torchvision classification CNN by name."""
     weights: str = "DEFAULT"
     """A torchvision weights name or the path of a state_dict."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the backbone; fp32 is faster on CPUs without bf16 instructions."""
     crops: int = 8
     """Random crops of each photo."""
     seed: int = 0
@@ -67,11 +69,16 @@ class Crop(NamedTuple):
         return (y1 - y0) * (x1 - x0)
 
 
+def scda_options(options: Options, **changes: Any) -> ScdaOptions:
+    """Return the estimator's options for this backbone, those not given at their defaults."""
+    return ScdaOptions(options.backbone, options.weights, precision=options.precision, **changes)
+
+
 def candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions], str]]:
     """What is compared: estimators whose maps are z-scored and averaged, and forwards an image."""
 
     def scda(*areas: float, size: int = 224) -> ScdaOptions:
-        return ScdaOptions(options.backbone, options.weights, areas=areas, size=size)
+        return scda_options(options, areas=areas, size=size)
 
     return {
         "whole image, 224 px": ([scda(1.0)], "1"),
@@ -127,14 +134,13 @@ class Study:
         self.recipe = RECIPES["hp"]
         self.photos = list(decoded(options.root))
         torch.manual_seed(options.seed)
-        online = ScdaEstimator(ScdaOptions(options.backbone, options.weights))
+        online = ScdaEstimator(scda_options(options))
         side = self.recipe.crop_size
         self.crops: list[Crop] = []
         self.shapes: list[tuple[int, int]] = []
         plain, jittered = [], []
         jitter = training_jitter()
-        images = (torch.from_numpy(np.array(i.cpu())) for batch in self.photos for i in batch)
-        for index, image in enumerate(images):
+        for index, image in enumerate(self.images()):
             height, width = image.shape[:2]
             views = []
             for _ in range(options.crops):
@@ -152,6 +158,18 @@ class Study:
             self.shapes.append((height, width))
         self.plain, self.jittered = (self.front(torch.cat(maps)) for maps in (plain, jittered))
         self.areas = torch.tensor([crop.area for crop in self.crops])
+
+    def images(self) -> Iterator[Tensor]:
+        """Return the photos, (height, width, 3) uint8 each."""
+        return (torch.from_numpy(np.array(i.cpu())) for batch in self.photos for i in batch)
+
+    def views(self) -> Iterator[Tensor]:
+        """Cut all crops again: (side, side, 3) uint8 each, in the order of `crops`."""
+        images = list(self.images())
+        for crop in self.crops:
+            window = torch.tensor(crop.window)
+            view = cut_on_host(images[crop.image], window, self.recipe.crop_size)
+            yield view.permute(1, 2, 0)
 
     def front(self, maps: Tensor) -> Tensor:
         return foreground(maps, self.recipe.foreground_margin).flatten(1)
@@ -214,7 +232,7 @@ def on_objects(options: Options) -> Iterator[str]:
     scenes = [demo.scene(index, "val") for index in range(SCENES)]
     chosen: dict[str, EstimatorOptions] = {
         "spectral": SpectralOptions(),
-        "scda": ScdaOptions(options.backbone, options.weights),
+        "scda": scda_options(options),
     }
     sizes = np.mean([scene.mask.mean() for scene in scenes])
     yield f"| chance | {sizes:.3f} | |"

@@ -7,15 +7,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
-from nvidia.dali import pipeline_def
+from nvidia.dali import fn, pipeline_def
 
 from bench import usual
 from bench.table import Way
-from pipeline import RECIPES, MaskedViews, PlainViews, devices, reader
-from pipeline.draws import Draws
+from pipeline import RECIPES, EvalViews, MaskedViews, devices
+from pipeline.loader import BATCHES_AHEAD
+from pipeline.order import SampleOrder
+from pipeline.read_ahead import ReadAhead
+from pipeline.rng import BatchRng
+from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset
+from schemas.sample import IMAGE_EXTENSIONS
 
 Rows = Literal["usual", "tensors", "webdataset", "ours", "ceilings"]
 FILLS = ("hp", "blur", "mean")
@@ -126,10 +132,12 @@ def usual_ways(options: Options, folder: Path) -> dict[str, Way]:
 
 
 def masked(options: Options, recipe: usual.Recipe) -> Callable[[usual.Views], int]:
-    draws = Draws(0, torch.device(options.device))
+    steps = itertools.count()
 
     def use(views: usual.Views) -> int:
-        return len(usual.vectorised(moved(views, options.device), recipe, draws)[0])
+        samples = np.arange(len(views["query"]))
+        rng = BatchRng(0, next(steps), samples, options.device)
+        return len(usual.vectorised(moved(views, options.device), recipe, rng)[0])
 
     return use
 
@@ -159,7 +167,7 @@ def webdataset_ways(options: Options) -> dict[str, Way]:
     return found
 
 
-def endless(views: MaskedViews | PlainViews) -> Iterator[Any]:
+def endless(views: MaskedViews | EvalViews) -> Iterator[Any]:
     return itertools.chain.from_iterable(itertools.repeat(views))
 
 
@@ -186,34 +194,72 @@ def our_ways(options: Options) -> dict[str, Way]:
 
 def ceilings(options: Options) -> dict[str, Way]:
     """What no loader of these shards can beat here: reading, decoding, decoding and one crop."""
-    shards = reader.open_shards(options.data)
     device = devices.device_of(options.device)
-
-    @pipeline_def
-    def graph(decodes: bool) -> Any:
-        sample = reader.read(shards, 0, 1)
-        return reader.decode(sample.image, device) if decodes else sample.image
-
-    def batches(decodes: bool) -> Iterator[Any]:
-        pipeline = graph(
-            decodes,
-            batch_size=options.batch_size,
-            num_threads=reader.threads(),
-            device_id=device.index,
-        )
-        while True:
-            yield reader.run(pipeline, device, shards)[0]
-
-    plain = PlainViews(
-        options.data, options.batch_size, options.device, crop_size=options.crop_size
-    )
+    plain = EvalViews(options.data, options.batch_size, options.device, crop_size=options.crop_size)
+    by_index, by_dali = read_by_index(options), read_by_dali(options)
     return {
-        "read only": way(batches(False), len, 10 * options.batches, 3),
-        "decode only": way(batches(True), len, 2 * options.batches, 3),
-        "decode, one centre crop": way(
+        "read only": way(run_graph(by_index, device, options), len, 10 * options.batches, 3),
+        "read only, DALI's reader": way(
+            run_graph(by_dali, device, options), len, 10 * options.batches, 3
+        ),
+        "decode only": way(
+            run_graph(read_by_index(options), device, options, decodes=True),
+            len,
+            2 * options.batches,
+            3,
+        ),
+        "decode, one center crop": way(
             endless(plain), lambda batch: len(batch.label), options.batches, 3
         ),
     }
+
+
+def read_by_index(options: Options) -> Callable[[], Any]:
+    """In a DALI graph: encoded images as `MaskedViews` reads them."""
+    dataset = ShardDataset.open(options.data)
+    sizes = [row.samples for row in dataset.shards]
+    order = SampleOrder(sizes, options.batch_size)
+    reader = ShardReader(dataset, open_source(dataset, None), order)
+
+    def batches() -> Iterator[Any]:
+        for epoch in itertools.count():
+            for step in range(order.steps):
+                yield reader.read(epoch, step).images
+
+    ahead = ReadAhead(batches(), BATCHES_AHEAD)
+    return lambda: fn.external_source(source=lambda: next(ahead), batch=True, no_copy=True)
+
+
+def read_by_dali(options: Options) -> Callable[[], Any]:
+    """In a DALI graph: the same by DALI's own WebDataset reader, shuffled in its buffer."""
+    dataset = ShardDataset.open(options.data)
+    extensions = ";".join(dict.fromkeys(IMAGE_EXTENSIONS.values()))
+    return lambda: fn.readers.webdataset(
+        paths=dataset.shard_urls,
+        index_paths=dataset.index_urls,
+        ext=[extensions],
+        random_shuffle=True,
+        dont_use_mmap=True,
+    )
+
+
+def run_graph(
+    read: Callable[[], Any], device: torch.device, options: Options, decodes: bool = False
+) -> Iterator[Any]:
+    @pipeline_def(
+        batch_size=options.batch_size,
+        num_threads=devices.cpu_threads(),
+        device_id=device.index,
+    )
+    def graph() -> Any:
+        encoded = read()
+        if not decodes:
+            return encoded
+        return fn.decoders.image(encoded, device="mixed" if device.type == "cuda" else "cpu")
+
+    pipeline = graph()
+    while True:
+        yield pipeline.run()[0]
 
 
 def bases(names: Sequence[str]) -> dict[str, str]:

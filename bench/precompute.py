@@ -5,6 +5,7 @@ work, without the seconds in which Ray and they start.
 """
 
 import os
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ import nvidia.dali.experimental.dynamic as ndd
 import torch
 import tyro
 
+from bench.precompute_cpu import measure_cpu
 from bench.table import Row
-from precompute.build import ShardBuilder
 from precompute.cluster import cluster
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions, ScdaOptions, SpectralOptions
-from precompute.estimators.scda import CHUNK, ScdaEstimator
+from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
 from precompute.estimators.windows import cut, windows
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage, list_images
 from precompute.sources.trees import Folder
 from schemas import Sample
@@ -40,8 +42,11 @@ class Options:
     """A folder of photos."""
     out: Path = Path("out/bench-precompute.json")
     """Where the figures are written."""
-    rows: tuple[Literal["scda", "fp32", "spectral"], ...] = ("scda", "fp32", "spectral")
-    """What to measure: `scda`, the same in fp32, `spectral`, which wants thousands of images."""
+    rows: tuple[Literal["cpu", "scda", "fp32", "spectral"], ...] = (
+        *("cpu", "scda", "fp32", "spectral"),
+    )
+    """What to measure: `cpu`, the CPU time of all but network and pixels; rates of `scda`, of the
+    same in fp32, and of `spectral`, which wants thousands of images."""
     backbone: str = "resnet50"
     """A torchvision classification CNN by name."""
     images: int = 128
@@ -106,7 +111,7 @@ class Rated:
 class Nothing:
     """Stands for an estimator where none is to run."""
 
-    side, weights_sha256 = 1, None
+    side, weights_sha256, device = 1, None, "cpu"
 
     def __call__(self, images: Any) -> np.ndarray:
         return np.zeros((len(images), 1, 1), np.float32)
@@ -119,7 +124,8 @@ def parts(images: Any, options: ScdaOptions) -> Iterator[list]:
         places = [
             (index, w) for index, (height, width) in shapes for w in windows(height, width, area)
         ]
-        yield from (places[start : start + CHUNK] for start in range(0, len(places), CHUNK))
+        chunk = WINDOWS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
+        yield from (places[start : start + chunk] for start in range(0, len(places), chunk))
 
 
 def measure(options: Options, folder: Path) -> list[Row]:
@@ -142,11 +148,26 @@ def measure(options: Options, folder: Path) -> list[Row]:
     }
     rates = {name: rate for name, rate in rates.items() if name.split(":")[0] in options.rows}
     values: dict[str, list[float]] = {name: [] for name in rates}
+    if not rates:
+        return []
     with cluster(None):
         for _ in range(options.repeats):
             for name, rate in rates.items():
                 values[name].append(rate())
     return [Row(name, found) for name, found in values.items()]
+
+
+def cpu_time(options: Options, folder: Path) -> str:
+    """Return a line with the CPU time of a worker's work on the host."""
+    rated = Rated(options, ScdaOptions(), folder)
+    images = list(dict.fromkeys(rated.images))
+    found = measure_cpu(rated.source, images, folder / "cpu", options.repeats)
+    median = statistics.median(found)
+    return (
+        f"CPU time of all but network and pixels: {median:.2f} ms an image, median of "
+        f"{min(found):.2f} .. {max(found):.2f} ({len(images)} images): a worker's process makes at "
+        f"most {1000 / median:.0f} images/s"
+    )
 
 
 def bases(names: Sequence[str]) -> dict[str, str]:

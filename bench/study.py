@@ -17,7 +17,8 @@ import tyro
 
 from pipeline.recipes import RECIPES, Recipe
 from schemas import ShardDataset, UserError
-from train.config import TrainConfig, plain
+from schemas.settings import defaults_of, differences, plain, sentence
+from train.config import TrainConfig
 from train.evaluate import linear, neighbours, results, tables
 from train.loop import train
 from train.methods import ADIOSConfig, MaskCoConfig, MoCoConfig, SimCLRConfig
@@ -158,9 +159,12 @@ def keep_settings(options: Options) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(own, indent=2) + "\n")
     begun = json.loads(path.read_text())
-    differing = [f"{name} was {begun.get(name)}" for name in own if begun.get(name) != own[name]]
-    if differing:
-        raise UserError(f"{path}: the study was begun with {', '.join(differing)}; another --out")
+    defaults = {n: value for n, value in defaults_of(Options).items() if n not in OF_A_CALL}
+    if found := differences(begun, own, defaults):
+        raise UserError(
+            f"{path}: the study was begun with other settings: {sentence(found)}; choose another "
+            "--out"
+        )
 
 
 def folders(options: Options) -> list[Path]:

@@ -95,8 +95,15 @@ def machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a machine for some of the targets only
+        return "not installed"
 
 
 def show(title: str, rows: list[Row], bases: Mapping[str, str]) -> str:

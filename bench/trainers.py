@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -15,7 +16,7 @@ from torchvision import models
 
 from bench import usual
 from pipeline import RECIPES, Batch, MaskedViews
-from pipeline.draws import Draws
+from pipeline.rng import BatchRng
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, autocast, resolved
 from train.feed import Feed, SyntheticViews
@@ -191,11 +192,11 @@ class OnlineViews:
         network = models.resnet50(weights=None)  # the speed does not depend on its weights
         body = nn.Sequential(*list(network.children())[:-2]).to(device).eval()
         self.body = body.to(memory_format=torch.channels_last)
-        self.draws = Draws(0, device)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.views:
+        for step, batch in enumerate(self.views):
             assert batch.key is not None
+            rng = BatchRng(0, step, np.arange(len(batch.query)), self.device)
             found = {"query": batch.query, "key": batch.key}
             with torch.no_grad(), autocast(self.config.precision, self.device):
                 maps = {
@@ -204,7 +205,7 @@ class OnlineViews:
                     )
                     for name, view in found.items()
                 }
-            query, key, hard = usual.vectorised({**found, **maps}, self.recipe, self.draws)
+            query, key, hard = usual.vectorised({**found, **maps}, self.recipe, rng)
             yield replace(batch, query=query, key=key, hard_negative=hard)
 
 

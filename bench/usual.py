@@ -21,8 +21,8 @@ from torchvision import datasets, io, models, transforms, tv_tensors
 from torchvision.transforms import v2
 
 from pipeline import Recipe, fills, masks
-from pipeline.assemble import MEAN, STD
-from pipeline.draws import Draws
+from pipeline.fused import MEAN, STD
+from pipeline.rng import BatchRng
 
 Views = dict[str, Tensor]
 
@@ -237,17 +237,19 @@ def looped(views: Views, recipe: Recipe, localiser: Localiser | None) -> list[Te
     return [found[0], views["key"], found[1]]
 
 
-def vectorised(views: Views, recipe: Recipe, draws: Draws) -> list[Tensor]:
+def vectorised(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
     """The same on the whole batch at once, by this project's masks and the worker's fills."""
     found = []
     roles: tuple[tuple[str, masks.Role], ...] = (("query", "query"), ("key", "hard_negative"))
     for name, role in roles:
         image = views[name]
         shape = (len(image), recipe.grid, recipe.grid)
-        saliency = views.get(f"{name}_saliency", draws.uniform(*shape).float())
-        drawn = masks.draw(saliency, recipe, role, draws)
+        own = rng.stream(role)
+        saliency = views.get(f"{name}_saliency", own.uniform(*shape).float())
+        drawn = masks.draw(saliency, recipe, role, own)
         std = recipe.noise_query if role == "query" else recipe.noise_hard_negative
         blur = views.get(f"{name}_blur")
-        content = fills.FILLS[recipe.fill](image, recipe, std, draws) if blur is None else blur
+        fill = rng.stream("fill", 0 if role == "query" else 2)
+        content = fills.FILLS[recipe.fill](image, recipe, std, fill) if blur is None else blur
         found.append(torch.lerp(image, content, drawn.pixels(slice(None), recipe.crop_size)))
     return [found[0], views["key"], found[1]]

@@ -83,7 +83,8 @@ def main() -> None:
     )
     step(
         "MoCo v2 with the hp recipe on two processes",
-        *(Path(sysconfig.get_path("scripts")) / "torchrun", "--nproc-per-node", 2),
+        *(Path(sysconfig.get_path("scripts")) / "torchrun", "--standalone"),
+        *("--local-addr", "127.0.0.1", "--nproc-per-node", 2),
         *("-m", "train", "--data", out / "train", "--out", out / "run", "--method", "moco"),
         *("--recipe", "hp", "--encoder", "resnet18", "--crop-size", CROP, "--device", "cpu"),
         *("--batch-size", 64, "--epochs", options.epochs, "--queue", 512),

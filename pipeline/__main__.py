@@ -11,9 +11,9 @@ from pathlib import Path
 
 import tyro
 
-from pipeline.order import describe
 from pipeline.preview import write_preview
 from pipeline.recipes import RECIPES, Recipe
+from pipeline.shuffle_quality import describe
 from schemas import ShardDataset, UserError
 from schemas.cli import parse, run
 
@@ -83,7 +83,7 @@ def order(argv: list[str]) -> int:
 
 
 def start() -> None:
-    run(main)
+    run(main, decodes=True)
 
 
 if __name__ == "__main__":

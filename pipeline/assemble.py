@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import filters, photometric, reader, regions
+from pipeline import devices, photometric, regions
 from pipeline.batch import Extra
-from pipeline.draws import Draws
+from pipeline.crop import cut_on_host
 from pipeline.fills import FILLS
 from pipeline.masks import Masks, draw
 from pipeline.memory import Buffers
+from pipeline.pixels import Masking, make_views
 from pipeline.recipes import Recipe
 from pipeline.registry import find
-from pipeline.views import cut_on_host
+from pipeline.rng import BatchRng
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's mean and standard deviation of R, G, B in 0 .. 1, as in torchvision."""
+COPIES = ("query", "key", "hard_negative")
+"""Names of what a batch has of each sample; there may be several hard negatives."""
 
 PART = 8
 """Views that a CPU works on at a time: 5 MB at 224 pixels, which stays in its caches."""
@@ -41,21 +41,11 @@ class View:
     window: Tensor
 
 
-def normalised(image: Tensor, recipe: Recipe) -> Tensor:
-    """(N, 3, H, W) float32 in 0 .. 1 -> as an encoder of this recipe sees it, high-passed or not.
-
-    Changes `image`.
-    """
-    for channel, mean, std in zip(image.unbind(1), MEAN, STD, strict=True):
-        channel.sub_(mean).div_(std)
-    return filters.high_pass(image, recipe) if recipe.high_pass else image
-
-
 def assemble(
     query: View,
     key: View | None,
     recipe: Recipe,
-    draws: Draws,
+    rng: BatchRng,
     report: frozenset[Extra],
     buffers: Buffers,
 ) -> dict[str, Any]:
@@ -64,62 +54,96 @@ def assemble(
     On a CPU the images are `buffers`.
     """
     cuts = {"query": query} if key is None else {"query": query, "key": key}
-    looks = {name: photometric.draw(len(view.image), recipe, draws) for name, view in cuts.items()}
+    colors = rng.stream("photometric")
+    looks = {name: photometric.draw(len(view.image), recipe, colors) for name, view in cuts.items()}
     many = recipe.hard_negatives
     drawn: dict[str, Masks] = {}
     boxes = None
     if key is not None and recipe.regions:
-        boxes = regions.draw(query.window, key.window, query.saliency, recipe, draws)
+        own = rng.stream("regions")
+        boxes = regions.draw(query.window, key.window, query.saliency, recipe, own)
     if recipe.fill != "none":
         if boxes is not None and recipe.query_mask == "regions":
             drawn["query"] = boxes.masks(recipe.crop_size)
         elif recipe.branch != "key":
-            drawn["query"] = draw(guide(query), recipe, "query", draws)
+            drawn["query"] = draw(guide(query), recipe, "query", rng.stream("query"))
         if key is not None and recipe.branch != "query":
-            drawn["key"] = draw(guide(key), recipe, "query", draws)
+            drawn["key"] = draw(guide(key), recipe, "query", rng.stream("key"))
         if key is not None and many:
-            repeated = guide(key).repeat(many, 1, 1)
-            drawn["hard_negative"] = draw(repeated, recipe, "hard_negative", draws)
+            copies = [
+                draw(guide(key), recipe, "hard_negative", rng.stream("hard_negative", copy))
+                for copy in range(many)
+            ]
+            drawn["hard_negative"] = Masks.concatenate(copies)
 
-    size, side = len(query.image), recipe.crop_size
-    rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
-    images = {
-        name: buffers.empty(rows, side)
-        if draws.device.type == "cpu"
-        else torch.empty(
-            (rows, 3, side, side), device=draws.device, memory_format=torch.channels_last
-        )
-        for name, rows in rows_of.items()
-        if rows
-    }
-
-    def put(name: str, rows: slice, image: Tensor, own: Draws) -> None:
-        if name in drawn:
-            std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
-            content = find("fill", recipe.fill, FILLS)(image, recipe, std, own)
-            # a weight of 0 or 1 chooses: on a CPU fifteen times as fast as `where`
-            image = torch.lerp(image, content, drawn[name].pixels(rows, side))
-        images[name][rows] = image
-
-    def work(number: int, rows: slice) -> None:
-        own = draws.part(1 + number)
-        put("query", rows, encoder_input(query, looks["query"], rows, recipe), own)
-        if key is None:
-            return
-        image = encoder_input(key, looks["key"], rows, recipe)
-        put("key", rows, image, own)
-        for first in range(0, many * size, size):
-            put("hard_negative", slice(first + rows.start, first + rows.stop), image, own)
-
-    if draws.device.type == "cpu":
-        rows = parts(size)
-        list(workers().map(work, range(len(rows)), rows))
-    else:
-        work(0, slice(0, size))
+    side = recipe.crop_size
+    images = make_all(cuts, looks, drawn, recipe, rng, buffers)
     found: dict[str, Any] = {}
     if boxes is not None:
         found = dict(query_regions=boxes.query, key_regions=boxes.key, region_valid=boxes.valid)
     return images | found | extras(cuts, looks, drawn, side, report)
+
+
+def make_all(
+    cuts: dict[str, View],
+    looks: dict[str, photometric.Photometric],
+    drawn: dict[str, Masks],
+    recipe: Recipe,
+    rng: BatchRng,
+    buffers: Buffers,
+) -> dict[str, Tensor]:
+    """Make the images of a batch by their names in `Batch`; on a CPU in `buffers`."""
+    size, many = len(cuts["query"].image), recipe.hard_negatives
+    on_cpu = rng.device.type == "cpu"
+    images = {}
+    if on_cpu:
+        rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
+        images = {
+            name: buffers.empty(rows, recipe.crop_size) for name, rows in rows_of.items() if rows
+        }
+
+    def masking(copy: int, rows: slice) -> Masking | None:
+        """Of query (0), key (1) or a hard negative (2, 3, ...)."""
+        name = COPIES[min(copy, 2)]
+        if name not in drawn:
+            return None
+        std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
+        masks = drawn[name].of(place(copy, rows))
+        own = rng.stream("fill", copy, rows)
+        if recipe.fill == "noise":
+            noise = own.normal(rows.stop - rows.start, 3, recipe.cell, recipe.cell)
+            return Masking(masks, std, noise, None)
+        function = find("fill", recipe.fill, FILLS)
+        return Masking(masks, std, None, lambda image: function(image, recipe, std, own))
+
+    def place(copy: int, rows: slice) -> slice:
+        """Return the rows of a copy among all images of its name."""
+        first = max(0, copy - 2) * size
+        return slice(first + rows.start, first + rows.stop)
+
+    def work(rows: slice) -> dict[str, list[Tensor]]:
+        made: dict[str, list[Tensor]] = {}
+        for name, view in cuts.items():
+            copies = [0] if name == "query" else [1, *range(2, 2 + many)]
+            names = [COPIES[min(copy, 2)] for copy in copies]
+            found = make_views(
+                view.image[rows],
+                looks[name].of(rows),
+                [masking(copy, rows) for copy in copies],
+                recipe,
+                [images[own][place(copy, rows)] for own, copy in zip(names, copies, strict=True)]
+                if on_cpu
+                else None,
+            )
+            for own, one in zip(names, found, strict=True):
+                made.setdefault(own, []).append(one)
+        return made
+
+    if on_cpu:
+        list(workers().map(work, parts(size)))
+        return images
+    made = work(slice(0, size))
+    return {name: one[0] if len(one) == 1 else torch.cat(one) for name, one in made.items()}
 
 
 def parts(size: int) -> list[slice]:
@@ -130,7 +154,7 @@ def parts(size: int) -> list[slice]:
 @cache
 def workers() -> ThreadPoolExecutor:
     """Threads for the parts of a batch on a CPU, each with one core: they need no barriers."""
-    return ThreadPoolExecutor(reader.threads(), "views", torch.set_num_threads, (1,))
+    return ThreadPoolExecutor(devices.cpu_threads(), "views", torch.set_num_threads, (1,))
 
 
 def cut_all(images: list[Tensor], windows: Tensor, side: int) -> Tensor:
@@ -143,12 +167,6 @@ def cut_all(images: list[Tensor], windows: Tensor, side: int) -> Tensor:
 
     list(workers().map(work, parts(len(images))))
     return cut.permute(0, 2, 3, 1)
-
-
-def encoder_input(view: View, look: photometric.Photometric, rows: slice, recipe: Recipe) -> Tensor:
-    """These rows of a view, unmasked: (n, 3, H, W) float32."""
-    image = photometric.apply(view.image[rows], look.of(rows))
-    return normalised(image, recipe)
 
 
 def guide(view: View) -> Tensor:

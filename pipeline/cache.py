@@ -1,60 +1,59 @@
-"""A local copy of shards from elsewhere, of bounded size, shared by the processes of a host.
+"""Shards of a remote dataset, fetched ahead into a bounded folder on a local disk.
 
-    CACHE/lock              held while room is made
-    CACHE/DIGEST/in-use     locked, shared, by every process that reads the copy
-    CACHE/DIGEST/bytes      what the copy takes when whole
-    CACHE/DIGEST/shards/    the copy; each file is written under another name and renamed
-
-Locks are the kernel's (flock): those of a process that is killed are gone with it. The folder lies
-on a local disk.
+The order in which shards are needed is known, so several of them are fetched at a time before they
+are. The folder and its eviction are in `pipeline.cache_folder`, requests, checks and further
+attempts in `pipeline.cache_download`.
 """
 
-import fcntl
-import hashlib
+import logging
 import os
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import tempfile
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from pipeline.cache_download import ATTEMPTS, BACKOFF, DISK_FULL, Downloader
+from pipeline.cache_folder import CacheFolder, Refusal, ShardFiles
 from schemas import ShardDataset, ShardRow, UserError
-from schemas.storage import Store
-from schemas.tables import shard_name
+
+log = logging.getLogger(__name__)
 
 MOUNTS = Path("/proc/mounts")
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
 """File systems that fetch over a network and keep nothing on the local disk."""
 
-DOWNLOADS_AT_A_TIME = 8
-CHUNK = 1 << 22
+DISK_SHARE = 0.5
+"""Default limit: this share of what the disk has free and the folder holds already (ours)."""
+
+FETCHES_AT_A_TIME = 8
+"""Shards that a process fetches at a time (ours): one request of S3 brings about 90 MB/s."""
+
+POLL = 0.1
+"""Seconds after which it is looked again for room, or for what another process fetches."""
+
+SIDE_BYTES = 1024
+"""Reserved for the index and the table: this per sample and 64 times this per shard (ours)."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Where copies lie and how many bytes all of them may take.
+    """Where fetched shards are kept and how many bytes they may take.
 
     Attributes:
-        folder: on a local disk; made when it is not there.
-        limit: bytes. The dataset in use has to fit; others make room, the one used last goes last.
+        folder: on a local disk; made when it is missing. None: see `default_folder`.
+        limit: bytes of all datasets together. None: half of what the disk has free for it.
     """
 
-    folder: Path
-    limit: int
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A whole copy. It stays as long as this object: others may not remove what is in use."""
-
-    store: Store
-    in_use: IO[bytes]
+    folder: Path | None = None
+    limit: int | None = None
 
 
 def network_mount(url: str) -> str | None:
-    """The kind of the network file system that a local path lies on; None for any other place."""
+    """Return the kind of network file system that a local path lies on; None elsewhere."""
     if "://" in url or not MOUNTS.exists():
         return None
     path = Path(url).resolve()
@@ -64,92 +63,305 @@ def network_mount(url: str) -> str | None:
     return kinds[above[0]] if above and kinds[above[0]] in NETWORK else None
 
 
-def fetch(dataset: ShardDataset, cache: Cache) -> Copy:
-    """Copy what is not there yet of the shards and their indices, each checked by its sha256.
+def default_folder() -> Path:
+    """Return the default folder of the cache.
+
+    It is `saliency-shards` in $XDG_CACHE_HOME or ~/.cache. Where that is no local folder that may
+    be written to, as with a home on NFS, it is `saliency-shards-UID` in the folder for temporary
+    files ($TMPDIR or /tmp).
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    above = next((path for path in (caches, *caches.parents) if path.exists()), caches)
+    if caches.is_absolute() and network_mount(str(caches)) is None and os.access(above, os.W_OK):
+        return caches / "saliency-shards"
+    return Path(tempfile.gettempdir()) / f"saliency-shards-{os.getuid()}"
+
+
+def open_folder(cache: Cache) -> CacheFolder:
+    """Make the folder of a cache and check it.
 
     Raises:
-        UserError: it does not fit, the disk is full, or a shard is not what the table says.
+        UserError: it cannot be written to, lies on a network file system, or has no locks.
     """
-    home = cache.folder / dataset.digest
-    rows = [row for row in dataset.shards if row.samples]
+    folder = cache.folder or default_folder()
+    if kind := network_mount(str(folder)):
+        raise UserError(
+            f"cache {folder}: lies on {kind}, a network file system; choose a folder on a local "
+            "disk by --cache"
+        )
+    if cache.limit is not None and cache.limit <= 0:
+        raise UserError(f"cache {folder}: its limit is {cache.limit} bytes; it must be above 0")
     try:
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        with locked(cache.folder / "lock"):
-            home.mkdir(exist_ok=True)
-            in_use = (home / "in-use").open("ab")
-            fcntl.flock(in_use, fcntl.LOCK_SH)
-            os.utime(home / "in-use")
-            make_room(cache, dataset, sum(row.bytes for row in rows))
-        with ThreadPoolExecutor(DOWNLOADS_AT_A_TIME) as pool:
-            list(pool.map(lambda row: fetch_shard(dataset, row, home), rows))
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = CacheFolder(folder, cache.limit or 0)
+        held = opened.held()
+        if cache.limit is None:
+            disk = os.statvfs(folder)
+            opened.limit = int(DISK_SHARE * (disk.f_bavail * disk.f_frsize + held))
     except OSError as error:
         raise UserError(
-            f"copying {dataset.url} to {cache.folder}: {error.strerror or error}"
+            f"cache {folder}: cannot be used ({error.strerror or error}); choose a local folder "
+            "that may be written to by --cache"
         ) from error
-    return Copy(Store(home), in_use)
+    return opened
 
 
-def make_room(cache: Cache, dataset: ShardDataset, needed: int) -> None:
-    """Remove copies that nobody reads, oldest use first, until this one fits."""
-    home = cache.folder / dataset.digest
-    (home / "bytes").write_text(str(needed))
-    for left in cache.folder.glob("*.removed"):  # by a process that was killed there
-        shutil.rmtree(left)
-    sizes = {path.parent: int(path.read_text()) for path in cache.folder.glob("*/bytes")}
-    others = sorted(set(sizes) - {home}, key=lambda copy: (copy / "in-use").stat().st_mtime)
-    for copy in others:
-        if sum(sizes.values()) <= cache.limit:
-            return
-        with (copy / "in-use").open("ab") as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(copy.rename(copy.with_suffix(".removed")))
-            del sizes[copy]
-    if sum(sizes.values()) > cache.limit:
-        (home / "bytes").write_text("0")
-        raise UserError(
-            f"cache {cache.folder}: {dataset.url} takes {needed} bytes, other datasets in use "
-            f"{sum(sizes.values()) - needed}, and the limit is {cache.limit}; raise it"
+class ShardCache:
+    """Fetches the shards of a dataset ahead and opens them from the local disk.
+
+    Threads begin with `prefetch` and end when its list is done; none of them keeps the process
+    from exiting.
+
+    Args:
+        dataset: behind any URL that fsspec knows.
+        cache: folder and limit.
+        attempts, backoff: how often a shard is tried, and the seconds before the second attempt.
+
+    Attributes:
+        counts: "fetched" shards, their "bytes", and shards "found" there when they were opened.
+        downloader: has `retries`, the attempts after the first of each shard.
+
+    Raises:
+        UserError: the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        cache: Cache,
+        attempts: int = ATTEMPTS,
+        backoff: float = BACKOFF,
+    ) -> None:
+        self.dataset = dataset
+        self.folder = open_folder(cache)
+        self._closed = threading.Event()
+        self.downloader = Downloader(dataset, self._closed, attempts, backoff)
+        log.info(self.description)
+        self.counts: Counter[str] = Counter()
+        self._rows = {row.shard: row for row in dataset.shards}
+        self._side_bytes: dict[int, int] = {}  # where more than was reserved
+        self._state = threading.Condition()  # guards what follows
+        self._queue: list[int] = []  # shards to fetch, the next one first
+        self._needed: dict[str, int] = {}  # sha256 -> position in the list of `prefetch`
+        self._fetching: set[int] = set()
+        self._errors: dict[int, BaseException] = {}
+        self._threads = 0
+        self._elsewhere = 0  # fetches by other processes that threads met one after the other
+        self._is_warned = False
+        self._turn = threading.Lock()  # held by the one thread that waits to look again
+
+    @property
+    def description(self) -> str:
+        """Say in one line where shards are kept and how many bytes they may take."""
+        return (
+            f"{self.dataset.url}: shards are kept in {self.folder.folder}, at most "
+            f"{gigabytes(self.folder.limit)} ({gigabytes(self.folder.held())} are there now); "
+            "--cache and --cache-gb change it"
         )
 
+    def bytes_of(self, row: ShardRow) -> int:
+        """Return the bytes that are reserved for a shard: tar, index and table."""
+        sides = self._side_bytes.get(row.shard, SIDE_BYTES * (row.samples + 64))
+        return row.bytes + sides
 
-def fetch_shard(dataset: ShardDataset, row: ShardRow, home: Path) -> None:
-    """Copy one shard and its index unless they are there; the index comes last."""
-    tar, index = shard_name(row.shard, "tar"), shard_name(row.shard, "idx")
-    (home / tar).parent.mkdir(exist_ok=True)
-    with locked((home / tar).with_suffix(".lock")):
-        whole = (home / index).exists() and (home / tar).exists()
-        if whole and (home / tar).stat().st_size == row.bytes:
-            return
-        found = copy_file(dataset.store, tar, home / tar)
-        if found != row.sha256:
-            (home / tar).unlink()
-            raise UserError(
-                f"{dataset.store.location(tar)}: shard {row.shard} has sha256 {found}, the table "
-                f"says {row.sha256}; `python -m schemas verify` shows all that is wrong"
+    def require(self, count: int) -> None:
+        """Check that shards which have to be open at once fit.
+
+        Args:
+            count: how many they are; the largest ones are assumed.
+
+        Raises:
+            UserError: they do not fit; it says how much they take.
+        """
+        largest = sorted(self.dataset.shards, key=self.bytes_of, reverse=True)[:count]
+        if sum(map(self.bytes_of, largest)) > self.folder.limit:
+            raise UserError(self._too_small(largest))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch these shards in the background, in this order; replaces the earlier list."""
+        with self._state:
+            self._queue = [shard for shard in dict.fromkeys(shards) if shard in self._rows]
+            self._needed = {
+                self._rows[shard].sha256: position for position, shard in enumerate(self._queue)
+            }
+            self._errors.clear()
+            for _ in range(self._threads, min(FETCHES_AT_A_TIME, len(self._queue))):
+                self._threads += 1
+                threading.Thread(
+                    target=run_fetcher,
+                    args=(weakref.ref(self), self._turn),
+                    name="fetch",
+                    daemon=True,
+                ).start()
+
+    def open(self, shard: int) -> ShardFiles:
+        """Return the files of a shard, waiting until it is local.
+
+        Raises:
+            UserError: it cannot be fetched, or does not fit; the message names it.
+        """
+        row, is_found = self._rows[shard], True
+        while (files := self._open_local(row)) is None:
+            is_found = False
+            with self._state:
+                self._state.wait_for(lambda: shard not in self._fetching)
+                if error := self._errors.pop(shard, None):
+                    raise error
+                if self.folder.is_present(row):
+                    continue
+                self._fetching.add(shard)
+            outcome, error = self._try_fetch(shard, is_urgent=True)
+            if error is not None:
+                raise error
+            if outcome is Refusal.FETCHED_ELSEWHERE:
+                self.folder.wait_for_fetch(row)
+            elif outcome is Refusal.FULL:
+                time.sleep(POLL)  # all room is reserved by fetches, each of which will end
+        with self._state:
+            self.counts["found"] += is_found
+            self._needed.pop(row.sha256, None)
+        return files
+
+    def close(self) -> None:
+        """Fetch nothing more; a fetch that has begun ends by itself."""
+        self._closed.set()
+        with self._state:
+            self._queue.clear()
+
+    def _open_local(self, row: ShardRow) -> ShardFiles | None:
+        try:
+            return self.folder.open(row)
+        except OSError as error:
+            raise self._local_error(row, error) from error
+
+    def _fetch_next(self) -> float | None:
+        """Fetch the next shard of the list, if it can be fetched now.
+
+        Returns:
+            Seconds to wait before the next call; None when the list is done.
+        """
+        with self._state:
+            waiting = [shard for shard in self._queue if shard not in self._fetching]
+            if not waiting:
+                self._threads -= 1
+                return None
+            shard = waiting[0]
+            self._fetching.add(shard)
+        outcome, error = self._try_fetch(shard, is_urgent=False)
+        with self._state:
+            is_listed = shard in self._queue  # or the list was replaced meanwhile
+            if error is None and outcome is Refusal.FETCHED_ELSEWHERE:
+                # the others go first: ranks with one order fetch different shards side by side
+                self._elsewhere += 1
+                if is_listed:
+                    self._queue.append(self._queue.pop(self._queue.index(shard)))
+                must_wait = self._elsewhere >= len(waiting)
+            else:
+                self._elsewhere = 0
+                must_wait = error is None and outcome is Refusal.FULL
+                if is_listed and not must_wait:
+                    self._queue.remove(shard)
+        return POLL if must_wait else 0.0
+
+    def _try_fetch(
+        self, shard: int, is_urgent: bool
+    ) -> tuple[Refusal | None, BaseException | None]:
+        """Fetch a shard that is in `_fetching`, and take it out of there.
+
+        Returns:
+            Why it was not fetched, if it was not, and the error that ended it. A background
+            thread's error is kept for whoever opens the shard.
+        """
+        outcome, failure = None, None
+        try:
+            outcome = self._fetch(self._rows[shard], is_urgent)
+        except BaseException as error:
+            failure = error
+        with self._state:
+            self._fetching.discard(shard)
+            if failure is not None and not is_urgent:
+                self._errors[shard] = failure
+            self._state.notify_all()
+        return outcome, failure
+
+    def _fetch(self, row: ShardRow, is_urgent: bool) -> Refusal | None:
+        """Fetch a shard into the folder; None when that is done.
+
+        Raises:
+            UserError: the store stays broken, the disk is full, or the shard does not fit.
+        """
+        size = self.bytes_of(row)
+        if size > self.folder.limit:
+            raise UserError(self._too_small([row]))
+        try:
+            with self._state:
+                needed = dict(self._needed)
+            part = self.folder.reserve(row, size, needed, is_urgent)
+            if isinstance(part, Refusal):
+                if part is Refusal.PRESENT and not is_urgent:
+                    self.folder.note_use(row)
+                return part
+            self._warn_of_eviction_in_use()
+            try:
+                idx, parquet = self.downloader.download(row, part.path)
+                sides = len(idx) + len(parquet)
+                if row.bytes + sides > part.reserved:
+                    self._side_bytes[row.shard] = sides
+                    self.folder.abandon(part)
+                    return Refusal.FULL  # for now: it is tried again with what it really takes
+            except BaseException:
+                self.folder.abandon(part)
+                raise
+            self.folder.commit(part, row, idx, parquet)
+        except OSError as error:
+            raise self._local_error(row, error) from error
+        with self._state:
+            self.counts.update(fetched=1, bytes=row.bytes)
+        return None
+
+    def _too_small(self, rows: Sequence[ShardRow]) -> str:
+        what = (
+            f"shard {rows[0].shard}" if len(rows) == 1 else f"the {len(rows)} shards open at once"
+        )
+        total = sum(map(self.bytes_of, rows))
+        return (
+            f"cache {self.folder.folder}: too small: {what} of {self.dataset.url} can take "
+            f"{gigabytes(total)} ({total} bytes), and its limit is "
+            f"{gigabytes(self.folder.limit)}; raise it by --cache-gb"
+        )
+
+    def _local_error(self, row: ShardRow, error: OSError) -> UserError:
+        if error.errno in DISK_FULL:
+            reason = (
+                f"no space left on the disk; free some, lower --cache-gb (now "
+                f"{self.folder.limit / 1e9:g}) or choose another folder by --cache"
             )
-        copy_file(dataset.store, index, home / index)
+        else:
+            reason = f"{error.strerror or error}; choose another local folder by --cache"
+        return UserError(f"cache {self.folder.folder}: shard {row.shard}: {reason}")
+
+    def _warn_of_eviction_in_use(self) -> None:
+        with self._state:
+            is_news = self.folder.evicted_in_use > 0 and not self._is_warned
+            self._is_warned |= is_news
+        if is_news:
+            log.warning(
+                f"cache {self.folder.folder}: {gigabytes(self.folder.limit)} are too few for all "
+                "shards that are open at once; evicted ones take disk space until they are closed"
+            )
 
 
-def copy_file(store: Store, name: str, target: Path) -> str:
-    """Copy a file atomically; returns its sha256."""
-    digest, partial = hashlib.sha256(), target.with_name(target.name + ".part")
-    try:
-        with store.open(name) as source, partial.open("wb") as file:
-            while chunk := source.read(CHUNK):
-                digest.update(chunk)
-                file.write(chunk)
-    except FileNotFoundError as error:
-        raise UserError(f"{store.location(name)} is missing") from error
-    partial.replace(target)
-    return digest.hexdigest()
+def run_fetcher(reference: "weakref.ref[ShardCache]", turn: threading.Lock) -> None:
+    """Fetch until the list is done, or nobody holds the cache any more."""
+    while (cache := reference()) is not None:
+        seconds = cache._fetch_next()
+        del cache
+        if seconds is None:
+            return
+        if seconds:
+            with turn:  # one after the other, so that waiting threads cost next to nothing
+                time.sleep(seconds)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file alone, waiting for whoever holds it."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -1,6 +1,9 @@
 """The device by its name, and what keeps PyTorch from it."""
 
+import os
+
 import torch
+from torch import Tensor
 
 from schemas import UserError
 
@@ -49,3 +52,16 @@ def why_no_gpu() -> str | None:
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
         return str(error).split(". ")[0].strip()
     return "it gives no reason"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy host memory to the device without waiting for what the device does now."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def cpu_threads() -> int:
+    """Return this process's share of the cores: torchrun's ranks on this machine share them."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

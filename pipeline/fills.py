@@ -16,16 +16,16 @@ from functools import partial
 
 from torch import Tensor
 
-from pipeline import filters
-from pipeline.draws import Draws
+from pipeline.blur import shared_blur
 from pipeline.recipes import Recipe
 from pipeline.registry import register
+from pipeline.rng import Rng
 
-Fill = Callable[[Tensor, Recipe, float, Draws], Tensor]
-"""(image, recipe, std, draws) -> what stands in masked pixels, broadcastable to the image.
+Fill = Callable[[Tensor, Recipe, float, Rng], Tensor]
+"""(image, recipe, std, rng) -> what stands in masked pixels, broadcastable to the image.
 
 image: (N, 3, H, W) float32, normalised, as the encoder would see it unmasked. std: the recipe's
-noise for this view, in normalised units. draws: for all randomness. On a CPU a batch comes
+noise for this view, in normalised units. rng: for all randomness. On a CPU a batch comes
 in parts.
 """
 
@@ -35,19 +35,23 @@ fill = partial(register, "fill", registry=FILLS)
 
 
 @fill("noise")
-def noise(image: Tensor, recipe: Recipe, std: float, draws: Draws) -> Tensor:
+def noise(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
     """N(0, std^2)."""
-    tile = draws.normal(len(image), 3, recipe.cell, recipe.cell).mul_(std)
-    return tile.repeat(1, 1, recipe.grid, recipe.grid)
+    return repeat_tile(rng.normal(len(image), 3, recipe.cell, recipe.cell) * std, recipe)
 
 
 @fill("blur")
-def blur(image: Tensor, recipe: Recipe, std: float, draws: Draws) -> Tensor:
+def blur(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
     """The view's own strong blur."""
-    return filters.shared_blur(image, recipe.blur_kernel, recipe.blur_sigma)
+    return shared_blur(image, recipe.blur_kernel, recipe.blur_sigma)
 
 
 @fill("mean")
-def mean(image: Tensor, recipe: Recipe, std: float, draws: Draws) -> Tensor:
+def mean(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
     """The view's own mean of each channel."""
     return image.mean((2, 3), keepdim=True)
+
+
+def repeat_tile(tile: Tensor, recipe: Recipe) -> Tensor:
+    """Repeat a tile of one cell (N, 3, cell, cell) over the view."""
+    return tile.repeat(1, 1, recipe.grid, recipe.grid)

@@ -1,45 +1,50 @@
-"""MaskedViews: the DALI graph and the masks as one iterable of batches, with exact state.
+"""MaskedViews: shards -> masked views as one iterable of batches, with exact state.
 
-The graph (read, decode, one window for image and saliency) runs on the device ahead of the trainer;
-jitter, filters, masks and fills are tensor operations on its output.
+    order       which samples make the batch, from (seed, epoch, step)
+    shards      their encoded bytes                                         } in a thread, ahead
+    crop        a window and a flip for each view                           }
+    graph       DALI decodes and cuts                                       } on the device, ahead
+    assemble    color jitter, filters, masks and fills, as tensor operations
 
-**Order.** The samples were shuffled when they were written. Here the shards change places each
-epoch and a buffer of 1024 samples mixes further. Ranks share an epoch's samples evenly and
-disjointly. Each rank takes `floor(floor(samples / world_size) / batch_size)` steps; what is left
-over at an epoch's end (other samples in each epoch) is read and thrown away, so ranks never drift
-apart; `dropped` counts it.
-
-**Draws.** The windows are keyed by (seed, world size, global rank), everything else also by epoch
-and step. Same settings, same batches, bit for bit.
+Everything drawn comes from `rng`: a sample looks the same in an epoch whatever batch, rank, world
+size or device it is in. So the loader's state is two integers, epoch and step, and ranks may come
+and go between any two steps as long as the global batch stays.
 """
 
-import dataclasses
+import ast
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from nvidia import dali
-from nvidia.dali import Pipeline
+import torch
+from torch import Tensor
 
-from pipeline import devices, failures, reader
+from pipeline import devices
 from pipeline.assemble import View, assemble, cut_all
 from pipeline.batch import EXTRAS, Batch, Extra
 from pipeline.cache import Cache
-from pipeline.draws import Draws
+from pipeline.crop import draw_windows
 from pipeline.fills import FILLS
-from pipeline.graph import SHUFFLE_BUFFER, graph, in_drawn_order
+from pipeline.graph import Cut, DecodedBatch, Decoder, PreparedBatch
 from pipeline.masks import MASKS
 from pipeline.memory import Buffers, keep_freed_memory
+from pipeline.order import SHUFFLE_SHARDS, SampleOrder
+from pipeline.read_ahead import ReadAhead
 from pipeline.recipes import Recipe, get_recipe
 from pipeline.registry import find
-from schemas import UserError
+from pipeline.rng import BatchRng
+from pipeline.shards import ShardReader, open_source
+from schemas import ShardDataset, UserError
+from schemas.settings import differences, fields_of, plain, sentence
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
-MAY_CHANGE_BETWEEN_EPOCHS = ("world_size", "rank", "batch_size")
+BATCHES_AHEAD = 2
+"""Batches that are read and not yet handed to DALI."""
 
 
 class MaskedViews:
@@ -49,22 +54,26 @@ class MaskedViews:
     left early, or a state that was loaded, the rest of that epoch comes first.
 
     Args:
-        url: the dataset's folder: a plain path, s3:// or gs://; with a cache any fsspec URL.
+        url: the dataset's folder: a plain path or any fsspec URL.
         recipe: a name of `RECIPES` or a recipe.
-        batch_size: samples a step on this rank.
+        batch_size: samples a step on this rank; the global batch is batch_size * world_size.
         device: `cuda` or `cpu`, where the graph runs and the batches are.
         rank, world_size: this process among all (the global rank).
-        seed: of everything drawn.
+        seed: of the order and of everything drawn, 0 or more.
         report: extras to put into each batch, any of "masks", "saliency", "windows",
             "crops", "photometric", "keys".
-        cache: where a remote dataset is copied to first.
+        cache: where the shards of a remote dataset are kept, and how many bytes of them.
+        shuffle_shards: shards whose samples are shuffled together (`order.SampleOrder`).
+        streams: parts that the shards are dealt to, so that each of so many nodes reads its own.
 
     Attributes:
         epoch, step: of the batch that comes next, from 0.
         samples: in the dataset. dropped: how many of them an epoch leaves out, over all ranks.
+        cache_description: one line about where shards are kept; empty for a local dataset.
 
     Raises:
-        UserError: the dataset, its size, the recipe or the device does not allow it.
+        UserError: the dataset, its size, the recipe or the device does not allow it; and from
+            iterating: a shard or a sample that is not what the tables say, by its name.
     """
 
     def __init__(
@@ -78,15 +87,12 @@ class MaskedViews:
         seed: int = 0,
         report: Sequence[Extra] = (),
         cache: Cache | None = None,
+        shuffle_shards: int = SHUFFLE_SHARDS,
+        streams: int = 1,
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.device = devices.device_of(device)
-        self._cuts = self.device.type == "cuda"  # where the views are cut: see `pipeline.views`
-        if self.recipe.fill != "none":
-            find("fill", self.recipe.fill, FILLS)
-            for name in (self.recipe.query_mask, self.recipe.hard_negative_mask):
-                if name != "regions":  # drawn from both windows: see `pipeline.regions`
-                    find("mask", name, MASKS)
+        check_functions(self.recipe)
         for extra in report:
             if extra not in EXTRAS:
                 raise UserError(f"unknown extra {extra!r} in report: there are {', '.join(EXTRAS)}")
@@ -96,34 +102,50 @@ class MaskedViews:
                 "least 1 sample, and ranks are 0 .. world size - 1"
             )
         self.report = frozenset(report)
-        self._guided = self.recipe.fill != "none" or "saliency" in self.report
-        self.shards = reader.open_shards(url, cache)
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
-
-        self.samples = self.shards.samples
-        self._steps = self.samples // world_size // batch_size
-        self.dropped = self.samples - self._steps * batch_size * world_size
-        if self._steps == 0:
+        self._cut = Cut(
+            self.recipe.crop_size,
+            views=1 + self.recipe.pair,
+            grid=self.recipe.grid
+            if self.recipe.fill != "none" or "saliency" in self.report
+            else None,
+            on_device=self.device.type == "cuda",
+        )
+        self.dataset = ShardDataset.open(url)
+        self.order = SampleOrder(
+            [row.samples for row in self.dataset.shards],
+            batch_size * world_size,
+            seed,
+            shuffle_shards,
+            streams,
+        )
+        self.order.slice_of(rank, world_size)
+        self.samples, self.dropped = self.order.samples, self.order.dropped
+        if self.order.steps == 0:
             raise UserError(
                 f"{url}: {self.samples} samples are too few for {world_size} ranks x batch "
-                f"{batch_size} = {world_size * batch_size}; choose a smaller batch"
+                f"{batch_size} = {world_size * batch_size} from {streams} streams; choose a "
+                "smaller batch"
             )
+        own_streams = max(1, streams // world_size)
+        self._source = open_source(self.dataset, cache, own_streams * shuffle_shards)
+        self.cache_description = self._source.description
         if rank == 0:
             log.info(
-                f"{url}: {self.samples} samples, {self._steps} steps an epoch of {world_size} x "
-                f"{batch_size}; {self.dropped} samples, other ones each epoch, are left out"
+                f"{url}: {self.samples} samples, {len(self)} steps per epoch of {world_size} x "
+                f"{batch_size}; {self.dropped} samples per epoch (different ones each epoch) are "
+                "dropped"
             )
         self.epoch = self.step = 0
-        self._begun = 0  # the epoch in which this order and these draws began
-        self._checkpoint: bytes | None = None
-        self._pipeline: Pipeline | None = None
+        self._batches: Decoder | None = None
+        self._ahead: ReadAhead[PreparedBatch] | None = None
         self._buffers = Buffers()
         if self.device.type == "cpu":
             keep_freed_memory()
 
     def __len__(self) -> int:
-        """Steps an epoch, the same on every rank."""
-        return self._steps
+        """Return the steps per epoch, the same on every rank and in every epoch."""
+        return self.order.steps
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -132,122 +154,156 @@ class MaskedViews:
             if self.step == 0:
                 return
 
+    def close(self) -> None:
+        """End the threads and close the shards; iterating again opens them anew."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = self._batches = None
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch stands, on this rank.
+        """Return where the next batch stands; it is the same on every rank.
 
         Returns:
-            version (int), fingerprint (dict), epoch, step (int, of the next batch), begun (int, the
-            epoch in which this order began) and pipeline (DALI's checkpoint, bytes; None before the
-            first batch).
+            version (int), fingerprint (dict of plain values), epoch and step (int, of the next
+            batch).
         """
-        if self._pipeline is not None:
-            self._checkpoint = self._pipeline.checkpoint()
         return {
             "version": STATE_VERSION,
             "fingerprint": self._fingerprint(),
             "epoch": self.epoch,
             "step": self.step,
-            "begun": self._begun,
-            "pipeline": self._checkpoint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`: the batches that follow are those that would have followed.
 
-        Between epochs a state may come from another world size (and then any rank and batch size):
-        the epoch counts on, the order and the draws start afresh, keyed by it.
+        The rank, the world size and the device may be others than those of the state. The global
+        batch may be another where an epoch ended.
 
         Raises:
-            UserError: the state is of another version, or of other settings; it names which differ.
+            UserError: the state is of a later version, or of other settings; it names which differ.
         """
-        if state["version"] != STATE_VERSION:
+        if state["version"] > STATE_VERSION:
             raise UserError(
-                f"loader state of version {state['version']}, this is version {STATE_VERSION}"
+                f"loader state of version {state['version']}, this code reads up to {STATE_VERSION}"
             )
-        mine, theirs = self._fingerprint(), state["fingerprint"]
-        differ = [name for name in mine if mine[name] != theirs.get(name)]
-        resized = "world_size" in differ and set(differ) <= set(MAY_CHANGE_BETWEEN_EPOCHS)
-        if differ and not (resized and state["step"] == 0):
-            changes = ", ".join(f"{name} {theirs.get(name)} -> {mine[name]}" for name in differ)
-            inside = f" inside epoch {state['epoch']}; between epochs it may" if resized else ""
+        own = self._fingerprint()
+        saved = as_current(state)
+        differ = differences(saved, own, default_fingerprint())
+        inside = [one.name for one in differ] == ["batch_size"]
+        if differ and not (inside and state["step"] == 0):
+            where = " inside an epoch" if inside else ""
             raise UserError(
-                f"the loader's state cannot go on under other settings{inside}: {changes}"
+                f"the loader cannot resume{where} under other settings: {sentence(differ)}"
             )
+        self.close()
         self.epoch, self.step = state["epoch"], state["step"]
-        self._begun = self.epoch if resized else state["begun"]
-        self._checkpoint = None if resized else state["pipeline"]
-        self._pipeline = None
+        if state["version"] == 1 and self.step and self.rank == 0:
+            log.warning(
+                f"the state of an earlier version is inside epoch {self.epoch}, whose order of "
+                f"samples no longer exists: its last {len(self) - self.step} steps follow the new "
+                f"order, so up to {min(self.step, len(self) - self.step)} batches of samples come "
+                "twice in this epoch and as many are missing; later epochs are whole"
+            )
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What the order and the draws depend on."""
+        """Return what the order and everything drawn depend on."""
         return {
-            "dataset": self.shards.digest,
-            **{f"recipe.{k}": str(v) for k, v in dataclasses.asdict(self.recipe).items()},
-            "batch_size": self.batch_size,
-            "world_size": self.world_size,
-            "rank": self.rank,
+            "dataset": self.dataset.digest,
+            "recipe": plain(fields_of(self.recipe)),
+            "batch_size": self.batch_size * self.world_size,
             "seed": self.seed,
-            "device": self.device.type,
-            "shuffle_buffer": SHUFFLE_BUFFER,
-            "dali": dali.__version__,
+            "shuffle_shards": self.order.shuffle_shards,
+            "streams": self.order.streams,
         }
 
-    def _build(self) -> Pipeline:
-        shared = (self.seed, self.world_size, self._begun)
-        pipeline = graph(
-            in_drawn_order(self.shards, *shared),
-            self.recipe,
-            self.device,
-            self.rank,
-            self.world_size,
-            cuts=self._cuts,
-            guided=self._guided,
-            shuffle_seed=reader.derived_seed("reader", *shared),
-            batch_size=self.batch_size,
-            num_threads=reader.threads(),
-            device_id=self.device.index,
-            seed=reader.derived_seed("graph", *shared, self.rank),
-            enable_checkpointing=True,
-            checkpoint=self._checkpoint,
-        )
-        with failures.explained(self.shards.url, self.shards.tars):
-            pipeline.build()
-        return pipeline
-
-    def _run(self) -> list[Any]:
-        if self._pipeline is None:
-            self._pipeline = self._build()
-        return reader.run(self._pipeline, self.device, self.shards)
-
     def _next(self) -> Batch:
-        batch = self._batch(self._run())
+        if self._batches is None:
+            reader = ShardReader(self.dataset, self._source, self.order, self.rank, self.world_size)
+            batches = prepare(
+                reader, self.order, self.recipe, self._cut.views, self.epoch, self.step
+            )
+            self._ahead = ReadAhead(batches, BATCHES_AHEAD)
+            self._batches = Decoder(
+                self._ahead, self._cut, self.device, self.batch_size, self.dataset.url
+            )
+        batch = self._assemble(next(self._batches))
         self.step += 1
-        if self.step == self._steps:
-            # every rank reads the same number of batches, the last one padded: see `graph`
-            longest_share = -(-self.samples // self.world_size)
-            for _ in range(-(-longest_share // self.batch_size) - self._steps):
-                self._run()
+        if self.step == self.order.steps:
             self.epoch, self.step = self.epoch + 1, 0
         return batch
 
-    def _batch(self, outputs: list[Any]) -> Batch:
-        label, source, *rest = outputs
-        images = None if self._cuts else rest.pop(0)
-        each = len(rest) // (1 + self.recipe.pair)  # outputs a view
-        query = self._view(images, rest[:each])
-        key = self._view(images, rest[each:]) if self.recipe.pair else None
-        seed = reader.derived_seed(
-            "views", self.seed, self.world_size, self.rank, self._begun, self.epoch, self.step
+    def _assemble(self, decoded: DecodedBatch) -> Batch:
+        encoded = decoded.prepared.encoded
+        query, *others = (
+            self._view(decoded, number) for number in range(len(decoded.prepared.windows))
         )
-        draws = Draws(seed, self.device)
-        fields = assemble(query, key, self.recipe, draws, self.report, self._buffers)
+        rng = BatchRng(self.seed, self.epoch, encoded.samples, self.device)
+        key = others[0] if others else None
+        fields = assemble(query, key, self.recipe, rng, self.report, self._buffers)
         if "keys" in self.report:
-            fields["sample_keys"] = reader.parse_keys(reader.tensor(source))
-        labels = reader.parse_labels(reader.tensor(label)).to(self.device, non_blocking=True)
+            fields["sample_keys"] = encoded.keys
+        labels = devices.to_device(torch.from_numpy(encoded.labels), self.device)
         return Batch(label=labels, **{"key": None, "hard_negative": None, **fields})
 
-    def _view(self, images: Any, outputs: list[Any]) -> View:
-        window, *rest = map(reader.tensor, outputs)
-        saliency = rest.pop(0).squeeze(-1) if self._guided else None
-        image = rest[0] if rest else cut_all(reader.tensors(images), window, self.recipe.crop_size)
-        return View(image, saliency, window)
+    def _view(self, decoded: DecodedBatch, number: int) -> View:
+        window = torch.from_numpy(decoded.prepared.windows[number])
+        saliency: Tensor | None = decoded.saliency[number] if decoded.saliency else None
+        if decoded.images is None:
+            return View(decoded.views[number], saliency, window)
+        return View(cut_all(decoded.images, window, self.recipe.crop_size), saliency, window)
+
+
+def default_fingerprint() -> dict[str, Any]:
+    """Return what a setting counts as that an older state does not know."""
+    return {"recipe": fields_of(Recipe()), "shuffle_shards": SHUFFLE_SHARDS, "streams": 1}
+
+
+def as_current(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of a state in today's form.
+
+    States of version 1 were those of another order of samples, which depended on the world size;
+    values of the recipe were strings.
+    """
+    saved = state["fingerprint"]
+    if state["version"] > 1:
+        return saved
+    named = fields_of(Recipe())
+    recipe = {
+        name: value if isinstance(named.get(name), str) else ast.literal_eval(value)
+        for name, value in (
+            (key.removeprefix("recipe."), value)
+            for key, value in saved.items()
+            if key.startswith("recipe.")
+        )
+    }
+    batch_size = saved["batch_size"] * saved["world_size"]
+    kept = {name: saved[name] for name in ("dataset", "seed")}
+    return {**kept, "recipe": recipe, "batch_size": batch_size}
+
+
+def prepare(
+    reader: ShardReader, order: SampleOrder, recipe: Recipe, views: int, epoch: int, step: int
+) -> Iterator[PreparedBatch]:
+    """Read a rank's batches from a step on and draw the windows of each view, without end."""
+    with closing(reader):
+        while True:
+            encoded = reader.read(epoch, step)
+            rng = BatchRng(order.seed, epoch, encoded.samples).stream("crop")
+            windows = [
+                draw_windows(encoded.height, encoded.width, recipe, rng) for _ in range(views)
+            ]
+            yield PreparedBatch(encoded, windows)
+            step += 1
+            if step == order.steps:
+                epoch, step = epoch + 1, 0
+
+
+def check_functions(recipe: Recipe) -> None:
+    """Raise UserError where the recipe names a mask or a fill that there is not."""
+    if recipe.fill == "none":
+        return
+    find("fill", recipe.fill, FILLS)
+    for name in (recipe.query_mask, recipe.hard_negative_mask):
+        if name != "regions":  # drawn from both windows: see `pipeline.regions`
+            find("mask", name, MASKS)

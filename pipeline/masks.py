@@ -13,7 +13,7 @@ wait for the device. Against the released code (methods table D1, D2, D10-D13), 
 A mask of your own is one function: docs/pipeline.md has an example.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -21,17 +21,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.draws import Draws
+from pipeline.compiling import compiled_on_gpu
 from pipeline.recipes import Recipe
 from pipeline.registry import find, register
+from pipeline.rng import Rng
 
 Role = Literal["query", "hard_negative"]
 
-Mask = Callable[[Tensor, Tensor, Recipe, Draws], Tensor]
-"""(saliency, ratio, recipe, draws) -> (N, h, w) bool, True where filled; h and w divide the crop.
+Mask = Callable[[Tensor, Tensor, Recipe, Rng], Tensor]
+"""(saliency, ratio, recipe, rng) -> (N, h, w) bool, True where filled; h and w divide the crop.
 
 saliency: (N, grid, grid) float32, each view's own, any scale. ratio: (N,) float64, the drawn mask
-ratio. draws: for all randomness. For channel-wise masks a view comes three times in a row.
+ratio. rng: for all randomness, so that a mask depends on its sample alone. For channel-wise masks
+a view comes three times in a row.
 """
 
 MASKS: dict[str, Mask] = {}
@@ -42,6 +44,7 @@ BLOCK_ASPECT = (0.3, 3.3)
 """Height over width of a block (the block masks among ADIOS's controls; log-uniform is ours)."""
 
 
+@compiled_on_gpu
 def foreground(saliency: Tensor, margin: float) -> Tensor:
     """Relaxed SCDA: A >= mean - margin * std, with the view's own mean and population std.
 
@@ -56,6 +59,7 @@ def foreground(saliency: Tensor, margin: float) -> Tensor:
     return (cells >= mean - margin * deviation).view(saliency.shape)
 
 
+@compiled_on_gpu
 def pick(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
     """`count` members of each group, uniformly and without replacement.
 
@@ -73,6 +77,7 @@ def pick(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
     return group & (rank < count.unsqueeze(1))
 
 
+@compiled_on_gpu
 def foreground_count(ratio: Tensor, front: Tensor, recipe: Recipe) -> Tensor:
     """round(ratio * foreground share * cells), ties to even, under the recipe's cap.
 
@@ -87,56 +92,57 @@ def foreground_count(ratio: Tensor, front: Tensor, recipe: Recipe) -> Tensor:
 
 
 @mask("spread")
-def spread(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+def spread(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
     """floor(ratio * cells) in all, spread evenly over foreground and background (the method's)."""
     front = foreground(saliency, recipe.foreground_margin).flatten(1)
     of_front = foreground_count(ratio, front, recipe)
     of_back = ((ratio * front.shape[1]).floor().long() - of_front).clamp(min=0)
-    score = draws.uniform(*front.shape)
+    score = rng.uniform(*front.shape)
     picked = pick(front, of_front, score) | pick(~front, of_back, score)
     return picked.view(saliency.shape)
 
 
 @mask("foreground")
-def of_foreground(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+def of_foreground(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
     """That ratio of the foreground's cells, under the recipe's cap (the method's hard negative)."""
     front = foreground(saliency, recipe.foreground_margin).flatten(1)
     count = foreground_count(ratio, front, recipe)
-    return pick(front, count, draws.uniform(*front.shape)).view(saliency.shape)
+    return pick(front, count, rng.uniform(*front.shape)).view(saliency.shape)
 
 
 @mask("background")
-def of_background(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+def of_background(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
     """That ratio of the background's cells, rounded to even."""
     back = ~foreground(saliency, recipe.foreground_margin).flatten(1)
     count = (ratio * back.sum(1)).round().long()
-    return pick(back, count, draws.uniform(*back.shape)).view(saliency.shape)
+    return pick(back, count, rng.uniform(*back.shape)).view(saliency.shape)
 
 
 @mask("random")
-def at_random(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+def at_random(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
     """floor(ratio * cells) of all cells, whatever the saliency."""
     cells = torch.ones_like(saliency, dtype=torch.bool).flatten(1)
     count = (ratio * cells.shape[1]).floor().long()
-    return pick(cells, count, draws.uniform(*cells.shape)).view(saliency.shape)
+    return pick(cells, count, rng.uniform(*cells.shape)).view(saliency.shape)
 
 
 @mask("block")
-def block(saliency: Tensor, ratio: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
+def block(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
     """One rectangle of that ratio's area anywhere in the view, whatever the saliency."""
     low, high = torch.tensor(BLOCK_ASPECT, dtype=torch.float64).log().tolist()
-    aspect = (low + (high - low) * draws.uniform(len(ratio))).exp()
+    aspect = (low + (high - low) * rng.uniform(len(ratio))).exp()
     side = recipe.crop_size
     height = (side * (ratio * aspect).sqrt()).round().clamp(max=side)
     width = (side * (ratio / aspect).sqrt()).round().clamp(max=side)
-    return rectangle(height, width, side, draws.uniform(2, len(ratio)))
+    return rectangle(height, width, side, rng.uniform(len(ratio), 2))
 
 
+@compiled_on_gpu
 def rectangle(height: Tensor, width: Tensor, side: int, position: Tensor) -> Tensor:
     """A rectangle in each view of `side` pixels, every place as likely.
 
     Args:
-        height, width: (N,) whole numbers up to `side`. position: (2, N) uniform in 0 .. 1.
+        height, width: (N,) whole numbers up to `side`. position: (N, 2) uniform in 0 .. 1.
 
     Returns:
         (N, side, side) bool, True inside.
@@ -147,7 +153,7 @@ def rectangle(height: Tensor, width: Tensor, side: int, position: Tensor) -> Ten
         start = (place * (side - extent + 1)).floor().unsqueeze(1)
         return (axis >= start) & (axis < start + extent.unsqueeze(1))
 
-    return inside(height, position[0]).unsqueeze(2) & inside(width, position[1]).unsqueeze(1)
+    return inside(height, position[:, 0]).unsqueeze(2) & inside(width, position[:, 1]).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -166,8 +172,24 @@ class Masks:
     ratio: Tensor
     focal: Tensor
 
+    @classmethod
+    def concatenate(cls, masks: Sequence["Masks"]) -> "Masks":
+        """Return the masks of several batches as those of one, of one recipe."""
+        windows = [one.window for one in masks if one.window is not None]
+        return cls(
+            torch.cat([one.cells for one in masks]),
+            torch.cat(windows) if windows else None,
+            torch.cat([one.ratio for one in masks]),
+            torch.cat([one.focal for one in masks]),
+        )
+
+    def of(self, rows: slice) -> "Masks":
+        """Return the masks of these rows."""
+        window = None if self.window is None else self.window[rows]
+        return Masks(self.cells[rows], window, self.ratio[rows], self.focal[rows])
+
     def pixels(self, rows: slice, side: int) -> Tensor:
-        """Of these rows: (n, C, side, side) float32, 1 where filled and 0 elsewhere."""
+        """Return (n, C, side, side) float32 of these rows, 1 where filled and 0 elsewhere."""
         cells = self.cells[rows].float()
         pixels = cells.repeat_interleave(side // cells.shape[3], 3)
         pixels = pixels.repeat_interleave(side // cells.shape[2], 2)
@@ -177,7 +199,7 @@ class Masks:
         return pixels
 
 
-def draw(saliency: Tensor, recipe: Recipe, role: Role, draws: Draws) -> Masks:
+def draw(saliency: Tensor, recipe: Recipe, role: Role, rng: Rng) -> Masks:
     """Draw the masks of a batch of views.
 
     Args:
@@ -187,22 +209,22 @@ def draw(saliency: Tensor, recipe: Recipe, role: Role, draws: Draws) -> Masks:
     """
     size = len(saliency)
     low, high = recipe.query_ratio if role == "query" else recipe.hard_negative_ratio
-    ratio = low + (high - low) * draws.uniform(size)
+    ratio = low + (high - low) * rng.uniform(size)
     function = find("mask", getattr(recipe, f"{role}_mask"), MASKS)
     if recipe.channel_probability > 0:
         thrice, ratios = saliency.repeat_interleave(3, 0), ratio.repeat_interleave(3)
-        cells = function(thrice, ratios, recipe, draws).unflatten(0, (size, 3))
-        by_channel = draws.uniform(size, 1, 1, 1) < recipe.channel_probability
+        cells = function(thrice, ratios, recipe, rng).unflatten(0, (size, 3))
+        by_channel = rng.uniform(size, 1, 1, 1) < recipe.channel_probability
         cells = torch.where(by_channel, cells, cells[:, :1])
     else:
-        cells = function(saliency, ratio, recipe, draws).unsqueeze(1)
+        cells = function(saliency, ratio, recipe, rng).unsqueeze(1)
 
     focal, window = torch.zeros_like(ratio, dtype=torch.bool), None
     if recipe.focal_probability > 0:
-        focal = draws.uniform(size) < recipe.focal_probability
+        focal = rng.uniform(size) < recipe.focal_probability
         kept = role == "query"
         side = recipe.focal_side(recipe.focal_kept if kept else recipe.focal_filled)
         extent = torch.full_like(ratio, side)
-        window = rectangle(extent, extent, recipe.crop_size, draws.uniform(2, size))
+        window = rectangle(extent, extent, recipe.crop_size, rng.uniform(size, 2))
         window = ~window if kept else window
     return Masks(cells, window, ratio, focal)

@@ -1,97 +1,284 @@
-"""How well an epoch is shuffled: the order that the loader's own reader gives, in two figures.
+"""Which samples make which global batch: a pure function of (shard sizes, seed, epoch, step).
 
-Samples were shuffled globally when they were written, so a batch of neighbours on disk is a random
-draw already; what the reader adds is another order each epoch.
+    shards of the dataset
+      -> dealt to `streams` streams, once for the whole training
+      -> permuted within their stream, anew in each epoch
+      -> windows of `shuffle_shards` shards; inside a window all samples are permuted
+
+A global batch of B samples takes the next B / streams samples of each stream, and rank r of n takes
+the r-th of n equal slices of it, so any n that divides B gives the same global batches. With as
+many streams as nodes, each shard is read by one node only.
+
+No state and no I/O: memory is O(shards) plus the windows in use. Permutations are stable sorts of
+Philox words (`rng` says why), so they are the same on every platform and with every NumPy.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+import heapq
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from nvidia.dali import pipeline_def
+from numpy.random import Philox
 
-from pipeline import devices, reader
-from pipeline.graph import in_drawn_order, read_shuffled
-from schemas import ShardDataset, UserError
+from schemas import UserError
 
+SHUFFLE_SHARDS = 16
+"""Shards in a window (ours): 16,000 samples of shards of 1,000."""
 
-@dataclass(frozen=True)
-class Quality:
-    """Of an order of samples, visited in batches.
-
-    Attributes:
-        classes: different classes in a batch, mean; 0 without labels.
-        entropy: bits, of how far apart on disk two samples are that follow each other, in bins that
-            double in width. 0 where each is followed by its neighbour.
-    """
-
-    classes: float
-    entropy: float
+ORDER_KEY = 2**64 - 1
+"""Second word of the Philox key of all permutations; no sample has this number."""
 
 
-def epoch_order(url: str | Path, samples: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    """Places on disk of the first samples of an epoch, as one rank of one visits them.
+def permute(count: int, seed: int, *place: int) -> np.ndarray:
+    """Return a permutation of 0 .. count - 1 that depends on the seed and at most three integers.
 
     Returns:
-        (at most `samples`,) int64, rows of the sample table.
+        (count,) int64.
     """
-    shards = reader.open_shards(url)
-    rows = {key: row for row, key in enumerate(ShardDataset.open(url).samples["key"].to_pylist())}
-    size = min(1024, shards.samples)
-    shared = (seed, 1, 0)
-
-    @pipeline_def
-    def graph() -> object:
-        ordered = in_drawn_order(shards, *shared)
-        return read_shuffled(ordered, 0, 1, reader.derived_seed("reader", *shared)).source
-
-    pipeline = graph(batch_size=size, num_threads=reader.threads(), device_id=None)
-    batches = -(-shards.samples // size)
-    found: list[str] = []
-    for step in range((epoch + 1) * batches):
-        (source,) = reader.run(pipeline, devices.device_of("cpu"), shards)
-        if step < epoch * batches:
-            continue
-        found += reader.parse_keys(reader.tensor(source))
-        if len(found) >= samples:
-            break
-    found = found[: min(samples, shards.samples)]  # the last batch of an epoch is padded
-    return np.array([rows[key] for key in found])
+    counter = np.array([0, *place, *[0] * (3 - len(place))], np.uint64)
+    bits = Philox(key=np.array([seed, ORDER_KEY], np.uint64), counter=counter)
+    return np.argsort(bits.random_raw(count), kind="stable")
 
 
-def quality(order: np.ndarray, labels: np.ndarray, batch_size: int) -> Quality:
-    """Figures of an order.
+class Window(NamedTuple):
+    """Shards whose samples are shuffled together.
+
+    Attributes:
+        epoch, start: the epoch, and the position in the stream of the window's first sample.
+        shards: shard numbers.
+    """
+
+    epoch: int
+    start: int
+    shards: np.ndarray
+
+
+class Order(Protocol):
+    """Which samples make which batch of a rank; samples are numbered through the dataset."""
+
+    def batch(self, epoch: int, step: int, rank: int, world_size: int) -> np.ndarray:
+        """Return the (N,) int64 sample numbers of a rank's batch."""
+
+    def windows(self, epoch: int, step: int, rank: int, world_size: int) -> Iterator[Window]:
+        """Yield the shards that a rank reads from a step on, in the order of need."""
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each sample and its place within the shard, both (N,) int64."""
+
+
+class Numbered:
+    """Samples numbered in the order of their shards: `starts[s] + i` is the i-th of shard s.
+
+    Attributes:
+        sizes: (shards,) int64, samples in each shard.
+        starts: (shards + 1,) int64, the number of each shard's first sample.
+        samples: in all shards.
+    """
+
+    def __init__(self, sizes: Sequence[int] | np.ndarray) -> None:
+        self.sizes = np.asarray(sizes, np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self.samples = int(self.starts[-1])
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each sample and its place within the shard, both (N,) int64."""
+        shards = np.searchsorted(self.starts, samples, side="right") - 1
+        return shards, samples - self.starts[shards]
+
+
+class DiskOrder(Numbered):
+    """Every sample once, as it lies on disk; ranks have contiguous parts that differ by one sample.
 
     Args:
-        order: (N,) rows. labels: of all rows, -1 for none.
+        sizes: samples in each shard.
+        batch_size: samples in a batch of one rank; its last batch may be smaller.
+    """
+
+    def __init__(self, sizes: Sequence[int] | np.ndarray, batch_size: int) -> None:
+        super().__init__(sizes)
+        self.batch_size = batch_size
+
+    def part(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Return the first sample of a rank, and the one behind its last."""
+        return self.samples * rank // world_size, self.samples * (rank + 1) // world_size
+
+    def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """Return (at most batch_size,) int64 sample numbers; the same in every epoch."""
+        first, end = self.part(rank, world_size)
+        first += step * self.batch_size
+        return np.arange(first, min(end, first + self.batch_size))
+
+    def windows(
+        self, epoch: int, step: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Window]:
+        """Yield a rank's shards from a step on, one by one, to the last."""
+        first, end = self.part(rank, world_size)
+        position = first + step * self.batch_size
+        if position < end:
+            shards, _ = self.locate(np.array([position, end - 1]))
+            for shard in range(shards[0], shards[1] + 1):
+                yield Window(epoch, int(self.starts[shard]) - first, np.array([shard]))
+
+
+class SampleOrder(Numbered):
+    """The order of samples of every epoch.
+
+    Args:
+        sizes: samples in each shard; shards may be empty.
+        batch_size: samples in a global batch, over all ranks.
+        seed: 0 .. 2^64 - 1.
+        shuffle_shards: shards in a window.
+        streams: parts that shards are dealt to; divides the batch size.
+
+    Attributes:
+        steps: global batches an epoch, the same in every epoch.
+        dropped: samples that an epoch leaves out, other ones in each epoch: with one stream those
+            that do not fill a batch; with more, also what longer streams have over the shortest.
 
     Raises:
-        UserError: N is below the batch size.
+        UserError: a number that makes no sense; the message names it.
     """
-    if len(order) < max(2, batch_size):
-        raise UserError(f"{len(order)} samples are less than a batch of {batch_size}")
-    whole = len(order) // batch_size * batch_size
-    batches = labels[order][:whole].reshape(-1, batch_size)
-    classes = [len(set(batch) - {-1}) for batch in batches.tolist()]
-    steps = np.abs(np.diff(order))
-    share = np.bincount(np.log2(steps).astype(int)) / len(steps)
-    share = share[share > 0]
-    return Quality(float(np.mean(classes)), float(-(share * np.log2(share)).sum()) + 0.0)
+
+    def __init__(
+        self,
+        sizes: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        shuffle_shards: int = SHUFFLE_SHARDS,
+        streams: int = 1,
+    ) -> None:
+        if batch_size < 1 or shuffle_shards < 1 or streams < 1 or seed < 0:
+            raise UserError(
+                f"batch size {batch_size}, shuffle_shards {shuffle_shards}, streams {streams} and "
+                f"seed {seed}: the seed is at least 0, the others at least 1"
+            )
+        if batch_size % streams:
+            raise UserError(
+                f"a global batch of {batch_size} samples cannot take equally many from {streams} "
+                "streams; choose a number of streams that divides the batch"
+            )
+        super().__init__(sizes)
+        self.batch_size, self.seed = batch_size, seed
+        self.shuffle_shards, self.streams = shuffle_shards, streams
+        self._dealt = deal(self.sizes, streams, seed)
+        shortest = min(int(self.sizes[shards].sum()) for shards in self._dealt)
+        self.steps = shortest // (batch_size // streams)
+        self.dropped = self.samples - self.steps * batch_size
+        self._epoch_windows = lru_cache(2 * streams)(self._plan_windows)
+        self._window_samples = lru_cache(2 * streams)(self._permute_window)
+
+    def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """Return the samples of one rank's slice of a global batch.
+
+        Args:
+            step: 0 .. steps - 1.
+
+        Returns:
+            (batch_size / world_size,) int64 sample numbers.
+
+        Raises:
+            UserError: the world size does not divide the batch, or does not fit the streams.
+        """
+        first, last = self.slice_of(rank, world_size)
+        share = self.batch_size // self.streams
+        parts = []
+        for stream in range(first // share, (last - 1) // share + 1):
+            begin, end = max(first, stream * share), min(last, (stream + 1) * share)
+            offset = (step - stream) * share
+            parts.append(self._take(epoch, stream, begin + offset, end + offset))
+        return np.concatenate(parts)
+
+    def slice_of(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Return where a rank's slice of a global batch begins and ends.
+
+        Raises:
+            UserError: as `batch`.
+        """
+        if self.batch_size % world_size:
+            raise UserError(
+                f"a global batch of {self.batch_size} samples cannot be shared equally by "
+                f"{world_size} ranks"
+            )
+        if self.streams % world_size and world_size % self.streams:
+            raise UserError(
+                f"{world_size} ranks cannot share {self.streams} streams: one number must divide "
+                "the other"
+            )
+        size = self.batch_size // world_size
+        return rank * size, (rank + 1) * size
+
+    def windows(
+        self, epoch: int, step: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Window]:
+        """Yield the windows that a rank reads from a step on, in the order of need, without end."""
+        first, last = self.slice_of(rank, world_size)
+        share = self.batch_size // self.streams
+        streams = range(first // share, (last - 1) // share + 1)
+        position = step * share
+        while True:
+            ahead = (self._windows_from(epoch, stream, position) for stream in streams)
+            yield from heapq.merge(*ahead, key=lambda window: window.start)
+            epoch, position = epoch + 1, 0
+
+    def _windows_from(self, epoch: int, stream: int, position: int) -> Iterator[Window]:
+        """Yield a stream's windows of one epoch, from the one at `position` to the last needed."""
+        bounds = self._epoch_windows(epoch, stream)[1]
+        end = self.steps * (self.batch_size // self.streams)
+        number = int(np.searchsorted(bounds, position, side="right")) - 1
+        while number < len(bounds) - 1 and bounds[number] < end:
+            yield self._window(epoch, stream, number)
+            number += 1
+
+    def _take(self, epoch: int, stream: int, begin: int, end: int) -> np.ndarray:
+        """Return the samples at positions begin .. end - 1 of a stream."""
+        bounds = self._epoch_windows(epoch, stream)[1]
+        parts = []
+        while begin < end:
+            number = int(np.searchsorted(bounds, begin, side="right")) - 1
+            until = min(end, int(bounds[number + 1]))
+            samples = self._window_samples(epoch, stream, number)
+            parts.append(samples[begin - bounds[number] : until - bounds[number]])
+            begin = until
+        return np.concatenate(parts)
+
+    def _window(self, epoch: int, stream: int, number: int) -> Window:
+        shards, bounds = self._epoch_windows(epoch, stream)
+        first = number * self.shuffle_shards
+        return Window(epoch, int(bounds[number]), shards[first : first + self.shuffle_shards])
+
+    def _plan_windows(self, epoch: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+        """Permute a stream's shards; return them, and the position where each window begins."""
+        dealt = self._dealt[stream]
+        shards = dealt[permute(len(dealt), self.seed, epoch + 1, stream)]
+        filled = np.concatenate([[0], np.cumsum(self.sizes[shards])])
+        bounds = filled[:: self.shuffle_shards]
+        return shards, bounds if bounds[-1] == filled[-1] else np.append(bounds, filled[-1])
+
+    def _permute_window(self, epoch: int, stream: int, number: int) -> np.ndarray:
+        """Return the samples of a window in their order."""
+        shards = self._window(epoch, stream, number).shards
+        samples = np.concatenate(
+            [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in shards]
+        )
+        return samples[permute(len(samples), self.seed, epoch + 1, stream, number + 1)]
 
 
-def describe(url: str | Path, batch_size: int, samples: int, seed: int = 0) -> str:
-    """The first epoch's figures beside those of a perfect shuffle and of the order on disk."""
-    table = ShardDataset.open(url).samples
-    labels = table["label"].to_numpy()
-    order = epoch_order(url, samples, seed)
-    rows = {
-        "as it is read": order,
-        "a perfect shuffle": np.random.default_rng(seed).permutation(len(labels))[: len(order)],
-        "the order on disk": np.arange(len(order)),
-    }
-    lines = [f"  shuffle, over {len(order)} samples, batches of {batch_size}:"]
-    for name, rows_in_order in rows.items():
-        found = quality(rows_in_order, labels, batch_size)
-        classes = f"{found.classes:.1f} classes a batch, " if (labels >= 0).any() else ""
-        lines.append(f"    {name:17}  {classes}{found.entropy:.2f} bits of distance")
-    return "\n".join(lines)
+def deal(sizes: np.ndarray, streams: int, seed: int) -> list[np.ndarray]:
+    """Deal shards to streams in an order that the seed decides, each to the shortest stream so far.
+
+    A shard stays in its stream for the whole training: an epoch has equally many steps as any
+    other, and a node that reads one stream finds its shards in its cache again.
+
+    Returns:
+        The shard numbers of each stream, (S_i,) int64; shards without samples are in none.
+    """
+    shards = np.flatnonzero(sizes)
+    shards = shards[permute(len(shards), seed)]
+    dealt: list[list[int]] = [[] for _ in range(streams)]
+    lengths = [(0, stream) for stream in range(streams)]
+    for shard in shards.tolist():
+        length, stream = heapq.heappop(lengths)
+        dealt[stream].append(shard)
+        heapq.heappush(lengths, (length + int(sizes[shard]), stream))
+    return [np.array(part, np.int64) for part in dealt]

@@ -1,4 +1,4 @@
-"""Photometric augmentation of MoCo v2 and SimCLR: colour jitter, grayscale, soft blur.
+"""Photometric augmentation of MoCo v2 and SimCLR: color jitter, grayscale, soft blur.
 
 The formulas are those of torchvision's ColorJitter (each sample with its own factors, in an order
 of its own, clamped after each adjustment), on floats: torchvision rounds PIL images to 8 bits in
@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pipeline.draws import Draws, to_device
-from pipeline.filters import gaussian_blur, gaussian_kernel
+from pipeline.blur import gaussian_blur, soft_blur_kernel
+from pipeline.devices import to_device
 from pipeline.recipes import Range, Recipe
+from pipeline.rng import Rng
 
 GRAY = (0.299, 0.587, 0.114)
 """Weights of R, G, B in gray (ITU-R BT.601, as in PIL)."""
@@ -29,7 +30,7 @@ class Photometric:
         order: (N, 4) int64; the adjustments from first to last: 0 brightness, 1 contrast,
             2 saturation, 3 hue.
         brightness, contrast, saturation: (N,) float64 factors; 1 changes nothing.
-        hue: (N,) float64, turns of the colour circle; 0 changes nothing.
+        hue: (N,) float64, turns of the color circle; 0 changes nothing.
         gray: (N,) bool.
         sigma: (N,) float64 pixels of the soft blur; 0 for none.
     """
@@ -47,15 +48,15 @@ class Photometric:
         return Photometric(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def draw(size: int, recipe: Recipe, draws: Draws) -> Photometric:
+def draw(size: int, recipe: Recipe, rng: Rng) -> Photometric:
     """Draw the parameters of `size` views."""
 
     def coin(probability: float) -> Tensor:
-        return draws.on_host(size) < probability
+        return rng.on_host(size) < probability
 
     def between(limits: Range) -> Tensor:
         low, high = limits
-        return low + (high - low) * draws.on_host(size)
+        return low + (high - low) * rng.on_host(size)
 
     jittered = coin(recipe.jitter_probability)
 
@@ -63,7 +64,7 @@ def draw(size: int, recipe: Recipe, draws: Draws) -> Photometric:
         return torch.where(jittered, between((1 - change, 1 + change)), 1.0)
 
     return Photometric(
-        order=draws.on_host(size, 4).argsort(1),
+        order=rng.on_host(size, 4).argsort(1),
         brightness=factor(recipe.brightness),
         contrast=factor(recipe.contrast),
         saturation=factor(recipe.saturation),
@@ -75,34 +76,60 @@ def draw(size: int, recipe: Recipe, draws: Draws) -> Photometric:
 
 def apply(view: Tensor, drawn: Photometric) -> Tensor:
     """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in 0 .. 1."""
-    image = view.permute(0, 3, 1, 2).contiguous().float().div_(255)
-    for kind in drawn.order.unbind(1):
-        blend(image, kind, drawn)
-        for host, rows in groups((kind == HUE) & (drawn.hue != 0), image.device):
-            turns = to_device(drawn.hue[host], image.device)
-            image[rows] = turn_hue(image[rows], turns)
-    if drawn.gray.any():
-        weight = to_device(drawn.gray.float(), image.device).view(-1, 1, 1, 1)
-        image.lerp_(gray_of(image), weight)
-    for host, rows in groups(drawn.sigma > 0, image.device):
-        sigma = drawn.sigma[host]
-        kernel = gaussian_kernel(sigma, (3 * sigma).ceil().long())
-        image[rows] = gaussian_blur(image[rows], kernel)
+    if view.device.type == "cpu":
+        return torch.cat([apply_to_one(view[row], drawn, row) for row in range(len(view))])
+    return apply_to_batch(view, drawn)
+
+
+def apply_to_one(view: Tensor, drawn: Photometric, row: int) -> Tensor:
+    """Change the colors of one view on a CPU: (H, W, 3) uint8 -> (1, 3, H, W) float32 in 0 .. 1.
+
+    It takes the passes over memory that this view needs, and no batch changes its rounding.
+    """
+    image = view.permute(2, 0, 1).contiguous().float().div_(255).unsqueeze(0)
+    for kind in drawn.order[row].tolist():
+        if kind == HUE:
+            if (turns := drawn.hue[row : row + 1]) != 0:
+                image = turn_hue(image, turns)
+            continue
+        factor = float((drawn.brightness, drawn.contrast, drawn.saturation)[kind][row])
+        if factor == 1:
+            continue
+        if kind == BRIGHTNESS:
+            image.mul_(factor)
+        elif kind == CONTRAST:
+            image.lerp_(gray_of(image).mean(), 1 - factor)
+        else:
+            image.lerp_(gray_of(image), 1 - factor)
+        image.clamp_(0, 1)
+    if drawn.gray[row]:
+        image = gray_of(image).expand_as(image).contiguous()
+    if (sigma := drawn.sigma[row : row + 1]) > 0:
+        image = gaussian_blur(image, soft_blur_kernel(sigma))
     return image
 
 
-def groups(
-    chosen: Tensor, device: torch.device
-) -> list[tuple[slice, slice]] | list[tuple[Tensor, Tensor]]:
-    """The chosen rows, as indices on the host and on the device: on a CPU one by one, as views."""
-    rows = chosen.nonzero().squeeze(1)
-    if device.type == "cpu":
-        return [(slice(row, row + 1),) * 2 for row in rows.tolist()]
-    return [(rows, to_device(rows, device))] if len(rows) else []
+def apply_to_batch(view: Tensor, drawn: Photometric) -> Tensor:
+    """Do the same to a batch at once, for a GPU whose machine has no compiler."""
+    image = view.permute(0, 3, 1, 2).contiguous().float().div_(255)
+    for kind in drawn.order.unbind(1):
+        blend_(image, kind, drawn)
+        rows = ((kind == HUE) & (drawn.hue != 0)).nonzero().squeeze(1)
+        if len(rows):
+            turns, places = (to_device(x, image.device) for x in (drawn.hue[rows], rows))
+            image[places] = turn_hue(image[places], turns)
+    if drawn.gray.any():
+        weight = to_device(drawn.gray.float(), image.device).view(-1, 1, 1, 1)
+        image.lerp_(gray_of(image), weight)
+    rows = (drawn.sigma > 0).nonzero().squeeze(1)
+    if len(rows):
+        places = to_device(rows, image.device)
+        image[places] = gaussian_blur(image[places], soft_blur_kernel(drawn.sigma[rows]))
+    return image
 
 
-def blend(image: Tensor, kind: Tensor, drawn: Photometric) -> None:
-    """Brightness, contrast or saturation in place, whichever `kind` (N,) says.
+def blend_(image: Tensor, kind: Tensor, drawn: Photometric) -> None:
+    """Adjust brightness, contrast or saturation in place, whichever `kind` (N,) says.
 
     Each is f x + (1 - f) other, where the other is black, the view's mean gray or the pixel's gray.
     """
@@ -123,7 +150,7 @@ def blend(image: Tensor, kind: Tensor, drawn: Photometric) -> None:
 
 
 def gray_of(image: Tensor) -> Tensor:
-    """(N, 3, H, W) -> (N, 1, H, W)."""
+    """Return the gray of (N, 3, H, W): (N, 1, H, W)."""
     red, green, blue = image.split(1, dim=1)
     return (GRAY[0] * red).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
 

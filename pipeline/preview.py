@@ -2,7 +2,8 @@
 
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from pipeline import masks
-from pipeline.assemble import MEAN, STD
 from pipeline.batch import Batch
+from pipeline.fused import MEAN, STD
 from pipeline.loader import MaskedViews
 from pipeline.recipes import Recipe
-from pipeline.sheet import KEY, QUERY, TILE, Tile, page, png
+from pipeline.sheet import KEY, QUERY, TILE, Tile, fit_into_tile, page, png
 from schemas import ShardDataset, UserError
 from schemas.sample import SALIENCY_MEMBER
 from schemas.tables import shard_name
@@ -132,7 +133,11 @@ def sample_row(dataset: ShardDataset, batch: Batch, place: int, recipe: Recipe) 
 
     tiles = [
         Tile("image and windows", whole, shortened(key, 30)),
-        Tile("saliency", letterboxed(overlaid(image, saliency))[0], shortened(name, 30)),
+        Tile(
+            "saliency",
+            letterboxed(overlaid(fit_into_tile(image), saliency))[0],
+            shortened(name, 30),
+        ),
     ]
     for branch in branches:
         crop, front = crop_tile(batch, branch, place, recipe)
@@ -218,7 +223,7 @@ def letterboxed(
     image: Image.Image,
 ) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
     """The image fitted into a tile, and where a relative (x, y) of it lies there."""
-    fitted = ImageOps.contain(image, (TILE, TILE))
+    fitted = fit_into_tile(image)
     left, top = (TILE - fitted.width) // 2, (TILE - fitted.height) // 2
     tile = Image.new("RGB", (TILE, TILE), (228, 228, 224))
     tile.paste(fitted, (left, top))
@@ -239,8 +244,19 @@ def read_sample(dataset: ShardDataset, key: str) -> tuple[Image.Image, Image.Ima
             if member.name.split(".", 1)[0] == key
         }
     saliency = Image.open(io.BytesIO(content.pop(SALIENCY_MEMBER)))
-    image = Image.open(io.BytesIO(next(iter(content.values()))))
-    return ImageOps.exif_transpose(image).convert("RGB"), saliency
+    with any_size():
+        image = Image.open(io.BytesIO(next(iter(content.values()))))
+        return ImageOps.exif_transpose(image).convert("RGB"), saliency
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Lift Pillow's limit for pictures of the dataset, which the loader decodes whole anyway."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def shortened(text: str, length: int) -> str:

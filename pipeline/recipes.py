@@ -18,10 +18,11 @@ REFERENCE_CROP = 224
 
 Range = tuple[float, float]
 Branch = Literal["query", "key", "both"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 VIEW_FIELDS = (
-    "crop_size", "crop_area", "crop_ratio", "pair", "flip_probability", "jitter_probability",
-    "brightness", "contrast", "saturation", "hue", "grayscale_probability",
+    "crop_size", "crop_area", "crop_ratio", "interpolation", "pair", "flip_probability",
+    "jitter_probability", "brightness", "contrast", "saturation", "hue", "grayscale_probability",
     "soft_blur_probability", "soft_blur_sigma",
 )  # fmt: skip
 """Fields of a recipe that say how views are cut and coloured; the others say how masked."""
@@ -36,11 +37,15 @@ class Recipe:
     """
 
     crop_size: int = REFERENCE_CROP
-    """Side of a view in pixels; a multiple of `grid`. Kernel sizes stay as they are."""
+    """Side of a view in pixels; a multiple of `grid` where cells are masked. Kernel sizes stay as
+    they are."""
     crop_area: Range = (0.2, 1.0)
     """Share of the image's area that a crop window covers (MoCo v2)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Width over height of the window in the image (torchvision's RandomResizedCrop)."""
+    interpolation: Interpolation = "bilinear"
+    """How a crop is resized to the view, antialiased either way (MoCo v2: bilinear; SimCLR,
+    solo-learn and ADIOS: bicubic). The saliency is always resized bilinearly."""
     pair: bool = True
     """Whether an image gives a query and a key; a query alone is for methods with labels."""
     flip_probability: float = 0.5
@@ -71,8 +76,8 @@ class Recipe:
     """Its standard deviation in pixels (loader.py)."""
 
     fill: str = "noise"
-    """What replaces a masked pixel: a name of `pipeline.fills.FILLS` or your own `module:function`;
-    `none` masks nothing."""
+    """What replaces a masked pixel: a name of `pipeline.fills.FILLS`; your own function as
+    `FILE.py:function` or `module:function`; `none` masks nothing."""
     noise_query: float = 0.18
     """Standard deviation of the noise in query and key, in normalised units (random_mask_hp.py)."""
     noise_hard_negative: float = 0.14
@@ -87,7 +92,8 @@ class Recipe:
     foreground_margin: float = 0.6
     """A cell is foreground where A >= mean - margin * std (relaxed SCDA; poster, localize.py)."""
     query_mask: str = "spread"
-    """Where a query is masked: a name of `pipeline.masks.MASKS`, or your own `module:function`."""
+    """Where a query is masked: a name of `pipeline.masks.MASKS`, or your own, `FILE.py:function`
+    or `module:function`."""
     hard_negative_mask: str = "foreground"
     """Where a hard negative is masked, likewise."""
     branch: Branch = "query"
@@ -135,10 +141,18 @@ class Recipe:
                 check(0 <= value <= 1, field.name, value, "between 0 and 1")
         check(self.branch in get_args(Branch), "branch", self.branch, "query, key or both")
         check(
-            self.crop_size > 0 and self.crop_size % self.grid == 0,
+            self.interpolation in get_args(Interpolation),
+            "interpolation",
+            self.interpolation,
+            "bilinear or bicubic",
+        )
+        check(self.crop_size > 0, "crop_size", self.crop_size, "above 0")
+        nearest = max(1, round(self.crop_size / self.grid)) * self.grid
+        check(
+            not self.masks_cells or nearest == self.crop_size,
             "crop_size",
             self.crop_size,
-            f"a multiple of the grid, {self.grid}",
+            f"a multiple of the grid of {self.grid} cells a side (--recipe.grid), say {nearest}",
         )
         # a reflected border must lie inside the view
         widest = max(
@@ -178,6 +192,14 @@ class Recipe:
             self.hard_negatives,
             "0 where the fill is none: nothing would set it apart from the key",
         )
+
+    @property
+    def masks_cells(self) -> bool:
+        """Whether masks or fills are made of cells, so that `grid` must divide the crop."""
+        if self.fill == "none":
+            return False
+        boxes_alone = self.query_mask == "regions" and self.hard_negatives == 0
+        return not boxes_alone or self.fill not in ("mean", "blur")
 
     @property
     def cell(self) -> int:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.draws import Draws, to_device
+from pipeline.devices import to_device
 from pipeline.masks import Masks
 from pipeline.recipes import Recipe
+from pipeline.rng import Rng
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class Regions:
         return Masks(filled, None, ratio, torch.zeros_like(ratio, dtype=torch.bool))
 
 
-def draw(
-    query: Tensor, key: Tensor, saliency: Tensor | None, recipe: Recipe, draws: Draws
-) -> Regions:
+def draw(query: Tensor, key: Tensor, saliency: Tensor | None, recipe: Recipe, rng: Rng) -> Regions:
     """Draw the regions of a batch.
 
     Args:
@@ -53,7 +52,7 @@ def draw(
     size, count = len(query), recipe.regions
     salient = recipe.region_choice == "salient"
     tries = recipe.region_candidates if salient else 1
-    windows = to_device(torch.stack([query, key]).double(), draws.device)  # (2, N, 4)
+    windows = to_device(torch.stack([query, key]).double(), rng.device)  # (2, N, 4)
     start = torch.minimum(windows[..., :2], windows[..., 2:])  # (2, N, 2) as y, x
     end = torch.maximum(windows[..., :2], windows[..., 2:])
     low, high = start.amax(0), end.amin(0)  # of the overlap, (N, 2)
@@ -62,9 +61,9 @@ def draw(
     valid = (least <= extent).all(1)  # (N,)
 
     shortest, longest = recipe.region_extent
-    share = shortest + (longest - shortest) * draws.uniform(size, count, tries, 2)
+    share = shortest + (longest - shortest) * rng.uniform(size, count, tries, 2)
     sides = torch.maximum(share * extent[:, None, None], least[:, None, None])
-    place = draws.uniform(size, count, tries, 2)
+    place = rng.uniform(size, count, tries, 2)
     first = low[:, None, None] + place * (extent[:, None, None] - sides)
     boxes = torch.cat([first, first + sides], dim=-1)  # (N, R, tries, 4) as y0 x0 y1 x1
     if salient:

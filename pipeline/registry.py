@@ -22,7 +22,8 @@ def register(kind: str, name: str, registry: dict) -> Callable[[Function], Funct
 
 
 def find(kind: str, name: str, registry: dict[str, Function]) -> Function:
-    """The function of that name; `module:function` is imported.
+    """The function of that name; `FILE.py:function` and `module:function` are
+    imported.
 
     Raises:
         UserError: no such name (with the nearest one), module or function.

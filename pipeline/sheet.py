@@ -36,6 +36,13 @@ class Tile:
     branch: str = ""
 
 
+def fit_into_tile(image: Image.Image) -> Image.Image:
+    """The image resized so that its longer side is a tile's; the other is at least one pixel."""
+    scale = TILE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def png(title: str, note: str, rows: list[list[Tile]]) -> Image.Image:
     """All rows on one sheet, each column under its name."""
     width = GAP + len(rows[0]) * (TILE + GAP)

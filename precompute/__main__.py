@@ -29,7 +29,7 @@ class Options:
 
     --dataset chooses one of: imagenet, imagenet100, imagenette, caltech101, flowers102, stl10,
     cifar10, voc, coco, coco-instances, folder (one folder a class), files (a glob or a list),
-    webdataset (tars that exist already), demo (generated scenes), or module:Class of your own.
+    webdataset (tars that exist already), demo (generated scenes), or FILE.py:Class of your own.
     """
 
     dataset: str = tyro.MISSING
@@ -63,11 +63,13 @@ class Options:
     batch_size: int = 32
     """Images that are decoded and estimated together; the saliency's last bits depend on it."""
     workers: int = 0
-    """Shards that are built at a time; 0 for one a GPU, or one a CPU core without a GPU."""
+    """Shards that are built at a time; 0 for 1 to 3 per GPU (one for every 2 CPU cores per GPU), or
+    one per CPU core without a GPU."""
     cpus_per_worker: float = 0
     """CPU cores of each; 0 for an even share."""
     gpus_per_worker: float = 0
-    """GPUs of each, also a part of one (0.5: two workers a GPU); 0 for one where there are any."""
+    """GPUs of each worker, also a part of one (0.5: two workers per GPU); 0 for an even share. A
+    GPU in exclusive-process mode takes one worker: 1."""
     address: str | None = None
     """Of a running Ray cluster (`auto` for the one of this machine); by default a local one is
     started and ended."""
@@ -92,21 +94,19 @@ def main() -> int:
     from precompute.job import Resources, run_job  # torch, DALI and Ray: not before it is time
 
     job = resolve(options)
+    resources = Resources(
+        options.address, options.workers, options.cpus_per_worker, options.gpus_per_worker
+    )
     if options.dry_run:
-        from precompute.forecast import forecast
+        from precompute.dry_run import Machine, estimate_job
 
-        print(forecast(job, len(os.sched_getaffinity(0))))
+        print(estimate_job(job, resources, Machine.here()))
         return 0
     if not job.plan.images:
         print(f"nothing to do: {options.out} knows every image of the source")
         return 0
     print(f"{job.plan.images} images -> {len(job.plan.shards)} shards in {job.out}", flush=True)
-    summary = run_job(
-        job,
-        Resources(
-            options.address, options.workers, options.cpus_per_worker, options.gpus_per_worker
-        ),
-    )
+    summary = run_job(job, resources)
     print(report(summary))
     if len(summary.dataset) == 0:
         raise UserError(
@@ -172,7 +172,7 @@ def report(summary: "Summary") -> str:
 
 
 def start() -> None:
-    run(main)
+    run(main, outlives_reader=True, decodes=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the loader does.
 import io
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ import torch
 from nvidia.dali import types
 from PIL import Image
 
+from precompute.device_failure import device_error
 from precompute.encode import EncodedImage, RejectedError, to_png
+from precompute.sources import SourceImage
+from schemas.device_errors import classify_error
 from schemas.tables import Reject
 
 PIXELS_AT_ONCE = 2**27
@@ -25,24 +29,56 @@ million pixels, so this only parts batches of very large images, which would not
 
 
 def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Reject]]:
-    """Decode a batch; where it fails, one by one, to find which.
+    """Decode a batch; where it fails, one by one, to find the images at fault.
 
     A TIFF that DALI cannot read but Pillow can is re-encoded.
 
     Returns:
         the images that decode, their pixels as a DALI batch of (height, width, 3) uint8 RGB with
         EXIF orientation applied (None when there are none), and the others.
+
+    Raises:
+        UserError: the decoder itself fails, whatever the image: no memory is left, the GPU is in
+            error. Nothing is rejected then.
     """
     try:
         return images, decode_batch(images), []
-    except RuntimeError:
+    except RuntimeError as error:
+        raise_unless_decoder_works(error)
         good, rejects = [], []
         for encoded in images:
             try:
                 good.append(readable(encoded))
-            except RejectedError as error:
-                rejects.append(error.reject)
-    return good, decode_batch(good) if good else None, rejects
+            except RejectedError as rejected:
+                rejects.append(rejected.reject)
+    try:
+        return good, decode_batch(good) if good else None, rejects
+    except RuntimeError as error:  # each of them was decoded alone a moment ago
+        raise device_error(error, "the decoder fails") from error
+
+
+def raise_unless_decoder_works(error: RuntimeError) -> None:
+    """Return if only the image of a failed decode can be at fault for `error`.
+
+    Raises:
+        UserError: the error's text names a GPU or memory, or a JPEG that is known to be good does
+            not decode either. After some errors of CUDA every later call fails, so images would be
+            rejected one after the other, all of them sound.
+    """
+    if classify_error(str(error)) != "data":
+        raise device_error(error, "the decoder fails") from error
+    try:
+        decode_batch([good_jpeg()])
+    except RuntimeError as second:
+        raise device_error(second, "a JPEG that is known to be good does not decode") from second
+
+
+@cache
+def good_jpeg() -> EncodedImage:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, "JPEG")
+    image = SourceImage("known-good", "known-good.jpg", -1)
+    return EncodedImage(image, buffer.getvalue(), "jpg", False, 256 * 256, {})
 
 
 def within_memory(images: list[EncodedImage]) -> Iterator[list[EncodedImage]]:
@@ -60,10 +96,16 @@ def within_memory(images: list[EncodedImage]) -> Iterator[list[EncodedImage]]:
 
 
 def readable(encoded: EncodedImage) -> EncodedImage:
-    """The image as it is, or re-encoded, such that DALI decodes it. Raises RejectedError."""
+    """Return the image as it is, or re-encoded, such that DALI decodes it.
+
+    Raises:
+        RejectedError: it does not decode.
+        UserError: the decoder itself fails.
+    """
     try:
         decode_batch([encoded])
     except RuntimeError as error:
+        raise_unless_decoder_works(error)
         if encoded.extension != "tiff":
             detail = "damaged or cut short; replace or remove it"
             raise RejectedError(encoded.image, "undecodable", detail) from error

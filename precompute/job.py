@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,20 +11,22 @@ from typing import Any
 import pyarrow.compute as pc
 import ray
 import ray.data
+from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from precompute.cluster import cluster
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
-from precompute.ledger import Ledger
 from precompute.plan import Plan
 from precompute.progress import watch
+from precompute.progress_actor import ProgressActor
 from precompute.resume import missing_shards
 from precompute.sources import Source
 from precompute.worker import BuilderFactory, ShardActor
-from schemas.cli import TerminatedError
+from schemas.cli import TerminatedError, loaded_files
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
+from schemas.settings import defaults_of
 from schemas.storage import Store
 from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, Reject, shard_name
 from schemas.writer import PACKAGES, finish_dataset
@@ -89,6 +92,31 @@ class Job:
             settings["first_shard"] = self.first_shard
         return json.loads(json.dumps(settings))  # as a marker gives them back: tuples are lists
 
+    @property
+    def default_settings(self) -> dict[str, Any]:
+        """What a setting counts as that a marker of an older version does not know."""
+        resize = Resize()
+        return {
+            "resize": resize.short_side,
+            "resize_quality": resize.quality,
+            "first_shard": 0,
+            "estimator": defaults_of(type(self.estimator)),
+        }
+
+
+MOST_WORKERS_PER_GPU = 3
+CORES_PER_WORKER = 2
+"""A worker reads, decodes, estimates and packs in threads of their own (both numbers are ours)."""
+
+
+def workers_per_gpu(cores_per_gpu: float) -> int:
+    """Return how many workers share a GPU by default.
+
+    One process cannot keep a GPU busy: what is left to its CPU is one Python process's work (see
+    docs/performance.md), and the GPU waits at the begin and the end of each shard.
+    """
+    return max(1, min(MOST_WORKERS_PER_GPU, int(cores_per_gpu // CORES_PER_WORKER)))
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -97,7 +125,8 @@ class Resources:
     Attributes:
         address: of a running Ray cluster; None for a local one that ends with the job.
         workers: shards at a time; 0 for as many as the cluster's GPUs, or CPU cores, allow.
-        cpus, gpus: of each worker; 0 for an even share of what the cluster has.
+        cpus: cores of each worker; 0 for an even share of what the cluster has.
+        gpus: GPUs of each worker; 0 for a part of one, see `workers_per_gpu`.
     """
 
     address: str | None = None
@@ -106,17 +135,32 @@ class Resources:
     gpus: float = 0
 
     def split(self, cores: float, devices: float, shards: int) -> tuple[int, float, float]:
-        """Workers, and cores and GPUs of each, on a cluster with so many. Raises UserError."""
+        """Return the count of workers, and the cores and GPUs of each.
+
+        Args:
+            cores, devices: CPU cores and GPUs of the cluster. shards: how many are to be built.
+
+        Raises:
+            UserError: a worker is to have more than the cluster has.
+        """
         if self.gpus > devices or self.cpus > cores:
             raise UserError(
                 f"a worker is to have {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has "
                 f"{cores:g} and {devices:g}"
             )
-        gpus = self.gpus or min(1.0, devices)
-        fitting = devices // gpus if gpus else cores // (self.cpus or 1)
+        if self.gpus:
+            fitting = devices // self.gpus
+        elif devices:
+            fitting = devices * workers_per_gpu(cores / devices)
+        else:
+            fitting = cores // (self.cpus or 1)
         workers = max(1, min(self.workers or int(fitting), shards))
+        # Ray puts workers that fit together onto one GPU, so each asks for the part that spreads
+        # them over all GPUs; Ray keeps such parts as ten-thousandths
+        even = math.floor(10_000 / math.ceil(workers / devices)) / 10_000 if devices else 0.0
         # more workers than cores share them
-        return workers, self.cpus or cores / workers, min(gpus, devices / workers)
+        gpus = min(self.gpus or even, devices / workers if self.gpus else 1.0)
+        return workers, self.cpus or cores / workers, gpus
 
 
 @dataclass(frozen=True)
@@ -167,13 +211,15 @@ def run_job(job: Job, resources: Resources) -> Summary:
     """
     start = time.monotonic()
     store = Store(job.out)
-    # loaded here too, so that weights that are wrong or missing are found before Ray is started
-    estimator = job.estimator.build()
+    # Loaded here too, so that weights that are wrong or missing are found before Ray is started; on
+    # the CPU, because the driver's context would stay on the GPU for the whole job, and a GPU in
+    # exclusive-process mode would take no worker beside it.
+    estimator = job.estimator.build(device="cpu")
     settings = job.settings(estimator.weights_sha256)
     card = None
     if store.exists(CARD):  # of a newer format its shards would look damaged, and be written over
         card = DatasetCard.from_json(store.read(CARD), store.location(CARD))
-    missing = missing_shards(store, settings)
+    missing = missing_shards(store, settings, job.default_settings)
     store.make_folder(SHARD_FOLDER)
     at_work = 0.0
     if missing:
@@ -209,6 +255,8 @@ def build_shards(
     """
     images = {shard: job.plan.shards[shard - job.first_shard] for shard in missing}
     store = Store(job.out)
+    for module in loaded_files():  # a source of the user's own, named by its file
+        cloudpickle.register_pickle_by_value(module)
 
     def so_far() -> str:
         there = store.sizes(SHARD_FOLDER)
@@ -232,22 +280,22 @@ def build_shards(
         )
         # beside the driver, so that it goes only where the job goes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        ledger = ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote()
+        progress = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
         plans = [{"shard": shard, "images": json.dumps(images[shard])} for shard in missing]
         results = ray.data.from_items(plans, override_num_blocks=len(plans)).map(
             ShardActor,
-            fn_constructor_args=(factory, ledger),
+            fn_constructor_args=(factory, progress),
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
             num_cpus=cpus,
             num_gpus=gpus or None,
         )
 
         try:
-            with watch(ledger, sum(map(len, images.values())), len(missing)):
+            with watch(progress, sum(map(len, images.values())), len(missing)):
                 for row in results.iter_rows():
                     if row["error"]:
                         raise UserError(f"shard {row['shard']} failed: {row['error']}; {so_far()}")
-            return ray.get(ledger.at_work.remote())
+            return ray.get(progress.at_work.remote())
         except TerminatedError as error:
             raise TerminatedError(f"terminated; {so_far()}") from error
         except ray.exceptions.RayError as error:

@@ -33,10 +33,10 @@ def listed(entries: Iterable[T]) -> Iterator[T]:
 
 
 @contextmanager
-def watch(ledger: Any, images: int, shards: int) -> Iterator[None]:
-    """Show the ledger's counts until the block ends, and what is pending when nothing moves."""
+def watch(actor: Any, images: int, shards: int) -> Iterator[None]:
+    """Show the actor's counts until the block ends, and the pending shards when nothing moves."""
     over = threading.Event()
-    thread = threading.Thread(target=show, args=(ledger, images, shards, over), daemon=True)
+    thread = threading.Thread(target=show, args=(actor, images, shards, over), daemon=True)
     thread.start()
     try:
         yield
@@ -45,7 +45,7 @@ def watch(ledger: Any, images: int, shards: int) -> Iterator[None]:
         thread.join()
 
 
-def show(ledger: Any, images: int, shards: int, over: threading.Event) -> None:
+def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
     terminal = sys.stderr.isatty()
     moved, counted, said = time.monotonic(), 0, time.monotonic()
     with tqdm(
@@ -55,8 +55,8 @@ def show(ledger: Any, images: int, shards: int, over: threading.Event) -> None:
         while True:
             last = over.wait(POLL_SECONDS)
             try:
-                written, rejected, finished = ray.get(ledger.totals.remote())
-                pending = ray.get(ledger.pending.remote())
+                written, rejected, finished = ray.get(actor.totals.remote())
+                pending = ray.get(actor.pending.remote())
             except ray.exceptions.RayError:
                 return  # the job itself meets it, and says so
             now, done = time.monotonic(), written + rejected

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from schemas.errors import FormatError, UserError
+from schemas.settings import differences, sentence
 from schemas.shard import ShardMarker, read_marker
 from schemas.storage import Store
 from schemas.tables import SHARD_FOLDER, shard_name
@@ -15,8 +16,12 @@ MARKERS_AT_A_TIME = 16
 """Read together: enough to hide an object store's latency."""
 
 
-def missing_shards(store: Store, settings: dict[str, Any]) -> list[int]:
+def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, Any]) -> list[int]:
     """The shards of a job that are not there whole.
+
+    Args:
+        settings: `Job.settings`.
+        defaults: `Job.default_settings`, for what the markers of an older version do not say.
 
     Raises:
         UserError: what is there was made with other settings.
@@ -27,7 +32,7 @@ def missing_shards(store: Store, settings: dict[str, Any]) -> list[int]:
             {name: value for name, value in whole.items() if name not in OF_ONE_PLAN}
             for whole in (read_marker(store, 0).settings, settings)
         )
-        refuse_other_settings(store, there, now)
+        refuse_other_settings(store, there, now, defaults)
     files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
     end = first + settings["shards"]
     own = {shard_name(shard, suffix) for shard in range(end) for suffix in SUFFIXES}
@@ -36,7 +41,7 @@ def missing_shards(store: Store, settings: dict[str, Any]) -> list[int]:
         tar, index, parquet = (shard_name(shard, suffix) for suffix in SUFFIXES)
         marker = sound_marker(store, shard) if parquet in files else None
         if marker:
-            refuse_other_settings(store, marker.settings, settings)
+            refuse_other_settings(store, marker.settings, settings, defaults)
         return not marker or files.get(tar) != marker.row.bytes or index not in files
 
     with ThreadPoolExecutor(MARKERS_AT_A_TIME) as pool:
@@ -60,30 +65,16 @@ def sound_marker(store: Store, shard: int) -> ShardMarker | None:
         return None
 
 
-def refuse_other_settings(store: Store, there: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_other_settings(
+    store: Store, there: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]
+) -> None:
     """Raises UserError naming what differs."""
-    if there == now:
+    found = differences(there, now, defaults)
+    if not found:
         return
-    if there["estimator"]["name"] != now["estimator"]["name"]:  # then all its options differ too
-        there, now = ({"estimator": settings["estimator"]["name"]} for settings in (there, now))
-    old, new = flat(there), flat(now)
-    differs = [
-        f"{key} is {old.get(key)} there and {new.get(key)} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key != "plan"
-    ]
-    what = "; ".join(differs) or "other source images, or the same under other names"
+    what = sentence(difference for difference in found if difference.name != "plan")
     raise UserError(
-        f"{store.url}: was made with other settings: {what}. Choose another OUT, delete the "
-        "folder to make it anew, or add new images by --extend"
+        f"{store.url}: was made with other settings: "
+        f"{what or 'other source images, or the same under other names'}. Choose another OUT, "
+        "delete the folder to make it anew, or add new images by --extend"
     )
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        result |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return result

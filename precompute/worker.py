@@ -10,10 +10,10 @@ import nvidia.dali.experimental.dynamic as ndd
 import ray
 import torch
 
-from precompute.build import ShardBuilder
+from precompute.crash_bisect import find_crashing_images
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
-from precompute.poison import find_poison
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
 from schemas.errors import UserError
 from schemas.storage import Store
@@ -51,10 +51,10 @@ class BuilderFactory:
 class ShardActor:
     """A ShardBuilder as Ray Data calls it: a plan in, a line about what happened out."""
 
-    def __init__(self, make_builder: BuilderFactory, ledger: Any):
+    def __init__(self, make_builder: BuilderFactory, progress: Any):
         self.make_builder = make_builder
         self.builder = make_builder()
-        self.ledger = ledger
+        self.progress = progress
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         shard = int(row["shard"])
@@ -63,22 +63,22 @@ class ShardActor:
 
     def build(self, shard: int, images: list[SourceImage]) -> str:
         """Build one shard; why not, or an empty string."""
-        attempt = ray.get(self.ledger.begin.remote(shard))
+        attempt = ray.get(self.progress.begin.remote(shard))
         if attempt > MAX_ATTEMPTS:
             return f"its worker died {MAX_ATTEMPTS} times, and no image of it kills one alone"
 
         def advance(written: int, rejected: int) -> None:
-            self.ledger.advance.remote(shard, written, rejected)
+            self.progress.advance.remote(shard, written, rejected)
 
         try:
             refused: Mapping[str, str] = {}
             if attempt == MAX_ATTEMPTS:
-                refused = find_poison(images, self.make_builder)
+                refused = find_crashing_images(images, self.make_builder)
             self.builder.build(shard, images, advance, refused)
         except UserError as error:
             return str(error)
         except Exception as error:
             logging.getLogger(__name__).exception("shard %d", shard)
             return f"{type(error).__name__}: {error}"
-        ray.get(self.ledger.finish.remote(shard))
+        ray.get(self.progress.finish.remote(shard))
         return ""

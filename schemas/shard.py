@@ -6,7 +6,6 @@ and equal samples give equal bytes.
 """
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -24,13 +23,14 @@ from schemas.tables import (
     Reject,
     ShardRow,
     from_parquet,
+    known_fields,
     shard_name,
     to_parquet,
 )
+from schemas.ustar import BLOCK, UstarWriter
 
 INDEX_VERSION = "v1.2"
 MARKER_METADATA = b"saliency_shards"
-BLOCK = tarfile.BLOCKSIZE
 
 
 class Member(NamedTuple):
@@ -73,56 +73,54 @@ def write_shard(
         ValueError: two samples with one key, or a map that is not square and finite.
         UserError: no space left, or no permission.
     """
-    tar, rows = pack(shard, samples)
+    tar, rows, members = pack(shard, samples)
     row = ShardRow(shard, len(rows), len(tar), hashlib.sha256(tar).hexdigest())
     table = pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA)
     marker = ShardMarker(row, table, list(rejects), settings or {})
     store.write(shard_name(shard, "tar"), tar)
-    store.write(shard_name(shard, "idx"), index_of(tar))
+    store.write(shard_name(shard, "idx"), index_of_members(members))
     store.write(shard_name(shard, "parquet"), marker_to_parquet(marker))
     return marker
 
 
-def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, Any]]]:
-    """The tar of these samples, and their rows of samples.parquet."""
-    buffer = io.BytesIO()
+def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, Any]], list[Member]]:
+    """Return the tar of these samples, their rows of samples.parquet, and the tar's files."""
+    tar = UstarWriter()
     rows: list[dict[str, Any]] = []
+    packed: list[Member] = []
     keys: set[str] = set()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index, sample in enumerate(samples):
-            if sample.key in keys:
-                raise ValueError(f"key {sample.key} twice in shard {shard}")
-            keys.add(sample.key)
-            saliency = SaliencyMap.quantise(sample.saliency)
-            members = {
-                sample.extension: sample.image,
-                SALIENCY_MEMBER: saliency.to_png(),
-                LABEL_MEMBER: str(sample.label).encode("ascii"),
-                **dict(sorted(sample.members.items())),
+    for index, sample in enumerate(samples):
+        if sample.key in keys:
+            raise ValueError(f"key {sample.key} twice in shard {shard}")
+        keys.add(sample.key)
+        saliency = SaliencyMap.quantise(sample.saliency)
+        members = {
+            sample.extension: sample.image,
+            SALIENCY_MEMBER: saliency.to_png(),
+            LABEL_MEMBER: str(sample.label).encode("ascii"),
+            **dict(sorted(sample.members.items())),
+        }
+        for extension, content in members.items():
+            offset = tar.add(f"{sample.key}.{extension}", content)
+            packed.append(Member(sample.key, extension, offset, len(content)))
+        rows.append(
+            {
+                "key": sample.key,
+                "shard": shard,
+                "index": index,
+                "label": sample.label,
+                "height": sample.height,
+                "width": sample.width,
+                "image_bytes": len(sample.image),
+                "image_sha256": hashlib.sha256(sample.image).hexdigest(),
+                "saliency_min": saliency.minimum,
+                "saliency_max": saliency.maximum,
+                "foreground": saliency.foreground(),
+                "source": sample.source,
+                "reencoded": sample.reencoded,
             }
-            for extension, content in members.items():
-                # TarInfo's defaults are fixed: no time, no owner, mode 0644
-                info = tarfile.TarInfo(f"{sample.key}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-            rows.append(
-                {
-                    "key": sample.key,
-                    "shard": shard,
-                    "index": index,
-                    "label": sample.label,
-                    "height": sample.height,
-                    "width": sample.width,
-                    "image_bytes": len(sample.image),
-                    "image_sha256": hashlib.sha256(sample.image).hexdigest(),
-                    "saliency_min": saliency.minimum,
-                    "saliency_max": saliency.maximum,
-                    "foreground": saliency.foreground(),
-                    "source": sample.source,
-                    "reencoded": sample.reencoded,
-                }
-            )
-    return buffer.getvalue(), rows
+        )
+    return tar.getvalue(), rows, packed
 
 
 def members_of(tar: bytes) -> Iterator[Member]:
@@ -155,9 +153,14 @@ def members_of(tar: bytes) -> Iterator[Member]:
 
 
 def index_of(tar: bytes) -> bytes:
-    """DALI's index of a tar: a line a sample, `extension offset size name` for each member."""
+    """DALI's index of a tar. Raises FormatError where the tar is damaged."""
+    return index_of_members(members_of(tar))
+
+
+def index_of_members(members: Iterable[Member]) -> bytes:
+    """DALI's index: a line for each sample, `extension offset size name` for each member."""
     lines: dict[str, list[str]] = {}
-    for key, extension, offset, size in members_of(tar):
+    for key, extension, offset, size in members:
         lines.setdefault(key, []).append(f"{extension} {offset} {size} {key}.{extension}")
     text = [f"{INDEX_VERSION} {len(lines)}", *(" ".join(line) for line in lines.values())]
     return ("\n".join(text) + "\n").encode("ascii")
@@ -186,10 +189,15 @@ def read_marker(store: Store, shard: int) -> ShardMarker:
     metadata = (table.schema.metadata or {}).get(MARKER_METADATA)
     if metadata is None:
         raise FormatError(f"{location}: not a shard's parquet file: its metadata is missing")
-    record = json.loads(metadata)
-    return ShardMarker(
-        row=ShardRow(**record["shard"]),
-        samples=table.replace_schema_metadata(None),
-        rejects=[Reject(**reject) for reject in record["rejects"]],
-        settings=record["settings"],
-    )
+    try:
+        record = json.loads(metadata)
+        return ShardMarker(
+            row=ShardRow(**known_fields(ShardRow._fields, record["shard"])),
+            samples=table.replace_schema_metadata(None),
+            rejects=[Reject(**known_fields(Reject._fields, r)) for r in record["rejects"]],
+            settings=record["settings"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            f"{location}: not a shard's marker: its metadata lacks {error}"
+        ) from error

@@ -1,8 +1,11 @@
 """The tables beside the shards, and the card that says the dataset is whole."""
 
 import dataclasses
+import functools
 import io
 import json
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import FormatError
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -47,6 +52,13 @@ SHARDS_SCHEMA = pa.schema(
 REJECTS_SCHEMA = pa.schema(
     [("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
+OPTIONAL_COLUMNS: dict[str, Any] = {
+    "foreground": None,  # it follows from the map
+    "source": "",
+    "reencoded": False,
+    "detail": "",
+}
+"""Columns that a reader can do without, and what stands in their place."""
 
 
 class ShardRow(NamedTuple):
@@ -66,7 +78,7 @@ class Reject(NamedTuple):
 
     source: str
     reason: str
-    detail: str
+    detail: str = ""
 
 
 def shard_name(shard: int, suffix: str) -> str:
@@ -85,7 +97,14 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def from_parquet(content: bytes, schema: pa.Schema, location: str) -> pa.Table:
-    """Raises FormatError when the content is no parquet file or has other columns."""
+    """Read the columns of `schema`, in its order.
+
+    Columns that this version does not know are ignored. An absent one of OPTIONAL_COLUMNS has its
+    default, which is logged. Types of other widths are converted where no value changes.
+
+    Raises:
+        FormatError: the content is no parquet file, a column is missing or of another kind.
+    """
     try:
         # Not from a Python file: Arrow reads such a one in a thread of its own, which aborts the
         # process (apache/arrow#34314) when it lets go of the file while Python exits.
@@ -93,15 +112,45 @@ def from_parquet(content: bytes, schema: pa.Schema, location: str) -> pa.Table:
         table = pq.ParquetFile(source, pre_buffer=False).read(use_threads=False)
     except pa.ArrowException as error:
         raise FormatError(f"{location}: not a readable parquet file ({error})") from error
-    if not table.schema.equals(schema):
-        found = ", ".join(f"{f.name} {f.type}" for f in table.schema)
-        raise FormatError(f"{location}: its columns are not those of format 1 but {found}")
-    return table
+    found = ", ".join(f"{f.name} {f.type}" for f in table.schema)
+    columns = []
+    for wanted in schema:
+        places = table.schema.get_all_field_indices(wanted.name)
+        if len(places) == 1:
+            try:
+                columns.append(table.column(places[0]).cast(wanted.type))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise FormatError(
+                    f"{location}: its column {wanted.name} is not {wanted.type} ({error})"
+                ) from error
+        elif not places and wanted.name in OPTIONAL_COLUMNS:
+            value = OPTIONAL_COLUMNS[wanted.name]
+            tell_default(location.rsplit("/", 1)[-1], wanted.name, repr(value))
+            columns.append(pa.array([value] * len(table), wanted.type))
+        else:
+            raise FormatError(
+                f"{location}: its columns are not those of format {FORMAT_VERSION}: "
+                f"{'two named' if places else 'no'} {wanted.name} in {found}"
+            )
+    return pa.Table.from_arrays(columns, schema=schema.with_metadata(table.schema.metadata))
+
+
+@functools.cache
+def tell_default(file: str, name: str, value: str) -> None:
+    """Log that `name` is absent in files of this name; once in a process."""
+    log.warning("%s: has no %s; %s stands in its place", file, name, value)
+
+
+def known_fields(names: Iterable[str], record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a JSON object that this version knows; the others are ignored."""
+    return {name: record[name] for name in names if name in record}
 
 
 @dataclass(frozen=True)
 class DatasetCard:
     """`dataset.json`, written last: its presence means that the dataset is whole.
+
+    A field with a default here may be absent in a file.
 
     Attributes:
         name, split: as the user called them.
@@ -115,25 +164,30 @@ class DatasetCard:
     """
 
     name: str
-    split: str
     samples: int
     shards: int
     rejects: int
     classes: list[str]
     saliency_side: int
-    estimator: dict[str, Any]
-    plan: str
-    seed: int
+    split: str = ""
+    estimator: dict[str, Any] = field(default_factory=dict)
+    plan: str = ""
+    seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> bytes:
-        fields = {"format_version": self.format_version, **dataclasses.asdict(self)}
+        first = {name: getattr(self, name) for name in ("format_version", "name", "split")}
+        fields = {**first, **dataclasses.asdict(self)}
         return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_json(cls, content: bytes, location: str) -> "DatasetCard":
-        """Raises FormatError: no JSON, another format version, or a field is missing."""
+        """Read a card; fields that this version does not know are ignored.
+
+        Raises:
+            FormatError: no JSON, another format version, or a field without a default is missing.
+        """
         try:
             fields = json.loads(content)
         except ValueError as error:
@@ -149,6 +203,10 @@ class DatasetCard:
                 f"{location}: format version {version!r}, not {FORMAT_VERSION}: {advice}"
             )
         try:
-            return cls(**fields)
+            card = cls(**known_fields((known.name for known in dataclasses.fields(cls)), fields))
         except TypeError as error:
             raise FormatError(f"{location}: {str(error).removeprefix('DatasetCard.')}") from error
+        for known in dataclasses.fields(cls):
+            if known.name not in fields:
+                tell_default(CARD, known.name, repr(getattr(card, known.name)))
+        return card

@@ -72,7 +72,7 @@ def read(
 
 
 def start() -> None:
-    run(main)
+    run(main, outlives_reader=True, decodes=True)
 
 
 if __name__ == "__main__":

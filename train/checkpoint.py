@@ -1,7 +1,11 @@
 """Checkpoints of a run: whole or not there, and refused under other settings.
 
-    RUN/checkpoints/step-00000120/state.pt       settings, step, model with its queue, optimiser
-                                  rank-0000.pt   of each rank: its loader and its random generators
+    RUN/checkpoints/step-00000120/state.pt       settings, step, model with its queue, optimizer,
+                                                 loader
+                                  rank-0000.pt   the random generators of each rank
+
+Nothing that a step computes depends on the number of processes but batch statistics, so another
+number of them may resume, after any step.
 
 A folder under this name is whole: ranks write into a hidden one, everything is fsynced, and rank 0
 renames it. Files are read with weights_only=True, so that one from elsewhere can run no code.
@@ -12,20 +16,35 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from schemas import UserError
+from schemas.settings import differences, sentence
 from train.distributed import is_main, rank, together, world_size
 
-VERSION = 1
+VERSION = 2
+"""In version 1 each rank's file held the state of its loader."""
+
 PREFIX = "step-"
+
+
+class Restored(NamedTuple):
+    """The checkpoint that a run resumes from.
+
+    Attributes:
+        step: steps that are done; 0 where there is no checkpoint.
+        world_size: processes that wrote it.
+    """
+
+    step: int
+    world_size: int
 
 
 class Resumable(Protocol):
@@ -44,11 +63,13 @@ class Checkpoints:
         keep: how many of the last stay.
         settings: what a checkpoint must have in common with this run, name -> plain value;
             among them `steps_per_epoch`.
+        defaults: what a setting counts as that a checkpoint of an older version does not know.
     """
 
     folder: Path
     keep: int
     settings: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
@@ -71,7 +92,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         with together(), keeps_earlier(self.folder, step):
-            write(temporary / rank_file(rank()), {"loader": loader.state_dict(), **random_state()})
+            write(temporary / rank_file(rank()), random_state())
             if is_main():
                 state = {
                     "version": VERSION,
@@ -80,6 +101,7 @@ class Checkpoints:
                     "step": step,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    "loader": loader.state_dict(),  # the same on every rank
                 }
                 write(temporary / "state.pt", state)
         with together():
@@ -90,49 +112,37 @@ class Checkpoints:
                 for old in self.steps()[: -self.keep]:
                     self.remove(old)
 
-    def restore(self, model: nn.Module, optimizer: Resumable, loader: Resumable) -> int:
-        """Load the last checkpoint, if there is one, on all ranks; returns its step, else 0.
-
-        Another number of processes is accepted where an epoch ended.
+    def restore(self, model: nn.Module, optimizer: Resumable, loader: Resumable) -> Restored:
+        """Load the last checkpoint, if there is one, on all ranks.
 
         Raises:
             UserError: it was made with other settings; names each that differs.
         """
         if not self.steps():
-            return 0
+            return Restored(0, world_size())
         path = self.path(self.steps()[-1])
         state = read(path / "state.pt")
         self.check(path, state)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        same_world = state["world_size"] == world_size()
-        own = read(path / rank_file(rank() if same_world else 0))
-        loader.load_state_dict(own["loader"])
-        if same_world:
+        # a rank that was not there before keeps the generators that its seed gave it
+        own = read(path / rank_file(rank())) if rank() < state["world_size"] else None
+        loaders = state if state["version"] > 1 else own or read(path / rank_file(0))
+        loader.load_state_dict(loaders["loader"])
+        if own is not None:
             set_random_state(own)
-        return state["step"]
+        return Restored(state["step"], state["world_size"])
 
     def check(self, path: Path, state: dict[str, Any]) -> None:
         """Raises UserError unless this run may go on from `state`."""
-        if state["version"] != VERSION:
+        if state["version"] > VERSION:
             raise UserError(
-                f"{path}: checkpoint version {state['version']}, this code reads {VERSION}"
+                f"{path}: checkpoint version {state['version']}, this code reads up to {VERSION}"
             )
-        then, now = state["settings"], self.settings
-        differing = [
-            f"{name} was {then.get(name)}, is {now.get(name)}"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name)
-        ]
-        if differing:
+        if found := differences(state["settings"], self.settings, self.defaults):
             raise UserError(
-                f"{path}: made with other settings: {'; '.join(differing)}. "
+                f"{path}: made with other settings: {sentence(found)}. "
                 "Repeat the first command, or choose another --out"
-            )
-        if state["world_size"] != world_size() and state["step"] % now["steps_per_epoch"]:
-            raise UserError(
-                f"{path}: made by {state['world_size']} processes in the middle of an epoch, now "
-                f"there are {world_size()}; their number may change only where an epoch ends"
             )
 
     def remove_unfinished(self) -> None:

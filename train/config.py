@@ -1,6 +1,6 @@
 """The options of one training. The command line, config.yaml and checkpoints are views of this."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,8 +8,10 @@ import torch
 import tyro
 
 from pipeline import Cache
+from pipeline.order import SHUFFLE_SHARDS
 from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
+from schemas.settings import defaults_of, equal, flatten
 from train.distributed import world_size
 from train.encoders import Stem
 from train.methods import MethodConfig, MoCoConfig
@@ -23,9 +25,9 @@ FREE = {
 }  # fmt: skip
 
 
-POSITIVE = (
+POSITIVE = ("shuffle_shards", "streams",
     "batch_size", "accumulate", "epochs", "keep_checkpoints", "log_steps", "checkpoint_steps",
-    "rank_timeout", "synthetic",
+    "rank_timeout", "synthetic", "shuffle_shards", "streams",
 )  # fmt: skip
 
 
@@ -62,9 +64,12 @@ class TrainConfig:
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
     """How views are cut and masked."""
     encoder: str = "resnet50"
-    """A torchvision ResNet: resnet18 ... resnet152, resnext*, wide_resnet*. Random weights."""
+    """A torchvision ResNet (resnet18 ... resnet152, resnext*, wide_resnet*) or a ConvNet of timm
+    (timm:convnext_tiny). Random weights."""
     stem: Stem = "imagenet"
     """small: a 3 x 3 first convolution of stride 1, no max-pool; for crops of 32 to 64 pixels."""
+    zero_init_residual: bool = False
+    """Start each residual block as an identity: the last norm's weight in it is 0."""
     sync_bn: bool = False
     """Batch normalisation over the images of all processes; MoCo then does not shuffle them."""
     crop_size: int | None = None
@@ -106,9 +111,15 @@ class TrainConfig:
     rank_timeout: int = 600
     """Seconds after which a process that does not answer is taken for dead and the job ends."""
     cache: str | None = None
-    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
-    cache_gb: float = 500.0
-    """What all copies there may take, in GB of 10^9 bytes."""
+    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
+    a remote dataset when not given. A local dataset is copied to it only if it is given."""
+    cache_gb: float | None = None
+    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
+    shuffle_shards: int = SHUFFLE_SHARDS
+    """Number of shards whose samples are shuffled together."""
+    streams: int = 1
+    """Number of parts that shards are dealt to for the whole training; with as many as nodes, each
+    node reads its own shards only. Divides the batch size."""
 
 
 def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -155,9 +166,12 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def cache_of(folder: str | None, gigabytes: float) -> Cache | None:
-    """The options `cache` and `cache_gb`."""
-    return None if folder is None else Cache(Path(folder), int(1e9 * gigabytes))
+def cache_of(folder: str | None, gigabytes: float | None) -> Cache:
+    """Return the cache that the options `cache` and `cache_gb` name; None stands for a default."""
+    return Cache(
+        None if folder is None else Path(folder),
+        None if gigabytes is None else int(1e9 * gigabytes),
+    )
 
 
 def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
@@ -184,13 +198,37 @@ def settings_of(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
 
     `data` is the digest of what the dataset holds, so a dataset may move.
     """
-    settings = {"data": dataset_digest, "method": config.method.name}
-    for name, value in asdict(config).items():
-        if isinstance(value, dict) and name not in FREE:
-            settings |= {f"{name}.{key}": plain(inner) for key, inner in value.items()}
-        elif name not in FREE:
-            settings[name] = plain(value)
-    return {name: value for name, value in settings.items() if name not in FREE - {"data"}}
+    return {"data": dataset_digest, "method": config.method.name, **bound(flatten(config))}
+
+
+def default_settings(
+    method: type[MethodConfig], given: TrainConfig | None = None, decided: TrainConfig | None = None
+) -> dict[str, Any]:
+    """What a setting counts as that an older version did not know: today's defaults, flat.
+
+    Args:
+        method: whose own options are meant.
+        given, decided: a run's options before and after `resolved`. Where the run leaves an option
+            at a default that is decided by other options, what was decided stands.
+    """
+    general = defaults_of(TrainConfig)
+    defaults = {name: value for name, value in general.items() if not name.startswith("method.")}
+    defaults |= {f"method.{name}": value for name, value in defaults_of(method).items()}
+    if given is not None and decided is not None:
+        own, values = flatten(given), flatten(decided)
+        for name, value in defaults.items():
+            if name in own and equal(own[name], value):
+                defaults[name] = values.get(name, value)
+    return bound(defaults)
+
+
+def bound(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings, flat, that may differ between a checkpoint and a run."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in FREE and name.split(".")[0] not in FREE
+    }
 
 
 def recipe_name(recipe: Recipe) -> str:
@@ -204,13 +242,6 @@ def recipe_name(recipe: Recipe) -> str:
         if all(getattr(recipe, mask) == getattr(known, mask) for mask in masks):
             return name
     return "custom"
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, so that YAML and a restored checkpoint show and compare them alike."""
-    if isinstance(value, dict):
-        return {name: plain(inner) for name, inner in value.items()}
-    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def option(name: str) -> str:

@@ -80,15 +80,20 @@ def introduction(
 ) -> list[str]:
     """What is about to happen, one line each."""
     optim = config.optim
+    of_method = config.method.notes(config.recipe, config.batch_size // config.accumulate)
     return [
         f"{config.method.name}, {config.encoder}, recipe {recipe_name(config.recipe)}, "
         f"{config.recipe.crop_size} px, batch {config.batch_size} on {world_size()} x "
         f"{device.type}, {config.precision}",
         f"{optim.optimizer}, lr {optim.peak(config.batch_size):g}, {optim.schedule}, "
         f"{optim.warmup_epochs} epochs of warm-up, weight decay {optim.weight_decay:g}",
-        f"{config.epochs} epochs of {len(views)} steps; each leaves out {views.dropped} of "
-        f"{views.samples} images, other ones each time, which do not fill a batch",
-        *(f"note: {note}" for note in [*notes(config, device), *method.notes(views.samples)]),
+        f"{config.epochs} epochs of {len(views)} steps; each drops {views.dropped} of "
+        f"{views.samples} images (different ones each epoch) that do not fill a batch",
+        *filter(None, [views.cache_description]),
+        *(
+            f"note: {note}"
+            for note in [*notes(config, device), *of_method, *method.notes(views.samples)]
+        ),
     ]
 
 
@@ -103,15 +108,12 @@ def notes(config: TrainConfig, device: torch.device) -> list[str]:
         )
     if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         found.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} takes all")
-    if config.cache is None and not config.synthetic:
-        remedy = "--cache FOLDER copies the shards to a local disk once"
-        if kind := network_mount(config.data):
-            found.append(f"{config.data} lies on {kind}: where steps wait for data, {remedy}")
-        elif "://" in config.data:
-            found.append(
-                f"{config.data}: the store is asked three times an image, one after the other, "
-                f"which is slow where it is far; {remedy}"
-            )
+    kind = network_mount(config.data)
+    if kind and config.cache is None and not config.synthetic:
+        found.append(
+            f"{config.data} lies on {kind}: where steps wait for data, --cache FOLDER keeps shards "
+            "on a local disk"
+        )
     return found
 
 
@@ -120,6 +122,7 @@ def metadata_of(config: TrainConfig, name: str, digest: str) -> dict[str, str]:
     return {
         "encoder": config.encoder,
         "stem": config.stem,
+        "zero_init_residual": str(config.zero_init_residual),
         "method": config.method.name,
         "recipe": recipe_name(config.recipe),
         "crop_size": str(config.recipe.crop_size),

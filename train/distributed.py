@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.draws import to_device
+from pipeline.devices import to_device
 from schemas import UserError
 
 

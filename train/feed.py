@@ -17,6 +17,7 @@ class Views(Protocol):
 
     samples: int
     dropped: int
+    cache_description: str
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
@@ -74,6 +75,8 @@ class SyntheticViews:
         samples: images that an epoch is said to have, over all ranks.
         batch_size: of this rank.
     """
+
+    cache_description = ""
 
     def __init__(
         self,

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.recipes import Recipe
 from schemas import UserError
 from schemas.cli import lookup
-from train.config import KnnConfig, TrainConfig, plain
+from schemas.settings import plain
+from train.config import KnnConfig, TrainConfig
 from train.methods import find_method, name_of
 from train.optim import OptimConfig
 

@@ -9,6 +9,7 @@ from pipeline import MaskedViews
 from schemas import ShardDataset
 from train.config import TrainConfig, cache_of, resolved
 from train.distributed import rank, world_size
+from train.encoders import zero_residual_gammas_
 from train.feed import SYNTHETIC_CLASSES, SyntheticViews, Views
 from train.methods import Method, Setup
 from train.session import pick_device
@@ -63,7 +64,10 @@ def prepare(given: TrainConfig) -> Job:
         unlabelled=sum(label < 0 for label in labels),
         seed=config.seed,
     )
-    method = placed(config.method.build(setup), config, device)
+    method = config.method.build(setup)
+    if config.zero_init_residual:
+        zero_residual_gammas_(method, config.encoder)
+    method = placed(method, config, device)
     return Job(
         given=given,
         config=config,
@@ -92,4 +96,6 @@ def open_views(config: TrainConfig, device: torch.device) -> Views:
         seed=config.seed,
         report=("keys",),
         cache=cache_of(config.cache, config.cache_gb),
+        shuffle_shards=config.shuffle_shards,
+        streams=config.streams,
     )

@@ -11,9 +11,9 @@ from filelock import FileLock, Timeout
 from schemas import UserError
 from schemas.cli import TerminatedError
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, settings_of
+from train.config import TrainConfig, default_settings, settings_of
 from train.describe import introduction, metadata_of, write_start
-from train.distributed import gather_objects, is_main, together
+from train.distributed import gather_objects, is_main, together, world_size
 from train.encoders import save_encoder
 from train.evaluate.during import KnnDuringTraining
 from train.failure import LossWatch
@@ -99,13 +99,16 @@ def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
     config, out = job.config, job.out
     settings = settings_of(config, job.data_digest) | {"steps_per_epoch": job.epoch_steps}
     checkpoints = Checkpoints(
-        folder=out / "checkpoints", keep=config.keep_checkpoints, settings=settings
+        folder=out / "checkpoints",
+        keep=config.keep_checkpoints,
+        settings=settings,
+        defaults=default_settings(type(config.method), job.given, config),
     )
     step = Step(job.method, config, job.device)
     with together():
         if config.resume == "never" and checkpoints.steps():
             raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
-        done = checkpoints.restore(job.method, step, job.views)
+        done, saved_by = checkpoints.restore(job.method, step, job.views)
     record = None
     with together():
         if is_main():
@@ -123,7 +126,8 @@ def locked_train(job: Job, evaluation: Evaluation | None) -> Path:
             for line in introduction(config, job.method, job.views, job.device):
                 record.say(line)
             if done:
-                record.say(f"goes on after step {done} of {job.total_steps}")
+                processes = f", {saved_by} -> {world_size()} processes" * (saved_by != world_size())
+                record.say(f"resumes after step {done} of {job.total_steps}{processes}")
 
     loop = Loop(job, step, checkpoints, record, evaluation)
     with loop.interrupt.listening():

@@ -22,10 +22,12 @@ from train.methods import (
 )
 from train.optim import OptimConfig
 
-# google-research/simclr, data_util.py: colours of strength 1.0, crops from 8 % of the image on. Its
-# blur has a kernel of a tenth of the side; ours is cut at three sigma.
+# google-research/simclr, data_util.py: colors of strength 1.0, bicubic crops from 8 % of the image
+# on; solo-learn's are the same. Its blur has a kernel of a tenth of the side; ours is cut at three
+# sigma.
 SIMCLR_VIEWS: dict[str, Any] = {
     "crop_area": (0.08, 1.0),
+    "interpolation": "bicubic",
     "brightness": 0.8,
     "contrast": 0.8,
     "saturation": 0.8,
@@ -55,18 +57,27 @@ PRESETS: dict[str, Preset] = {
     # 256; queue 65,536, m 0.999, tau 0.2, rho 2, 200 epochs.
     "moco": Preset(TrainConfig(method=MoCoConfig(), optim=OptimConfig(base_lr=0.03))),
     # The stronger one on ImageNet-100 with ResNet-50 (joshr17/IFM README; also NNS): lr 0.8 at 512,
-    # m 0.99.
+    # m 0.99, queue 65,536. With patch negatives NNS reports 81.18 with this queue; its README's
+    # command has `--moco-k 16384`, with which it reports 81.49.
     "moco-in100": Preset(
         TrainConfig(
             method=MoCoConfig(ema_momentum=0.99), batch_size=512, optim=OptimConfig(base_lr=0.4)
         )
     ),
-    # SimCLR v1 on ImageNet (google-research/simclr, README and run.py): batch 4096, LARS 0.3 at
-    # 256, weight decay 1e-4, 10 epochs of warm-up, tau 0.1, statistics over all devices; 100 to
-    # 1000 epochs there.
+    # SimCLR v1 on ImageNet (google-research/simclr, README, run.py, model_util.py, objective.py):
+    # batch 4096, LARS 0.3 at 256, weight decay 1e-4, 10 epochs of warm-up, tau 0.1, statistics over
+    # all devices and both views, a head of three normalized layers, the sum of both directions,
+    # residual blocks that start as identities; 100 to 1000 epochs there.
     "simclr": Preset(
         TrainConfig(
-            method=SimCLRConfig(temperature=0.1),
+            method=SimCLRConfig(
+                temperature=0.1,
+                head_layers=3,
+                head_norm=True,
+                sum_directions=True,
+                joint_views=True,
+            ),
+            zero_init_residual=True,
             sync_bn=True,
             batch_size=4096,
             epochs=200,
@@ -89,7 +100,7 @@ PRESETS: dict[str, Preset] = {
     ),
     # SimCLR + ADIOS-s on ImageNet-100 with ResNet-18 (YugeTen/adios, bash_files/training): LARS,
     # 0.1896 for the encoder and 0.4988 for the masks at its batch of 128, 400 epochs, 10 of
-    # warm-up. Whether its code scales these by the batch is not verified; taken as they stand.
+    # warm-up. Its code does not scale rates by the batch, this trainer does: at 128 they are equal.
     "adios": Preset(
         TrainConfig(
             method=ADIOSConfig(),
@@ -101,6 +112,7 @@ PRESETS: dict[str, Preset] = {
         ),
         {
             "crop_area": (0.08, 1.0),
+            "interpolation": "bicubic",
             "brightness": 0.7,
             "contrast": 0.6,
             "saturation": 0.8,

@@ -8,7 +8,6 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,16 +35,29 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.8rem; backgro
       padding: 0.75rem }
 """
 
-CURVES: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
-    "loss": ("loss", lambda row: row["loss"]),
+CURVES: dict[str, tuple[str, dict[str, str]]] = {
+    "loss": ("loss", {"loss": "loss"}),
     "accuracy": (
-        "contrastive accuracy",
-        lambda row: row.get("contrastive_accuracy", row.get("accuracy")),
+        "how often the key is the most similar",
+        {
+            "negatives_accuracy": "among queue or batch",
+            "contrastive_accuracy": "among these and hard negatives",
+        },
     ),
-    "lr": ("learning rate", lambda row: row["lr"]),
-    "images_per_second": ("images/s", lambda row: row["images_per_second"]),
-    "data_wait": ("seconds a step waited for data", lambda row: row["data_wait"]),
+    "classification": ("accuracy on the training labels", {"accuracy": "accuracy"}),
+    "similarity": (
+        "mean cosine similarity to the query",
+        {
+            "key_similarity": "key",
+            "hard_similarity": "hard negative",
+            "negatives_similarity": "queue or batch",
+        },
+    ),
+    "lr": ("learning rate", {"lr": "learning rate"}),
+    "images_per_second": ("images/s", {"images_per_second": "images/s"}),
+    "data_wait": ("seconds a step waited for data", {"data_wait": "seconds"}),
 }
+"""Figures by their id: a label, and names in metrics.jsonl with what a legend calls them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +93,15 @@ def page(folder: Path, rows: list[dict[str, Any]]) -> str:
     steps = [row for row in rows if is_step(row)]
     title = f"{folder.name}: {len(steps)} steps, {steps[-1]['epoch']} epochs"
     parts = [f"<h1>{html.escape(title)}</h1>", '<div class="curves">']
-    for name, (label, value) in CURVES.items():
-        points = [(row["step"], value(row)) for row in steps]
-        parts.append(curve(name, label, {label: points}))
+    for name, (label, names) in CURVES.items():
+        known = {n: line for n, line in names.items() if any(n in row for row in steps)}
+        lines = {line: [(row["step"], row.get(n)) for row in steps] for n, line in known.items()}
+        parts.append(curve(name, label, lines))
     epochs = [row for row in rows if not is_step(row)]
     scores = sorted({name for row in epochs for name in row.keys() - {"step", "epoch"}})
     if scores:
-        lines = {n: [(row["step"], row[n]) for row in epochs if n in row] for n in scores}
-        parts.append(curve("scores", "accuracy on labelled shards", lines))
+        found = {n: [(row["step"], row[n]) for row in epochs if n in row] for n in scores}
+        parts.append(curve("scores", "accuracy on labelled shards", found))
     parts.append("</div>")
 
     views = sorted((folder / "views").glob("epoch-*.png"))

@@ -17,6 +17,7 @@ from train.encoders import compile_encoder_
 from train.methods import Method
 from train.norm import synchronised
 from train.optim import build_optimizer
+from train.timm_encoders import is_timm_encoder
 
 
 def placed(method: Method, config: TrainConfig, device: torch.device) -> Method:
@@ -29,7 +30,7 @@ def placed(method: Method, config: TrainConfig, device: torch.device) -> Method:
     method.to(device).to(memory_format=torch.channels_last).train()
     if config.compile:
         for module in method.modules():
-            if isinstance(module, ResNet):
+            if isinstance(module, ResNet) or is_timm_encoder(module):
                 compile_encoder_(module)
     return method
 

@@ -14,6 +14,11 @@ class Estimator(Protocol):
         ...
 
     @property
+    def device(self) -> str:
+        """`cuda` or `cpu`: where its work is done, which decides how far workers share it."""
+        ...
+
+    @property
     def weights_sha256(self) -> str | None:
         """Of the backbone's weights; None without any."""
         ...
@@ -22,8 +27,9 @@ class Estimator(Protocol):
         """Saliency of whole images.
 
         Args:
-            images: DALI batch of N images, (height, width, 3) uint8 RGB each, oriented. `squash`
-                makes one tensor of them; `[np.asarray(image) for image in images]` arrays.
+            images: DALI batch of N images, (height, width, 3) uint8 RGB each, oriented, on the
+                GPU if there is one. `squash` makes one tensor of them; `[np.asarray(image.cpu())
+                for image in images]` makes arrays.
 
         Returns:
             (N, side, side) float32 on any scale; more is more salient.

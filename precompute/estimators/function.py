@@ -1,10 +1,11 @@
-"""A user's own function as an estimator: `--estimator my_maps:centre`."""
+"""A user's own function as an estimator: `--estimator ./my_maps.py:centre`."""
 
 import hashlib
 import inspect
 from typing import Any
 
 import numpy as np
+import torch
 
 from schemas.cli import imported
 from schemas.errors import UserError
@@ -14,8 +15,8 @@ class FunctionEstimator:
     """See `Estimator`. Its sha256 is that of the function's file: changed code is other settings.
 
     Args:
-        path: `module:function`; takes a list of (height, width, 3) uint8 arrays, returns
-            (N, side, side) floats, more is more salient.
+        path: `FILE.py:function` or `module:function`; takes a list of (height, width, 3)
+            uint8 arrays, returns (N, side, side) floats, more is more salient.
 
     Raises:
         UserError: there is no such function, or it does not return maps.
@@ -28,6 +29,9 @@ class FunctionEstimator:
         except (TypeError, OSError) as error:
             raise UserError(f"estimator {path!r}: {error}") from error
         self.path = path
+        # what the function uses is not known: that it uses a GPU where there is one is the choice
+        # that promises less of further workers
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.weights_sha256 = hashlib.sha256(source.encode()).hexdigest()
         self.side = self.maps([np.zeros((32, 32, 3), np.uint8)]).shape[-1]
 

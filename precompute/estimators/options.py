@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from precompute.estimators.base import Estimator
+from schemas.cli import absolute
 from schemas.errors import UserError
 
 
@@ -18,8 +19,13 @@ class EstimatorOptions:
 
     name: ClassVar[str]
 
-    def build(self) -> Estimator:
-        """Load what it needs, on the GPU if there is one. Raises UserError."""
+    def build(self, device: str = "auto") -> Estimator:
+        """Load what the estimator needs. Raises UserError.
+
+        Args:
+            device: `auto`, the GPU if there is one; or `cpu`, to look at the weights and at the
+                map's side without a context on a GPU.
+        """
         raise NotImplementedError
 
     def parameters(self) -> dict[str, Any]:
@@ -34,10 +40,11 @@ class ScdaOptions(EstimatorOptions):
     name: ClassVar[str] = "scda"
 
     backbone: str = "resnet50"
-    """A torchvision classification CNN by name."""
+    """A torchvision classification CNN by name, or one of timm: timm:convnext_tiny."""
     weights: str = "DEFAULT"
-    """A torchvision weights name (downloaded as torchvision does), the path of a state_dict
-    (.pt, .pth, .safetensors; also what `train` exports), or `random`."""
+    """A torchvision weights name (downloaded as torchvision does), `random`, a run's folder, or any
+    file of weights: a state_dict or a checkpoint (MoCo's .pth.tar, Lightning's .ckpt, safetensors)
+    in which the backbone's names have some prefix."""
     layer: str = ""
     """The map to sum, as torch.fx calls it (layer3, features.8 ...); the last one by default."""
     size: int = 224
@@ -59,10 +66,10 @@ class ScdaOptions(EstimatorOptions):
         check(self.size >= 1, "size", "must be 1 pixel or more")
         check(self.side >= 1, "side", "must be 1 cell or more")
 
-    def build(self) -> Estimator:
+    def build(self, device: str = "auto") -> Estimator:
         from precompute.estimators.scda import ScdaEstimator
 
-        return ScdaEstimator(self)
+        return ScdaEstimator(self, device)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class SpectralOptions(EstimatorOptions):
         check(self.sigma > 0, "sigma", "must be above 0")
         check(self.side >= 1, "side", "must be 1 cell or more")
 
-    def build(self) -> Estimator:
+    def build(self, device: str = "auto") -> Estimator:
         from precompute.estimators.spectral import SpectralEstimator
 
         return SpectralEstimator(self)
@@ -100,9 +107,18 @@ class FunctionOptions(EstimatorOptions):
     name: ClassVar[str] = "function"
 
     function: str = ""
-    """`module:function`."""
+    """`FILE.py:function` or `module:function`."""
 
-    def build(self) -> Estimator:
+    def __post_init__(self) -> None:
+        # workers have another current folder
+        object.__setattr__(self, "function", absolute(self.function))
+
+    def parameters(self) -> dict[str, Any]:
+        """Of a file its name alone: what is in it counts, by its sha256, and not where it lies."""
+        module, _, name = self.function.rpartition(":")
+        return {"name": self.name, "function": f"{module.rpartition('/')[2]}:{name}"}
+
+    def build(self, device: str = "auto") -> Estimator:
         from precompute.estimators.function import FunctionEstimator
 
         return FunctionEstimator(self.function)

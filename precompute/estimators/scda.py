@@ -7,18 +7,21 @@ cells with A >= mean(A) - 0.6 std(A), of a view; the map is stored, not the rule
 a view's crop has a mean and a spread of its own.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from precompute.estimators.maps import z_scored
 from precompute.estimators.options import ScdaOptions
+from precompute.estimators.timm_backbone import build_timm_backbone, is_timm
 from precompute.estimators.weights import load_weights, sha256_of
-from precompute.estimators.windows import cut, paste, windows
+from precompute.estimators.windows import Window, cut, paste, windows
 from schemas.cli import lookup
 from schemas.errors import UserError
 
@@ -26,8 +29,12 @@ from schemas.errors import UserError
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-CHUNK = 64
-"""Windows in one forward pass: keeps its memory the same whatever the images' shapes."""
+WINDOWS_AT_ONCE = {"cpu": 64, "cuda": 256}
+"""Windows in one forward pass: keeps its memory the same whatever the images' shapes, and a GPU
+busy."""
+
+Place = tuple[int, Window]
+"""Which image of a batch, and where in it."""
 
 
 class ScdaEstimator:
@@ -38,18 +45,18 @@ class ScdaEstimator:
             network without a convolutional map.
     """
 
-    def __init__(self, options: ScdaOptions):
+    def __init__(self, options: ScdaOptions, device: str = "auto"):
         self.options = options
         self.side = options.side
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        known = {name: name for name in torchvision.models.list_models(torchvision.models)}
+        self.device = device
+        if device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)  # random weights are the same in every worker
-        model = torchvision.models.get_model(lookup("backbone", options.backbone, known))
+        model = build_backbone(options.backbone)
         trunk = trunk_of(model.eval(), options.backbone, options.layer)
         load_weights(trunk, model, options.backbone, options.weights)
         self.weights_sha256 = sha256_of(trunk.state_dict())
-        self.trunk = trunk.requires_grad_(False).to(self.device)
-        self.trunk = self.trunk.to(memory_format=torch.channels_last)
+        self.trunk = prepare(trunk, self.device, options.precision)
         if options.compile:
             self.trunk.compile()
         self.mean = torch.tensor(MEAN, device=self.device) * 255
@@ -58,28 +65,85 @@ class ScdaEstimator:
     @torch.inference_mode()
     def __call__(self, images: Any) -> np.ndarray:
         shapes = [tuple(image.shape[:2]) for image in images]
-        levels = [z_scored(self.level(images, shapes, area)) for area in self.options.areas]
-        return torch.stack(levels).mean(dim=0).numpy()
-
-    def level(self, images: Any, shapes: list[tuple[int, int]], area: float) -> torch.Tensor:
-        """A of windows of one area, pasted back: (N, side, side) float32."""
-        places = [(i, w) for i, shape in enumerate(shapes) for w in windows(*shape, area)]
+        areas = self.options.areas
+        levels_places = [list_places(shapes, area) for area in areas]
         maps = torch.cat(
             [
-                self.aggregation_map(cut(images, places[start : start + CHUNK], self.options.size))
-                for start in range(0, len(places), CHUNK)
+                self.aggregation_map(cut(images, chunk, self.options.size))
+                for chunk in self.chunks(levels_places)
             ]
-        )
-        return paste(maps, places, shapes, self.side)
+        ).cpu()
+        counts = [len(places) for places in levels_places]
+        levels = [
+            z_scored(paste(part, shapes, area, self.side))
+            for part, area in zip(maps.split(counts), areas, strict=True)
+        ]
+        return torch.stack(levels).mean(dim=0).numpy()
+
+    def chunks(self, levels: list[list[Place]]) -> Iterator[list[Place]]:
+        """Split the windows of all areas into forward passes.
+
+        A GPU takes those of several areas together, to have fewer and fuller passes. On a CPU that
+        gains nothing, and would change the last bits of maps in datasets that were begun before.
+        """
+        if self.device == "cuda":
+            levels = [[place for level in levels for place in level]]
+        for level in levels:
+            at_once = WINDOWS_AT_ONCE[self.device]
+            yield from (level[n : n + at_once] for n in range(0, len(level), at_once))
 
     def aggregation_map(self, pixels: torch.Tensor) -> torch.Tensor:
-        """A of (N, size, size, 3) uint8 pixels, on the host: (N, u, v) float32."""
+        """A of (N, size, size, 3) uint8 pixels: (N, u, v) float32, on the estimator's device."""
         normalised = (pixels.to(self.device).float() - self.mean) / self.std
         inputs = normalised.permute(0, 3, 1, 2)  # NHWC in memory: channels_last, no copy
         reduced = self.options.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
+        with torch.autocast(self.device, torch.bfloat16, enabled=reduced):
             activation = self.trunk(inputs)["map"]  # (N, D, U, V)
-        return activation.float().sum(dim=1).cpu()
+        return activation.float().sum(dim=1)
+
+
+def list_places(shapes: list[tuple[int, int]], area: float) -> list[Place]:
+    """Return the windows of one area of all images."""
+    return [(i, window) for i, shape in enumerate(shapes) for window in windows(*shape, area)]
+
+
+def prepare(trunk: nn.Module, device: str, precision: str) -> nn.Module:
+    """Return the trunk as it runs on the device, its weights channels_last.
+
+    On a GPU, batch norms are folded into the convolutions before them, each of which is a pass over
+    memory, and the weights are kept in bf16, to which autocast would cast them in every forward
+    pass. The maps' last bits change by the former, so a CPU, whose time goes into the convolutions
+    themselves, runs the network as it is.
+    """
+    prepared: nn.Module = trunk.requires_grad_(False).to(device)
+    if device == "cuda":
+        if isinstance(trunk, fx.GraphModule):  # networks of timm run as they are
+            prepared = fold_batch_norms(trunk)
+        if precision == "bf16":
+            cast_convolutions_(prepared)
+    return prepared.to(memory_format=torch.channels_last)
+
+
+def cast_convolutions_(trunk: nn.Module) -> None:
+    """Keep the weights in bf16 that autocast would cast in every forward pass; norms stay fp32."""
+    for module in trunk.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(torch.bfloat16)
+
+
+def fold_batch_norms(trunk: fx.GraphModule) -> nn.Module:
+    """Return a copy whose batch norms behind a convolution are part of that convolution."""
+    # without torchvision's second graph, for training, a copy of which would be in training mode
+    evaluated = fx.GraphModule(trunk, trunk.graph).eval()
+    return fuse(evaluated, no_trace=True).eval().requires_grad_(False)
+
+
+def build_backbone(name: str) -> nn.Module:
+    """Build a network of torchvision, or of timm by `timm:NAME`. Raises UserError."""
+    if is_timm(name):
+        return build_timm_backbone(name)
+    known = {name: name for name in torchvision.models.list_models(torchvision.models)}
+    return torchvision.models.get_model(lookup("backbone", name, known))
 
 
 def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:
@@ -93,7 +157,7 @@ def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:
     return create_feature_extractor(model, {layer: "map"}).eval()
 
 
-def last_convolutional_map(model: nn.Module, name: str) -> nn.Module:
+def last_convolutional_map(model: nn.Module, name: str) -> fx.GraphModule:
     """The part of a network up to its last map that still has a height and a width.
 
     For ResNets that is layer4, for MobileNetV2 `features`, for DenseNets the ReLU after the last

@@ -25,6 +25,7 @@ class SpectralEstimator:
     """See `Estimator`. Runs on the CPU: 64 x 64 pixels are little work."""
 
     weights_sha256 = None
+    device = "cpu"
 
     def __init__(self, options: SpectralOptions):
         self.options = options

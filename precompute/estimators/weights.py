@@ -1,76 +1,74 @@
 """Weights of a backbone: by torchvision's name, by path, or random when asked for."""
 
 import hashlib
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
-import safetensors.torch
 import torch
 import torchvision
 from torch import nn
 
+from precompute.estimators.timm_backbone import PUBLISHED, download_timm, is_timm
 from schemas.cli import lookup
 from schemas.errors import UserError
+from schemas.weights import fit_weights, read_weights, shapes_of
 
 RANDOM = "random"
-SUFFIXES = {".pt", ".pth", ".safetensors"}
 
 
 def load_weights(trunk: nn.Module, model: nn.Module, backbone: str, weights: str) -> None:
     """Fill the trunk of a backbone.
 
-    Keys of the rest of the backbone (a classifier) may be there or not; every key of the trunk must
-    be there, and a key of neither is refused.
+    In a file the trunk's names may have any prefix, and other layers (a classifier, a projector)
+    may be there or not: see `schemas.weights`.
 
     Raises:
         UserError: no such name or file, a failed download, or weights of another network.
     """
     if weights == RANDOM:
         return
-    if Path(weights).suffix in SUFFIXES:
-        state = read_state(Path(weights))
-    else:
-        state = download(backbone, weights)
-    wanted, whole = trunk.state_dict(), model.state_dict()
-    missing = [key for key in wanted if key not in state and not key.endswith("batches_tracked")]
-    unknown = [key for key in state if key not in whole]
-    misshapen = [k for k, v in wanted.items() if k in state and state[k].shape != v.shape]
-    for problem, keys in (("lacks", missing), ("has unknown", unknown), ("misshapes", misshapen)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise UserError(
-                f"{weights}: not weights of {backbone}: it {problem} {', '.join(keys[:3])}{more}"
-            )
+    path = file_of(backbone, weights)
+    content = download(backbone, weights) if path is None else read_weights(path, unpickle, unpack)
+    state = trunk.state_dict()
+    children = [name for name, _ in model.named_children()]
+    found = fit_weights(content, shapes_of(state), weights, backbone, children)
+    if found.told:
+        print(found.told, flush=True)
     # load_state_dict casts float16 files to the trunk's float32
-    trunk.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
+    trunk.load_state_dict({**state, **found.tensors})
 
 
-def read_state(path: Path) -> Mapping[str, torch.Tensor]:
-    """A state_dict from a file, by its suffix. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise UserError(f"{path}: not a readable state_dict ({error})") from error
-    if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
-        raise UserError(f"{path}: not a state_dict: it must map names to tensors")
-    return state
+def file_of(backbone: str, weights: str) -> Path | None:
+    """The file that is meant, None for a name of torchvision's. A run's folder has its encoder."""
+    if is_timm(backbone):
+        published = weights == PUBLISHED
+    else:
+        published = weights in torchvision.models.get_model_weights(backbone).__members__
+    if published:
+        return None
+    path = Path(weights)
+    if path.is_dir():
+        path = path / "encoder.safetensors"
+    return path if path.exists() or path.suffix or path.parent != Path() else None
+
+
+def unpickle(path: Path, stubs: Sequence[tuple[type, str]]) -> Any:
+    with torch.serialization.safe_globals(list(stubs)):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def unpack(path: Path) -> Any:
+    import safetensors.torch  # here: networks by torchvision's names need none
+
+    return safetensors.torch.load_file(path)
 
 
 def download(backbone: str, name: str) -> Mapping[str, torch.Tensor]:
     """Weights that torchvision publishes, from its cache or the network. Raises UserError."""
+    if is_timm(backbone):
+        return download_timm(backbone, name)
     known = torchvision.models.get_model_weights(backbone).__members__
     chosen = lookup(f"weights of {backbone}", name, {**known, RANDOM: None})
     try:

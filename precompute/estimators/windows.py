@@ -5,6 +5,7 @@ closer to what the network would say of the view than a map of the whole image d
 """
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,10 @@ MOST = 8
 """Windows along one axis, for images that are very long: they are longer then."""
 
 
+CACHED_SHAPES = 4096
+"""Shapes of images whose windows and weights are kept, about 15 KB each: photos come in few."""
+
+
 class Window(NamedTuple):
     """In pixels of an image."""
 
@@ -28,8 +33,9 @@ class Window(NamedTuple):
     width: int
 
 
-def windows(height: int, width: int, area: float) -> list[Window]:
-    """Square windows of this share of the image's area, evenly spread; the whole image for 1.
+@lru_cache(maxsize=CACHED_SHAPES)
+def windows(height: int, width: int, area: float) -> tuple[Window, ...]:
+    """Return square windows of this share of the image's area, evenly spread; for 1 all of it.
 
     A side that would be longer than the image's ends with it.
     """
@@ -37,7 +43,7 @@ def windows(height: int, width: int, area: float) -> list[Window]:
     rows, columns = (spread(length, side) for length in (height, width))
     if area >= 1:
         rows, columns = [(0, height)], [(0, width)]
-    return [Window(top, left, h, w) for top, h in rows for left, w in columns]
+    return tuple(Window(top, left, h, w) for top, h in rows for left, w in columns)
 
 
 def spread(length: int, side: float) -> list[tuple[int, int]]:
@@ -56,36 +62,55 @@ def cut(images: Any, places: list[tuple[int, Window]], size: int) -> Tensor:
         images: a DALI batch. places: which image, and where in it.
     """
     tensors = images.tensors
-    starts = [np.array([w.top, w.left], np.float32) for _, w in places]
-    ends = [np.array([w.top + w.height, w.left + w.width], np.float32) for _, w in places]
+    corners = np.array([window for _, window in places], np.float32)
+    corners[:, 2:] += corners[:, :2]  # top, left, bottom, right
     resized = ndd.resize(
         ndd.as_batch([tensors[index] for index, _ in places]),
-        roi_start=ndd.as_batch(starts),
-        roi_end=ndd.as_batch(ends),
+        roi_start=ndd.as_batch(np.ascontiguousarray(corners[:, :2])),
+        roi_end=ndd.as_batch(np.ascontiguousarray(corners[:, 2:])),
         size=[size, size],
     )
     return ndd.as_tensor(resized).torch()
 
 
-def paste(
-    maps: Tensor, places: list[tuple[int, Window]], shapes: list[tuple[int, int]], side: int
-) -> Tensor:
-    """Maps of windows -> one map an image, their mean where windows overlap.
+def paste(maps: Tensor, shapes: list[tuple[int, int]], area: float, side: int) -> Tensor:
+    """Paste maps of windows into one map for each image, their mean where windows overlap.
 
     Args:
-        maps: (windows, u, v) float32. places: of each. shapes: (height, width) of the images.
+        maps: (windows, u, v) float32, of the images' `windows` of this area, in order.
+        shapes: (height, width) of the images.
 
     Returns:
         (images, side, side) float32.
     """
-    y, inside_y = axis([(w.top, w.height, shapes[i][0]) for i, w in places], side, maps.shape[1])
-    x, inside_x = axis([(w.left, w.width, shapes[i][1]) for i, w in places], side, maps.shape[2])
-    index = torch.tensor([i for i, _ in places])
+    parts = [weights(*shape, area, side, *maps.shape[1:]) for shape in shapes]
+    y = torch.cat([part.y for part in parts])
+    x = torch.cat([part.x for part in parts])
+    index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p.y) for p in parts]))
     total = torch.zeros(len(shapes), side, side)
-    cover = torch.zeros(len(shapes), side, side)
     total.index_add_(0, index, y @ maps @ x.transpose(1, 2))
-    cover.index_add_(0, index, inside_y.unsqueeze(2) * inside_x.unsqueeze(1))
-    return total / cover
+    return total / torch.stack([part.cover for part in parts])
+
+
+class Weights(NamedTuple):
+    """How the cells of an image's map read the cells of its windows' maps.
+
+    y: (windows, side, u), x: (windows, side, v) float32, bilinear weights along each axis.
+    cover: (side, side) float32, how many windows lie over a cell.
+    """
+
+    y: Tensor
+    x: Tensor
+    cover: Tensor
+
+
+@lru_cache(maxsize=CACHED_SHAPES)
+def weights(height: int, width: int, area: float, side: int, u: int, v: int) -> Weights:
+    """Return the weights of all windows of one area over an image of this shape."""
+    found = windows(height, width, area)
+    y, inside_y = axis([(w.top, w.height, height) for w in found], side, u)
+    x, inside_x = axis([(w.left, w.width, width) for w in found], side, v)
+    return Weights(y, x, (inside_y.unsqueeze(2) * inside_x.unsqueeze(1)).sum(dim=0))
 
 
 def axis(extents: list[tuple[int, int, int]], side: int, cells: int) -> tuple[Tensor, Tensor]:

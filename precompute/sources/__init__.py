@@ -1,7 +1,7 @@
 """`DATASET=` names -> listed source images.
 
 A source lists its images without reading them, and reads one when asked to. A new source is one
-class and one line in `SOURCES`, or `--dataset module:Class`.
+class and one line in `SOURCES`, or `--dataset FILE.py:Class` or `module:Class`.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ SOURCES = {
 
 
 def open_source(name: str, root: str, split: str, download: bool) -> Source:
-    """Open a source by its name in `SOURCES` or as `module:Class`. Raises UserError."""
+    """Open a source by its name in `SOURCES` or as `FILE.py:Class`. Raises UserError."""
     path = name if ":" in name else lookup("dataset", name, SOURCES)
     make: Callable[[str, str, bool], Source] = imported("dataset", path)
     return make(root, split, download)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline import RECIPES, Batch, MaskedViews, Recipe
+from pipeline.rng import Purpose, Rng
 from schemas import Sample, ShardDataset, write_dataset
 
 CROP = 56
@@ -113,6 +114,11 @@ def write(tmp_path: Path) -> Write:
     return lambda samples: write_dataset(
         tmp_path / "written", samples, name="test", classes=["a"] * 11
     )
+
+
+def rng_of(count: int, seed: int = 0, purpose: Purpose = "query") -> Rng:
+    """The random numbers of `count` samples of epoch 0."""
+    return Rng(seed, 0, np.arange(count), purpose)
 
 
 BATCH = 8

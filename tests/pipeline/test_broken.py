@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import MaskedViews, PlainViews, reader
+from pipeline import EvalViews, MaskedViews
 from schemas import Sample, ShardDataset, UserError, write_dataset
+from schemas.tables import SHARDS, SHARDS_SCHEMA, table_of, to_parquet
 from tests.pipeline.conftest import picture, sample_of, small
 
 MANY = 1600
-"""Samples: more than the reader's buffer holds, so that shards are still to be read."""
+"""Samples in shards of 20, so that most shards are still to be opened after the first batch."""
 
 
 def views_of(dataset: ShardDataset) -> MaskedViews:
@@ -46,7 +47,7 @@ def test_an_image_that_does_not_decode(tmp_path: Path, content: bytes) -> None:
     dataset = write_dataset(tmp_path / "d", samples, name="t", classes=["a"] * 11, shard_samples=8)
     assert refused(dataset).startswith(f"{dataset.shard_urls[1]}: sample key-013: ")
     with pytest.raises(UserError, match="sample key-013"):
-        list(PlainViews(dataset.url, 8, "cpu", crop_size=56))
+        list(EvalViews(dataset.url, 8, "cpu", crop_size=56))
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +73,42 @@ def cut(tar: Path) -> None:
 def test_a_shard_that_breaks_while_training(
     tmp_path: Path, many: list[Sample], damage: Callable[[Path], None]
 ) -> None:
-    dataset = write_dataset(tmp_path / "d", many, name="t", classes=["a"], shard_samples=100)
+    dataset = write_dataset(tmp_path / "d", many, name="t", classes=["a"], shard_samples=20)
     steps = iter(views_of(dataset))
     next(steps)
     for url in dataset.shard_urls:
         damage(Path(url))
     with pytest.raises(
-        UserError, match=rf"{tmp_path}/d/shards/0000\d\d.(tar|idx): .*schemas verify"
+        UserError, match=rf"{tmp_path}/d/shards/0000\d\d.tar: shard \d+: .*schemas verify"
     ):
         list(steps)
+
+
+def overwritten(tar: Path) -> None:
+    """Other bytes of the same length under the same name, while it is open."""
+    size = tar.stat().st_size
+    with tar.open("r+b") as file:
+        file.write(bytes(size))
+
+
+@pytest.mark.parametrize(("damage", "reason"), [(cut, "cut short"), (overwritten, "any more")])
+def test_an_open_shard_that_changes_is_named_with_the_sample(
+    tmp_path: Path, many: list[Sample], damage: Callable[[Path], None], reason: str
+) -> None:
+    dataset = write_dataset(tmp_path / "d", many[:100], name="t", classes=["a"])
+    steps = iter(views_of(dataset))
+    next(steps)
+    damage(Path(dataset.shard_urls[0]))
+    with pytest.raises(UserError, match=rf"000000.tar: shard 0: sample k\d+ .*{reason}"):
+        list(steps)
+
+
+def test_an_unlinked_shard_that_is_open_stays_readable(tmp_path: Path, many: list[Sample]) -> None:
+    dataset = write_dataset(tmp_path / "d", many[:100], name="t", classes=["a"])
+    steps = iter(views_of(dataset))
+    next(steps)
+    unlink(Path(dataset.shard_urls[0]))
+    assert len(list(steps)) == 100 // 8 - 1
 
 
 def test_a_sample_without_its_saliency(own_dataset: ShardDataset) -> None:
@@ -90,8 +118,8 @@ def test_a_sample_without_its_saliency(own_dataset: ShardDataset) -> None:
     place = words.index("saliency.png")
     lines[2] = " ".join(words[:place] + words[place + 4 :])
     index.write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"shards/000001.idx: .*line 2") as refusal:
-        next(iter(MaskedViews(own_dataset.url, small("mean"), 2, "cpu")))
+    with pytest.raises(UserError, match=r"shards/000001.idx: shard 1: line 3 ") as refusal:
+        list(MaskedViews(own_dataset.url, small("mean"), 2, "cpu"))
     assert "\n" not in str(refusal.value)
 
 
@@ -102,10 +130,8 @@ def test_another_format_version_is_refused(own_dataset: ShardDataset) -> None:
         MaskedViews(own_dataset.url, small("mean"), 2, "cpu")
 
 
-def test_a_dataset_without_samples_is_refused(
-    dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nothing = reader.Shards((), (), 0, dataset.digest, dataset.url)
-    monkeypatch.setattr(reader, "open_shards", lambda url, cache: nothing)
+def test_a_dataset_without_samples_is_refused(own_dataset: ShardDataset) -> None:
+    store, table = own_dataset.store, [row._replace(samples=0) for row in own_dataset.shards]
+    store.write(SHARDS, to_parquet(table_of(table, SHARDS_SCHEMA)))
     with pytest.raises(UserError, match="0 samples are too few for 1 ranks x batch 8"):
-        views_of(dataset)
+        views_of(own_dataset)

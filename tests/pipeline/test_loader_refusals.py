@@ -15,10 +15,11 @@ from tests.pipeline.conftest import BATCH, small, take, views_of
     ("name", "changes"),
     [
         ("seed", {"seed": 1}),
-        ("batch_size", {"batch_size": 7}),
-        ("rank", {"rank": 1}),
+        ("batch_size 16 -> 14", {"batch_size": 7}),
+        ("shuffle_shards 16 -> 8", {"shuffle_shards": 8}),
+        ("streams 1 -> 2", {"streams": 2}),
         ("recipe", {"recipe": small("hp", query_ratio=(0.1, 0.2))}),
-        ("world_size", {"world_size": 3}),
+        ("batch_size 16 -> 24", {"world_size": 3}),
     ],
 )
 def test_a_state_of_other_settings_is_refused(
@@ -28,7 +29,9 @@ def test_a_state_of_other_settings_is_refused(
     views = MaskedViews(dataset.url, **settings)
     take(views, 1)
     other = MaskedViews(dataset.url, **{**settings, **changes})
-    with pytest.raises(UserError, match=f"other settings.*: .*{name}") as refusal:
+    with pytest.raises(
+        UserError, match=f"cannot resume.* under other settings: .*{name}"
+    ) as refusal:
         other.load_state_dict(views.state_dict())
     if name == "recipe":
         assert "recipe.query_ratio (0.05, 0.25) -> (0.1, 0.2)" in str(refusal.value)
@@ -41,12 +44,24 @@ def test_a_state_of_another_dataset_or_version_is_refused(
     state = views_of(dataset, batch_size=3).state_dict()
     with pytest.raises(UserError, match="dataset"):
         views_of(own_dataset, batch_size=3).load_state_dict(state)
-    with pytest.raises(UserError, match="version 0"):
-        views_of(dataset, batch_size=3).load_state_dict({**state, "version": 0})
+    with pytest.raises(UserError, match="version 3, this code reads up to 2"):
+        views_of(dataset, batch_size=3).load_state_dict({**state, "version": 3})
 
 
 @pytest.mark.parametrize(
-    "damage", ["stale", "short", "version", "offset", "missing", "tar", "empty"]
+    "damage",
+    [
+        "stale",
+        "short",
+        "version",
+        "offset",
+        "number",
+        "missing",
+        "tar",
+        "empty",
+        "parquet",
+        "table",
+    ],
 )
 def test_a_wrong_index_is_refused_by_its_shard(own_dataset: ShardDataset, damage: str) -> None:
     index, tar = Path(own_dataset.index_urls[1]), Path(own_dataset.shard_urls[1])
@@ -60,16 +75,24 @@ def test_a_wrong_index_is_refused_by_its_shard(own_dataset: ShardDataset, damage
             index.write_text("".join(["v1.1 3\n", *lines[1:]]))
         case "offset":
             words = lines[-1].split()
-            words[-3] = str(tar.stat().st_size)
+            words[-7] = str(tar.stat().st_size)  # where the map lies
+            index.write_text("".join([*lines[:-1], " ".join(words) + "\n"]))
+        case "number":
+            words = lines[-1].split()
+            words[-7] = "many"
             index.write_text("".join([*lines[:-1], " ".join(words) + "\n"]))
         case "missing":
             index.unlink()
+        case "parquet":  # by another tool, which writes none
+            index.with_suffix(".parquet").unlink()
+        case "table":
+            index.with_suffix(".parquet").write_bytes(b"no parquet")
         case "tar":
             tar.write_bytes(tar.read_bytes()[:-512])
         case "empty":
             index.write_text("")
-    with pytest.raises(UserError, match="shard 1: ") as refusal:
-        views_of(own_dataset, batch_size=2)
+    with pytest.raises(UserError, match=r"shard 1: .*python -m schemas verify") as refusal:
+        list(views_of(own_dataset, batch_size=2))
     assert "\n" not in str(refusal.value)
 
 
@@ -101,10 +124,17 @@ def test_other_mistakes_are_refused(
         views_of(dataset, **options)
 
 
-def test_a_dataset_that_dali_cannot_read_is_refused(dataset: ShardDataset) -> None:
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    memory.put(dataset.url, "/unreadable", recursive=True)
-    with pytest.raises(UserError, match="DALI does not read from memory://; give a cache"):
-        MaskedViews("memory://unreadable", "hp", BATCH, device="cpu")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed is at least 0"),
+        ({"shuffle_shards": 0}, "shuffle_shards 0"),
+        ({"streams": 3}, "16 samples cannot take equally many from 3 streams"),
+        ({"world_size": 8, "batch_size": 3, "streams": 3}, "8 ranks cannot share 3 streams"),
+    ],
+)
+def test_orders_that_make_no_sense_are_refused(
+    dataset: ShardDataset, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        views_of(dataset, **{"batch_size": 16, **options})

@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 
 from pipeline import Batch, MaskedViews, photometric
-from pipeline.draws import Draws
 from pipeline.recipes import RECIPES
 from schemas import Sample
 from tests.pipeline import oracle
-from tests.pipeline.conftest import CROP, STILL, Write, small, stored
+from tests.pipeline.conftest import CROP, STILL, Write, rng_of, small, stored
 
 SIZES = [(97, 131), (131, 97), (20, 400), (400, 20), (50, 1), (1, 50), (1, 1), (63, 65)]
 
@@ -39,7 +38,8 @@ def sample(key: str, size: tuple[int, int], axis: int, orientation: int) -> Samp
 def first(url: str, size: int, cuts: bool) -> Batch:
     recipe = small("none", **STILL)
     views = MaskedViews(url, recipe, size, "cpu", report=("saliency", "windows", "keys"))
-    views._cuts = cuts  # True: by the operators of the graph, as on a GPU
+    # True: by the operators of the graph, as on a GPU
+    views._cut = dataclasses.replace(views._cut, on_device=cuts)
     return next(iter(views))
 
 
@@ -111,7 +111,7 @@ def test_photometric_draws_are_torchvisions() -> None:
     from torchvision.transforms import ColorJitter
 
     recipe = RECIPES["hp"]
-    drawn = photometric.draw(TRIALS, recipe, Draws(0, torch.device("cpu")))
+    drawn = photometric.draw(TRIALS, recipe, rng_of(TRIALS, purpose="photometric"))
     jittered = drawn.brightness != 1
     assert abs(jittered.double().mean() - 0.8) < BOUND * 0.4
     for coin, probability in ((drawn.gray, 0.2), (drawn.sigma > 0, 0.5)):
@@ -151,7 +151,7 @@ def test_a_draw_without_width_is_that_number() -> None:
     recipe = dataclasses.replace(
         RECIPES["none"], jitter_probability=1.0, brightness=0.0, hue=0.0, soft_blur_sigma=(1.5, 1.5)
     )
-    drawn = photometric.draw(200, recipe, Draws(0, torch.device("cpu")))
+    drawn = photometric.draw(200, recipe, rng_of(200))
     assert (drawn.brightness == 1).all()
     assert (drawn.hue == 0).all()
     assert set(drawn.sigma.tolist()) == {0.0, 1.5}

@@ -13,19 +13,15 @@ import pytest
 import torch
 
 from pipeline import RECIPES, Recipe
-from pipeline.draws import Draws
 from pipeline.masks import Masks, Role, draw, foreground
 from tests.pipeline import oracle
+from tests.pipeline.conftest import rng_of
 
 CELLS = 49
 VIEWS = 2500
-MASKED = [n for n, r in RECIPES.items() if r.fill != "none" and not r.regions]
+MASKED = ["hp", "blur", "mean", "mscn"]
 SIGMAS = 5.5
 """Standard deviations that a frequency may stray: two-sided, 4 in 100 million."""
-
-
-def draws(seed: int = 0) -> Draws:
-    return Draws(seed, torch.device("cpu"))
 
 
 def maps(size: int = VIEWS, seed: int = 0) -> torch.Tensor:
@@ -77,7 +73,7 @@ def test_foreground_is_the_oracles() -> None:
 def test_counts_follow_the_formula(name: str, role: Role) -> None:
     recipe = dataclasses.replace(RECIPES[name], crop_size=21)
     saliency = maps()
-    drawn = draw(saliency, recipe, role, draws())
+    drawn = draw(saliency, recipe, role, rng_of(VIEWS))
     low, high = recipe.query_ratio if role == "query" else recipe.hard_negative_ratio
     assert low <= drawn.ratio.min() < low + 0.01 < high - 0.01 < drawn.ratio.max() <= high
     # the ratio is uniform: Kolmogorov and Smirnov's distance, below one in a million
@@ -113,7 +109,7 @@ def test_counts_at_every_size_of_foreground_and_the_cap() -> None:
         saliency = steps.repeat(20, 1, 1)
         front = (steps[0] >= CELLS - number).numpy()
         for role, hard in (("query", False), ("hard_negative", True)):
-            cells = cells_of(draw(saliency, recipe, role, draws(number)), 21)  # type: ignore[arg-type]
+            cells = cells_of(draw(saliency, recipe, role, rng_of(20, number)), 21)  # type: ignore[arg-type]
             expected = oracle.counts(ratio, number, CELLS, hard, cap == "h")
             for channel in cells.reshape(-1, 7, 7):
                 assert ((channel & front).sum(), (channel & ~front).sum()) == expected
@@ -129,7 +125,9 @@ def test_cells_are_drawn_uniformly_and_independently() -> None:
     saliency = torch.zeros(trials, 7, 7)
     saliency[:, 2:6, 1:6] = 255  # 20 in front
     recipe = dataclasses.replace(RECIPES["mean"], crop_size=21, query_ratio=(0.25, 0.25))
-    cells = cells_of(draw(saliency, recipe, "query", draws()), 21)[:, 0].reshape(trials, -1)
+    cells = cells_of(draw(saliency, recipe, "query", rng_of(len(saliency))), 21)[:, 0].reshape(
+        trials, -1
+    )
     front = saliency[0].flatten().numpy() > 0
     for group, count in ((front, 5), (~front, 7)):
         inside, size = cells[:, group], int(group.sum())
@@ -147,14 +145,14 @@ def test_cells_are_drawn_uniformly_and_independently() -> None:
 def test_the_mixture_of_mask_types() -> None:
     trials = 20000
     recipe = dataclasses.replace(RECIPES["hp"], crop_size=21, query_ratio=(0.2, 0.2))
-    drawn = draw(torch.rand(trials, 7, 7), recipe, "query", draws())
+    drawn = draw(torch.rand(trials, 7, 7), recipe, "query", rng_of(trials))
     uniform(np.array([int(drawn.focal.sum())]), 0.2, trials)
     cells = drawn.cells[~drawn.focal]
     alike = (cells == cells[:, :1]).flatten(1).all(1)
     # two of three channels that draw 9 cells each hardly ever draw the same
     uniform(np.array([int(alike.sum())]), 0.3, len(cells))
     for name in ("blur", "mean"):
-        still = draw(torch.rand(100, 7, 7), RECIPES[name], "query", draws())
+        still = draw(torch.rand(100, 7, 7), RECIPES[name], "query", rng_of(100))
         assert not still.focal.any()
         assert still.cells.shape[1] == 1
 
@@ -167,7 +165,7 @@ def test_focal_windows(crop: int, kept: int, filled: int) -> None:
     trials = 600
     sides: tuple[tuple[Role, int], ...] = (("query", kept), ("hard_negative", filled))
     for role, side in sides:
-        drawn = draw(torch.rand(trials, 7, 7), recipe, role, draws())
+        drawn = draw(torch.rand(trials, 7, 7), recipe, role, rng_of(trials))
         masked = drawn.pixels(slice(None), crop).bool()
         assert (masked == masked[:, :1]).all()
         window = masked[:, 0] if role == "hard_negative" else ~masked[:, 0]
@@ -183,9 +181,10 @@ def test_focal_windows(crop: int, kept: int, filled: int) -> None:
 
 
 def test_query_and_hard_negative_are_independent_draws() -> None:
-    recipe, own = dataclasses.replace(RECIPES["mean"], crop_size=7), draws()
+    recipe = dataclasses.replace(RECIPES["mean"], crop_size=7)
     saliency = torch.rand(4000, 7, 7)
-    query, hard = (draw(saliency, recipe, role, own).ratio for role in ("query", "hard_negative"))
+    roles: tuple[Role, ...] = ("query", "hard_negative")
+    query, hard = (draw(saliency, recipe, role, rng_of(4000, purpose=role)).ratio for role in roles)
     assert abs(torch.corrcoef(torch.stack([query, hard]))[0, 1]) < SIGMAS / math.sqrt(4000)
 
 
@@ -196,7 +195,7 @@ def test_masks_for_other_experiments() -> None:
         recipe = dataclasses.replace(
             RECIPES["mean"], crop_size=112, query_mask=name, query_ratio=(0.1, 0.6)
         )
-        drawn = draw(saliency, recipe, "query", draws())
+        drawn = draw(saliency, recipe, "query", rng_of(len(saliency)))
         ratios = drawn.ratio.tolist()
         if name == "block":
             for pixels, ratio in zip(drawn.pixels(slice(None), 112)[:, 0], ratios, strict=True):

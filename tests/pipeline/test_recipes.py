@@ -1,6 +1,7 @@
 """Recipes: what they hold, and which values they refuse."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,10 @@ from schemas import UserError
 
 
 def test_names() -> None:
-    assert list(RECIPES) == ["hp", "blur", "mean", "mscn", "maskco", "none"]
+    assert list(RECIPES) == [
+        "hp", "blur", "mean", "mscn", "maskco", "none",
+        "hp-released", "blur-released", "mean-released",
+    ]  # fmt: skip
     assert get_recipe("hp") == Recipe()
 
 
@@ -21,6 +25,31 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 def test_recipes_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_recipe("hp").crop_size = 7  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("crop_size", [32, 64, 96, 225])
+@pytest.mark.parametrize("name", ["none", "maskco"])
+def test_a_recipe_that_masks_no_cells_takes_any_crop(name: str, crop_size: int) -> None:
+    assert dataclasses.replace(get_recipe(name), crop_size=crop_size).crop_size == crop_size
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("hp", {}),
+        ("blur", {}),
+        ("mscn", {}),
+        ("maskco", {"fill": "noise"}),  # its noise is a tile of one cell
+        ("maskco", {"hard_negatives": 1}),
+    ],
+)
+def test_a_crop_that_cells_do_not_divide_is_refused_by_the_grids_option(
+    name: str, changes: dict[str, Any]
+) -> None:
+    message = r"crop_size is 96, .* 7 cells a side \(--recipe\.grid\), say 98"
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(get_recipe(name), crop_size=96, **changes)
+    assert dataclasses.replace(get_recipe(name), crop_size=96, grid=6, **changes).cell == 16
 
 
 @pytest.mark.parametrize(
@@ -47,6 +76,7 @@ def test_recipes_are_frozen() -> None:
         {"foreground_cap": (0.5, 0.6)},
         {"focal_kept": 225},
         {"branch": "neither"},
+        {"interpolation": "nearest"},
     ],
 )
 def test_a_value_without_sense_is_refused_by_its_name(changes: dict[str, object]) -> None:

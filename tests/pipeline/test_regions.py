@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from pipeline import MaskedViews, regions
-from pipeline.draws import Draws
 from schemas import Sample, UserError, write_dataset
-from tests.pipeline.conftest import CROP, small, stored
+from tests.pipeline.conftest import CROP, rng_of, small, stored
 
 BLUE, RED = (20, 30, 200), (230, 20, 20)
 COUNT = 24
@@ -110,7 +109,7 @@ def test_the_query_loses_its_regions_and_the_key_nothing(tmp_path):
 def drawn(query, key, saliency=None, **changes):
     recipe = small("maskco", **changes)
     windows = (torch.tensor(window).repeat(64, 1) for window in (query, key))
-    return regions.draw(*windows, saliency, recipe, Draws(0, torch.device("cpu"))), recipe
+    return regions.draw(*windows, saliency, recipe, rng_of(64)), recipe
 
 
 def test_views_without_a_common_part_have_no_region():

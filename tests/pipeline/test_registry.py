@@ -48,11 +48,10 @@ def test_the_documented_command_works(dataset: ShardDataset, tmp_path: Path) -> 
     command = blocks("sh")[0].replace("out/photos", dataset.url).replace("\\\n", " ")
     assert command.startswith("python -m pipeline preview")
     out = tmp_path / "sheet.png"
-    path = os.pathsep.join([str(tmp_path), str(DOCS.parents[1])])
     arguments = [*shlex.split(command)[1:], "--out", str(out), "--crop-size", "56"]
     done = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(DOCS.parents[1])},
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -64,7 +63,7 @@ def test_a_module_on_the_path_is_imported(
 ) -> None:
     (tmp_path / "my_masks.py").write_text(
         "import torch\n"
-        "def left(saliency, ratio, recipe, draws):\n"
+        "def left(saliency, ratio, recipe, rng):\n"
         "    pixels = torch.zeros(len(ratio), 1, recipe.crop_size, dtype=torch.bool)\n"
         "    pixels[:, :, : recipe.crop_size // 2] = True\n"
         "    return pixels\n"

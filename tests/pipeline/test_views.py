@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import Batch, MaskedViews, Recipe
-from pipeline.assemble import MEAN, STD
+from pipeline.fused import MEAN, STD
 from schemas import ShardDataset
 from tests.pipeline.conftest import CROP, STILL, small
 

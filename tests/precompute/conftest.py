@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from precompute.__main__ import main
-from precompute.build import ShardBuilder
 from precompute.encode import Resize
 from precompute.job import Job
 from precompute.resume import missing_shards
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, list_images
 from schemas import ShardDataset
 from schemas.storage import Store
@@ -65,10 +65,10 @@ def without_ray(job: Job) -> ShardDataset:
     shards = list(range(len(job.plan.shards)))
     estimator = job.estimator.build()
     builder = ShardBuilder(job.source, estimator, store, job.batch_size, Resize(), settings)
-    assert missing_shards(store, settings) == shards
+    assert missing_shards(store, settings, job.default_settings) == shards
     for shard, part in enumerate(job.plan.shards):
         builder.build(shard, part, lambda written, rejected: None)
-    assert missing_shards(store, settings) == []
+    assert missing_shards(store, settings, job.default_settings) == []
     dataset = finish_dataset(
         store,
         len(shards),

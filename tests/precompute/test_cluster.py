@@ -66,8 +66,36 @@ def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
 def test_a_worker_cannot_have_more_than_there_is() -> None:
     assert Resources().split(cores=8, devices=0, shards=100) == (8, 1, 0)
     assert Resources(cpus=4).split(cores=8, devices=0, shards=100) == (2, 4, 0)
-    assert Resources().split(cores=16, devices=4, shards=100) == (4, 4, 1)
     assert Resources(gpus=0.5).split(cores=16, devices=4, shards=100) == (8, 2, 0.5)
     assert Resources(workers=4).split(cores=2, devices=0, shards=3) == (3, 2 / 3, 0)
+    assert Resources(workers=8, gpus=1).split(cores=16, devices=4, shards=100) == (8, 2, 0.5)
     with pytest.raises(UserError, match="0 CPUs and 2 GPUs, the cluster has 8 and 1"):
         Resources(gpus=2).split(cores=8, devices=1, shards=3)
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "shards", "expected"),
+    [
+        (16, 1, 100, (3, 16 / 3, 0.3333)),  # three a GPU, where each has two cores or more
+        (4, 1, 100, (2, 2, 0.5)),
+        (2, 1, 100, (1, 2, 1)),
+        (1, 1, 100, (1, 1, 1)),
+        (64, 8, 1000, (24, 64 / 24, 0.3333)),
+        (32, 8, 1000, (16, 2, 0.5)),
+        (16, 4, 4, (4, 4, 1)),  # no more shards than GPUs: one on each, not all on one
+        (16, 4, 6, (6, 16 / 6, 0.5)),
+        (16, 4, 1, (1, 16, 1)),
+    ],
+)
+def test_workers_share_gpus_by_default(
+    cores: float, devices: float, shards: int, expected: tuple[int, float, float]
+) -> None:
+    assert Resources().split(cores, devices, shards) == expected
+    workers, _, gpus = expected
+    assert workers <= devices * int(1 / gpus), "Ray could not place them all"
+
+
+def test_workers_that_are_asked_for_spread_over_the_gpus() -> None:
+    assert Resources(workers=4).split(cores=16, devices=4, shards=100) == (4, 4, 1)
+    assert Resources(workers=8).split(cores=16, devices=4, shards=100) == (8, 2, 0.5)
+    assert Resources(workers=1).split(cores=16, devices=1, shards=100) == (1, 16, 1)

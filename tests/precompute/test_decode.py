@@ -4,13 +4,18 @@ import io
 import zlib
 
 import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
 import pytest
+import torch
 from PIL import Image, ImageOps
 
+from precompute import decode as decode_module
 from precompute.decode import decode
 from precompute.encode import EncodedImage, RejectedError, Resize
 from precompute.encode import check as check_whole
 from precompute.sources import SourceImage
+from schemas import UserError
+from schemas.device_errors import classify_error
 from tests.conftest import encode, noise
 
 KEEP = Resize()
@@ -52,7 +57,7 @@ def read(content: bytes) -> tuple[str, bool, np.ndarray]:
     good, pixels, rejects = decode([encoded])
     if rejects:
         raise RejectedError(encoded.image, *rejects[0][1:])
-    return good[0].extension, good[0].reencoded, np.asarray(pixels.tensors[0])
+    return good[0].extension, good[0].reencoded, np.asarray(pixels.tensors[0].cpu())
 
 
 def by_pillow(content: bytes) -> np.ndarray:
@@ -155,3 +160,78 @@ def test_one_bad_image_does_not_cost_its_batch() -> None:
     assert [one.image.key for one in good] == ["k0", "k2"]
     assert [reject.source for reject in rejects] == ["1"]
     assert len(pixels.tensors) == 2
+
+
+ILLEGAL = "CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access"
+SOUND = [check(SourceImage(f"k{i}", f"{i}", 0), JPEG) for i in range(3)]
+
+
+class BreakingDecoder:
+    """Stands for DALI: from call `first` on every decode fails with `text`."""
+
+    def __init__(self, first: int, text: str):
+        self.first, self.text, self.calls = first, text, 0
+        self.decode_batch = decode_module.decode_batch
+
+    def __call__(self, images: list[EncodedImage]) -> object:
+        self.calls += 1
+        if self.calls > self.first:
+            raise RuntimeError(self.text)
+        return self.decode_batch(images)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (ILLEGAL, r"the decoder fails \(CUDA runtime API error cudaErrorIllegalAddress"),
+        ("CUDA allocation failed", "the decoder fails, out of memory"),
+        ("Can't allocate 9 bytes on device 0.", "the decoder fails, out of memory"),
+        ("Failed to decode sample #0 :", "known to be good does not decode"),
+    ],
+)
+def test_a_decoder_that_fails_rejects_no_image(
+    text: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_module, "decode_batch", BreakingDecoder(0, text))
+    with pytest.raises(UserError, match=said) as raised:
+        decode(SOUND)
+    assert "no image is rejected" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("first", range(2, 8))
+def test_a_decoder_that_fails_behind_a_damaged_image_rejects_no_sound_one(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch fails for its image; the decoder itself breaks anywhere in the search."""
+    damaged = check(SourceImage("bad", "bad", 0), JPEG[: len(JPEG) // 2])
+    breaking = BreakingDecoder(first, "Failed to decode sample #0 :")
+    monkeypatch.setattr(decode_module, "decode_batch", breaking)
+    with pytest.raises(UserError, match="no image is rejected"):
+        decode([damaged, *SOUND])
+    assert breaking.calls > first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_formats_decode_on_a_gpu_as_on_a_cpu(image_format: str) -> None:
+    encoded = check(SourceImage("key", "a", 0), saved(IMAGE, image_format))
+    on_gpu = np.asarray(decode_module.decode_batch([encoded]).tensors[0].cpu())
+    on_cpu = by_pillow(encoded.content)
+    assert on_gpu.shape == on_cpu.shape
+    # nvJPEG's inverse DCT and chroma upsampling are its own
+    assert abs(on_gpu.astype(int) - on_cpu).mean() < 2
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out_is_said_in_words_that_are_known() -> None:
+    """The text of the real error, of PyTorch and of DALI, is classified as memory."""
+    too_much = 2 * torch.cuda.get_device_properties(0).total_memory
+    with pytest.raises(RuntimeError) as by_torch:
+        torch.empty(too_much, dtype=torch.uint8, device="cuda")
+    assert classify_error(str(by_torch.value)) == "memory"
+    one = ndd.as_tensor(np.zeros((1, 1, 3), np.uint8)).gpu()
+    side = int((too_much / 3) ** 0.5)
+    with pytest.raises((RuntimeError, MemoryError)) as by_dali:
+        ndd.resize(one, size=[side, side]).evaluate()
+    assert classify_error(str(by_dali.value)) == "memory" or by_dali.type is MemoryError

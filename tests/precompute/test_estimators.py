@@ -185,8 +185,9 @@ def test_weights_may_lack_the_classifier_but_nothing_else(tmp_path: Path) -> Non
     assert load(state) == load(headless)
     with pytest.raises(UserError, match=r"lacks conv1\.weight"):
         load({key: value for key, value in state.items() if key != "conv1.weight"})
-    with pytest.raises(UserError, match="has unknown extra"):
-        load(state | {"extra": torch.zeros(1)})
+    assert load(state | {"extra": torch.zeros(1)}) == load(state)
+    with pytest.raises(UserError, match=r"has unknown layer1\.2\.conv1\.weight"):
+        load(state | {"layer1.2.conv1.weight": torch.zeros(1)})
     with pytest.raises(UserError, match=r"misshapes conv1\.weight"):
         load(state | {"conv1.weight": torch.zeros(64, 3, 3, 3)})
     with pytest.raises(UserError, match="not a state_dict"):
@@ -203,6 +204,12 @@ def test_weights_may_lack_the_classifier_but_nothing_else(tmp_path: Path) -> Non
         (ScdaOptions("resnet18", "IMAGENET1K_V9"), "did you mean IMAGENET1K_V1"),
         (ScdaOptions("resnet18", "absent.pt"), "absent.pt: no such weights file"),
         (ScdaOptions("vit_b_16", "random"), "choose a CNN"),
+        (
+            ScdaOptions("timm:test_vit", "random"),
+            r"layers of attention \(Attention\); choose a Con",
+        ),
+        (ScdaOptions("timm:test_convnextt", "random"), "did you mean timm:test_convnext"),
+        (ScdaOptions("timm:test_convnext", "IMAGENET1K_V1"), "give DEFAULT, random or the path"),
     ],
 )
 def test_wrong_options_are_one_clear_line(options: ScdaOptions, message: str) -> None:
@@ -260,3 +267,20 @@ def test_an_encoder_that_train_wrote_can_guide_its_successor(tmp_path: Path) -> 
     estimator = options.build()
     assert torch.equal(estimator.trunk.conv1.weight, encoder.conv1.weight)
     assert estimator.weights_sha256 != ScdaOptions("resnet18", "random").build().weights_sha256
+
+
+def test_a_timm_backbone_gives_the_summed_map_that_timm_computes(tmp_path: Path) -> None:
+    """With the weights of an encoder that `train` wrote; a classifier is not asked for."""
+    encoder, _ = build_encoder("timm:test_convnext")
+    save_encoder(tmp_path / "encoder.safetensors", encoder, {"encoder": "timm:test_convnext"})
+    weights = str(tmp_path / "encoder.safetensors")
+    estimator = ScdaOptions(
+        "timm:test_convnext", weights, areas=(1.0,), side=7, precision="fp32"
+    ).build()
+    pixels = torch.tensor(noise(0, 224, 224))[None]
+    found = estimator.aggregation_map(pixels)  # type: ignore[attr-defined]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    image = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = encoder.eval().forward_features(image).sum(1)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)

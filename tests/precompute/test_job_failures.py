@@ -13,8 +13,8 @@ from precompute.demo import DemoScenes
 from precompute.encode import Resize
 from precompute.estimators import SpectralOptions
 from precompute.job import Job, Resources, run_job
-from precompute.ledger import Ledger
 from precompute.plan import make_plan
+from precompute.progress_actor import ProgressActor
 from precompute.sources import SourceImage, list_images
 from precompute.worker import BuilderFactory, ShardActor
 from schemas import ShardDataset, UserError
@@ -163,13 +163,13 @@ def test_an_input_that_kills_its_worker_is_found_and_rejected(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("shared_ray")
 def test_a_shard_that_fails_for_no_image_of_its_own_ends_the_job(tmp_path: Path) -> None:
-    """Three attempts are on the ledger already: two by chance, the third behind the search."""
-    ledger = ray.remote(Ledger).remote()
+    """Three attempts are on the progress already: two by chance, the third behind the search."""
+    progress = ray.remote(ProgressActor).remote()
     for _ in range(3):
-        ray.get(ledger.begin.remote(0))
+        ray.get(progress.begin.remote(0))
     source = DemoScenes("", "train", False)
     factory = BuilderFactory(source, SpectralOptions(), str(tmp_path), 4, Resize(), {}, threads=1)
-    error = ShardActor(factory, ledger).build(0, list(source.images())[:4])
+    error = ShardActor(factory, progress).build(0, list(source.images())[:4])
     assert error == "its worker died 3 times, and no image of it kills one alone"
     assert not list(tmp_path.iterdir())
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from precompute import decode, progress
 from precompute.encode import EncodedImage, RejectedError, Resize, check
-from precompute.ledger import Ledger
 from precompute.progress import stalled
+from precompute.progress_actor import ProgressActor
 from precompute.sources import SourceImage
 from schemas import ShardDataset, UserError
 from schemas.shard import read_marker
@@ -113,7 +113,7 @@ def test_new_images_are_added_in_new_shards(
     assert contents(out) == before
 
     folder(root, *[f"bee/{n}.jpg" for n in range(1, 5)], "cat/0.jpg", "ant/0.png")
-    with pytest.raises(UserError, match=r"images is 6 there and 11 now.*--extend"):
+    with pytest.raises(UserError, match=r"images was 6, is 11.*--extend"):
         run_here(*arguments(root, out))
     run_here(*arguments(root, out), "--extend")
     dataset = ShardDataset.open(out)
@@ -140,7 +140,7 @@ def test_new_images_are_added_in_new_shards(
         run_here(*arguments(root, out), "--extend")
     shutil.rmtree(root / "aaa")
     folder(root, "cat/1.jpg")
-    with pytest.raises(UserError, match=r"estimator\.sigma is 2\.5 there and 4\.0 now"):
+    with pytest.raises(UserError, match=r"estimator\.sigma was 2\.5, is 4\.0"):
         run_here(*arguments(root, out), "--extend", "--estimator.sigma", 4)
 
 
@@ -157,7 +157,8 @@ def test_resized_datasets_and_what_a_run_says(
     assert not out.exists()
     assert f"6 images -> 2 shards in {out}" in text
     assert "missing: 2 shards, 6 images" in text
-    assert "images/s on one (of 6 images;" in text
+    assert "images/s by one worker of" in text
+    assert "times 1 (of 6 images)" in text
 
     run_here(*arguments(root, out), "--resize", 20, "--resize-quality", 80)
     dataset = ShardDataset.open(out)
@@ -171,7 +172,7 @@ def test_resized_datasets_and_what_a_run_says(
     share = np.mean(dataset.samples["foreground"].to_pylist())
     assert stats["dataset"]["foreground"] == pytest.approx(share, abs=1e-4)
     assert f"foreground: {share:.0%} of the cells" in capsys.readouterr().out
-    with pytest.raises(UserError, match="resize is 20 there and None now"):
+    with pytest.raises(UserError, match="resize was 20, is None"):
         run_here(*arguments(root, out))
     with pytest.raises(UserError, match="--resize-quality is 99; it goes from 1 to 95"):
         run_here(*arguments(root, out), "--resize-quality", 99)
@@ -184,9 +185,9 @@ def test_a_job_that_stands_still_says_which_shards(
 ) -> None:
     monkeypatch.setattr(progress, "STALL_SECONDS", 0.1)
     monkeypatch.setattr(progress, "POLL_SECONDS", 0.05)
-    ledger = ray.remote(Ledger).remote()
-    ray.get([ledger.begin.remote(3), ledger.begin.remote(5), ledger.finish.remote(5)])
-    with progress.watch(ledger, images=10, shards=2):
+    actor = ray.remote(ProgressActor).remote()
+    ray.get([actor.begin.remote(3), actor.begin.remote(5), actor.finish.remote(5)])
+    with progress.watch(actor, images=10, shards=2):
         time.sleep(1)
     captured = capsys.readouterr()
     assert "begun and not finished: shards 3 (for" in captured.err

@@ -13,11 +13,11 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
-from precompute.build import ShardBuilder
 from precompute.encode import Resize
 from precompute.estimators import SpectralOptions
 from precompute.job import Job
 from precompute.plan import make_plan
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import list_images
 from precompute.sources.trees import Folder
 from schemas import ShardDataset, UserError

@@ -35,20 +35,19 @@ def test_windows_cover_the_image_and_stay_inside(shape: tuple[int, int], area: f
     assert cover.min() >= 1
     assert len(found) <= 64
     if area == 1.0:
-        assert found == [(0, 0, *shape)]
+        assert found == ((0, 0, *shape),)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maps_of_a_ramp_are_pasted_to_that_ramp(shape: tuple[int, int]) -> None:
     """Each window's map holds a ramp over the image, at the middles of its own 7 x 7 cells."""
     height, width = shape
-    places = [(0, window) for window in windows(*shape, 0.3)]
     maps = []
-    for _, (top, left, h, w) in places:
+    for top, left, h, w in windows(*shape, 0.3):
         y = (top + (np.arange(7) + 0.5) / 7 * h) / height
         x = (left + (np.arange(7) + 0.5) / 7 * w) / width
         maps.append(2 * y[:, None] + 3 * x[None])
-    pasted = paste(torch.tensor(np.array(maps)).float(), places, [shape], 14)[0].numpy()
+    pasted = paste(torch.tensor(np.array(maps)).float(), [shape], 0.3, 14)[0].numpy()
     middle = (np.arange(14) + 0.5) / 14
     expected = 2 * middle[:, None] + 3 * middle[None]
     # a map says nothing beyond the middle of its outermost cells

@@ -13,7 +13,8 @@ from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
 from tests.train.runs import config, metrics, stopped_after
-from train.config import TrainConfig
+from train.__main__ import options
+from train.config import TrainConfig, resolved
 from train.distributed import rank, world_size
 from train.methods import ADIOSConfig, Setup
 from train.methods.adios import ADIOS, negative_entropy, sparsity_penalty
@@ -53,6 +54,12 @@ def test_occlusion_network_has_the_published_size(channels, millions):
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
+def test_occlusion_network_without_a_norm_has_biases():
+    """The released code's count: 136 more than without, one for each channel."""
+    net = OcclusionNet(224, masks=4, channels=8, norm="none")
+    assert sum(p.numel() for p in net.parameters()) == 240_404
+
+
 @pytest.mark.parametrize(("side", "norm"), [(64, "group"), (96, "instance"), (160, "none")])
 def test_masks_partition_the_image(side, norm):
     masks = OcclusionNet(side, masks=5, channels=8, norm=norm)(torch.randn(2, 3, side, side))
@@ -64,6 +71,19 @@ def test_masks_partition_the_image(side, norm):
 def test_crop_that_cannot_be_halved_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"--crop-size 100: adios halves it 4 times; .* 96"):
         OcclusionNet(100, masks=4, channels=8, norm="group")
+
+
+@pytest.mark.parametrize("side", [32, 64, 96])
+def test_sizes_of_cifar_10_and_stl_10_train(side):
+    """Of the command line's recipe, which has no cells to divide these sides."""
+    argv = ["--data", "d", "--out", "o", "--method", "adios", "--crop-size", str(side)]
+    settings = resolved(replace(options(argv), batch_size=2), CPU)
+    assert settings.recipe.crop_size == side
+    setup = Setup(encoder="tiny_norm", batch_size=2, crop_size=side)
+    method = ADIOSConfig(projection=5, hidden=None).build(setup)
+    scalars = step_of(method)([batch_of(2, side)], 0.1)
+    assert math.isfinite(scalars["loss"])
+    assert math.isfinite(scalars["mask_loss"])
 
 
 @pytest.mark.parametrize("channels", [4, 12])
@@ -143,9 +163,16 @@ def test_penalty_and_entropy_are_the_formulas():
         shares = [mask.mean() for mask in image]
         penalty += sum(1 / (math.sin(math.pi * s) + 1e-10) for s in shares) / 3
         p = np.exp(shares) / np.exp(shares).sum()
-        entropy += sum(x * math.log(x) for x in p) / 3
+        entropy += sum(x * math.log(x) for x in p)  # the released code: over images and masks
     assert sparsity_penalty(masks).item() == pytest.approx(penalty, abs=1e-12)
     assert negative_entropy(masks).item() == pytest.approx(entropy, abs=1e-12)
+
+
+def test_entropy_of_five_even_images_is_that_of_the_released_code():
+    """-5 ln 4: its sum over images and masks; a mean over images would be -1.386."""
+    assert negative_entropy(torch.full((5, 4, 8, 8), 0.25)).item() == pytest.approx(
+        -6.931, abs=5e-4
+    )
 
 
 def penalty_of(share: float) -> float:
@@ -243,7 +270,7 @@ def test_masks_are_drawn_evenly_and_go_on_from_the_state():
 
 def shared_step(objective):
     """On a rank: one step on its part of a batch, with SyncBN."""
-    method = game(objective=objective)
+    method = game(objective=objective, entropy=0.3)
     config = TrainConfig(
         data="", out="", batch_size=4, precision="fp32", sync_bn=True, optim=OptimConfig(lr=0.1)
     )
@@ -254,6 +281,21 @@ def shared_step(objective):
     scalars = step([part], 0.1)
     state = {n: v for n, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
     return {name: value.item() for name, value in scalars.items()}, state
+
+
+def test_parts_of_a_step_leave_the_weight_of_the_entropy_as_it_is():
+    """Without a contrast the gradient is the entropy's alone: the sum over all images."""
+    gradients = []
+    for parts in (1, 2):
+        method = game(entropy=0.3, sparsity=0.0).eval()
+        turn, batch = method.players()[1].module, batch_of()
+        method.masked = lambda batch, masks: iter([replace(batch, query=batch.key)])
+        for rows in torch.arange(4).split(4 // parts):
+            part = replace(batch, query=batch.query[rows], key=batch.key[rows])
+            (turn(part)["loss"] / parts).backward()
+        gradients.append(method.occlusion.head.weight.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("objective", ["simclr", "moco"])

@@ -48,7 +48,7 @@ def test_restore_brings_back_all_of_it(tmp_path):
     checkpoints(tmp_path).save(3, model, optimizer, loader)
     expected = draws()
     other_model, other_optimizer, other_loader = state(seed=2)
-    assert checkpoints(tmp_path).restore(other_model, other_optimizer, other_loader) == 3
+    assert checkpoints(tmp_path).restore(other_model, other_optimizer, other_loader) == (3, 1)
     assert draws() == expected
     assert other_loader.position == 7
     for mine, theirs in zip(model.parameters(), other_model.parameters(), strict=True):
@@ -58,7 +58,7 @@ def test_restore_brings_back_all_of_it(tmp_path):
 
 
 def test_nothing_to_restore(tmp_path):
-    assert checkpoints(tmp_path / "missing").restore(*state()) == 0
+    assert checkpoints(tmp_path / "missing").restore(*state()) == (0, 1)
 
 
 def test_keeps_the_last_and_goes_on_from_it(tmp_path):
@@ -66,7 +66,7 @@ def test_keeps_the_last_and_goes_on_from_it(tmp_path):
         checkpoints(tmp_path).save(step, *state())
     assert checkpoints(tmp_path).steps() == [3, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
-    assert checkpoints(tmp_path).restore(*state()) == 10
+    assert checkpoints(tmp_path).restore(*state()) == (10, 1)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer")])
@@ -86,7 +86,7 @@ def test_failure_while_saving_leaves_earlier_ones_whole(tmp_path, monkeypatch, e
         checkpoints(tmp_path, keep=1).save(2, *state(seed=2))
     monkeypatch.undo()
     assert checkpoints(tmp_path).steps() == [1]
-    assert checkpoints(tmp_path).restore(*state()) == 1
+    assert checkpoints(tmp_path).restore(*state()) == (1, 1)
     checkpoints(tmp_path, keep=1).save(2, *state(seed=2))  # what was left half does not hinder
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
@@ -97,15 +97,17 @@ def test_other_settings_are_refused_by_name(tmp_path):
         checkpoints(tmp_path, lr=0.1, epochs=3).restore(*state())
 
 
-def test_other_world_size_only_where_an_epoch_ends(tmp_path, monkeypatch):
-    checkpoints(tmp_path).save(4, *state())
-    monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
-    assert checkpoints(tmp_path).restore(*state()) == 4
-    monkeypatch.undo()
-    checkpoints(tmp_path).save(5, *state())
-    monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="made by 1 processes in the middle of an epoch"):
-        checkpoints(tmp_path).restore(*state())
+@pytest.mark.parametrize("step", [4, 5])  # where an epoch ended and inside one
+def test_another_world_size_resumes_after_any_step(tmp_path, monkeypatch, step):
+    saved = state(seed=3)
+    checkpoints(tmp_path).save(step, *saved)
+    for rank in range(2):
+        monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
+        monkeypatch.setattr(checkpoint, "rank", lambda rank=rank: rank)
+        model, optimizer, loader = state(seed=4)
+        assert checkpoints(tmp_path).restore(model, optimizer, loader) == (step, 1)
+        assert loader.state_dict() == saved[2].state_dict()
+        assert all(map(torch.equal, model.parameters(), saved[0].parameters()))
 
 
 class Payload:

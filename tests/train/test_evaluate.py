@@ -11,7 +11,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from pipeline import PlainViews
+from pipeline import EvalViews
 from schemas import UserError
 from tests.train.runs import scores, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder
@@ -74,7 +74,7 @@ def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
     assert classifier["weight"].shape == (2, 512)
     encoder.eval()
     hits = 0
-    for batch in PlainViews(shards, 5, "cpu", crop_size=28, recipe=recipe_of(metadata)):
+    for batch in EvalViews(shards, 5, "cpu", crop_size=28, recipe=recipe_of(metadata)):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             features = encoder(batch.image).float()
         logits = features @ classifier["weight"].T + classifier["bias"]
@@ -103,8 +103,8 @@ def test_probe_of_a_high_pass_encoder_sees_high_pass_images(shards, run):
     assert recipe_of(metadata).high_pass
     plain = recipe_of({**metadata, "high_pass": "False"})
     assert not plain.high_pass
-    filtered = next(iter(PlainViews(shards, 26, "cpu", crop_size=28, recipe=recipe_of(metadata))))
-    unfiltered = next(iter(PlainViews(shards, 26, "cpu", crop_size=28, recipe=plain)))
+    filtered = next(iter(EvalViews(shards, 26, "cpu", crop_size=28, recipe=recipe_of(metadata))))
+    unfiltered = next(iter(EvalViews(shards, 26, "cpu", crop_size=28, recipe=plain)))
     assert filtered.image.mean(dim=(1, 2, 3)).abs().max() < 0.1
     assert unfiltered.image.mean(dim=(1, 2, 3)).abs().max() > 0.1
 

@@ -1,14 +1,18 @@
 import copy
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from pipeline import RECIPES
 from schemas import UserError
 from tests.train import oracle
 from tests.train.ranks import random_batch
-from train.methods import MoCo, MoCoConfig, Setup
+from train.methods import MoCo, MoCoConfig, Setup, SimCLRConfig
+from train.methods.method import balanced_rho
 from train.methods.moco import contrastive_logits
 
 RHO, TAU = 2.0, 0.2
@@ -186,3 +190,88 @@ def test_state_dict_holds_queue_and_shuffling():
     assert torch.equal(
         torch.randperm(9, generator=other.generator), torch.randperm(9, generator=method.generator)
     )
+
+
+@pytest.mark.parametrize("hard_negatives", [1, 2])
+def test_shared_hard_negatives_are_those_of_the_first_images_alone(hard_negatives):
+    """D2 and D3 of the released code, by a loop over its logits: image m of the batch for all."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = dict(
+        queue=11, projection=5, rho=RHO, temperature=TAU, shared_hard_negative=True
+    )
+    method = MoCoConfig(**options).build(Setup(encoder="tiny_norm", batch_size=4)).train()
+    batch, teacher = random_batch(4, hard_negatives), branch(method, "momentum_")
+    # builder.py: im_t[:, m] of a batch of shape (1, N, 3, H, W), so one image is normalized alone
+    ts = [embed(batch.hard_negative[m * 4 + m][None], teacher)[0] for m in range(hard_negatives)]
+    expected = reference_loss(
+        embed(batch.query, branch(method, "")),
+        embed(batch.key, teacher),
+        method.queue.double().numpy(),
+        [ts] * 4,
+    )
+    assert method(batch)["loss"].item() == pytest.approx(expected, abs=1e-5)
+    # D3: the single images are in the momentum branch's running statistics
+    assert method.momentum_encoder.norm.num_batches_tracked == 1 + hard_negatives
+
+
+def test_shared_hard_negatives_need_more_than_one_cell_and_enough_images():
+    config = MoCoConfig(queue=11, shared_hard_negative=True)
+    with pytest.raises(UserError, match="at --crop-size 32 its last map is one cell"):
+        config.build(Setup(encoder="tiny", batch_size=4, crop_size=32))
+    method = config.build(Setup(encoder="tiny", batch_size=2))
+    with pytest.raises(UserError, match="3 hard negatives are those of as many images"):
+        method(random_batch(2, 3))
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
+    method, batch = tiny_moco(), random_batch(4, hard_negatives)
+    batch.key[0] = batch.query[0]  # the first image's key wins, the second one's loses
+    q, key = (embed(x, branch(method, "")) for x in (batch.query, batch.key))
+    method.queue[3] = torch.from_numpy(q[1])
+    queue = method.queue.double().numpy().copy()
+    views = [] if batch.hard_negative is None else batch.hard_negative
+    hard = [embed(view[None], branch(method, "momentum_"))[0] for view in views]
+    scalars = {name: value.item() for name, value in method(batch).items()}
+    to_key = [oracle.dot(q[i], key[i]) for i in range(4)]
+    to_queue = [[oracle.dot(q[i], n) for n in queue] for i in range(4)]
+    wins = [to_key[i] > max(to_queue[i]) for i in range(4)]
+    assert 0 < sum(wins) < 4
+    assert scalars["negatives_accuracy"] == sum(wins) / 4
+    assert scalars["key_similarity"] == pytest.approx(np.mean(to_key), abs=1e-6)
+    assert scalars["negatives_similarity"] == pytest.approx(np.mean(to_queue), abs=1e-6)
+    if not hard:
+        assert "hard_similarity" not in scalars
+        assert scalars["contrastive_accuracy"] == scalars["negatives_accuracy"]
+        return
+    to_hard = [[oracle.dot(q[i], hard[j * 4 + i]) for j in range(2)] for i in range(4)]
+    assert scalars["hard_similarity"] == pytest.approx(np.mean(to_hard), abs=1e-6)
+    of_all = [wins[i] and to_key[i] > RHO * max(to_hard[i]) for i in range(4)]
+    assert scalars["contrastive_accuracy"] == sum(of_all) / 4
+
+
+@pytest.mark.parametrize("queue", [4096, 65_536, 512])
+def test_balanced_rho_gives_the_published_proportion(queue):
+    rho = balanced_rho(0.2, queue)
+    assert np.exp(rho / 0.2) / queue == pytest.approx(1 / 3)
+    config = MoCoConfig(rho=rho, queue=queue)
+    assert config.notes(RECIPES["hp"], 256) == []
+    assert balanced_rho(0.2, 65_536) == pytest.approx(2.0, abs=0.002)
+
+
+def test_hard_negatives_far_from_the_published_proportion_are_told():
+    def told(**options):
+        return MoCoConfig(**options).notes(RECIPES["hp"], 256)
+
+    assert told() == []
+    assert told(queue=16_384) == []  # NNS's
+    (line,) = told(queue=512)
+    assert "exp(rho / tau) = exp(10), 43 times the queue of 512" in line
+    assert "published setting has 0.34; --rho 1.03 would be as published" in line
+    (line,) = told(rho=1.0)
+    assert "0.0023 times the queue of 65,536" in line
+    assert MoCoConfig(queue=512).notes(replace(RECIPES["hp"], hard_negatives=0), 256) == []
+    (line,) = SimCLRConfig(temperature=0.1).notes(RECIPES["mean"], 128)
+    assert "exp(20), 1.9e+06 times the other views of 254" in line
+    (line,) = MoCoConfig(temperature=1e-4).notes(RECIPES["hp"], 256)  # no float holds its exp
+    assert "exp(2e+04)" in line

@@ -100,6 +100,15 @@ def test_recipes_keep_their_name_whatever_branch_and_views():
     assert recipe_name(starting_point(preset=PRESETS["supervised"]).recipe) == "none"
 
 
+def test_crops_are_resized_as_the_sources_of_a_preset_do():
+    """Bicubic in google-research/simclr, solo-learn and ADIOS; PIL's bilinear in torchvision's."""
+    modes = {name: starting_point(preset=PRESETS[name]).recipe.interpolation for name in PRESETS}
+    assert {name for name, mode in modes.items() if mode == "bicubic"} == {
+        "simclr", "simclr-in100", "adios",
+    }  # fmt: skip
+    assert set(modes.values()) == {"bicubic", "bilinear"}
+
+
 def test_masks_combine_with_the_views_of_a_preset():
     config = starting_point(method=SimCLRConfig, recipe=RECIPES["blur"])
     assert (config.recipe.fill, config.recipe.hue, config.recipe.crop_area[0]) == (

@@ -3,15 +3,17 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import train.loop
+from pipeline import Cache
 from schemas import UserError
 from tests.train.runs import ARGUMENTS, command, config
 from train.__main__ import main, options
-from train.config import KnnConfig, resolved
+from train.config import KnnConfig, cache_of, resolved
 from train.describe import notes
 
 
@@ -117,11 +119,7 @@ def test_command_line_shows_one_line_and_no_traceback(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_store_without_a_cache_is_noted(tmp_path):
-    cpu = torch.device("cpu")
-    (note,) = notes(config("s3://bucket/data", tmp_path), cpu)
-    assert note.startswith("s3://bucket/data: the store is asked three times an image")
-    assert "--cache FOLDER" in note
-    assert notes(config("s3://bucket/data", tmp_path, cache="cache"), cpu) == []
-    assert notes(config("s3://bucket/data", tmp_path, synthetic=64), cpu) == []
-    assert notes(config(str(tmp_path), tmp_path), cpu) == []
+def test_a_store_needs_no_option_of_the_cache(tmp_path):
+    assert notes(config("s3://bucket/data", tmp_path), torch.device("cpu")) == []
+    assert cache_of(None, None) == Cache()
+    assert cache_of("folder", 1.5) == Cache(Path("folder"), 1_500_000_000)

@@ -38,11 +38,16 @@ def report(run, tmp_path_factory) -> Path:
 
 def test_curves_views_and_configuration_are_on_one_page_without_a_network(report):
     page = Page(report.read_text())
-    assert page.figures == ["loss", "accuracy", "lr", "images_per_second", "data_wait", "scores"]
+    assert page.figures == [
+        "loss", "accuracy", "similarity", "lr", "images_per_second", "data_wait", "scores",
+    ]  # fmt: skip
     pictures = [source for source in page.sources if source.startswith("data:image/png")]
     assert len(pictures) == 2  # of the first and the last epoch
     assert all(not source.startswith("http") for source in page.sources)
     assert "epoch-0001" in page.text
+    assert "mean cosine similarity to the query" in page.text
+    for name in ("key", "hard negative", "queue or batch", "among these and hard negatives"):
+        assert f"<!-- {name} -->" in report.read_text()  # matplotlib notes a legend's texts so
     assert "epoch-0002" in page.text
     assert "ema_momentum: 0.999" in page.text
 

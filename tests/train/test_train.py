@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from torchvision.models import ResNet
 
 import train.loop
+from pipeline import RECIPES
 from schemas import UserError
 from schemas.cli import TerminatedError
 from tests.train.runs import config, metrics, scores, stopped_after, told, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder, untrained_encoder
-from train.evaluate.features import extract, unmasked
+from train.evaluate.features import extract, recipe_of, unmasked
 from train.evaluate.knn import knn_accuracy
-from train.methods import MoCoConfig, Setup, SupervisedConfig
+from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
 
@@ -231,6 +232,16 @@ def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
     )
     again, _, _ = load_encoder(str(tmp_path))
     assert torch.equal(again.conv1.weight, encoder.conv1.weight)
+
+
+def test_cifars_own_size_trains_with_the_small_stem(shards, tmp_path):
+    """7 does not divide 32, and without masks nothing asks it to."""
+    method = SimCLRConfig(projection=8)
+    settings = config(shards, tmp_path, method=method, stem="small", crop_size=32, epochs=1)
+    train.loop.train(replace(settings, recipe=RECIPES["none"]))
+    assert len(metrics(tmp_path)) == 3
+    metadata = load_encoder(str(tmp_path))[1]
+    assert (metadata["crop_size"], recipe_of(metadata).crop_size) == ("32", 32)
 
 
 def test_synthetic_trains_without_data_and_goes_on(tmp_path):

@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def start() -> None:
-    run(main)
+    run(main, outlives_reader=True, decodes=True)
 
 
 if __name__ == "__main__":

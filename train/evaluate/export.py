@@ -11,10 +11,12 @@ from torch import Tensor
 
 from schemas import UserError
 from train.encoders import load_encoder
+from train.timm_encoders import is_timm
 
-Format = Literal["torchvision", "safetensors", "detectron2"]
+Format = Literal["torchvision", "timm", "safetensors", "detectron2"]
 SUFFIX: dict[Format, str] = {
     "torchvision": ".pth",
+    "timm": ".pth",
     "safetensors": ".safetensors",
     "detectron2": ".pkl",
 }
@@ -25,9 +27,10 @@ class ExportOptions:
     """Write an encoder for another library."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or an encoder.safetensors."""
+    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
     format: Format = "torchvision"
-    """torchvision: a state_dict without fc, for load_state_dict(..., strict=False). safetensors:
+    """torchvision: a state_dict without fc, for load_state_dict(..., strict=False). timm: the same
+    of an encoder timm:NAME, for timm.create_model(NAME, num_classes=0). safetensors:
     the same keys. detectron2: the pickle of MoCo's convert-pretrain.py, for R50-C4 and its like."""
     out: str | None = None
     """The file; beside the encoder when not given."""
@@ -37,13 +40,15 @@ def export(options: ExportOptions) -> Path:
     """Write the file and return its path.
 
     Raises:
-        UserError: no such encoder; detectron2 knows no ResNet of this kind.
+        UserError: no such encoder; the format is not for networks of this kind.
     """
     encoder, metadata, path = load_encoder(options.encoder)
     state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
     out = Path(options.out or path.with_name(f"{options.format}{SUFFIX[options.format]}"))
+    if options.format != "safetensors":
+        check_family(options.format, metadata["encoder"], str(path))
     out.parent.mkdir(parents=True, exist_ok=True)
-    if options.format == "torchvision":
+    if options.format in ("torchvision", "timm"):
         torch.save(state, out)
     elif options.format == "safetensors":
         from safetensors.torch import save_file
@@ -60,6 +65,17 @@ def export(options: ExportOptions) -> Path:
         with out.open("wb") as file:
             pickle.dump(content, file)
     return out
+
+
+def check_family(form: Format, encoder: str, path: str) -> None:
+    """Raises UserError where a network has other key names than the format."""
+    if is_timm(encoder) and form != "timm":
+        raise UserError(
+            f"{path}: is {encoder}, whose names {form} does not know; take --format timm or "
+            "safetensors"
+        )
+    if form == "timm" and not is_timm(encoder):
+        raise UserError(f"{path}: is torchvision's {encoder}; take --format torchvision")
 
 
 def detectron2_name(name: str) -> str:

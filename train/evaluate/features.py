@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline import Cache, PlainViews, Recipe
+from pipeline import Cache, EvalViews, Recipe
 from schemas import ShardDataset, UserError
 from train.config import autocast, pick_precision
 from train.distributed import gather_uneven, is_main, rank, world_size
@@ -62,9 +62,9 @@ def unmasked(recipe: Recipe) -> Recipe:
 
 def plain_views(
     url: str, recipe: Recipe, device: torch.device, batch_size: int, cache: Cache | None = None
-) -> PlainViews:
+) -> EvalViews:
     """This rank's share of a dataset: centre crops at the recipe's size, through its filter."""
-    return PlainViews(
+    return EvalViews(
         url,
         batch_size=batch_size,
         device=device.type,

@@ -21,7 +21,7 @@ class KnnOptions:
     """Weighted kNN accuracy of a frozen encoder."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or an encoder.safetensors."""
+    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
     data: str = tyro.MISSING
     """Labelled shards whose images are the neighbours."""
     test_data: str | None = None
@@ -37,9 +37,10 @@ class KnnOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch finds a GPU."""
     cache: str | None = None
-    """A local folder that shards are copied to first; s3:// and gs:// can do without."""
-    cache_gb: float = 500.0
-    """What all copies there may take, in GB of 10^9 bytes."""
+    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
+    a remote dataset when not given. A local dataset is copied to it only if it is given."""
+    cache_gb: float | None = None
+    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
 
 
 def evaluate(options: KnnOptions) -> list[dict[str, Any]]:

@@ -9,7 +9,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from schemas.settings import filled
+from train.config import default_settings
 from train.evaluate.results import OUTCOMES, Row
+from train.methods import METHODS
 
 HEADLINE = {"knn": "20", "linear": "top1"}
 """The accuracy of a protocol that a table shows."""
@@ -160,7 +163,10 @@ def setting(row: Row, name: str) -> Any:
 
 
 def settings(row: Row) -> dict[str, Any]:
-    return json.loads(row["pretraining"].get("settings", "{}"))
+    """All settings of the encoder's training; those newer than it have their defaults."""
+    saved = json.loads(row["pretraining"].get("settings", "{}"))
+    method = METHODS.get(str(row["method"]))
+    return filled(saved, default_settings(method)) if saved and method else saved
 
 
 def headline(row: Row) -> float:

@@ -1,11 +1,11 @@
 """Methods by name. A new one: a file with its options and its class, and its place in METHODS;
-or, from elsewhere, `--method module:Options`.
+or, from elsewhere, `--method FILE.py:Options` or `module:Options`.
 
 `LinearProbe` is trained by the same loop and is no way to pretrain, so it has no name there.
 """
 
 from schemas import UserError
-from schemas.cli import imported, lookup
+from schemas.cli import imported, lookup, name_by_import
 from train.methods.adios import ADIOS, ADIOSConfig
 from train.methods.maskco import MaskCo, MaskCoConfig
 from train.methods.method import Method, MethodConfig, Setup
@@ -21,7 +21,11 @@ METHODS: dict[str, type[MethodConfig]] = {
 
 
 def find_method(name: str) -> type[MethodConfig]:
-    """The options of the method of that name; `module:Options` is imported. Raises UserError."""
+    """Return the options of the method of that name, of `FILE.py:Options` or `module:Options`.
+
+    Raises:
+        UserError: there are no such options.
+    """
     if ":" not in name:
         return lookup("method", name, METHODS)
     found = imported("method", name)
@@ -34,7 +38,7 @@ def name_of(method: type[MethodConfig]) -> str:
     """What `find_method` finds it by."""
     if METHODS.get(method.name) is method:
         return method.name
-    return f"{method.__module__}:{method.__qualname__}"
+    return name_by_import(method)
 
 
 __all__ = [

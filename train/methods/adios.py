@@ -8,7 +8,11 @@
     occlusion's turn   max  sum_n [ L(b_n, a) - lambda penalty(m_n) ] + lambda_e E   encoder fixed
 
     penalty = mean over images of 1 / (sin(pi s_n) + 1e-10),   s_n the share of the image in m_n
-    E = sum_n p_n log p_n,   p = softmax(s)
+    E = sum over images and masks of p_n log p_n,   p = softmax(s)
+
+E is a sum over the images of a step, as the released code has it, not a mean: its weight grows with
+the batch beside the other terms, and a published lambda_e belongs to the published batch. The sum
+is over the images of all ranks and parts, so neither changes it.
 
 L is SimCLR's or MoCo v2's loss; that of MoCo v2 is ours, the released code has none. In ADIOS-s
 (`single`) each image gets one of its masks, drawn uniformly, in place of the sum; the penalty is
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline import Recipe
-from pipeline.draws import to_device
+from pipeline.devices import to_device
 from schemas import UserError
 from train.distributed import rank, world_size
 from train.methods.method import Method, MethodConfig, Player, Setup, needs_keys
@@ -54,11 +58,11 @@ class ADIOSConfig(MethodConfig):
     channels: int = 8
     """Base width of the occlusion network; a multiple of 8 with group norm."""
     norm: Norm = "group"
-    """Of the occlusion network."""
+    """Normalization in the occlusion network; with none its convolutions have biases."""
     sparsity: float = 0.75
     """lambda: weight of the penalty on masks that have all of an image or nothing."""
     entropy: float = 0.0
-    """lambda_e: weight of E."""
+    """lambda_e: weight of the negative entropy E, a sum over the batch; 0.712 is for 128 images."""
     mask_rate: float = 0.4988 / 0.1896
     """The occlusion network's learning rate over the encoder's."""
     temperature: float = 0.2
@@ -89,7 +93,7 @@ class ADIOS(Method):
 
     def __init__(self, config: ADIOSConfig, setup: Setup) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.batch_size = config, setup.batch_size
         shared: dict[str, Any] = dict(
             temperature=config.temperature, hidden=config.hidden, projection=config.projection
         )
@@ -195,7 +199,8 @@ class OcclusionTurn(nn.Module):
         )
         with torch.autocast(masks.device.type, enabled=False):
             penalty = sparsity_penalty(masks)
-            balance = negative_entropy(masks)
+            # ranks and parts are averaged afterwards: this makes the mean of their sums a sum
+            balance = negative_entropy(masks) * (game.batch_size / len(masks))
             objective = found["loss"] - game.config.sparsity * penalty
             objective = objective + game.config.entropy * balance
         return {"loss": -objective, "contrast": found["loss"].detach(), "penalty": penalty.detach()}
@@ -221,9 +226,9 @@ def sparsity_penalty(masks: Tensor) -> Tensor:
 
 
 def negative_entropy(masks: Tensor) -> Tensor:
-    """E: mean over images of sum_n p log p with p = softmax(s)."""
+    """Return E: the sum over images and masks of p log p, with p = softmax(s) over the masks."""
     logs = masks.mean(dim=(2, 3)).log_softmax(dim=1)
-    return (logs.exp() * logs).sum(dim=1).mean()
+    return (logs.exp() * logs).sum()
 
 
 def summed(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from train.distributed import all_mean, world_size
 from train.encoders import feature_map
 from train.methods.method import Setup, needs_keys
 from train.methods.momentum import MomentumConfig, MomentumMethod
+from train.timm_encoders import is_timm_encoder
 
 ADVICE = "take --recipe maskco"
 
@@ -89,6 +90,11 @@ class MaskCo(MomentumMethod):
     def __init__(self, config: MaskCoConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self.config, self.setup = config, setup
+        if is_timm_encoder(self.encoder) and self.encoder.num_features != self.width:
+            raise UserError(
+                f"method maskco: {setup.encoder} has {self.encoder.num_features} channels in its "
+                f"last map and {self.width} behind its pooling; choose one that has as many"
+            )
         self.prediction = (
             PredictionHead(self.width, config.prediction_depth)
             if config.prediction_head

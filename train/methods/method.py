@@ -1,5 +1,6 @@
 """What the training loop asks of a method, and no more."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,15 @@ from pipeline import Recipe
 from pipeline.preview import sheet_of_fed
 from schemas import UserError
 from train.encoders import Stem
+
+PUBLISHED_SHARE = math.exp(2 / 0.2) / 65_536
+"""exp(rho / tau) over the number of negatives in the published setting (README of the masked
+variant): a third. That is the weight in the denominator of a hard negative as similar as its key,
+over that of all others at similarity 0."""
+FAR = 4.0
+"""Times more or less than that from which a run is told (ours; NNS's queue of 16,384 is at 4)."""
+HEAD_STD = 0.01
+"""Standard deviation of a normalized head's initial weights (google-research/simclr)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,14 @@ class MethodConfig(ABC):
             UserError: names the recipe, or the option, to take instead.
         """
 
+    def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
+        """Return what a person should know of these options with this recipe, one line each.
+
+        Args:
+            batch_size: images, over all ranks, whose embeddings meet: a step's or one part's.
+        """
+        return []
+
 
 class Method(nn.Module, ABC):
     """The modules and the loss of one way to pretrain an encoder.
@@ -122,7 +140,63 @@ def needs_keys(config: MethodConfig, recipe: Recipe) -> None:
         raise UserError(f"method {config.name}: the recipe makes no keys; take --recipe.pair")
 
 
-def projector(width: int, hidden: int | None, out: int) -> nn.Sequential:
-    """The two-layer head of MoCo v2 and SimCLR: `hidden` is as wide as the features when None."""
+def balanced_rho(temperature: float, negatives: int) -> float:
+    """Return tau ln(negatives / 3): hard negatives then weigh as in the published setting."""
+    return temperature * math.log(negatives / 3)
+
+
+def hard_negative_notes(
+    rho: float, temperature: float, negatives: int, where: str, recipe: Recipe
+) -> list[str]:
+    """Say so where hard negatives weigh far more or less than in the published setting.
+
+    Args:
+        negatives: how many others each query meets. where: what they are, in words.
+    """
+    if not recipe.hard_negatives:
+        return []
+    exponent = rho / temperature  # its exp may be more than a float holds
+    times = exponent - math.log(negatives) - math.log(PUBLISHED_SHARE)
+    if abs(times) <= math.log(FAR) + 1e-6:
+        return []
+    share = math.exp(min(exponent - math.log(negatives), 700.0))
+    return [
+        f"a hard negative as similar as its key weighs exp(rho / tau) = exp({exponent:.3g}), "
+        f"{share:.2g} times {where} of {negatives:,}, where the published setting has "
+        f"{PUBLISHED_SHARE:.2g}; --rho {balanced_rho(temperature, negatives):.3g} would be as "
+        "published"
+    ]
+
+
+def projector(
+    width: int, hidden: int | None, out: int, *, layers: int = 2, norm: bool = False
+) -> nn.Sequential:
+    """Build a projection head: linear layers with a ReLU between them.
+
+    Args:
+        width: of the features.
+        hidden: width of the layers between; that of the features when None.
+        out: width of the embedding.
+        layers: linear layers; 2 is the head of MoCo v2 and of SimCLR's paper.
+        norm: batch normalization behind each layer in place of its bias, the last one without an
+            offset, and weights of standard deviation 0.01 (google-research/simclr, model_util.py).
+
+    Raises:
+        UserError: no layer.
+    """
+    if layers < 1:
+        raise UserError(f"--head-layers {layers}: must be at least 1")
     hidden = width if hidden is None else hidden
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
+    modules: list[nn.Module] = []
+    for number in range(layers):
+        last = number == layers - 1
+        linear = nn.Linear(hidden if number else width, out if last else hidden, bias=not norm)
+        modules.append(linear)
+        if norm:
+            nn.init.normal_(linear.weight, std=HEAD_STD)
+            normalization = nn.BatchNorm1d(linear.out_features)
+            normalization.bias.requires_grad_(not last)  # the last one's stays at 0
+            modules.append(normalization)
+        if not last:
+            modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)

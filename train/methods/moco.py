@@ -11,7 +11,8 @@ builder.py): the positive stands in the denominator, and rho scales the similari
 negative. The form of that logit is from Ge et al., NeurIPS 2021 (arXiv 2110.14189). Unlike that
 code, each query meets the hard negatives of its own image, as the poster has it, and the momentum
 encoder never normalises over a single image (the code indexes the batch axis: it sends one image of
-each batch through batch normalisation alone, and compares all queries with that one).
+each batch through batch normalisation alone, and compares all queries with that one);
+`shared_hard_negative` does as that code does.
 """
 
 from dataclasses import dataclass
@@ -22,9 +23,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from pipeline import Recipe
+from schemas import UserError
 from train.distributed import shuffle, world_size
-from train.methods.method import Setup, needs_keys
+from train.methods.method import Setup, hard_negative_notes, needs_keys
 from train.methods.momentum import MomentumConfig, MomentumMethod
+
+STRIDE = 32
+"""Pixels of a crop to one cell of a ResNet's last map."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +40,23 @@ class MoCoConfig(MomentumConfig):
 
     rho: float = 2.0
     """Factor on the similarity of a hard negative; 1 makes it like any other negative."""
+    shared_hard_negative: bool = False
+    """As the released code does it: all queries of a rank meet the hard negative of its first image
+    (with several, the n-th one is the n-th image's), which is normalized over itself alone."""
 
     def check(self, recipe: Recipe) -> None:
         needs_keys(self, recipe)
 
+    def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
+        where = "the queue"
+        return hard_negative_notes(self.rho, self.temperature, self.queue, where, recipe)
+
     def build(self, setup: Setup) -> "MoCo":
+        if self.shared_hard_negative and setup.crop_size <= STRIDE and setup.stem == "imagenet":
+            raise UserError(
+                f"--shared-hard-negative: normalizes one image alone, and at --crop-size "
+                f"{setup.crop_size} its last map is one cell; take a larger crop"
+            )
         return MoCo(self, setup)
 
 
@@ -61,6 +78,24 @@ def contrastive_logits(
     negatives = q @ queue.T  # (N, K)
     hard_negatives = rho * torch.einsum("nd,nhd->nh", q, hard)  # (N, H)
     return torch.cat([positive, negatives, hard_negatives], dim=1) / temperature
+
+
+def contrast_scalars(logits: Tensor, negatives: int) -> dict[str, Tensor]:
+    """Return how often the positive is the most similar.
+
+    Args:
+        logits: (N, 1 + negatives + H): positive, negatives, hard negatives.
+
+    Returns:
+        `contrastive_accuracy` among all, `negatives_accuracy` without the hard negatives: scalars.
+    """
+    positive, hard = logits[:, 0], logits[:, 1 + negatives :]
+    wins = positive >= logits[:, 1 : 1 + negatives].amax(dim=1)
+    of_all = wins & (positive[:, None] >= hard).all(dim=1)
+    return {
+        "contrastive_accuracy": of_all.float().mean(),
+        "negatives_accuracy": wins.float().mean(),
+    }
 
 
 class MoCo(MomentumMethod):
@@ -98,8 +133,13 @@ class MoCo(MomentumMethod):
             )
             target = torch.zeros(len(q), dtype=torch.long, device=q.device)
             loss = cross_entropy(logits, target)
-        accuracy = (logits.detach().argmax(dim=1) == 0).float().mean()
-        return {"loss": loss, "contrastive_accuracy": accuracy}, key
+        scalars = contrast_scalars(logits.detach(), len(self.queue))
+        with torch.no_grad():
+            scalars["key_similarity"] = (q * key).sum(dim=1).mean()
+            scalars["negatives_similarity"] = q.mean(dim=0) @ self.queue.mean(dim=0)
+            if hard.shape[1]:
+                scalars["hard_similarity"] = torch.einsum("nd,nhd->nh", q, hard).mean()
+        return {"loss": loss, **scalars}, key
 
     def notes(self, samples: int) -> list[str]:
         notes = []
@@ -135,6 +175,14 @@ class MoCo(MomentumMethod):
         if images is None:
             return key.new_empty(len(key), 0, key.shape[1])
         views = images.split(len(key))
+        if self.config.shared_hard_negative:  # the code indexes the batch: number is its image
+            if len(views) > len(key):
+                raise UserError(
+                    f"--shared-hard-negative: {len(views)} hard negatives are those of as many "
+                    f"images, and a part of a step has {len(key)}"
+                )
+            alone = [self.momentum_project(view[n : n + 1]) for n, view in enumerate(views)]
+            return torch.stack(alone, dim=1).expand(len(key), -1, -1)
         return torch.stack([self.momentum_project(view) for view in views], dim=1)
 
     def get_extra_state(self) -> Tensor:

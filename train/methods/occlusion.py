@@ -1,8 +1,9 @@
 """ADIOS's occlusion network: an image -> N soft masks that share out its pixels.
 
 A U-Net after GENESIS's (YugeTen/adios, unet.py and blocks.py): blocks of a 3 x 3 convolution, a
-norm and a ReLU, halved between blocks on the way down, an MLP over the smallest map, doubled on the
-way up with the maps of the way down beside it, and a 1 x 1 convolution to N maps with a softmax.
+norm (or, without one, a bias) and a ReLU, halved between blocks on the way down, an MLP over the
+smallest map, doubled on the way up with the maps of the way down beside it, and a 1 x 1 convolution
+to N maps with a softmax.
 """
 
 import math
@@ -83,7 +84,7 @@ class OcclusionNet(nn.Module):
 
 
 def block(before: int, after: int, norm: Norm) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1, bias=False)]
+    layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1, bias=norm == "none")]
     if norm == "group":
         layers.append(nn.GroupNorm(GROUPS, after))
     elif norm == "instance":

@@ -10,9 +10,11 @@ losses/simclr.py): for anchor i with its positive p(i)
     l_i = - log exp(z_i.z_p / tau) / D_i
     D_i = sum_{j != i} exp(z_i.z_j / tau) + sum_h exp(rho z_i.k-_h / tau)
 
-and the mean over all anchors. The last sum, over the hard negatives of the anchor's own image, is
-derived from the poster's MoCo form, not published: no code and no readable text of SimCLR's variant
-exists (methods 3.3). What it leaves open are fields of `SimCLRConfig`, with our defaults.
+and the mean over all anchors; with `sum_directions` the mean over the queries plus that over the
+keys, twice as much, as google-research/simclr has it. The last sum, over the hard negatives of the
+anchor's own image, is derived from the poster's MoCo form, not published: no code and no readable
+text of SimCLR's variant exists (methods 3.3). What it leaves open are fields of `SimCLRConfig`,
+with our defaults.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,14 @@ from torch.nn.functional import normalize
 from pipeline import Recipe
 from train.distributed import gather_with_gradient, rank, world_size
 from train.encoders import build_encoder
-from train.methods.method import Method, MethodConfig, Setup, needs_keys, projector
+from train.methods.method import (
+    Method,
+    MethodConfig,
+    Setup,
+    hard_negative_notes,
+    needs_keys,
+    projector,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +48,17 @@ class SimCLRConfig(MethodConfig):
     projection: int = 128
     """Width of the projected embedding."""
     hidden: int | None = None
-    """Width of the head's hidden layer; that of the encoder's features when not given."""
+    """Width of the head's hidden layers; that of the encoder's features when not given."""
+    head_layers: int = 2
+    """Linear layers of the head (2 in solo-learn and ADIOS, 3 in google-research/simclr)."""
+    head_norm: bool = False
+    """Whether batch normalization stands behind each of them (google-research/simclr: yes)."""
+    sum_directions: bool = False
+    """Whether the losses of queries and keys are summed (google-research/simclr) or averaged (the
+    paper, solo-learn, ADIOS). Under LARS a sum moves norms and biases twice as far, not weights."""
+    joint_views: bool = False
+    """Whether query and key go through the network as one batch and share batch statistics
+    (google-research/simclr); here masked and whole views have statistics of their own."""
     rho: float = 2.0
     """Factor on the similarity of a hard negative (MoCo's value; unverified for SimCLR)."""
     hard_for_keys: bool = False
@@ -51,6 +70,11 @@ class SimCLRConfig(MethodConfig):
 
     def check(self, recipe: Recipe) -> None:
         needs_keys(self, recipe)
+
+    def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
+        negatives = 2 * batch_size - 2  # both views of the other images
+        where = "the other views"
+        return hard_negative_notes(self.rho, self.temperature, negatives, where, recipe)
 
     def build(self, setup: Setup) -> "SimCLR":
         return SimCLR(self, setup)
@@ -65,7 +89,7 @@ def nt_xent(
     temperature: float,
     hard_for_keys: bool = False,
     hard_of_others: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean loss of this rank's anchors.
 
     Args:
@@ -74,7 +98,10 @@ def nt_xent(
         first: this rank's images are rows `first` .. `first` + N - 1 of the M.
 
     Returns:
-        loss, and how often an anchor's positive is the most similar of all, both scalars.
+        loss, and scalars: `contrastive_accuracy`, how often an anchor's positive is the most
+        similar of all; `negatives_accuracy`, the same without hard negatives; and the mean
+        similarities of positives, of other images' views and, where there are any, of queries' own
+        hard negatives.
     """
     views, everyone, width = embeddings.shape
     size = len(hard)
@@ -91,9 +118,34 @@ def nt_xent(
     hard_logits = rho * similar.flatten(2)
     if not hard_for_keys:
         hard_logits = torch.stack([hard_logits[0], torch.full_like(hard_logits[1], -torch.inf)])
+    with torch.no_grad():
+        scalars = similarities(embeddings, anchors, logits, positive, hard)
     logits = torch.cat([logits, hard_logits.flatten(0, 1)], dim=1) / temperature
     accuracy = (logits.detach().argmax(dim=1) == positive).float().mean()
-    return nn.functional.cross_entropy(logits, positive), accuracy
+    loss = nn.functional.cross_entropy(logits, positive)
+    return loss, {"contrastive_accuracy": accuracy, **scalars}
+
+
+def similarities(
+    embeddings: Tensor, anchors: Tensor, logits: Tensor, positive: Tensor, hard: Tensor
+) -> dict[str, Tensor]:
+    """Return what `nt_xent` reports of its similarities before hard negatives join them.
+
+    Args:
+        anchors: (2N, D). logits: (2N, 2M) similarities, -inf to itself. positive: (2N,) columns.
+    """
+    own = logits.gather(1, positive[:, None])[:, 0]
+    views = embeddings.flatten(0, 1)
+    others = anchors @ views.sum(dim=0) - anchors.square().sum(dim=1) - own  # without itself
+    scalars = {
+        "negatives_accuracy": (logits.argmax(dim=1) == positive).float().mean(),
+        "key_similarity": own.mean(),
+        "negatives_similarity": others.mean() / max(1, len(views) - 2),
+    }
+    if hard.shape[1]:
+        queries = anchors[: len(hard)]
+        scalars["hard_similarity"] = torch.einsum("nd,nhd->nh", queries, hard).mean()
+    return scalars
 
 
 class SimCLR(Method):
@@ -103,16 +155,22 @@ class SimCLR(Method):
         super().__init__()
         self.config, self.setup = config, setup
         self.encoder, width = build_encoder(setup.encoder, setup.stem)
-        self.head = projector(width, config.hidden, config.projection)
+        self.head = projector(
+            width,
+            config.hidden,
+            config.projection,
+            layers=config.head_layers,
+            norm=config.head_norm,
+        )
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         size, config = len(batch.query), self.config
-        q, k = self.project(batch.query), self.project(batch.key)  # (N, D) each
+        q, k = self.project_pair(batch.query, batch.key)  # (N, D) each
         with torch.set_grad_enabled(config.hard_gradient and torch.is_grad_enabled()):
             hard = self.hard_negatives(batch.hard_negative, k)  # (N, H, D)
         with torch.autocast(q.device.type, enabled=False):  # a softmax over 2M wants float32
             embeddings = torch.stack([gather_with_gradient(q), gather_with_gradient(k)])
-            loss, accuracy = nt_xent(
+            loss, scalars = nt_xent(
                 embeddings,
                 hard,
                 rank() * size,
@@ -121,7 +179,8 @@ class SimCLR(Method):
                 hard_for_keys=config.hard_for_keys,
                 hard_of_others=config.hard_of_others,
             )
-        return {"loss": loss, "contrastive_accuracy": accuracy}
+        loss = 2 * loss if config.sum_directions else loss
+        return {"loss": loss, **scalars}
 
     def contrast(self, batch: Any) -> dict[str, Tensor]:
         """`forward`: nothing is remembered between steps."""
@@ -142,6 +201,13 @@ class SimCLR(Method):
     def project(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> float32 unit vectors (N, D)."""
         return normalize(self.head(self.encoder(images)).float(), dim=1)
+
+    def project_pair(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed queries and keys, in one batch or in one each."""
+        if not self.config.joint_views:
+            return self.project(query), self.project(key)
+        embedded = self.project(torch.cat([query, key]))
+        return embedded[: len(query)], embedded[len(query) :]
 
     def hard_negatives(self, images: Tensor | None, key: Tensor) -> Tensor:
         """(H * N, 3, h, w), the first N rows one of each sample, and so on -> (N, H, D)."""

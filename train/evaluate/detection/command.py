@@ -80,7 +80,7 @@ class DetectionOptions:
     """Train a detector on VOC 07+12 or COCO from an encoder, and test it."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or an encoder.safetensors."""
+    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
     dataset: Literal["voc", "coco"] = tyro.MISSING
     """voc: Faster R-CNN, 07+12 trainval to 07 test. coco: Mask R-CNN, train2017 to val2017."""
     root: str = tyro.MISSING

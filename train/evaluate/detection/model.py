@@ -16,13 +16,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from pipeline.assemble import MEAN, STD
+from pipeline.fused import MEAN, STD
 from schemas import UserError
 from train.encoders import build_encoder, load_encoder, stem_of
 from train.evaluate.detection.heads import C4RoIHeads, RoIHead, in_float32, last_width
+from train.evaluate.detection.masks import Transform
 from train.methods.method import Method, MethodConfig, Setup
+from train.timm_encoders import is_timm_encoder
 
 MASK_WIDTH = 256  # of the mask predictor's hidden layer
 
@@ -122,12 +123,17 @@ class Detector(Method):
                 raise UserError(f"{config.path}: has the small stem; detection needs torchvision's")
         else:
             encoder, _ = build_encoder(setup.encoder)
+        if is_timm_encoder(encoder):
+            raise UserError(
+                f"{config.path or setup.encoder}: is a network of timm; the C4 detector is made of "
+                "the stages of torchvision's ResNets"
+            )
         body, head = in_float32(Body(encoder)), RoIHead(encoder.get_submodule("layer4"))
         self.network = GeneralizedRCNN(
             body,
             proposer(body.out_channels, config.proposals),
             roi_heads(head, setup.classes, config),
-            GeneralizedRCNNTransform(config.short_sides, config.long_side, list(MEAN), list(STD)),
+            Transform(config.short_sides, config.long_side, list(MEAN), list(STD)),
         )
         self.sides = config.short_sides, config.test_side
 

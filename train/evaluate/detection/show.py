@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from pipeline.sheet import TILE, Tile, page, png
+from pipeline.sheet import TILE, Tile, fit_into_tile, page, png
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.metric import Found
 from train.evaluate.detection.views import masks_of
@@ -71,8 +71,8 @@ def drawn(one: Picture, objects: list[Shown], colour: tuple[int, int, int]) -> I
         if shown.mask is not None:
             inside = shown.mask.astype(bool)
             pixels[inside] = (1 - TINT) * pixels[inside] + TINT * np.array(colour)
-    fitted = ImageOps.contain(Image.fromarray(pixels), (TILE, TILE))
-    scale = fitted.width / one.size[1]
+    fitted = fit_into_tile(Image.fromarray(pixels))
+    scale = TILE / max(one.size)
     draw = ImageDraw.Draw(fitted)
     for shown in objects:
         x0, y0, x1, y1 = (value * scale for value in shown.box)

@@ -115,6 +115,8 @@ class DetectionViews:
     loop is `unit` steps, whatever the number of pictures.
     """
 
+    cache_description = ""
+
     def __init__(
         self,
         data: Pictures,

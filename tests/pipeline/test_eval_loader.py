@@ -1,4 +1,4 @@
-"""PlainViews: every sample once, and the pixels of PIL's resize and centre crop."""
+"""EvalViews: every sample once, and the pixels of PIL's resize and centre crop."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur, normalize
 
-from pipeline import PlainViews
-from pipeline.assemble import MEAN, STD
+from pipeline import EvalViews
+from pipeline.fused import MEAN, STD
 from schemas import ShardDataset, UserError
 from tests.pipeline.conftest import CROP, SAMPLES
 
@@ -26,7 +26,7 @@ def by_pil(pixels: np.ndarray, resize: int) -> torch.Tensor:
 def test_every_sample_comes_once(dataset: ShardDataset, world_size: int, batch_size: int) -> None:
     labels, sizes = [], []
     for rank in range(world_size):
-        views = PlainViews(dataset.url, batch_size, "cpu", rank, world_size, crop_size=CROP)
+        views = EvalViews(dataset.url, batch_size, "cpu", rank, world_size, crop_size=CROP)
         batches = list(views)
         assert len(batches) == len(views)
         assert all(len(batch.image) == batch_size for batch in batches[:-1])
@@ -40,7 +40,7 @@ def test_every_sample_comes_once(dataset: ShardDataset, world_size: int, batch_s
 def test_images_are_the_centre_of_the_resized_image(
     dataset: ShardDataset, pictures: dict[str, np.ndarray]
 ) -> None:
-    views = PlainViews(dataset.url, SAMPLES, "cpu", crop_size=CROP)
+    views = EvalViews(dataset.url, SAMPLES, "cpu", crop_size=CROP)
     (batch,) = views
     assert batch.image.is_contiguous(memory_format=torch.channels_last)
     assert views.resize == 64
@@ -51,14 +51,14 @@ def test_images_are_the_centre_of_the_resized_image(
 
 
 def test_a_high_pass_recipe_filters_the_images(dataset: ShardDataset) -> None:
-    (plain,) = PlainViews(dataset.url, SAMPLES, "cpu", crop_size=CROP)
-    (filtered,) = PlainViews(dataset.url, SAMPLES, "cpu", crop_size=CROP, recipe="hp")
+    (plain,) = EvalViews(dataset.url, SAMPLES, "cpu", crop_size=CROP)
+    (filtered,) = EvalViews(dataset.url, SAMPLES, "cpu", crop_size=CROP, recipe="hp")
     expected = plain.image - gaussian_blur(plain.image, [11, 11], [5.0, 5.0])
     assert torch.allclose(filtered.image, expected, atol=1e-4)
 
 
 def test_iterating_again_gives_the_same(dataset: ShardDataset) -> None:
-    views = PlainViews(dataset.url, 20, "cpu", crop_size=CROP)
+    views = EvalViews(dataset.url, 20, "cpu", crop_size=CROP)
     first = next(iter(views))
     again = next(iter(views))
     assert torch.equal(first.image, again.image)
@@ -66,9 +66,9 @@ def test_iterating_again_gives_the_same(dataset: ShardDataset) -> None:
 
 def test_more_ranks_than_samples_are_refused(dataset: ShardDataset) -> None:
     with pytest.raises(UserError, match="45 samples are too few for 50 ranks"):
-        PlainViews(dataset.url, 20, "cpu", world_size=50)
+        EvalViews(dataset.url, 20, "cpu", world_size=50)
 
 
 def test_a_crop_above_the_resized_image_is_refused(dataset: ShardDataset) -> None:
     with pytest.raises(UserError, match="crop 56 of 50 pixels"):
-        PlainViews(dataset.url, 20, "cpu", resize=50, crop_size=CROP)
+        EvalViews(dataset.url, 20, "cpu", resize=50, crop_size=CROP)

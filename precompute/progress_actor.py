@@ -6,7 +6,7 @@ Alone in its file: the actor's process need not import torch and DALI.
 import time
 
 
-class Ledger:
+class ProgressActor:
     """Counts what the workers have done, and how often each shard was begun: one actor of a job."""
 
     def __init__(self) -> None:

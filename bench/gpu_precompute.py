@@ -1,0 +1,259 @@
+"""How fast workers make saliency on this machine: one network alone, and 1, 2, 3 workers together.
+
+Workers are plain processes, without Ray, so that a machine with a GPU and little else can run this:
+torch, torchvision, DALI, numpy, pyarrow, fsspec and pillow are enough. `measure` returns figures
+and a verdict; a small form of it runs on a CPU.
+"""
+
+import importlib.util
+import io
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+NEEDED = ("torch", "torchvision", "nvidia.dali", "numpy", "pyarrow", "fsspec", "PIL")
+
+GAIN = 0.95
+"""More workers pass if they reach this share of the best rate of fewer: noise may cost the rest."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. The defaults are for a GPU; `small()` is for a test on a CPU.
+
+    Attributes:
+        backbone: a torchvision network, with random weights: they cost the same time.
+        images, shards: of each worker. height, width: pixels of each image, about ImageNet's.
+        workers: how many processes run side by side, one measurement after the other.
+    """
+
+    backbone: str = "resnet50"
+    images: int = 2000
+    shards: int = 2
+    height: int = 375
+    width: int = 500
+    batch_size: int = 32
+    forwards: int = 40
+    workers: tuple[int, ...] = (1, 2, 3)
+    start_seconds: float = 180.0
+
+    @classmethod
+    def small(cls) -> "Settings":
+        return cls("squeezenet1_1", 6, 2, 48, 64, batch_size=2, forwards=1, workers=(1, 2))
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures, and what they say.
+
+    Attributes:
+        passed: every worker wrote its shards, and more workers are not slower than fewer.
+        figures: name -> value; rates in images/s and windows/s, memory in MiB.
+        lines: what to print, the verdict first.
+    """
+
+    passed: bool
+    figures: dict[str, float]
+    lines: list[str]
+
+
+def missing_packages() -> list[str]:
+    """Return the packages that this needs and that are not installed here."""
+    return [name for name in NEEDED if not is_installed(name)]
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of `nvidia` in nvidia.dali
+        return False
+
+
+def measure(settings: Settings) -> Result:
+    """Measure the network alone, then workers side by side. Never raises for a missing package."""
+    if missing := missing_packages():
+        return Result(False, {}, [f"FAIL precompute: not installed here: {', '.join(missing)}"])
+    figures: dict[str, float] = {}
+    lines: list[str] = []
+    windows = measure_network(settings, figures)
+    best = 0.0
+    problems = []
+    for count in settings.workers:
+        try:
+            rate, cpu = run_workers(settings, count)
+        except RuntimeError as error:
+            problems.append(f"{count} workers: {error}")
+            continue
+        figures[f"images_per_second_{count}_workers"] = rate
+        figures[f"cpu_milliseconds_per_image_{count}_workers"] = cpu
+        share = rate * windows / figures["windows_per_second_network_alone"]
+        lines.append(
+            f"{count} workers: {rate:.1f} images/s, {rate * windows:.0f} windows/s, {share:.0%} of "
+            f"the network alone, {cpu:.2f} CPU ms an image"
+        )
+        if rate < GAIN * best:
+            problems.append(f"{count} workers give {rate:.1f} images/s, fewer gave {best:.1f}")
+        best = max(best, rate)
+    head = (
+        f"network alone: {figures['windows_per_second_network_alone']:.0f} windows/s "
+        f"({settings.backbone}, bf16, {windows:.2f} windows an image)"
+    )
+    verdict = "FAIL" if problems else "PASS"
+    reasons = f": {'; '.join(problems)}" if problems else ""
+    return Result(not problems, figures, [f"{verdict} precompute{reasons}", head, *lines])
+
+
+def measure_network(settings: Settings, figures: dict[str, float]) -> float:
+    """Time the estimator's forward passes on windows that are on the device already.
+
+    Returns:
+        windows an image.
+    """
+    import torch
+
+    from precompute.estimators import ScdaOptions
+    from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
+    from precompute.estimators.windows import windows
+
+    options = ScdaOptions(settings.backbone, "random")
+    estimator = ScdaEstimator(options)
+    shape = (WINDOWS_AT_ONCE[estimator.device], options.size, options.size, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=estimator.device)
+    with torch.inference_mode():
+        estimator.aggregation_map(pixels).sum().item()
+        start = time.perf_counter()
+        for _ in range(settings.forwards):
+            maps = estimator.aggregation_map(pixels)
+        maps.sum().item()  # waits for all of them
+        seconds = time.perf_counter() - start
+    figures["windows_per_second_network_alone"] = settings.forwards * len(pixels) / seconds
+    if estimator.device == "cuda":
+        figures["peak_mib_network"] = torch.cuda.max_memory_allocated() / 2**20
+    return float(sum(len(windows(settings.height, settings.width, a)) for a in options.areas))
+
+
+def run_workers(settings: Settings, count: int) -> tuple[float, float]:
+    """Let processes build their shards at the same time.
+
+    Returns:
+        images/s of all together, from the moment when all are warm; CPU milliseconds an image.
+
+    Raises:
+        RuntimeError: a worker failed or did not come up in time.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork of a process with CUDA cannot use it
+    warm = context.Barrier(count)
+    results: Any = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(
+                target=work, args=(settings, Path(folder) / str(n), warm, results), daemon=True
+            )
+            for n in range(count)
+        ]
+        for process in processes:
+            process.start()
+        reports = list(collect(processes, results, settings))
+        for process in processes:
+            process.join()
+    if errors := [report for report in reports if isinstance(report, str)]:
+        raise RuntimeError("; ".join(sorted({*errors})))
+    begins, ends, cpus = zip(*reports, strict=True)
+    images = count * settings.images
+    return images / (max(ends) - min(begins)), 1000 * sum(cpus) / images
+
+
+def collect(
+    processes: list[Any], results: Any, settings: Settings
+) -> Iterator[tuple[float, float, float] | str]:
+    """Yield one report for each process; one that died reports its exit code."""
+    import queue
+
+    reported = 0
+    while reported < len(processes):
+        try:
+            yield results.get(timeout=1.0)
+            reported += 1
+        except queue.Empty:
+            dead = [process.exitcode for process in processes if process.exitcode]
+            if dead:
+                for process in processes:  # the others would wait for it at the barrier
+                    process.terminate()
+                yield f"a worker died (exit code {dead[0]})"
+                return
+
+
+def work(settings: Settings, out: Path, warm: Barrier, results: Any) -> None:
+    """Build shards of generated photos, in a process of its own; report begin, end and CPU seconds.
+
+    Times are of `time.monotonic`, which all processes of a machine share.
+    """
+    try:
+        builder, plans = prepare(settings, out)
+        builder.build(0, plans[0][: 2 * settings.batch_size], count_nothing)
+        warm.wait(settings.start_seconds)
+        begin, cpu = time.monotonic(), time.process_time()
+        for shard, images in enumerate(plans):
+            written = builder.build(shard, images, count_nothing)
+            if len(written.samples) != len(images):
+                raise ValueError(f"{len(written.rejects)} sound images were rejected")
+        results.put((begin, time.monotonic(), time.process_time() - cpu))
+    except Exception as error:  # the parent prints it
+        warm.abort()
+        results.put(f"{type(error).__name__}: {error}")
+
+
+def count_nothing(written: int, rejected: int) -> None:
+    """Stand for the job's progress actor."""
+
+
+def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:
+    """Return a ShardBuilder over generated photos in memory, and the images of each shard."""
+    import numpy as np
+    from PIL import Image
+
+    from precompute.encode import Resize
+    from precompute.estimators import ScdaOptions
+    from precompute.shard_builder import ShardBuilder
+    from precompute.sources import Source, SourceImage
+    from schemas.storage import Store
+
+    class Photos(Source):
+        """JPEGs of ImageNet's size: smooth colors with noise, about 100 KB each."""
+
+        def __init__(self) -> None:
+            self.jpegs = []
+            rng = np.random.default_rng(0)
+            for _ in range(16):
+                size = (settings.width, settings.height)
+                coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                smooth = np.asarray(Image.fromarray(coarse).resize(size), np.int16)
+                noisy = (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255)
+                buffer = io.BytesIO()
+                Image.fromarray(noisy.astype(np.uint8)).save(buffer, "JPEG", quality=92)
+                self.jpegs.append(buffer.getvalue())
+
+        def images(self) -> Iterator[SourceImage]:
+            return (SourceImage(f"{n:06d}", str(n), 0) for n in range(settings.images))
+
+        def read(self, image: SourceImage) -> bytes:
+            return self.jpegs[int(image.location) % len(self.jpegs)]
+
+    source = Photos()
+    estimator = ScdaOptions(settings.backbone, "random").build()
+    images = list(source.images())
+    size = -(-len(images) // settings.shards)
+    plans = [images[start : start + size] for start in range(0, len(images), size)]
+    builder = ShardBuilder(source, estimator, Store(out), settings.batch_size, Resize(), {})
+    return builder, plans
+
+
+if __name__ == "__main__":
+    result = measure(Settings())
+    print("\n".join(result.lines))
+    raise SystemExit(0 if result.passed else 1)

@@ -1,0 +1,55 @@
+"""What the side of a stored map costs, in fidelity and in bytes.
+
+The estimator is the default one. Beside it stands a perfect estimator, whose map of a view is known
+without a network: the view's own brightness. What its stored map loses is the grid's doing alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from bench.fidelity import Options, Study, iou, of_views, scda_options, stored
+from schemas.saliency import SaliencyMap
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class SideOptions(Options):
+    """Stored maps of several sides: IoU with online maps, and bytes; one table."""
+
+    sides: tuple[int, ...] = (14, 28, 56, 112)
+    """Cells on a side of the stored maps."""
+
+
+def brightness(pixels: Tensor) -> Tensor:
+    """(height, width, 3) uint8 -> (1, 1, height, width) float32."""
+    return (pixels.float() @ torch.tensor(LUMA))[None, None]
+
+
+def rows(study: Study, options: SideOptions) -> Iterator[str]:
+    """Return the table's rows, one side after the other."""
+    grid = study.recipe.grid
+    own = torch.cat([adaptive_avg_pool2d(brightness(view), grid)[0] for view in study.views()])
+    exact = study.front(own)
+    for side in options.sides:
+        scda = scda_options(options, side=side).build()
+        grids = [one for batch in study.photos for one in stored([scda], batch)]
+        cells = study.front(of_views(grids, study.crops, grid))
+        bright = [
+            SaliencyMap.quantise(
+                interpolate(brightness(image), (side, side), mode="bilinear", antialias=True)[
+                    0, 0
+                ].numpy()
+            ).grid
+            for image in study.images()
+        ]
+        perfect = study.front(of_views(bright, study.crops, grid))
+        size = np.mean([len(SaliencyMap(one, 0, 1).to_png()) for one in grids])
+        figures = [iou(cells, study.jittered), iou(cells, study.plain), iou(perfect, exact)]
+        told = " | ".join(f"{figure.mean():.3f}" for figure in figures)
+        yield f"| {side} x {side} | {told} | {size:.0f} |"

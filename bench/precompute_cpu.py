@@ -1,0 +1,115 @@
+"""CPU milliseconds an image of everything in a precompute worker but the network and the pixels.
+
+With a GPU, the network, the decoding and the cutting of windows run there. What is left to the CPU
+bounds a worker's rate: reading, looking at headers, calling DALI and PyTorch, pasting maps, packing
+and writing. All of that runs here as in a worker, over real photos and their true shapes, while
+pixels and network are replaced by as little as possible: a decoded image has 8 x 8 pixels, a window
+one pixel, and the maps of windows are given. The CPU time of all threads counts, so other work on
+the machine disturbs it less than a rate.
+"""
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import nvidia.dali.experimental.dynamic as ndd
+import torch
+from PIL import Image
+from torch import nn
+
+from precompute import decode
+from precompute.encode import Resize
+from precompute.estimators import ScdaOptions, scda
+from precompute.estimators.windows import Window, cut
+from precompute.shard_builder import ShardBuilder
+from precompute.sources import Source, SourceImage
+from schemas.storage import Store
+
+SIDE = 8
+CELLS = 7
+"""Cells on a side of a window's map: ResNet-50's at 224 pixels."""
+
+
+class Photo:
+    """Stands for a decoded image of this shape."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = shape
+
+
+class Photos:
+    """Stands for a decoded batch: DALI's tensors of a few pixels, and the photos' true shapes."""
+
+    def __init__(self, decoded: Any, photos: list[Photo]):
+        self.tensors, self.photos = decoded.tensors, photos
+
+    def __iter__(self) -> Iterator[Photo]:
+        return iter(self.photos)
+
+
+class GivenMaps(nn.Module):
+    """Stands for the network: the same maps for any windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        most = max(scda.WINDOWS_AT_ONCE.values())
+        self.maps = torch.rand(most, 1, CELLS, CELLS, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"map": self.maps[: len(inputs)]}
+
+
+@contextmanager
+def without_pixels(source: Source, images: list[SourceImage]) -> Iterator[None]:
+    """Let DALI decode and cut a few pixels in place of each image's own."""
+    photos = {}
+    for image in images:
+        with Image.open(io.BytesIO(source.read(image))) as header:
+            photos[image.key] = Photo((header.height, header.width, 3))
+    buffer = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE)).save(buffer, "JPEG")
+    few = mock.Mock(content=buffer.getvalue())
+    decode_batch = decode.decode_batch
+
+    def decode_few(encoded: list[Any]) -> Photos:
+        decoded = decode_batch([few] * len(encoded))
+        return Photos(decoded, [photos[one.image.key] for one in encoded])
+
+    def cut_few(images: Any, places: list[tuple[int, Window]], size: int) -> torch.Tensor:
+        return cut(images, [(index, Window(0, 0, SIDE, SIDE)) for index, _ in places], 1)
+
+    with (
+        mock.patch.object(decode, "decode_batch", decode_few),
+        mock.patch.object(scda, "cut", cut_few),
+    ):
+        yield
+
+
+def measure_cpu(
+    source: Source, images: list[SourceImage], folder: Path, repeats: int
+) -> list[float]:
+    """Return CPU milliseconds an image for building one shard, `repeats` values after one more.
+
+    One thread each for PyTorch and DALI: a pool's waiting threads would count as work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ndd.set_num_threads(1)
+    estimator = scda.ScdaEstimator(ScdaOptions("squeezenet1_1", "random"), "cpu")
+    estimator.trunk = GivenMaps()
+    builder = ShardBuilder(source, estimator, Store(folder), 32, Resize(), {})
+    found = []
+    with without_pixels(source, images):
+        for shard in range(repeats + 1):
+            start = time.process_time()
+            marker = builder.build(shard, images, lambda written, rejected: None)
+            found.append(1000 * (time.process_time() - start) / len(images))
+            if len(marker.samples) != len(images):
+                raise ValueError(f"{len(marker.rejects)} of the photos were rejected")
+    torch.set_num_threads(threads)
+    ndd.set_num_threads(threads)
+    return found[1:]

@@ -1,0 +1,185 @@
+"""Training data from S3 at a distance: the first batch, the rate, and the requests.
+
+A server of its own process answers each request after a delay and shares one bandwidth among all
+connections. The dataset lies in its bucket; the cache holds only a share of it.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bench.table import machine
+from pipeline import Cache, MaskedViews, get_recipe
+from schemas import ShardDataset, UserError
+
+BUCKET = "shards"
+
+
+@dataclass(frozen=True)
+class Options:
+    """First batch and images/s of shards in S3 beside the same shards on the local disk."""
+
+    data: str = tyro.MISSING
+    """A local dataset of shards; it is served as the bucket of an S3 server."""
+    out: Path = Path("out/bench-remote.json")
+    """Where the figures are written."""
+    latency: float = 0.02
+    """Seconds before the server answers a request."""
+    bandwidth: float = 200e6
+    """Bytes/s of all connections to the server together; 0 for no limit."""
+    cache_share: float = 0.5
+    """Size of the cache as a share of the dataset."""
+    recipe: str = "hp"
+    """Name of the recipe."""
+    batch_size: int = 32
+    """Images per batch."""
+    shuffle_shards: int = 2
+    """Shards per window of the shuffle."""
+    epochs: int = 2
+    """Epochs that are timed; the first batch of each repeat comes before."""
+    repeats: int = 3
+    """Repeats, each with an empty cache; local and remote in turn."""
+    crop_size: int = 224
+    """Side of a view in pixels."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+
+@contextmanager
+def s3_server(folder: Path, options: Options) -> Iterator[str]:
+    """Serve a folder as S3 from another process, and point this one's environment at it."""
+    command = [
+        sys.executable, "-m", "bench.object_store", str(folder),
+        "--latency", str(options.latency), "--bandwidth", str(options.bandwidth),
+    ]  # fmt: skip
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        if not url:
+            raise UserError("the S3 server did not start; its error is above")
+        os.environ |= {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "bench",
+            "AWS_SECRET_ACCESS_KEY": "bench",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def requests_of(url: str) -> int:
+    """Return the number of requests for tars, indices and tables that the server has answered."""
+    with urllib.request.urlopen(f"{url}/?counts") as answer:
+        counts = json.load(answer)
+    return sum(count for name, count in counts.items() if "/shards/0" in name)
+
+
+def time_views(url: str, options: Options, cache: Cache | None) -> tuple[float, float]:
+    """Return seconds to the first batch, from the start, and images/s of the epochs after it."""
+    recipe = replace(get_recipe(options.recipe), crop_size=options.crop_size)
+    start = time.perf_counter()
+    views = MaskedViews(
+        url,
+        recipe,
+        options.batch_size,
+        options.device,
+        cache=cache,
+        shuffle_shards=options.shuffle_shards,
+    )
+    batches = itertools.chain.from_iterable(itertools.repeat(views))
+    next(batches)
+    first = time.perf_counter() - start
+    start, count = time.perf_counter(), options.epochs * len(views)
+    for _ in itertools.islice(batches, count):
+        pass
+    rate = count * options.batch_size / (time.perf_counter() - start)
+    views.close()
+    return first, rate
+
+
+def measure(options: Options, folder: Path) -> dict[str, Any]:
+    """Time the local dataset and the same one behind S3 in turn.
+
+    Args:
+        folder: an empty one, for the bucket and the caches.
+    """
+    dataset = ShardDataset.open(options.data)
+    if not dataset.store.is_local:
+        raise UserError(f"{options.data}: must be a local dataset; the bench serves it itself")
+    (folder / "store").mkdir()
+    (folder / "store" / BUCKET).symlink_to(Path(dataset.url).resolve())
+    sizes = sorted((row.bytes for row in dataset.shards), reverse=True)
+    limit = int(options.cache_share * sum(sizes))
+    rows: list[dict[str, float]] = []
+    with s3_server(folder / "store", options) as url:
+        for repeat in range(options.repeats):
+            before = requests_of(url)
+            cache = Cache(folder / f"cache-{repeat}", limit)
+            first_local, local = time_views(dataset.url, options, None)
+            first, remote = time_views(f"s3://{BUCKET}", options, cache)
+            fetches = (options.epochs + 1) * len(dataset.shards)
+            rows.append(
+                {
+                    "first_local": first_local,
+                    "first": first,
+                    "local": local,
+                    "remote": remote,
+                    "share": remote / local,
+                    "requests_per_shard_and_epoch": (requests_of(url) - before) / fetches,
+                }
+            )
+    window = sum(sizes[: options.shuffle_shards])
+    download = window / options.bandwidth if options.bandwidth else 0.0
+    return {
+        "rows": rows,
+        "median": {name: statistics.median(row[name] for row in rows) for name in rows[0]},
+        "window_bytes": window,
+        "window_download_seconds": download,
+        "dataset_bytes": sum(sizes),
+        "cache_bytes": limit,
+    }
+
+
+def report(found: dict[str, Any], options: Options) -> str:
+    """Return the medians as lines for the terminal."""
+    median = found["median"]
+    return "\n".join(
+        [
+            f"### S3 with {1e3 * options.latency:g} ms per request and "
+            f"{options.bandwidth / 1e6:g} MB/s; cache {found['cache_bytes'] / 1e6:.0f} of "
+            f"{found['dataset_bytes'] / 1e6:.0f} MB; median of {options.repeats}",
+            "",
+            "| | local | S3 |",
+            "| --- | ---: | ---: |",
+            f"| first batch, s | {median['first_local']:.2f} | {median['first']:.2f} |",
+            f"| images/s | {median['local']:.0f} | {median['remote']:.0f} |",
+            "",
+            f"Rate: {median['share']:.1%} of local. Download of one window "
+            f"({found['window_bytes'] / 1e6:.0f} MB): {found['window_download_seconds']:.2f} s. "
+            f"Requests per shard and epoch: {median['requests_per_shard_and_epoch']:.2f}.",
+        ]
+    )
+
+
+def write(options: Options, found: dict[str, Any]) -> None:
+    """Write the figures with options and machine as JSON."""
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {**asdict(options), "out": str(options.out)}
+    content = {"machine": machine(), "settings": settings, **found}
+    options.out.write_text(json.dumps(content, indent=2) + "\n")

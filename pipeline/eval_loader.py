@@ -1,0 +1,119 @@
+"""EvalViews: every image once, its center crop, nothing drawn. For the evaluation of an encoder."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline import devices
+from pipeline.cache import Cache
+from pipeline.crop import center_windows
+from pipeline.graph import Cut, Decoder, PreparedBatch
+from pipeline.order import DiskOrder
+from pipeline.pixels import encoder_input_
+from pipeline.read_ahead import ReadAhead
+from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
+from pipeline.shards import ShardReader, open_source
+from schemas import ShardDataset, UserError
+
+RESIZE_OVER_CROP = 256 / 224
+"""Short side over crop, as in MoCo's and torchvision's evaluation."""
+
+BATCHES_AHEAD = 2
+"""Batches that are read and not yet handed to DALI."""
+
+
+@dataclass(frozen=True, eq=False)
+class EvalBatch:
+    """N images on the device, N at most the batch size.
+
+    Attributes:
+        image: (N, 3, crop_size, crop_size) float32, normalized, channels_last.
+        label: (N,) int64; -1 for none.
+    """
+
+    image: Tensor
+    label: Tensor
+
+
+class EvalViews:
+    """One pass over a dataset in its order on disk; over all ranks each sample comes exactly once.
+
+    The last batch of a rank may be smaller, ranks may differ by one sample, and nothing is padded
+    or left out. Each iteration starts from the first sample.
+
+    Args:
+        url: the dataset's folder: a plain path or any fsspec URL.
+        batch_size: samples in a batch, at most.
+        device: `cuda` or `cpu`.
+        rank, world_size: this process among all.
+        resize: pixels of the short side before the crop; by default crop_size * 256 / 224.
+        crop_size: side of the center crop in pixels.
+        recipe: what the encoder was trained with; one with `high_pass` filters these images as
+            well, as the released linear evaluation does (methods table D15).
+        cache: where the shards of a remote dataset are kept, and how many bytes of them.
+
+    Raises:
+        UserError: the dataset, the recipe or the device does not allow it; and from iterating: a
+            shard or a sample that is not what the tables say, by its name.
+    """
+
+    def __init__(
+        self,
+        url: str | Path,
+        batch_size: int = 256,
+        device: str = "cuda",
+        rank: int = 0,
+        world_size: int = 1,
+        resize: int | None = None,
+        crop_size: int = REFERENCE_CROP,
+        recipe: str | Recipe = "none",
+        cache: Cache | None = None,
+    ):
+        self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+        self.device = devices.device_of(device)
+        self.resize = round(crop_size * RESIZE_OVER_CROP) if resize is None else resize
+        if batch_size < 1 or not 0 <= rank < world_size or not 1 <= crop_size <= self.resize:
+            raise UserError(
+                f"batch size {batch_size}, rank {rank} of {world_size}, crop {crop_size} of "
+                f"{self.resize} pixels: a batch has at least 1 sample, ranks are 0 .. world size - "
+                "1 and the crop fits the resized image"
+            )
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.crop_size = crop_size
+        self.dataset = ShardDataset.open(url)
+        self.order = DiskOrder([row.samples for row in self.dataset.shards], batch_size)
+        first, end = self.order.part(rank, world_size)
+        self.samples = end - first
+        if self.order.samples < world_size:
+            raise UserError(
+                f"{url}: {self.order.samples} samples are too few for {world_size} ranks"
+            )
+        self._source = open_source(self.dataset, cache)
+
+    def __len__(self) -> int:
+        """Return the number of batches of this rank."""
+        return (self.samples + self.batch_size - 1) // self.batch_size
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        reader = ShardReader(self.dataset, self._source, self.order, self.rank, self.world_size)
+        with closing(ReadAhead(self._prepare(reader), BATCHES_AHEAD)) as ahead:
+            cut = Cut(self.crop_size)
+            for decoded in Decoder(ahead, cut, self.device, self.batch_size, self.dataset.url):
+                labels = torch.from_numpy(decoded.prepared.encoded.labels)
+                image = decoded.views[0].permute(0, 3, 1, 2).float().div_(255)
+                yield EvalBatch(
+                    encoder_input_(image, self.recipe), devices.to_device(labels, self.device)
+                )
+
+    def _prepare(self, reader: ShardReader) -> Iterator[PreparedBatch]:
+        """Read this rank's batches and find the centers of their images."""
+        with closing(reader):
+            for step in range(len(self)):
+                encoded = reader.read(0, step)
+                # the center's share of the short side: resize and crop in one, nothing is rounded
+                window = center_windows(encoded.height, encoded.width, self.crop_size / self.resize)
+                yield PreparedBatch(encoded, [window])

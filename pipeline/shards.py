@@ -1,0 +1,309 @@
+"""The encoded bytes of a batch, read from local shards or through the cache of remote ones.
+
+Where a sample lies in its tar is in the shard's index; labels, heights and widths are in its
+parquet file. Both are read when a shard is opened, and an open shard stays open while its window
+lasts. Each sample is one `pread`: its image and its map lie side by side. A read holds no lock of
+Python's and no map of the file, so a file that is cut short while it is read is an error and no
+bus error.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.cache import Cache, ShardCache
+from pipeline.cache_folder import ShardFiles
+from pipeline.order import Order
+from schemas import FormatError, ShardDataset, ShardRow, UserError
+from schemas.sample import SALIENCY_MEMBER
+from schemas.shard import BLOCK, INDEX_VERSION
+from schemas.tables import SAMPLES_SCHEMA, from_parquet, shard_name
+
+READERS = 4
+"""Reads at a time: local disks and network mounts answer several sooner than one after another."""
+
+WINDOWS_AHEAD = 3
+"""Windows of shards that a cache is told of: those in use and those that come next."""
+
+
+class ShardSource(Protocol):
+    """Where shards come from: a local folder, or a cache of a remote one.
+
+    Attributes:
+        description: one line for the user about where shards are kept; empty for a local dataset.
+    """
+
+    @property
+    def description(self) -> str: ...
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Take note of the shards that will be opened next, in this order."""
+
+    def open(self, shard: int) -> ShardFiles:
+        """Return the files of a shard. Raises UserError that names it."""
+
+    def close(self) -> None:
+        """End what works in the background."""
+
+
+class LocalShards:
+    """The shards of a dataset in a local folder."""
+
+    description = ""
+
+    def __init__(self, dataset: ShardDataset) -> None:
+        self.folder = Path(dataset.url)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Do nothing: `open` asks the kernel to read ahead."""
+
+    def open(self, shard: int) -> ShardFiles:
+        index, table, tar = (self.folder / shard_name(shard, e) for e in ("idx", "parquet", "tar"))
+        try:
+            contents = index.read_bytes(), table.read_bytes()
+            descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
+            raise UserError(f"{error.filename}: shard {shard}: {reason}") from error
+        # samples of a window are read in a random order: a disk is faster from start to end
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        return ShardFiles(descriptor, *contents)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def open_source(dataset: ShardDataset, cache: Cache | None, at_once: int = 1) -> ShardSource:
+    """Return where the shards of a dataset are read from.
+
+    Args:
+        cache: where the shards of a remote dataset are kept; a local one is read where it is,
+            unless a folder is named.
+        at_once: shards that are open at the same time.
+
+    Raises:
+        UserError: the cache cannot be used, or is too small for so many shards.
+    """
+    if dataset.store.is_local and (cache is None or cache.folder is None):
+        return LocalShards(dataset)
+    source = ShardCache(dataset, cache or Cache())
+    source.require(at_once)
+    return source
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """N samples as they lie on disk.
+
+    Attributes:
+        samples: (N,) int64, their numbers in the dataset.
+        images, maps: N files each, (bytes,) uint8: the image and the PNG of its saliency.
+        labels: (N,) int64; -1 for none.
+        height, width: (N,) int64, pixels of the oriented images.
+        keys: N sample keys.
+        tars: locations of the N tars they lie in.
+    """
+
+    samples: np.ndarray
+    images: list[np.ndarray]
+    maps: list[np.ndarray]
+    labels: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    keys: list[str]
+    tars: list[str]
+
+
+class OpenShard:
+    """A shard ready to be read.
+
+    Attributes:
+        labels, height, width: (samples,) int64 columns of its parquet file.
+        keys: of its samples.
+
+    Raises:
+        UserError: tar, index and parquet file do not agree with each other and with `row`.
+    """
+
+    def __init__(self, row: ShardRow, files: ShardFiles, location: str) -> None:
+        self.row, self.tar, self.location = row, files.tar, location
+        try:
+            table = from_parquet(files.parquet, SAMPLES_SCHEMA, f"{location}.parquet")
+        except FormatError as error:
+            raise UserError(f"shard {row.shard}: {error}") from error
+        columns = ("label", "height", "width")
+        self.labels, self.height, self.width = (
+            table[name].to_numpy().astype(np.int64) for name in columns
+        )
+        self.keys: list[str] = table["key"].to_pylist()
+        self.place = self.parse_index(files.idx)
+
+    def parse_index(self, index: bytes) -> np.ndarray:
+        """Return (samples, 4) int64: offset and size of each image, offset and size of each map."""
+        size, row = os.fstat(self.tar).st_size, self.row
+        if size != row.bytes:
+            raise self.wrong("tar", f"it has {size} bytes, the table says {row.bytes}")
+        head, *lines = index.decode("ascii", "replace").splitlines() or [""]
+        if head != f"{INDEX_VERSION} {row.samples}":
+            raise self.wrong("idx", f"line 1 is {head!r}, not '{INDEX_VERSION} {row.samples}'")
+        if not len(lines) == len(self.keys) == row.samples:
+            raise self.wrong(
+                "idx",
+                f"{len(lines)} samples are listed, {len(self.keys)} in the parquet file and "
+                f"{row.samples} in the table",
+            )
+        place = np.empty((row.samples, 4), np.int64)
+        for number, (line, key) in enumerate(zip(lines, self.keys, strict=True)):
+            # extension, offset, size, name of each member: first the image, then the map
+            words = line.split()
+            names = words[3:8:4]
+            if (
+                len(words) < 8
+                or names[0] != f"{key}.{words[0]}"
+                or names[1:] != [f"{key}.{SALIENCY_MEMBER}"]
+            ):
+                raise self.wrong("idx", f"line {number + 2} does not list image and map of {key}")
+            try:
+                place[number] = [int(words[at]) for at in (1, 2, 5, 6)]
+            except ValueError as error:
+                raise self.wrong(
+                    "idx", f"line {number + 2} has no number where one is due"
+                ) from error
+        end = place[:, 2] + place[:, 3]
+        if ((place[:, 0] < BLOCK) | (place[:, 2] < place[:, 0] + place[:, 1]) | (end > size)).any():
+            raise self.wrong("idx", f"a member is said to lie outside the tar's {size} bytes")
+        return place
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bytes of image and map of one sample, each (bytes,) uint8.
+
+        Raises:
+            UserError: the file was cut short or changed since it was opened.
+        """
+        image, image_size, saliency, saliency_size = self.place[index].tolist()
+        # the image's tar header comes along: its name shows that the file is still what it was
+        start, end = image - BLOCK, saliency + saliency_size
+        try:
+            content = os.pread(self.tar, end - start, start)
+        except OSError as error:
+            raise self.wrong("tar", f"sample {self.keys[index]}: {error.strerror}") from error
+        if len(content) < end - start:
+            raise self.wrong(
+                "tar", f"sample {self.keys[index]} is cut short at byte {start + len(content)}"
+            )
+        if not content.startswith(f"{self.keys[index]}.".encode()):
+            raise self.wrong("tar", f"sample {self.keys[index]} is not at byte {start} any more")
+        data = np.frombuffer(content, np.uint8)
+        return data[BLOCK : BLOCK + image_size], data[saliency - start :]
+
+    def wrong(self, extension: str, reason: str) -> UserError:
+        return UserError(f"{self.location}.{extension}: shard {self.row.shard}: {reason}")
+
+    def close(self) -> None:
+        os.close(self.tar)
+
+
+class ShardReader:
+    """Reads the batches of one rank.
+
+    Args:
+        source: gives the shards.
+        order: says which samples make a batch and which shards come next.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        source: ShardSource,
+        order: Order,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset, self.source, self.order = dataset, source, order
+        self.rank, self.world_size = rank, world_size
+        self._open: dict[int, OpenShard] = {}
+        self._announced: list[int] = []
+        self._pool = ThreadPoolExecutor(READERS, "read")
+
+    def read(self, epoch: int, step: int) -> EncodedBatch:
+        """Read a batch.
+
+        Raises:
+            UserError: a shard or a sample is not what the tables say; it names both, and how to
+                see all that is wrong.
+        """
+        samples = self.order.batch(epoch, step, self.rank, self.world_size)
+        numbers, indices = self.order.locate(samples)
+        needed = np.unique(numbers).tolist()
+        coming = self._announce(needed, epoch, step)
+        try:
+            opened = {number: self.open(number) for number in needed}
+            shards = [opened[number] for number in numbers.tolist()]
+            contents = self._read_all(shards, numbers, indices)
+        except UserError as error:
+            raise UserError(
+                f"{error}; `python -m schemas verify {self.dataset.url}` shows all that is not as "
+                "it was written"
+            ) from error
+        for number in self._open.keys() - coming:
+            self._open.pop(number).close()
+        rows = list(zip(shards, indices.tolist(), strict=True))
+        return EncodedBatch(
+            samples=samples,
+            images=[image for image, _ in contents],
+            maps=[saliency for _, saliency in contents],
+            labels=np.array([shard.labels[index] for shard, index in rows]),
+            height=np.array([shard.height[index] for shard, index in rows]),
+            width=np.array([shard.width[index] for shard, index in rows]),
+            keys=[shard.keys[index] for shard, index in rows],
+            tars=[f"{shard.location}.tar" for shard in shards],
+        )
+
+    def _announce(self, needed: list[int], epoch: int, step: int) -> set[int]:
+        """Tell the source which shards come next, if they are others than before; return them."""
+        windows = self.order.windows(epoch, step, self.rank, self.world_size)
+        ahead = (window.shards.tolist() for window in islice(windows, WINDOWS_AHEAD))
+        coming = list(dict.fromkeys(chain(needed, *ahead)))
+        if set(coming) != set(self._announced):
+            self.source.prefetch([self.dataset.shards[number].shard for number in coming])
+            self._announced = coming
+        return set(coming)
+
+    def _read_all(
+        self, shards: list[OpenShard], numbers: np.ndarray, indices: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return image and map of each sample; neighbours on disk are read one after the other."""
+        contents: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+        def read_rows(rows: np.ndarray) -> None:
+            for row in rows.tolist():
+                contents[row] = shards[row].read(int(indices[row]))
+
+        list(self._pool.map(read_rows, np.array_split(np.lexsort((indices, numbers)), READERS)))
+        return [contents[row] for row in range(len(shards))]
+
+    def open(self, number: int) -> OpenShard:
+        """Open a shard, or return it where it is open."""
+        if number not in self._open:
+            row = self.dataset.shards[number]
+            location = self.dataset.store.location(shard_name(row.shard, "")).removesuffix(".")
+            files = self.source.open(row.shard)
+            try:
+                self._open[number] = OpenShard(row, files, location)
+            except UserError:
+                os.close(files.tar)
+                raise
+        return self._open[number]
+
+    def close(self) -> None:
+        """Close all shards and end the threads."""
+        self._pool.shutdown()
+        while self._open:
+            self._open.popitem()[1].close()

@@ -1,0 +1,131 @@
+"""Find the images that kill the process that reads them, by bisection in a process that may die.
+
+A decoder that crashes or an image that needs all memory cannot be caught as an exception. When a
+shard has killed its worker again and again, its images are made, but not written, by a child
+process. A list that kills the child is halved until single images are left.
+"""
+
+# A child imports this file first: torch, DALI and Ray are imported only where they are used.
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from precompute.sources.base import SourceImage
+from schemas.errors import UserError
+
+if TYPE_CHECKING:
+    from precompute.shard_builder import ShardBuilder
+
+SURVIVED = ""
+
+
+class CrashProbe:
+    """A child process that makes images; a new one is started after one has died.
+
+    Attributes:
+        cause: the name of the signal, or the exit code, of the last death.
+    """
+
+    def __init__(self, make_builder: "Callable[[], ShardBuilder]"):
+        from ray import cloudpickle  # by value where Ray has given us classes by value
+
+        self.make_builder = cloudpickle.dumps(make_builder)
+        self.process: multiprocessing.process.BaseProcess | None = None
+        self.connection: Connection | None = None
+        self.cause = ""
+
+    def survives(self, images: Sequence[SourceImage]) -> bool:
+        """Return whether the child lives through all of these images.
+
+        Raises:
+            UserError: the child lives and meets an exception. The search would not see what comes
+                behind it, so the exception ends the search.
+        """
+        if self.process is None or self.connection is None:
+            self.process, self.connection = self.start()
+        try:
+            self.connection.send([tuple(image) for image in images])
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            self.cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            self.close()
+            return False
+        if answer != SURVIVED:
+            raise UserError(f"the search for an image that kills its worker failed: {answer}")
+        return True
+
+    def start(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+        # Spawned, not forked: DALI initializes CUDA when it is imported, and a fork of a process
+        # that has done so cannot use CUDA.
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe()
+        process = context.Process(target=serve_probe, args=(theirs, self.make_builder), daemon=True)
+        process.start()
+        theirs.close()
+        return process, connection
+
+    def close(self) -> None:
+        if self.process is not None and self.connection is not None:
+            self.connection.close()
+            self.process.terminate()
+            self.process.join()
+        self.process = self.connection = None
+
+
+def serve_probe(connection: Connection, make_builder: bytes) -> None:
+    """Make each list of images that arrives, in the child, and answer with the error or `SURVIVED`.
+
+    Ends when the other side closes the connection.
+    """
+    builder: ShardBuilder | None = None
+    while True:
+        try:
+            images = [SourceImage(*image) for image in connection.recv()]
+        except EOFError:
+            return
+        try:
+            builder = builder or pickle.loads(make_builder)()
+            for _ in builder.make(images, {}):
+                pass
+        except UserError as error:
+            connection.send(str(error))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send(f"{type(error).__name__}: {error}")
+        else:
+            connection.send(SURVIVED)
+
+
+def find_crashing_images(
+    images: Sequence[SourceImage], make_builder: "Callable[[], ShardBuilder]"
+) -> dict[str, str]:
+    """Return the keys of the images that kill a process on their own, and how it died.
+
+    Empty if none of them does so alone.
+
+    Raises:
+        UserError: the images could not be made for another reason.
+    """
+    probe = CrashProbe(make_builder)
+    crashing: dict[str, str] = {}
+
+    def search(part: Sequence[SourceImage]) -> None:
+        if probe.survives(part):
+            return
+        if len(part) == 1:
+            crashing[part[0].key] = f"the process that read it died ({probe.cause})"
+            return
+        search(part[: len(part) // 2])
+        search(part[len(part) // 2 :])
+
+    try:
+        search(images)
+    finally:
+        probe.close()
+    return crashing

@@ -1,0 +1,114 @@
+"""--dry-run: print the plan, size and time of a job without writing anything."""
+
+import os
+import time
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+
+import nvidia.dali.experimental.dynamic as ndd
+import torch
+from tqdm import tqdm
+
+from precompute.estimators import Estimator
+from precompute.job import Job, Resources
+from precompute.resume import missing_shards
+from precompute.shard_builder import ShardBuilder
+from precompute.sources import SourceImage
+from schemas.saliency import SaliencyMap
+from schemas.storage import Store
+
+BATCHES = 3
+"""Batches that are made to measure rate and size; the first one warms up and is not timed."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The CPU cores and GPUs that the job will have."""
+
+    cores: int
+    devices: int
+
+    @classmethod
+    def here(cls) -> "Machine":
+        return cls(len(os.sched_getaffinity(0)), torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a few batches took: `size` bytes of `written` images and `rejected` ones, and
+    `seconds` for `timed` of them."""
+
+    size: int
+    written: int
+    rejected: int
+    seconds: float
+    timed: int
+
+
+def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
+    """Return images, shards, bytes and time of a job, from a few batches made in one worker.
+
+    Nothing is written. Raises UserError as the job itself would.
+    """
+    estimator = job.estimator.build()
+    missing = missing_shards(
+        Store(job.out), job.settings(estimator.weights_sha256), job.default_settings
+    )
+    plans = [job.plan.shards[shard - job.first_shard] for shard in missing]
+    images = sum(map(len, plans))
+    lines = [
+        f"{job.plan.images} images -> {len(job.plan.shards)} shards in {job.out}; "
+        f"{len(job.rejects)} inputs are rejected already",
+        f"missing: {len(missing)} shards, {images} images",
+    ]
+    if not images:
+        return "\n".join(lines)
+    workers, cpus, _ = resources.split(machine.cores, machine.devices, len(missing))
+    threads = max(1, int(cpus))
+    torch.set_num_threads(threads)
+    ndd.set_num_threads(threads)
+    sample = [image for plan in plans for image in plan][: job.batch_size * BATCHES]
+    sampled = make_batches(job, estimator, sample)
+    rate = sampled.timed / sampled.seconds
+    size = sampled.size / max(sampled.written, 1) * images
+    size *= sampled.written / (sampled.written + sampled.rejected)
+    times, shared = speed_up(estimator.device, workers, machine)
+    left = tqdm.format_interval(images / rate / times)
+    lines += [
+        f"about {size / 1e9:.2f} GB to write, by {sampled.written} of them",
+        f"about {left} with {workers} workers on {shared}, at {rate:.1f} images/s by one worker of "
+        f"{threads} threads, times {times} (of {sampled.timed} images)",
+    ]
+    return "\n".join(lines)
+
+
+def make_batches(job: Job, estimator: Estimator, sample: list[SourceImage]) -> Sampled:
+    """Make images as a worker does, up to their maps, and count what comes of them."""
+    size, written, rejected, seconds, timed = 0, 0, 0, 0.0, 0
+    with TemporaryDirectory() as folder:
+        builder = ShardBuilder(
+            job.source, estimator, Store(folder), job.batch_size, job.resize, settings={}
+        )
+        for start in range(0, len(sample), job.batch_size):
+            batch = sample[start : start + job.batch_size]
+            begin = time.monotonic()
+            for samples, rejects in builder.make(batch, {}):
+                written, rejected = written + len(samples), rejected + len(rejects)
+                size += sum(
+                    len(s.image) + len(SaliencyMap.quantise(s.saliency).to_png()) for s in samples
+                )
+            if start or len(sample) <= job.batch_size:
+                seconds, timed = seconds + time.monotonic() - begin, timed + len(batch)
+    return Sampled(size, written, rejected, seconds, timed)
+
+
+def speed_up(device: str, workers: int, machine: Machine) -> tuple[int, str]:
+    """Return how many times one worker's rate the job reaches, and what its workers share.
+
+    Workers on one GPU share it: counting it once promises least. Workers on the CPU have their
+    own cores, but cores that share caches give less than this says.
+    """
+    if device == "cuda" and machine.devices:
+        times = min(workers, machine.devices)
+        return times, f"{times} of {machine.devices} GPUs"
+    return workers, f"{machine.cores} CPU cores"

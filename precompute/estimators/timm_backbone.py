@@ -1,0 +1,67 @@
+"""timm's ConvNets as backbones of SCDA: `--estimator.backbone timm:convnext_tiny`.
+
+timm is no dependency of this room: whoever names one of its networks has it installed.
+"""
+
+import difflib
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from schemas.errors import UserError
+
+PREFIX = "timm:"
+PUBLISHED = "DEFAULT"
+"""The weights that timm itself gives a name; `name.tag` chooses others."""
+
+
+def is_timm(backbone: str) -> bool:
+    return backbone.startswith(PREFIX)
+
+
+def build_timm_backbone(backbone: str) -> nn.Module:
+    """Build a network with random weights.
+
+    Raises:
+        UserError: timm is not installed or knows no such name; the network is no ConvNet.
+    """
+    timm, name = import_timm(backbone), backbone.removeprefix(PREFIX)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
+        raise UserError(f"backbone {backbone!r}: {hint}timm has no such network")
+    model = timm.create_model(name, pretrained=False)
+    attention = [type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__]
+    if attention:
+        raise UserError(
+            f"backbone {backbone}: has layers of attention ({attention[0]}); choose a ConvNet"
+        )
+    return model
+
+
+def download_timm(backbone: str, weights: str) -> Mapping[str, torch.Tensor]:
+    """Fetch the weights that timm publishes, from its cache or the network. Raises UserError."""
+    if weights != PUBLISHED:
+        raise UserError(
+            f"weights {weights!r} of {backbone}: give {PUBLISHED}, random or the path of a file; "
+            "timm's other weights have a tag in the name, timm:NAME.TAG"
+        )
+    timm = import_timm(backbone)
+    try:
+        model = timm.create_model(backbone.removeprefix(PREFIX), pretrained=True)
+    except Exception as error:  # of whatever client timm asks: requests, httpx, huggingface_hub
+        raise UserError(
+            f"weights {weights} of {backbone} could not be downloaded ({error}); give a file by "
+            "--estimator.weights PATH, or use --estimator spectral, which needs none"
+        ) from error
+    return model.state_dict()
+
+
+def import_timm(backbone: str) -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"backbone {backbone}: timm is not installed; pip install timm") from error
+    return timm

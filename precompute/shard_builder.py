@@ -1,0 +1,278 @@
+"""ShardBuilder: read, check, estimate and write one shard. Runs inside a Ray actor.
+
+Reading, decoding, and packing with writing run in threads of their own, beside the estimator. The
+threads last as long as the builder: DALI keeps its decoders by thread, and builds them anew in a
+new one.
+"""
+
+import errno
+import queue
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from precompute.decode import decode, within_memory
+from precompute.device_failure import device_error
+from precompute.encode import EncodedImage, RejectedError, Resize, check
+from precompute.estimators import Estimator
+from precompute.sources import Source, SourceImage
+from schemas.device_errors import classify_error
+from schemas.errors import UserError
+from schemas.sample import Sample
+from schemas.shard import ShardMarker, write_shard
+from schemas.storage import Store
+from schemas.tables import Reject
+
+T = TypeVar("T")
+
+# called after each batch with how many of its images were written and how many rejected
+Advance = Callable[[int, int], None]
+
+LOCAL_READERS = 8
+REMOTE_READERS = 64
+"""Images read at a time. An object store answers after about 50 ms, so 64 give 1,280 images/s."""
+
+PACKED_LATER = 2
+"""Groups of samples that may wait for the packer before the estimator waits for it."""
+
+WAIT_SECONDS = 0.1
+
+OF_ONE_FILE = frozenset(
+    {
+        *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+        *(errno.ELOOP, errno.ENAMETOOLONG),
+    }
+)
+"""Errors that say something of one file. Any other (no memory, too many open files, a store that
+does not answer, rights that have run out) would reject image after image that is sound, so it ends
+the job."""
+
+
+class Decoded(NamedTuple):
+    """A group of images with their pixels (None when there are none), and what was rejected."""
+
+    images: list[EncodedImage]
+    pixels: Any
+    rejects: list[Reject]
+
+
+class ShardBuilder:
+    """Builds shards one at a time.
+
+    Batches are cut by the plan and the images' headers alone, before anything is rejected for what
+    its pixels are, so a shard's bytes do not depend on where an earlier run was interrupted.
+
+    Args:
+        batch_size: images that are decoded and estimated together.
+        resize: what is made smaller before it is written.
+        settings: what the job was asked to do, for the shard's marker.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        estimator: Estimator,
+        store: Store,
+        batch_size: int,
+        resize: Resize,
+        settings: dict[str, Any],
+    ):
+        self.source = source
+        self.estimator = estimator
+        self.store = store
+        self.batch_size = batch_size
+        self.resize = resize
+        self.settings = settings
+        self.read_at_once = count_readers(source)
+        self.readers = ThreadPoolExecutor(self.read_at_once, "read")
+        self.decoder = ThreadPoolExecutor(1, "decode")
+        self.packer = ThreadPoolExecutor(1, "pack")
+
+    def build(
+        self,
+        shard: int,
+        images: list[SourceImage],
+        advance: Advance,
+        refused: Mapping[str, str] | None = None,
+    ) -> ShardMarker:
+        """Write one shard.
+
+        Args:
+            refused: keys of images that must not be touched, and why.
+
+        Raises:
+            UserError: its folder cannot be written to, the source does not answer, or the decoder
+                or the estimator fails for the machine's sake.
+        """
+        rejects: list[Reject] = []  # complete when the last sample is handed over
+        samples = Handover[Sample]()
+        shard_written = self.packer.submit(
+            write_shard, self.store, shard, samples, rejects, self.settings
+        )
+        try:
+            for made, bad in self.make(images, refused or {}):
+                rejects += bad
+                if not samples.put(made, shard_written):
+                    break
+                advance(len(made), len(bad))
+        except BaseException:
+            samples.abandon(shard_written)
+            raise
+        samples.end(shard_written)
+        return shard_written.result()
+
+    def make(
+        self, images: list[SourceImage], refused: Mapping[str, str]
+    ) -> Iterator[tuple[list[Sample], list[Reject]]]:
+        """Do everything but the writing, a group of images at a time."""
+        for group in ahead(self.decoded(self.read(images, refused)), self.decoder):
+            yield list(self.estimate(group.images, group.pixels)), group.rejects
+
+    def read(
+        self, images: list[SourceImage], refused: Mapping[str, str]
+    ) -> Generator[list[EncodedImage | Reject]]:
+        """Read and check batch after batch, the images behind a batch already on their way."""
+        reading: deque[Future[EncodedImage | Reject]] = deque()
+        coming = iter(images)
+        try:
+            for start in range(0, len(images), self.batch_size):
+                for image in coming:
+                    reading.append(self.readers.submit(self.read_one, image, refused))
+                    if len(reading) >= self.batch_size + self.read_at_once:
+                        break
+                size = min(self.batch_size, len(images) - start)
+                yield [reading.popleft().result() for _ in range(size)]
+        finally:
+            for future in reading:
+                future.cancel()
+
+    def read_one(self, image: SourceImage, refused: Mapping[str, str]) -> EncodedImage | Reject:
+        if why := refused.get(image.key):
+            return Reject(image.location, "kills-worker", why)
+        try:
+            content, members = self.source.read(image), self.source.members(image)
+            return check(image, content, members, self.resize)
+        except RejectedError as error:
+            return error.reject
+        except ValueError as error:
+            return Reject(image.location, "bad-annotation", str(error))
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) and error.errno not in OF_ONE_FILE:
+                raise UserError(f"{image.location}: the source fails: {error}") from error
+            return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
+
+    def decoded(self, batches: Generator[list[EncodedImage | Reject]]) -> Generator[Decoded]:
+        """Decode batch after batch; closing it closes the batches."""
+        with closing(batches):
+            yield from self.decode_groups(batches)
+
+    def decode_groups(self, batches: Iterable[list[EncodedImage | Reject]]) -> Generator[Decoded]:
+        for batch in batches:
+            rejects = [entry for entry in batch if isinstance(entry, Reject)]
+            if rejects:
+                yield Decoded([], None, rejects)
+            encoded = [entry for entry in batch if isinstance(entry, EncodedImage)]
+            for group in within_memory(encoded):
+                yield Decoded(*decode(group))
+
+    def estimate(self, encoded: list[EncodedImage], pixels: Any) -> Iterator[Sample]:
+        if not encoded:
+            return
+        try:
+            maps = self.estimator(pixels)
+        except RuntimeError as error:
+            if classify_error(str(error)) == "data":
+                raise
+            raise device_error(error, "the estimator fails") from error
+        if not np.isfinite(maps).all():
+            raise ValueError("the estimator gave values that are not finite")
+        for one, image, saliency in zip(encoded, pixels, maps, strict=True):
+            height, width, _ = image.shape
+            yield Sample(
+                key=one.image.key,
+                image=one.content,
+                extension=one.extension,
+                saliency=saliency,
+                label=one.image.label,
+                height=height,
+                width=width,
+                source=one.image.location,
+                reencoded=one.reencoded,
+                members=one.members,
+            )
+
+
+class Handover(Iterator[T]):
+    """Hand items in groups from one thread to another, which iterates over them one by one.
+
+    Whoever puts names the future of the thread that takes: when that has ended, by an error, there
+    is nobody left to take.
+    """
+
+    def __init__(self) -> None:
+        self.groups: queue.Queue[list[T] | None] = queue.Queue(maxsize=PACKED_LATER)
+        self.group: Iterator[T] = iter(())
+        self.abandoned = False
+
+    def put(self, group: list[T] | None, taker: Future) -> bool:
+        """Wait until there is room for a group; return False if nobody takes it any more."""
+        while not taker.done():
+            try:
+                self.groups.put(group, timeout=WAIT_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def end(self, taker: Future) -> None:
+        """Say that no item follows."""
+        self.put(None, taker)
+
+    def abandon(self, taker: Future) -> None:
+        """Make the taker fail, so that it writes nothing, and wait until it has."""
+        self.abandoned = True
+        self.end(taker)
+        taker.exception()
+
+    def __next__(self) -> T:
+        while True:
+            for item in self.group:
+                return item
+            group = self.groups.get()
+            if self.abandoned:
+                raise AbandonedError
+            if group is None:
+                raise StopIteration
+            self.group = iter(group)
+
+
+class AbandonedError(Exception):
+    """What the samples come from has failed; the shard must not be written."""
+
+
+def count_readers(source: Source) -> int:
+    """Return how many images to read at a time: more where one of the source's stores is remote."""
+    stores = [value for value in vars(source).values() if isinstance(value, Store)]
+    is_remote = any(not store.is_local for store in stores)
+    return REMOTE_READERS if is_remote else LOCAL_READERS
+
+
+def ahead(items: Generator[T], executor: ThreadPoolExecutor) -> Generator[T]:
+    """Yield the same items, the next one made by the executor's one thread meanwhile."""
+    end = object()
+
+    def advance() -> Any:
+        return next(items, end)
+
+    future = executor.submit(advance)
+    try:
+        while (item := future.result()) is not end:
+            future = executor.submit(advance)
+            yield item
+    finally:
+        future.cancel()
+        executor.submit(items.close).result()

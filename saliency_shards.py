@@ -1,0 +1,99 @@
+"""Entry of the installed commands: its name is this project's alone, those of its rooms are not.
+
+A user's folder may hold a `train.py`, a `pipeline/` or a `schemas/`. It comes first on `sys.path`
+under `python -m`, and with `PYTHONPATH=.` under the installed commands too. So a command puts its
+own folder first before it imports anything of the project; under `python -m ROOM` that happens when
+this module is imported, by the room's `__init__`. A program that merely imports a room keeps its
+path.
+"""
+
+import importlib
+import os
+import sys
+from importlib.machinery import PathFinder
+from importlib.metadata import version
+from pathlib import Path
+
+FOLDER = str(Path(__file__).resolve().parent)
+ROOMS = ("schemas", "precompute", "pipeline", "train", "bench")
+
+
+def own_rooms_first() -> None:
+    """Put this project's folder first, here and in processes that are started from here.
+
+    Says on stderr which modules of the same names are passed over. Exits with status 2 when one of
+    them was imported already.
+    """
+    for room in ROOMS:
+        own = os.path.join(FOLDER, room)
+        there = place_of(getattr(sys.modules.get(room), "__spec__", None))
+        if room in sys.modules and there != own:
+            print(
+                f"error: {room} is {there or 'of no file'}, which was imported before this "
+                f"command, and not {own}; start it without that on PYTHONPATH",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+    others = [path for path in sys.path if os.path.realpath(path) != FOLDER]
+    for room in ROOMS:
+        foreign = place_of(PathFinder.find_spec(room, others))
+        if foreign and foreign != os.path.join(FOLDER, room) and os.environ.get("RANK", "0") == "0":
+            print(f"note: {foreign} is passed over: {room} is this project's", file=sys.stderr)
+    sys.path[:] = [FOLDER, *others]
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    # Ray gives its workers the current folder, multiprocessing the path
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([FOLDER, *inherited]))
+    importlib.invalidate_caches()
+
+
+def own_rooms_first_under_m() -> None:
+    """`own_rooms_first` where `python -m ROOM` is just being started, else nothing."""
+    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:
+        return
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]
+    if module and module[0].split(".")[0] in ROOMS:
+        own_rooms_first()
+
+
+def place_of(spec: object) -> str | None:
+    """A package's folder or a module's file, links resolved; None where there is neither."""
+    folders = list(getattr(spec, "submodule_search_locations", None) or [])
+    file = getattr(spec, "origin", None)
+    place = folders[0] if folders else file
+    return os.path.realpath(place) if place else None
+
+
+def start(module: str) -> None:
+    """Run a command; its version is told without the seconds that torch takes to be imported."""
+    if "--version" in sys.argv[1:]:
+        print(f"saliency-shards {version('saliency-shards')}")
+        sys.exit(0)
+    own_rooms_first()
+    importlib.import_module(module).start()
+
+
+def shards() -> None:
+    start("schemas.__main__")
+
+
+def precompute() -> None:
+    start("precompute.__main__")
+
+
+def pipeline() -> None:
+    start("pipeline.__main__")
+
+
+def train() -> None:
+    start("train.__main__")
+
+
+def evaluate() -> None:
+    start("train.evaluate.__main__")
+
+
+def report() -> None:
+    start("train.report")
+
+
+own_rooms_first_under_m()

@@ -1,0 +1,145 @@
+"""The settings of an earlier run against those of this one: the only place that compares them.
+
+Checkpoints, loader states, the markers of precompute and a study keep the settings that they were
+made with. A version that adds an option must still go on from them, so a name that is absent on one
+side counts as its default; all else that differs is named with both values.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LONGEST = 80
+"""Characters of a value that a message shows."""
+
+
+class NotSet:
+    """Stands for a setting that is absent and has no default."""
+
+    def __repr__(self) -> str:
+        return "not set"
+
+
+NOT_SET = NotSet()
+
+
+class Difference(NamedTuple):
+    """One setting that differs: its dotted name, and both values as plain values (or NOT_SET)."""
+
+    name: str
+    saved: Any
+    current: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} was {shown(self.saved)}, is {shown(self.current)}"
+
+
+def differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[Difference]:
+    """Compare the settings of an earlier run with those of this one.
+
+    A name that one side lacks has its default there: an option that is newer than `saved` changes
+    nothing until somebody sets it. An option that today's code no longer has is a difference,
+    unless `defaults` still lists it and `saved` has that value: what it did is done no more.
+    A name without a default that one side lacks differs. Tuples equal lists, 1 equals 1.0, and NaN
+    equals NaN, so that values which went through JSON or YAML compare as they were.
+
+    Args:
+        saved: name -> value, as an earlier run stored it. Values may be mappings or dataclasses;
+            their parts have dotted names (`recipe.region_choice`). Flat settings are welcome too.
+        current: the same of this run.
+        defaults: today's default of each option that may be absent, nested or flat; `defaults_of`
+            makes it from a dataclass.
+
+    Returns:
+        The differences, sorted by name. Where a choice differs (`method`, `estimator.name`), the
+        options below it (`method.*`, `estimator.*`) are those of another thing and are left out.
+    """
+    old, new = filled(saved, defaults), filled(current, defaults)
+    found = [
+        Difference(name, old.get(name, NOT_SET), new.get(name, NOT_SET))
+        for name in sorted(old.keys() | new.keys())
+        if not equal(old.get(name, NOT_SET), new.get(name, NOT_SET))
+    ]
+    choices = {difference.name for difference in found}
+    return [difference for difference in found if not belongs_to(difference.name, choices)]
+
+
+def filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`flatten(settings)`, with the default of each name that it lacks."""
+    flat = flatten(settings)
+    return {**flatten(defaults), **flat}
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and dataclasses as one level of dotted names; all values are plain."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        settings = fields_of(settings)
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = dataclasses.is_dataclass(value) or (isinstance(value, Mapping) and value)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": plain(value)}
+    return flat
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON would give it back: tuples are lists, numpy's numbers are Python's."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = fields_of(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def defaults_of(options: type) -> dict[str, Any]:
+    """The defaults of a dataclass, flat; fields that must be given are absent."""
+    defaults = {}
+    for field in dataclasses.fields(options):
+        if field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+    return flatten(defaults)
+
+
+def sentence(found: Iterable[Difference]) -> str:
+    """All differences in one line, each with both values."""
+    return "; ".join(map(str, found))
+
+
+def fields_of(options: Any) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def belongs_to(name: str, choices: set[str]) -> bool:
+    """Whether `name` is an option of something that was chosen otherwise, and not the choice."""
+    parts = name.split(".")
+    parents = {".".join(parts[:depth]) for depth in range(1, len(parts))}
+    chosen_by_name = {f"{parent}.name" for parent in parents} - {name}
+    return not choices.isdisjoint(parents | chosen_by_name)
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
+        return math.isnan(other)
+    if isinstance(one, bool) != isinstance(other, bool):
+        return False
+    return one == other
+
+
+def shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

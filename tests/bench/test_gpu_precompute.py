@@ -1,0 +1,83 @@
+"""The first session with a GPU, in its small form on a CPU."""
+
+import ast
+import queue
+import threading
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_precompute
+from bench.gpu_precompute import Settings, measure, work
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_workers_side_by_side_without_ray() -> None:
+    result = measure(Settings.small())
+    assert result.figures["windows_per_second_network_alone"] > 0
+    for count in (1, 2):
+        assert result.figures[f"images_per_second_{count}_workers"] > 0
+        assert result.figures[f"cpu_milliseconds_per_image_{count}_workers"] > 0
+    # two workers may be slower than one on a busy CPU, and the verdict says so; nothing else may
+    # have failed
+    assert result.passed or "2 workers give" in result.lines[0]
+
+
+def test_a_worker_that_fails_says_why_and_frees_the_others(tmp_path: Path) -> None:
+    """In this process: a worker is a function of a barrier and a queue."""
+    settings = Settings("no-such-net", 2, 1, 8, 8, workers=(2,))
+    warm, reports = threading.Barrier(2), queue.Queue()
+    work(settings, tmp_path, warm, reports)  # type: ignore[arg-type]
+    assert "unknown backbone 'no-such-net'" in reports.get_nowait()
+    assert warm.broken, "the other worker would wait for this one"
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_precompute, "NEEDED", ("torch", "absent_package", "absent.part"))
+    result = measure(Settings.small())
+    assert not result.passed
+    assert result.lines == ["FAIL precompute: not installed here: absent_package, absent.part"]
+
+
+def imports_at_start(module: str, seen: set[str]) -> set[str]:
+    """Every module that importing this one imports, of this project's own followed further."""
+    path = ROOT / (module.replace(".", "/") + ".py")
+    if not path.exists():
+        path = ROOT / module.replace(".", "/") / "__init__.py"
+    if module in seen or not path.exists():
+        return seen | {module}
+    seen = seen | {module}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                seen = imports_at_start(alias.name, seen)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            seen = imports_at_start(node.module, seen)
+            for alias in node.names:
+                if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists():
+                    seen = imports_at_start(f"{node.module}.{alias.name}", seen)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        pytest.param(["bench.__main__"], id="any target of bench"),
+        pytest.param(
+            [
+                *("bench.gpu_precompute", "precompute.shard_builder", "precompute.estimators"),
+                *("precompute.estimators.scda", "precompute.estimators.windows"),
+            ],
+            id="workers of the GPU session",
+        ),
+    ],
+)
+def test_neither_ray_nor_a_command_line_is_imported(modules: list[str]) -> None:
+    found: set[str] = set()
+    for module in modules:
+        found = imports_at_start(module, found)
+    packages = {name.split(".")[0] for name in found}
+    assert "schemas" in packages, "nothing was followed"
+    assert not packages & {"ray", "tyro", "safetensors", "tqdm", "pydantic", "boto3", "s3fs"}

@@ -1,0 +1,26 @@
+"""The goal of issue "the pixel chain": under 80 kernels and 8 GB per batch of 256 at 224 pixels.
+
+`bench.kernels` says what is counted: operators by fake tensors, and the kernels that Inductor
+generates for an H100 with the bytes that its scheduler has for each.
+"""
+
+import pytest
+
+from bench import kernels
+from pipeline import RECIPES
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.slow
+def test_hp_takes_few_kernels_and_few_bytes() -> None:
+    cost = kernels.count(RECIPES["hp"], 256)
+    assert 10 < cost.kernels < 80
+    # the images alone are read once (77 MB) and written once (3 x 154 MB)
+    assert 0.5e9 < cost.bytes < 8e9
+
+
+def test_without_a_compiler_it_takes_no_more_than_before() -> None:
+    cost = kernels.count(RECIPES["hp"], 256, compiled=False)
+    assert 500 < cost.kernels < 730
+    assert 20e9 < cost.bytes < 34e9

@@ -1,0 +1,127 @@
+"""One function of all pixels against PyTorch's own operators, and views that no batch changes."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from pipeline import RECIPES, Recipe, compiling, fused, masks, photometric, pixels
+from pipeline.fills import FILLS
+from pipeline.photometric import Photometric
+from pipeline.pixels import Masking, make_views
+from tests.pipeline.conftest import rng_of
+from tests.pipeline.test_oracle_pixels import views
+
+TOLERANCE = 5e-6
+"""In normalized units, which are 0.22 of the range 0 .. 1: 1.1e-6 of it."""
+
+
+def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, list, Recipe]:
+    """Images, photometric parameters, two maskings (none and one) and the recipe."""
+    recipe = dataclasses.replace(RECIPES[name], crop_size=crop, query_mask="spread", regions=0)
+    rng = rng_of(size, 1)
+    image = views(size, recipe)[0].image
+    look = photometric.draw(size, recipe, rng)
+    maskings: list[Masking | None] = [None]
+    if recipe.fill != "none":
+        drawn = masks.draw(torch.rand(size, 7, 7), recipe, "query", rng)
+        if recipe.fill == "noise":
+            tile = torch.randn(size, 3, recipe.cell, recipe.cell)
+            maskings.append(Masking(drawn, 0.18, tile, None))
+        else:
+            content = lambda view: FILLS[recipe.fill](view, recipe, 0.18, rng)  # noqa: E731
+            maskings.append(Masking(drawn, 0.18, None, content))
+    return image, look, maskings, recipe
+
+
+def rows_of(masking: Masking | None, rows: slice) -> Masking | None:
+    if masking is None:
+        return None
+    noise = None if masking.noise is None else masking.noise[rows]
+    return dataclasses.replace(masking, masks=masking.masks.of(rows), noise=noise)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_fused_function_equals_the_operators(name: str) -> None:
+    image, look, maskings, recipe = parts(name, 24, 56)
+    expected = make_views(image, look, maskings, recipe)
+    chain = fused.build_chain(recipe)
+    found = chain(image, fused.pack(look, recipe), [pixels.cover(one) for one in maskings])
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < TOLERANCE
+        assert one.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_compiled_function_equals_the_operators() -> None:
+    image, look, maskings, recipe = parts("hp", 8, 56)
+    expected = make_views(image, look, maskings, recipe)
+    chain = torch.compile(fused.build_chain(recipe), fullgraph=True, dynamic=False)
+    found = chain(image, fused.pack(look, recipe), [pixels.cover(one) for one in maskings])
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("crop", [56, 84])  # 84: a view does not fill whole vector registers
+@pytest.mark.parametrize("name", ["hp", "blur", "mean"])
+def test_no_batch_and_no_number_of_threads_changes_a_view(name: str, crop: int) -> None:
+    image, look, maskings, recipe = parts(name, 12, crop)
+    expected = make_views(image, look, maskings, recipe)
+    for size in (1, 5):
+        for start in range(0, 12, size):
+            rows = slice(start, start + size)
+            own = [rows_of(one, rows) for one in maskings]
+            found = make_views(image[rows], look.of(rows), own, recipe)
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one, other[rows]), (size, start)
+
+
+def test_a_batch_at_once_equals_one_by_one() -> None:
+    image, look, _, _ = parts("hp", 24, 56)
+    at_once = photometric.apply_to_batch(image, look)
+    assert (at_once - photometric.apply(image, look)).abs().max() < TOLERANCE
+
+
+def test_why_nothing_is_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.delenv("CC", raising=False)
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(compiling, "find_spec", lambda _: None)
+    assert "triton is missing" in str(compiling.find_reason(device))
+    monkeypatch.setattr(compiling, "find_spec", lambda _: True)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert "no C compiler" in str(compiling.find_reason(device))
+    monkeypatch.setenv("CC", "cc")
+    assert compiling.find_reason(device) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    assert "6.1" in str(compiling.find_reason(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, look, maskings, recipe = parts(name, 24, 56)
+    expected = make_views(image, look, maskings, recipe)
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not compiles:
+        monkeypatch.setattr(compiling, "why_not_compiled", lambda _: "the test says so")
+    moved = []
+    for one in maskings:
+        if one is None:
+            moved.append(None)
+            continue
+        own = one.masks
+        window = None if own.window is None else own.window.to(device)
+        on_gpu = masks.Masks(
+            own.cells.to(device), window, own.ratio.to(device), own.focal.to(device)
+        )
+        noise = None if one.noise is None else one.noise.to(device)
+        moved.append(dataclasses.replace(one, masks=on_gpu, noise=noise))
+    found = make_views(image.to(device), look, moved, recipe)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.cpu() - other).abs().max() < 2e-5  # sums in another order
+    if compiles and compiling.why_not_compiled(device) is None:
+        assert pixels.compiled_chain(recipe)._compiled is not None, "compiling failed: see the log"

@@ -1,0 +1,75 @@
+"""--dry-run's time follows what the estimator really runs on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from precompute import dry_run
+from precompute import job as module
+from precompute.demo import DemoScenes
+from precompute.dry_run import Machine, Sampled, estimate_job, speed_up
+from precompute.estimators import ScdaOptions, SpectralOptions
+from precompute.job import Job, Resources
+from precompute.plan import make_plan
+from precompute.sources import list_images
+from schemas import UserError
+
+
+class OnGpu:
+    """Stands for an estimator whose network is on a GPU."""
+
+    side, weights_sha256, device = 1, None, "cuda"
+
+    def __call__(self, images: object) -> np.ndarray:
+        raise AssertionError("make_batches stands for all work")
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "devices", "times"),
+    [("cuda", 16, 1, 1), ("cuda", 64, 4, 4), ("cpu", 16, 1, 3), ("cpu", 8, 0, 8)],
+)
+def test_the_rate_of_one_worker_is_multiplied_by_what_workers_do_not_share(
+    device: str, cores: int, devices: int, times: int
+) -> None:
+    workers, _, _ = Resources().split(cores, devices, shards=1000)
+    assert speed_up(device, workers, Machine(cores, devices))[0] == times
+
+
+def test_sixteen_cores_do_not_make_one_gpu_sixteen_times_as_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = DemoScenes("", "train", False)
+    plan = make_plan(list_images(source.images())[0][:100], seed=0, shard_samples=10)
+    job = Job("d", "train", source, plan, [], ScdaOptions(), 0, str(tmp_path / "out"), 4)
+    monkeypatch.setattr(ScdaOptions, "build", lambda self, device="auto": OnGpu())
+    monkeypatch.setattr(
+        dry_run, "make_batches", lambda *given: Sampled(1000, 10, 0, seconds=10.0, timed=10)
+    )
+    text = estimate_job(job, Resources(), Machine(cores=16, devices=1))
+    assert "about 01:40 with 3 workers on 1 of 1 GPUs, at 1.0 images/s" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_driver_builds_its_estimator_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the GPU its context would stay for the whole job, and shut out the workers' own."""
+    devices = []
+    build = SpectralOptions.build
+
+    def remember(self: SpectralOptions, device: str = "auto") -> object:
+        devices.append(device)
+        return build(self, device)
+
+    def stop(*given: object) -> float:
+        raise UserError("the workers would start here")
+
+    monkeypatch.setattr(SpectralOptions, "build", remember)
+    monkeypatch.setattr(module, "build_shards", stop)
+    source = DemoScenes("", "train", False)
+    plan = make_plan(list_images(source.images())[0][:4], seed=0, shard_samples=4)
+    job = Job("d", "train", source, plan, [], SpectralOptions(), 0, str(tmp_path / "out"), 4)
+    with pytest.raises(UserError, match="the workers would start here"):
+        module.run_job(job, Resources())
+    assert devices == ["cpu"]

@@ -1,0 +1,232 @@
+"""Threads of a builder: what runs at a time, what lasts, and how each of them may fail."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from precompute import decode as decode_module
+from precompute import shard_builder
+from precompute.encode import Resize
+from precompute.estimators import ScdaOptions, scda
+from precompute.shard_builder import LOCAL_READERS, REMOTE_READERS, ShardBuilder, count_readers
+from precompute.sources import Source, SourceImage
+from schemas import UserError
+from schemas.shard import read_marker
+from schemas.storage import Store
+from tests.conftest import encode, noise
+from tests.precompute.conftest import batch
+
+JPEGS = [encode(noise(index)) for index in range(4)]
+IMAGES = [SourceImage(f"k{index:03d}", f"{index}.jpg", 0) for index in range(40)]
+
+
+class InMemory(Source):
+    """Images that are at hand; `on_read` is called before each of them is read."""
+
+    def __init__(self, on_read: Callable[[], object] = lambda: None):
+        self.on_read = on_read
+
+    def images(self) -> Iterator[SourceImage]:
+        return iter(IMAGES)
+
+    def read(self, image: SourceImage) -> bytes:
+        self.on_read()
+        return JPEGS[int(image.key[1:]) % len(JPEGS)]
+
+
+class Flat:
+    """Stands for an estimator; `error` is raised in call number `fails_at`."""
+
+    side, weights_sha256, device = 2, None, "cpu"
+
+    def __init__(self, error: Exception | None = None, fails_at: int = 0):
+        self.error, self.fails_at, self.calls = error, fails_at, 0
+
+    def __call__(self, images: Any) -> np.ndarray:
+        self.calls += 1
+        if self.error and self.calls == self.fails_at:
+            raise self.error
+        return np.stack([np.eye(2, dtype=np.float32) for _ in images])
+
+
+def build(
+    out: Path, source: Source | None = None, estimator: Any = None, shards: int = 1
+) -> ShardBuilder:
+    builder = ShardBuilder(
+        source or InMemory(), estimator or Flat(), Store(out), 4, Resize(), settings={}
+    )
+    for shard in range(shards):
+        builder.build(shard, IMAGES, lambda written, rejected: None)
+    return builder
+
+
+def test_all_images_are_written_in_the_order_of_the_plan(tmp_path: Path) -> None:
+    build(tmp_path, shards=2)
+    for shard in range(2):
+        marker = read_marker(Store(tmp_path), shard)
+        assert marker.samples["key"].to_pylist() == [image.key for image in IMAGES]
+
+
+def test_decoding_and_packing_each_stay_in_one_thread_over_all_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI keeps its decoders by thread: a thread for each shard would build them anew."""
+    threads: dict[str, list[int]] = {"decode": [], "pack": []}
+    decode, write_shard = shard_builder.decode, shard_builder.write_shard
+
+    def remember(name: str, function: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            threads[name].append(threading.get_ident())
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(shard_builder, "decode", remember("decode", decode))
+    monkeypatch.setattr(shard_builder, "write_shard", remember("pack", write_shard))
+    build(tmp_path, shards=3)
+    assert len(threads["decode"]) == 3 * len(IMAGES) / 4
+    assert len(threads["pack"]) == 3
+    assert len({*threads["decode"]}) == len({*threads["pack"]}) == 1
+    assert len({*threads["decode"], *threads["pack"], threading.get_ident()}) == 3
+
+
+def test_as_many_images_are_read_at_a_time_as_there_are_readers(tmp_path: Path) -> None:
+    """More than one batch of 4: each reader waits until all of them have begun to read."""
+    together = threading.Barrier(LOCAL_READERS)
+    builder = build(tmp_path, InMemory(lambda: together.wait(timeout=20)))
+    assert builder.read_at_once == LOCAL_READERS
+    assert len(read_marker(Store(tmp_path), 0).samples) == len(IMAGES)
+
+
+def test_a_remote_source_is_read_by_more_readers(tmp_path: Path) -> None:
+    source = InMemory()
+    assert count_readers(source) == LOCAL_READERS
+    source.store = Store(tmp_path)  # type: ignore[attr-defined]
+    assert count_readers(source) == LOCAL_READERS
+    source.store = Store("memory://photos")  # type: ignore[attr-defined]
+    assert count_readers(source) == REMOTE_READERS
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 10])
+def test_an_estimator_that_fails_writes_nothing_and_the_next_shard_is_whole(
+    tmp_path: Path, fails_at: int
+) -> None:
+    estimator = Flat(ValueError("no map"), fails_at)
+    builder = ShardBuilder(InMemory(), estimator, Store(tmp_path), 4, Resize(), {})
+    with pytest.raises(ValueError, match="no map"):
+        builder.build(0, IMAGES, lambda written, rejected: None)
+    assert not list(tmp_path.rglob("*.*"))
+    builder.build(1, IMAGES, lambda written, rejected: None)
+    assert len(read_marker(Store(tmp_path), 1).samples) == len(IMAGES)
+
+
+def test_memory_that_runs_out_in_the_estimator_is_one_line(tmp_path: Path) -> None:
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ..."
+    estimator = Flat(torch.OutOfMemoryError(text), 2)
+    with pytest.raises(UserError, match="the estimator fails, out of memory") as raised:
+        build(tmp_path, estimator=estimator)
+    assert "--gpus-per-worker 1" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_gpu_that_fails_after_the_first_batch_writes_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It used to be a shard of the first batch's samples, all else rejected."""
+    calls = []
+    decode_batch = decode_module.decode_batch
+
+    def break_after_one(images: list) -> Any:
+        calls.append(images)
+        if len(calls) > 1:
+            raise RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700):\nillegal")
+        return decode_batch(images)
+
+    monkeypatch.setattr(decode_module, "decode_batch", break_after_one)
+    with pytest.raises(UserError, match="cudaErrorIllegalAddress"):
+        build(tmp_path)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_packer_that_fails_ends_the_shard_at_once(tmp_path: Path) -> None:
+    """The estimator must not go on for a shard that cannot be written, nor wait for ever."""
+    estimator = Flat()
+    builder = ShardBuilder(InMemory(), estimator, Store(tmp_path), 4, Resize(), {})
+    with pytest.raises(ValueError, match="twice in shard 0"):
+        builder.build(0, [IMAGES[0]] * 4 + IMAGES * 10, lambda written, rejected: None)
+    assert estimator.calls < 50
+
+
+def test_a_group_of_images_goes_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each transfer is a wait: one for a group, not one for each forward pass."""
+    estimator = ScdaOptions("resnet18", "random", size=32, areas=(1.0, 0.2)).build()
+    monkeypatch.setattr(scda, "WINDOWS_AT_ONCE", {"cpu": 8})
+    cpu = torch.Tensor.cpu
+    shapes = []
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(tensor.shape))
+        return cpu(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", remember)
+    maps = estimator(batch(noise(0), noise(1, 60, 30)))
+    assert maps.shape == (2, 28, 28)
+    ((windows, *_),) = shapes
+    assert windows > 2 * 8, "one forward pass was enough"
+
+
+def test_a_gpu_takes_the_windows_of_all_areas_together() -> None:
+    estimator = ScdaOptions("resnet18", "random", size=32).build("cpu")
+    levels = [scda.list_places([(375, 500)] * 32, area) for area in (1.0, 0.45)]
+    assert [len(level) for level in levels] == [32, 288]
+
+    def lengths(device: str) -> list[int]:
+        estimator.device = device  # type: ignore[misc]
+        return [len(chunk) for chunk in estimator.chunks(levels)]  # type: ignore[attr-defined]
+
+    assert lengths("cuda") == [256, 64]
+    assert lengths("cpu") == [32, 64, 64, 64, 64, 32]
+
+
+def test_folded_batch_norms_give_the_same_map() -> None:
+    """What a GPU runs, run here: within rounding of the network as it is."""
+    torch.manual_seed(0)
+    estimator = ScdaOptions("resnet18", "random", size=64, precision="fp32").build("cpu")
+    trunk = estimator.trunk  # type: ignore[attr-defined]
+    for module in trunk.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    folded = scda.fold_batch_norms(trunk)
+    inputs = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected, found = trunk(inputs)["map"], folded(inputs)["map"]
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+    norms = [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not norms
+
+
+@pytest.mark.gpu
+def test_scda_on_a_gpu_agrees_with_the_cpu() -> None:
+    """Share of the foreground's cells that differ, the rule being that of the views."""
+    images = [noise(index, 200 + 10 * index, 300) for index in range(8)]
+    for precision, most in (("fp32", 0.01), ("bf16", 0.03)):
+        options = ScdaOptions("resnet18", "random", precision=precision)
+        on_gpu = options.build()(decoded_on_gpu(images))
+        on_cpu = options.build("cpu")(batch(*images))
+        differ = (foreground(on_gpu) != foreground(on_cpu)).mean()
+        assert differ < most, precision
+
+
+def decoded_on_gpu(images: list[np.ndarray]) -> Any:
+    return batch(*images).to_device("gpu")  # type: ignore[attr-defined]
+
+
+def foreground(maps: np.ndarray) -> np.ndarray:
+    mean = maps.mean(axis=(1, 2), keepdims=True)
+    return maps >= mean - 0.6 * maps.std(axis=(1, 2), keepdims=True)

@@ -1,0 +1,247 @@
+"""Commands run the project's rooms beside a user's own, and load a user's files by their path."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from ray import cloudpickle
+
+import saliency_shards
+from pipeline import Recipe, fills, masks
+from pipeline.registry import find
+from precompute.estimators import FunctionOptions
+from precompute.sources import open_source
+from schemas import UserError
+from schemas.cli import absolute, imported, load_file, loaded_files
+from train.__main__ import options
+from train.files import dump, load
+from train.methods import find_method, name_of
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("schemas", "precompute", "pipeline", "train")
+
+MINE = """
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+import numpy as np
+from pipeline.masks import mask
+from precompute.sources import Source, SourceImage, key_of
+from train.methods import MethodConfig
+import neighbor
+
+class Listed(Source):
+    classes = ["a"]
+    def __init__(self, root, split, download):
+        self.folder = Path(root)
+    def images(self):
+        yield SourceImage(key_of("x.jpg"), "x.jpg", 0)
+    def read(self, image):
+        return b"bytes of " + image.location.encode()
+
+def centre(images):
+    return np.ones((len(images), 7, 7)) * np.arange(7)
+
+@mask("edge_of_a_test")
+def edge(saliency, ratio, recipe, draws):
+    return saliency > 0
+
+@dataclass(frozen=True, kw_only=True)
+class SimSiamConfig(MethodConfig):
+    name: ClassVar[str] = "simsiam"
+    width: int = 2048
+    def build(self, setup):
+        raise NotImplementedError
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch) -> Path:
+    """Someone's repository, the current folder; what is loaded from it goes with the test."""
+    for room in ROOMS:
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text(f"print('the {room} of a user')\n")
+    (tmp_path / "train.py").write_text("print('MY OWN')\n")
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "neighbor.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    masks.MASKS.pop("edge_of_a_test", None)
+    for name in set(sys.modules) - before:
+        if name == "neighbor" or name.startswith("saliency_shards_file_"):
+            del sys.modules[name]
+
+
+def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+# as an installed script does, from a folder where the project is no neighbor
+SCRIPT = (
+    f"import sys; sys.path.append({str(ROOT)!r}); import saliency_shards; saliency_shards.shards()"
+)
+
+
+@pytest.mark.parametrize("path", [".", "..", "", f".{os.pathsep}{ROOT}"])
+def test_an_installed_command_runs_the_projects_own_rooms(repository, path):
+    done = run(SCRIPT, "--help", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "verify" in done.stdout
+    assert "of a user" not in done.stdout
+    # the current folder is on the path of `python -c`
+    assert f"note: {repository / 'train.py'} is passed over" in done.stderr or (
+        f"note: {repository / 'train'} is passed over: train is this project's" in done.stderr
+    )
+    assert len(done.stderr.splitlines()) == len(ROOMS)
+
+
+def test_the_version_is_told_without_any_import(repository):
+    done = run(f"{SCRIPT}; print('no exit')", "--version", PYTHONPATH=".")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("saliency-shards ")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_what_was_imported_before_is_told_in_one_line(repository):
+    done = run(f"import sys; import schemas; {SCRIPT}", "--help")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: schemas is {repository / 'schemas'}, which was imported before this command, and "
+        f"not {ROOT / 'schemas'}; start it without that on PYTHONPATH\n"
+    )
+
+
+def test_the_own_folder_is_first_for_workers_too(repository, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}elsewhere")
+    monkeypatch.setattr(sys, "path", [".", "", *sys.path])
+    saliency_shards.own_rooms_first()
+    assert sys.path[0] == str(ROOT)
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(ROOT), ".", "elsewhere"]
+    path = list(sys.path)
+    saliency_shards.own_rooms_first()
+    assert sys.path == path, "once more changes nothing"
+    monkeypatch.setenv("RANK", "1")
+    capsys.readouterr()
+    saliency_shards.own_rooms_first()
+    assert capsys.readouterr().err == "", "one rank speaks"
+
+
+def test_python_m_puts_its_folder_first_and_an_import_does_not(repository, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(repository), *sys.path])
+    for arguments, orig, first in [
+        (["program.py"], ["python", "program.py"], str(repository)),
+        (["-m"], ["python", "-m", "theirs"], str(repository)),
+        (["-m"], ["python", "-m", "train.evaluate", "knn"], str(ROOT)),
+    ]:
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(sys, "orig_argv", orig)
+        saliency_shards.own_rooms_first_under_m()
+        assert sys.path[0] == first
+
+
+def test_a_foreign_module_of_no_file_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bench", ModuleType("bench"))
+    with pytest.raises(SystemExit) as stop:
+        saliency_shards.own_rooms_first()
+    assert stop.value.code == 2
+    assert "error: bench is of no file" in capsys.readouterr().err
+
+
+def test_things_of_a_file_are_found_in_any_spelling(repository):
+    kinds = ("./mine.py", "mine.py", str(repository / "mine.py"), "photos/../mine.py")
+    (repository / "photos").mkdir()
+    assert len({id(imported("method", f"{path}:SimSiamConfig")) for path in kinds}) == 1
+    assert find("mask", "./mine.py:edge", masks.MASKS) is masks.MASKS["edge_of_a_test"]
+    assert find("fill", "mine.py:centre", fills.FILLS)([1]).shape == (1, 7, 7)
+    assert Recipe(query_mask="./mine.py:edge").query_mask == "./mine.py:edge"
+    source = open_source("./mine.py:Listed", "photos", "train", False)
+    assert [image.location for image in source.images()] == ["x.jpg"]
+
+
+def test_a_method_of_a_file_is_an_option_and_comes_back_from_config_yaml(repository, monkeypatch):
+    given = options(
+        ["--data", "d", "--out", "o", "--method", "./mine.py:SimSiamConfig", "--width", "7"]
+    )
+    assert given.method.width == 7
+    assert name_of(type(given.method)) == f"{repository / 'mine.py'}:SimSiamConfig"
+    (repository / "config.yaml").write_text(dump(given, given))
+    monkeypatch.chdir(repository / "train")
+    assert load("../config.yaml").method == given.method
+    assert find_method(name_of(type(given.method))) is type(given.method)
+
+
+def test_an_estimator_of_a_file_is_known_by_its_content(repository, monkeypatch):
+    estimator = FunctionOptions("./mine.py:centre")
+    assert estimator.function == f"{repository / 'mine.py'}:centre"
+    monkeypatch.chdir("/")  # workers have another current folder
+    built = estimator.build()
+    assert built.maps([np.zeros((3, 3, 3), np.uint8)]).shape == (1, 7, 7)
+    assert estimator.parameters() == {"name": "function", "function": "mine.py:centre"}
+    assert FunctionOptions("a.b:c").parameters() == {"name": "function", "function": "a.b:c"}
+
+
+def test_a_source_of_a_file_reaches_a_process_that_has_no_such_file(repository):
+    source = open_source("./mine.py:Listed", "photos", "train", False)
+    for module in loaded_files():
+        cloudpickle.register_pickle_by_value(module)
+    content = cloudpickle.dumps(source)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ray import cloudpickle; "
+        "source = cloudpickle.loads(sys.stdin.buffer.read()); print(source.read(*source.images()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=content, capture_output=True, check=False, cwd="/"
+    )
+    assert done.stdout == b"b'bytes of x.jpg'\n", done.stderr
+
+
+def test_a_file_that_is_a_module_already_is_not_run_again(repository):
+    sys.path.insert(0, str(repository))
+    import neighbor
+
+    assert load_file("neighbor.py") is neighbor
+    assert loaded_files() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("./absent.py:X", None, "No such file"),
+        ("./mine.py:Absent", None, "has no attribute 'Absent'"),
+        ("./mine.py:", None, "write FILE.py:name"),
+        ("./broken.py:X", "def f(:\n", r"no Python \(.*broken\.py, line 1: invalid syntax"),
+        ("./zero.py:X", "\0", r"source code .*null bytes"),
+        ("./folder.py:X", ..., "Is a directory"),
+        ("./needs.py:X", "import a_module_that_is_absent", "No module named 'a_module_that"),
+        ("./text/file:X", None, "its name must end in .py"),
+        ("./mine.py", None, r"say which of its names is meant, \./mine\.py:NAME"),
+        ("./mine.py:Listed", None, "is no subclass of train.methods.MethodConfig"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(repository, name, content, message):
+    file = repository / name.split(":")[0]
+    if content is ...:
+        file.mkdir()
+    elif content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        find_method(name)
+    assert "\n" not in str(raised.value)
+    assert all("_mine_" in module.__name__ for module in loaded_files()), "half a module is left"
+
+
+def test_only_files_are_made_absolute():
+    assert absolute("a.b:c") == "a.b:c"
+    assert absolute("./a.py:c") == f"{Path.cwd() / 'a.py'}:c"

@@ -1,0 +1,132 @@
+"""Ranks that come and go: the batches of a run are those of one that nobody disturbed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.order import SampleOrder
+from schemas import ShardDataset
+from tests.train.runs import command, metrics
+
+SCRIPT = Path(__file__).with_name("elastic_run.py")
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+BATCH, EPOCHS = 8, 3
+OPTIONS = {
+    "--encoder": "tiny",
+    "--epochs": str(EPOCHS),
+    "--checkpoint-steps": "1",
+    "--log-steps": "1",
+    "--keep-checkpoints": "2",
+}
+
+
+def start(data: str, out: Path, stop: int, *agent: str) -> subprocess.Popen:
+    notes = out.parent / "notes"
+    notes.mkdir(exist_ok=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *agent]
+    return subprocess.Popen(
+        [*torchrun, str(SCRIPT), str(notes), str(stop), *command(data, out, **OPTIONS)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def fed(out: Path) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
+    """(epoch, step) -> world size -> rank -> keys."""
+    found: dict = {}
+    for path in (out.parent / "notes").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            epoch, step, rank, size, keys = json.loads(line)
+            found.setdefault((epoch, step), {}).setdefault(size, {})[rank] = keys
+    return found
+
+
+def assert_every_batch_was_whole(data: str, out: Path) -> set[int]:
+    """Each global batch was fed by all ranks of some world size; returns the sizes that were."""
+    dataset = ShardDataset.open(data)
+    keys = np.array(dataset.samples["key"].to_pylist())
+    order = SampleOrder([row.samples for row in dataset.shards], BATCH)
+    found, sizes = fed(out), set()
+    for epoch in range(EPOCHS):
+        for step in range(order.steps):
+            expected = keys[order.batch(epoch, step)].tolist()
+            whole = []
+            for size, ranks in found[epoch, step].items():
+                for rank, part in ranks.items():  # also of a batch that not all ranks came to
+                    share = BATCH // size
+                    assert part == expected[rank * share : (rank + 1) * share]
+                if len(ranks) == size:
+                    whole.append(size)
+            assert whole, f"epoch {epoch}, step {step}"
+            sizes |= set(whole)
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process that nobody stopped; its encoder has no batch statistics."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(shards, out, 0, "--standalone", "--nproc-per-node", "1")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert assert_every_batch_was_whole(shards, out) == {1}
+    return [row["loss"] for row in metrics(out)]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_one_and_with_four_ranks(
+    shards: str, tmp_path: Path, undisturbed: list[float]
+) -> None:
+    """Two ranks for 2 steps, one up to step 4, four to the end; epochs have three steps."""
+    out = tmp_path / "run"
+    for size, stop in ((2, 2), (1, 4), (4, 0)):
+        process = start(shards, out, stop, "--standalone", "--nproc-per-node", str(size))
+        said, _ = process.communicate(timeout=200)
+        assert (process.returncode == 0) == (stop == 0), said
+    assert "resumes after step 4 of 9, 1 -> 4 processes" in said
+    assert assert_every_batch_was_whole(shards, out) == {1, 2, 4}
+    losses = [row["loss"] for row in metrics(out)]
+    np.testing.assert_allclose(losses, undisturbed, rtol=2e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_when_a_node_is_lost(
+    shards: str, tmp_path: Path, undisturbed: list[float]
+) -> None:
+    """Two agents of two ranks each; one agent is killed, the other goes on by itself."""
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = (
+        "--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3",
+        "--rdzv-backend", "c10d", "--rdzv-id", "elastic",
+        "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1",
+    )  # fmt: skip
+    waits = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+    first, second = (
+        start(shards, out, 0, *agent, "--rdzv-conf", f"{waits},is_host={is_host}")
+        for is_host in (1, 0)  # the first agent keeps the store in which agents meet
+    )
+    deadline = time.monotonic() + 200
+    while not list((out / "checkpoints").glob("step-*")):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(second.pid, signal.SIGKILL)
+    said, _ = first.communicate(timeout=250)
+    second.communicate()
+    assert first.returncode == 0, said
+    assert "4 -> 2 processes" in said
+    assert 2 in assert_every_batch_was_whole(shards, out)
+    losses = [row["loss"] for row in metrics(out)]
+    np.testing.assert_allclose(losses, undisturbed, rtol=2e-4)

@@ -1,0 +1,73 @@
+"""timm's ConvNets as encoders: `timm:convnext_tiny`.
+
+timm takes seconds to import, so it is imported where such a name is given.
+"""
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+
+from schemas import UserError
+
+PREFIX = "timm:"
+STRIDE = 32
+"""Of the last map, as a ResNet's: a cell of the masks' grid at 224 pixels."""
+PROBE = 64
+"""Side in pixels of the image that a network is tried on: two cells."""
+
+
+def is_timm(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def build_timm_encoder(name: str) -> tuple[nn.Module, int]:
+    """Build a randomly initialized network (N, 3, H, W) -> (N, D) pooled features, and its D.
+
+    Its state_dict has timm's key names without a classifier. Weights come from torch's global RNG.
+
+    Args:
+        name: `timm:` and a name of timm.
+
+    Raises:
+        UserError: timm knows no such name; the network is no ConvNet, or its last map is not at
+            stride 32.
+    """
+    import timm
+
+    model_name = name.removeprefix(PREFIX)
+    if not timm.is_model(model_name):
+        near = difflib.get_close_matches(model_name, timm.list_models(), n=1)
+        hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
+        raise UserError(f"encoder {name!r}: {hint}timm has no such network")
+    encoder = timm.create_model(model_name, pretrained=False, num_classes=0)
+    attention = [type(m).__name__ for m in encoder.modules() if "Attention" in type(m).__name__]
+    if attention:
+        raise UserError(
+            f"encoder {name}: has layers of attention ({attention[0]}); the method is for ConvNets"
+        )
+    was_training = encoder.training
+    encoder.eval()
+    image = torch.zeros(1, 3, PROBE, PROBE)
+    try:
+        with torch.no_grad():
+            maps, pooled = encoder.forward_features(image), encoder(image)
+    except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"encoder {name}: does not take images of {PROBE} pixels ({error}); choose a ConvNet "
+            "that takes any size"
+        ) from error
+    encoder.train(was_training)
+    cells = PROBE // STRIDE
+    if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[2:] != (cells, cells):
+        shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        raise UserError(
+            f"encoder {name}: has no map at stride {STRIDE}: of {PROBE} pixels it makes {shape}, "
+            f"not (1, D, {cells}, {cells})"
+        )
+    return encoder, pooled.shape[1]
+
+
+def is_timm_encoder(module: nn.Module) -> bool:
+    """Whether a module is a network of `build_timm_encoder`, not a part of one."""
+    return hasattr(module, "forward_features") and hasattr(module, "reset_classifier")
