@@ -95,7 +95,7 @@ def join(
     group = dist.group.WORLD
     assert group is not None
     backend = group._get_backend(gpu)
-    backend._set_default_timeout(waits + timedelta(seconds=NCCL_EXTRA))  # type: ignore[attr-defined]
+    backend._set_default_timeout(waits + timedelta(seconds=NCCL_EXTRA))
 
 
 def meet(waits: timedelta) -> tuple[dist.Store, int, int]:
