@@ -37,7 +37,7 @@ from train.session import session
 
 def main() -> None:
     config = options(sys.argv[1:])
-    with session(config.rank_timeout):
+    with session(config.rank_timeout, config.device):
         train(config)
 
 

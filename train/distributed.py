@@ -124,7 +124,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def shuffle(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Deal the images of all ranks anew: batch statistics then do not tell which belong together.
+    """Permute the images of all ranks, so that batch statistics do not tell which belong together.
+
+    Every rank knows the permutation on the host, so each image is sent once, to the rank that
+    needs it, and under autocast in the precision that the first convolution casts it to.
 
     Args:
         x: this rank's images, (N, C, H, W), the same N on every rank.
@@ -133,15 +136,40 @@ def shuffle(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Callable[[Te
     Returns:
         This rank's share (N, C, H, W) of the permuted images, channels_last, and the function that
         brings results (N, D) computed from such a share back to the rows of `x`. With one rank
-        there is nothing to deal: both leave their argument as it is, and nothing is drawn.
+        there is nothing to permute: both leave their argument as it is, and nothing is drawn.
     """
     if world_size() == 1:
         return x, lambda y: y
     order = torch.randperm(world_size() * len(x), generator=generator)
-    share = to_device(order.view(world_size(), -1)[rank()], x.device)
     origin = to_device(order.argsort().view(world_size(), -1)[rank()], x.device)
-    rows = all_gather(x.permute(0, 2, 3, 1))  # NHWC: no copy when x is channels_last
-    return rows[share].permute(0, 3, 1, 2), lambda y: all_gather(y)[origin]
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    rows = exchange_rows(x.permute(0, 2, 3, 1), order)  # NHWC: no copy when x is channels_last
+    return rows.permute(0, 3, 1, 2), lambda y: all_gather(y)[origin]
+
+
+@torch.no_grad()
+def exchange_rows(x: Tensor, order: Tensor) -> Tensor:
+    """Return this rank's share of the rows of all ranks in a new order, by one all-to-all.
+
+    Args:
+        x: this rank's rows, (N, ...), the same N on every rank.
+        order: (world size * N,) int64 permutation on the CPU, the same on every rank: place `i` of
+            the new order takes row `order[i]` of the rows in rank order.
+
+    Returns:
+        (N, ...): the rows at places `rank * N` to `rank * N + N - 1`, bit for bit.
+    """
+    size, count = world_size(), len(x)
+    sources = order.view(size, count)  # row r: what rank r receives
+    # rank r receives from the ranks in turn, and from each in the order of r's places
+    outgoing = [wanted[wanted // count == rank()] - rank() * count for wanted in sources]
+    arrival = (sources[rank()] // count).argsort(stable=True)  # the places, as they are filled
+    received = torch.bincount(sources[rank()] // count, minlength=size).tolist()
+    sent = x[to_device(torch.cat(outgoing), x.device)]
+    rows = torch.empty_like(sent)
+    dist.all_to_all_single(rows, sent, received, [len(part) for part in outgoing])
+    return rows[to_device(arrival.argsort(), x.device)]
 
 
 def fail(message: str) -> None:

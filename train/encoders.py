@@ -87,8 +87,14 @@ def zero_residual_gammas_(module: nn.Module, encoder: str) -> None:
 def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
     """The last map before pooling: (N, 3, H, W) -> (N, D, h, w), at stride 32 with its usual stem.
 
-    `encoder` is one of `build_encoder`.
+    `encoder` is one of `build_encoder`; after `compile_encoder_` this runs compiled too.
     """
+    compiled = getattr(encoder, "compiled_feature_map", None)
+    return compute_feature_map(encoder, images) if compiled is None else compiled(encoder, images)
+
+
+def compute_feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
+    """`feature_map` without a compiler."""
     if is_timm_encoder(encoder):
         network: Any = encoder
         return network.forward_features(images)
@@ -97,6 +103,12 @@ def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
     for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
         x = layer(x)
     return x
+
+
+def compile_encoder_(encoder: nn.Module) -> None:
+    """Let torch.compile run the encoder's call and its `feature_map`, each from its first use."""
+    encoder.compile()
+    encoder.compiled_feature_map = torch.compile(compute_feature_map)  # type: ignore[assignment]
 
 
 def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:

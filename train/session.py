@@ -19,13 +19,20 @@ SILENCE = re.compile(r"gloo|timed? ?out|[Cc]onnection (closed|reset)")
 HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 GRACE = 5.0
 """Seconds in which every rank that is alive notices that another is not."""
+NCCL_EXTRA = 60
+"""Seconds that NCCL waits longer than gloo (ours). NCCL's watchdog ends the process without a word
+about ranks; gloo raises an error, after which the store tells which rank is silent."""
 
 
 @contextmanager
-def session(timeout: int = 600) -> Iterator[None]:
+def session(timeout: int = 600, device: str = "auto") -> Iterator[None]:
     """Join the processes of `torchrun` (RANK is set) or stay alone; share out the CPU cores.
 
+    On GPUs each rank makes its own GPU the current one before anything else touches CUDA. A device
+    that cannot be had is no error here: `pick_device` reports it on every rank at once.
+
     Args:
+        device: `auto`, `cpu` or `cuda`, as `pick_device` takes it. NCCL is joined unless it is cpu.
         timeout: seconds after which a rank that does not answer is taken for dead. It must be
             longer than one epoch's first batch, an evaluation and a checkpoint take.
 
@@ -43,10 +50,7 @@ def session(timeout: int = 600) -> Iterator[None]:
     end_with_parent()
     waits = timedelta(seconds=timeout)
     store, number, size = meet(waits)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=size, timeout=waits
-    )
+    join(dist.PrefixStore("ranks", store), number, size, waits, own_gpu(device))
     try:
         with memory_is_enough():
             yield
@@ -58,6 +62,40 @@ def session(timeout: int = 600) -> Iterator[None]:
         tell_silent_ranks(dist.PrefixStore("alive", store), number, size, timeout, error)
     # not in a finally: after an error the group may hang on ranks that have gone
     dist.destroy_process_group()
+
+
+def own_gpu(name: str) -> torch.device | None:
+    """Make GPU number LOCAL_RANK the current one; None where there is none or `name` is cpu."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "cpu" or not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+        return None
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def join(
+    store: dist.Store, number: int, size: int, waits: timedelta, gpu: torch.device | None
+) -> None:
+    """Make the process group: gloo, and NCCL bound to `gpu` where there is one.
+
+    NCCL waits `NCCL_EXTRA` seconds longer than gloo.
+    """
+    if gpu is None:
+        dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=waits)
+        return
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=number,
+        world_size=size,
+        timeout=waits,
+        device_id=gpu,
+    )
+    # init_process_group gives its timeout to both backends, whatever their options say
+    group = dist.group.WORLD
+    assert group is not None
+    backend = group._get_backend(gpu)
+    backend._set_default_timeout(waits + timedelta(seconds=NCCL_EXTRA))
 
 
 def meet(waits: timedelta) -> tuple[dist.Store, int, int]:
@@ -136,13 +174,11 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def pick_device(name: str) -> torch.device:
     """`auto` | `cpu` | `cuda` -> this rank's device: on CUDA, GPU number LOCAL_RANK."""
-    if device_of(name).type == "cpu":
-        return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    if own_gpu(name) is None and name != "cpu" and torch.cuda.is_available():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: this machine has "
             f"{torch.cuda.device_count()}; start no more processes than GPUs"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    # only now: `device_of` asks for the current GPU, which makes a context there
+    return device_of(name)

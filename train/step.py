@@ -13,6 +13,7 @@ from torchvision.models import ResNet
 
 from train.config import TrainConfig, autocast
 from train.distributed import mean_in_rank_order, world_size
+from train.encoders import compile_encoder_
 from train.methods import Method
 from train.norm import synchronised
 from train.optim import build_optimizer
@@ -30,7 +31,7 @@ def placed(method: Method, config: TrainConfig, device: torch.device) -> Method:
     if config.compile:
         for module in method.modules():
             if isinstance(module, ResNet) or is_timm_encoder(module):
-                module.compile()
+                compile_encoder_(module)
     return method
 
 

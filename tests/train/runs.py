@@ -15,7 +15,15 @@ import train.loop
 from pipeline.recipes import RECIPES
 from schemas import Sample, write_dataset
 from train.config import TrainConfig
-from train.methods import MoCoConfig
+from train.methods import (
+    ADIOSConfig,
+    MaskCoConfig,
+    MethodConfig,
+    MoCoConfig,
+    Setup,
+    SimCLRConfig,
+    SupervisedConfig,
+)
 
 IMAGES = 26  # 3 steps of 8 and 2 images left out
 
@@ -113,3 +121,36 @@ ARGUMENTS = {
 def command(data: str, out: Path | str, **changes: str) -> list[str]:
     options = {"--data": data, "--out": str(out), **ARGUMENTS, **changes}
     return [part for option in options.items() for part in option]
+
+
+METHOD_STEPS: dict[str, tuple[MethodConfig, str]] = {
+    "moco-hp": (MoCoConfig(queue=64), "hp"),
+    "moco-blur": (MoCoConfig(queue=64), "blur"),
+    "moco-mean": (MoCoConfig(queue=64), "mean"),
+    "simclr-hp": (SimCLRConfig(), "hp"),
+    "maskco": (MaskCoConfig(queue=64), "maskco"),
+    "adios-s": (ADIOSConfig(), "none"),
+    "adios": (ADIOSConfig(single=False, masks=2), "none"),
+    "supervised-hp": (SupervisedConfig(), "hp"),
+}
+"""Every method, and every kind of fill: what a step is tried with."""
+
+
+def method_step(
+    name: str, device: str, *, accumulate: int = 1, clip: float | None = None
+) -> tuple[TrainConfig, Setup]:
+    """Options and setup of a step of `METHOD_STEPS`: ResNet-18, 8 images of 224 pixels, bf16."""
+    method, recipe = METHOD_STEPS[name]
+    settings = config(
+        "",
+        "",
+        method=method,
+        recipe=RECIPES[recipe],
+        crop_size=224,
+        accumulate=accumulate,
+        precision="bf16",
+        device=device,
+    )
+    settings = replace(settings, optim=replace(settings.optim, clip_gradient=clip, lr=0.1))
+    setup = Setup(encoder="resnet18", batch_size=8, classes=8, accumulate=accumulate)
+    return settings, setup

@@ -1,5 +1,8 @@
 import os
 import signal
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest.mock import Mock, call, patch
 
 import pytest
 import torch
@@ -25,6 +28,43 @@ def test_shuffle_deals_every_row_once_and_restores_exactly(two_ranks):
     assert first_back
     assert second_back
     assert shape == (8, 3, 2, 2)
+
+
+def shuffled_as_a_gather(dtype):
+    """The share of this rank, what an all-gather would give, and the dtype and bytes sent."""
+    everything = torch.randn(24, 3, 5, 4, generator=torch.Generator().manual_seed(1))
+    mine = everything.chunk(distributed.world_size())[distributed.rank()]
+    sent, send = [], torch.distributed.all_to_all_single
+
+    def counting(output, given, *counts):
+        own = sum(counts[1][: distributed.rank()])
+        others = torch.ones(len(given), dtype=torch.bool)
+        others[own : own + counts[1][distributed.rank()]] = False
+        sent.append((given.dtype, given[others].nbytes))
+        return send(output, given, *counts)
+
+    with (
+        patch("torch.distributed.all_to_all_single", counting),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
+        share, _ = distributed.shuffle(
+            mine.contiguous(memory_format=torch.channels_last), torch.Generator().manual_seed(3)
+        )
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    order = order.chunk(distributed.world_size())[distributed.rank()]
+    assert share.is_contiguous(memory_format=torch.channels_last)
+    return share, everything.to(dtype)[order], sent
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shuffle_sends_each_image_once_in_the_precision_of_the_first_layer(four_ranks, dtype):
+    images = 24 // 4
+    for share, expected, sent in four_ranks(shuffled_as_a_gather, dtype):
+        assert share.dtype == dtype
+        assert torch.equal(share, expected)
+        ((sent_dtype, size),) = sent
+        assert sent_dtype == dtype
+        assert 0 < size <= images * 3 * 5 * 4 * dtype.itemsize
 
 
 def test_shuffle_of_one_rank_is_nothing():
@@ -90,3 +130,62 @@ def test_missing_gpu_is_a_user_error(monkeypatch):
     assert session.pick_device("auto") == torch.device("cpu")
     with pytest.raises(UserError, match=r"no NVIDIA driver .*--device cpu"):
         session.pick_device("cuda")
+
+
+def pretend_gpus(monkeypatch, count):
+    """Calls of torch.cuda and torch.distributed in their order, as on a machine with GPUs."""
+    calls = Mock()
+    calls.current_device.side_effect = lambda: calls.set_device.call_args.args[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
+    monkeypatch.setattr(torch.cuda, "current_device", calls.current_device)
+    monkeypatch.setattr(session.dist, "init_process_group", calls.init_process_group)
+    monkeypatch.setattr(session.dist, "group", SimpleNamespace(WORLD=calls.world))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_rank_takes_its_own_gpu_before_anything_asks_for_the_current_one(monkeypatch, name):
+    calls = pretend_gpus(monkeypatch, 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert session.pick_device(name) == torch.device("cuda", 2)
+    assert calls.mock_calls[0] == call.set_device(2)
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    calls = pretend_gpus(monkeypatch, 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="local rank 2 has no GPU of its own: this machine has 2"):
+        session.pick_device("auto")
+    assert session.pick_device("cpu") == torch.device("cpu")
+    assert calls.mock_calls == []
+
+
+def test_nccl_is_bound_to_the_gpu_and_waits_longer_than_gloo(monkeypatch):
+    calls = pretend_gpus(monkeypatch, 4)
+    store, gpu = torch.distributed.HashStore(), torch.device("cuda", 2)
+    session.join(store, 2, 4, timedelta(seconds=600), gpu)
+    given = calls.init_process_group.call_args.kwargs
+    assert given["device_id"] == gpu
+    assert given["timeout"] == timedelta(seconds=600)
+    calls.world._get_backend.assert_called_once_with(gpu)
+    backend = calls.world._get_backend.return_value
+    backend._set_default_timeout.assert_called_once_with(timedelta(seconds=660))
+
+
+def test_on_cpus_only_gloo_is_joined(monkeypatch):
+    calls = pretend_gpus(monkeypatch, 4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    gpu = session.own_gpu("cpu")
+    session.join(torch.distributed.HashStore(), 1, 2, timedelta(seconds=9), gpu)
+    assert calls.init_process_group.call_args.args == ("gloo",)
+    assert calls.set_device.call_count == 0
+
+
+@pytest.mark.parametrize("name", ["ProcessGroupNCCL", "ProcessGroupGloo"])
+def test_torch_has_what_sets_the_timeout_of_one_backend(name):
+    """It is private; a torch without it must be noticed here and not on a cluster."""
+    if not hasattr(torch.distributed, name):
+        pytest.skip(f"this torch is built without {name}")
+    assert hasattr(getattr(torch.distributed, name), "_set_default_timeout")

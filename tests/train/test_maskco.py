@@ -1,16 +1,20 @@
 """MaskCo against the formula as loops; regions pooled where they are; the head's ablation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
-from pipeline import Batch
+from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
 from train.config import TrainConfig
 from train.distributed import rank, world_size
-from train.encoders import build_encoder, feature_map
+from train.encoders import ENCODERS, build_encoder, feature_map
+from train.feed import SyntheticViews
 from train.methods import MaskCoConfig, Setup
 from train.step import Step, placed
 
@@ -195,3 +199,39 @@ def test_two_ranks_compute_the_gradients_of_one(two_ranks):
         for name, gradient in expected.items():
             assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
         torch.testing.assert_close(its_queue, queue, atol=1e-5, rtol=1e-4)
+
+
+def test_compile_reaches_both_encoders_of_maskco(monkeypatch):
+    """Convolutions are counted by a backend that runs the graph as it is: no compiler is needed."""
+    runs, real = [], torch.compile
+
+    def count(graph, _):
+        convolutions = sum(
+            node.op == "call_function" and getattr(node.target, "__name__", "") == "conv2d"
+            for node in graph.graph.nodes
+        )
+
+        def run(*args):
+            runs.append((torch.is_grad_enabled(), convolutions))
+            return graph(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: real(model, backend=count))
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda **_: ResNet(BasicBlock, [1, 1, 1, 1]))
+    torch._dynamo.reset()
+    settings = TrainConfig(data="", out="", precision="fp32", compile=True)
+    setup = Setup(encoder="resnet18", batch_size=2, crop_size=64)
+    method = MaskCoConfig(queue=8).build(setup)
+    keys = list(method.state_dict())
+    method = placed(method, settings, torch.device("cpu"))
+    recipe = replace(RECIPES["maskco"], crop_size=64)
+    batch = SyntheticViews(8, recipe, 2, torch.device("cpu"), 1, 0).batch
+    assert method(batch)["loss"].isfinite()
+    network = ENCODERS["resnet18"]()
+    in_all = sum(isinstance(layer, torch.nn.Conv2d) for layer in network.modules())
+    with_gradient = sum(number for has_gradient, number in runs if has_gradient)
+    without = sum(number for has_gradient, number in runs if not has_gradient)
+    assert (with_gradient, without) == (in_all, in_all)  # encoder, momentum encoder
+    assert list(method.state_dict()) == keys
+    torch._dynamo.reset()

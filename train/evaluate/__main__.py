@@ -38,7 +38,7 @@ class TableOptions:
 def evaluated(config: type[Any], evaluate: Callable, sentence: Callable, argv: list[str]) -> None:
     """Read the options, evaluate on every rank, and say on one what came out."""
     options = parse(config, argv)
-    with session():
+    with session(device=options.device):
         found = evaluate(options)
         if is_main():
             print(sentence(found))

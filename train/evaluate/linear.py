@@ -155,9 +155,8 @@ def test(
         with autocast(precision, device):
             logits = probe.logits(batch.image)
         nearest = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.label[:, None]
-        counts += torch.stack(
-            [nearest[:, 0].sum(), nearest.sum(), nearest.new_tensor(len(nearest), dtype=torch.long)]
-        )
+        counts[:2] += torch.stack([nearest[:, 0].sum(), nearest.sum()])
+        counts[2] += len(nearest)
     if world_size() > 1:
         dist.all_reduce(counts)
     top1, top5, images = counts.tolist()

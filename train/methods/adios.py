@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline import Recipe
+from pipeline.devices import to_device
 from schemas import UserError
 from train.distributed import rank, world_size
 from train.methods.method import Method, MethodConfig, Player, Setup, needs_keys
@@ -127,7 +128,8 @@ class ADIOS(Method):
             size, count = masks.shape[:2]
             # drawn for all ranks alike, so that the generator's state is one
             drawn = torch.randint(count, (world_size(), size), generator=self.generator)
-            chosen = masks[torch.arange(size), drawn[rank()].to(masks.device)]
+            index = to_device(drawn[rank()], masks.device)
+            chosen = masks[torch.arange(size, device=masks.device), index]
             yield replace(batch, query=batch.query * (1 - chosen[:, None]), hard_negative=None)
         else:
             for mask in masks.unbind(1):
