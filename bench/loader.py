@@ -173,7 +173,8 @@ def endless(views: MaskedViews | EvalViews) -> Iterator[Any]:
 
 def our_ways(options: Options) -> dict[str, Way]:
     """Every recipe, and `mean` without its third view: what saliency and masks cost beyond none."""
-    recipes = RECIPES | {"mean, no hard negative": replace(RECIPES["mean"], hard_negatives=0)}
+    own = {name: r for name, r in RECIPES.items() if not name.endswith("-released")}
+    recipes = own | {"mean, no hard negative": replace(RECIPES["mean"], hard_negatives=0)}
     return {
         f"ours {name}": way(
             endless(

@@ -62,7 +62,7 @@ def test_the_command_runs(
     assert command.main() == 0
     table = capsys.readouterr().out
     rates = json.loads(out.read_text())["images_per_second"]["Loader"]
-    ours = {f"ours {name}" for name in RECIPES}
+    ours = {f"ours {name}" for name in RECIPES if not name.endswith("-released")}
     usual_rows = {f"usual {fill}, saliency by ResNet-50" for fill in FILLS}
     assert ours | usual_rows <= set(rates)
     assert {f"webdataset {fill}" for fill in FILLS} <= set(rates)
