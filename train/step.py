@@ -26,7 +26,7 @@ def placed(method: Method, config: TrainConfig, device: torch.device) -> Method:
     Its memory is channels_last, as the loader's images are.
     """
     if config.sync_bn:
-        synchronised(method, device)
+        synchronised(method)
     method.to(device).to(memory_format=torch.channels_last).train()
     if config.compile:
         for module in method.modules():

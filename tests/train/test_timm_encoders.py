@@ -74,7 +74,7 @@ def test_synchronized_norms_keep_their_activation():
     encoder, _ = build_encoder(NAME)
     own, _ = build_encoder(NAME)
     own.load_state_dict(encoder.state_dict())
-    converted = synchronised(encoder, torch.device("cpu"))
+    converted = synchronised(encoder)
     assert any(isinstance(m, GlobalBatchNorm) for m in converted.modules())
     assert converted.state_dict().keys() == own.state_dict().keys()
     x = torch.randn(4, 3, 64, 64)
