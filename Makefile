@@ -120,6 +120,10 @@ bench-order: $(READY) ## Seconds and memory to plan a batch of 10^9 samples
 bench-kernels: $(READY) ## Kernels and bytes of a batch of views on a GPU, counted without one
 	$(PY) -m bench kernels $(ARGS)
 
+.PHONY: gpu-check
+gpu-check: $(READY) ## [DATA=...]: the first session on a GPU: what works there, and how fast
+	$(PY) -m bench.gpu_session $(if $(DATA),--data "$(DATA)") $(ARGS)
+
 .PHONY: bench-train
 bench-train: $(READY) ## DATA=...: training steps alone, fed by the loader, and the released way
 	$(call need,DATA,make bench-train DATA=out/photos)

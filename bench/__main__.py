@@ -8,6 +8,7 @@ python -m bench map-sides --root PHOTOS   what the side of stored maps costs, in
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
 python -m bench order                     seconds and memory to plan a batch of 10^9 samples
 python -m bench kernels                   kernels and bytes of a batch's views on a GPU, counted
+python -m bench.gpu_session               the first session on a GPU: what works, how fast
 python -m bench study --shards FOLDER      arms of the method on real data, several seeds, a table
 """
 

@@ -1,38 +1,40 @@
 """What only a GPU can show. Skipped elsewhere."""
 
-from dataclasses import replace
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.train.runs import config
-from train.config import resolved
-from train.feed import Feed, SyntheticViews
+from pipeline import MaskedViews
+from schemas import UserError
+from tests.train.runs import METHOD_STEPS, config, method_step
+from train.feed import Feed
 from train.loop import prepare, train
-from train.methods import MoCoConfig, Setup
+from train.session import memory_is_enough
 from train.step import Step, placed
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_step_never_waits_for_the_device(clip):
+@pytest.mark.parametrize("name", METHOD_STEPS)
+def test_a_step_never_waits_for_the_device(name, shards):
+    """From the loader's batch on, as `test_host_waits.py` has it without a GPU."""
     device = torch.device("cuda", 0)
-    settings = config("", "", method=MoCoConfig(queue=64), device="cuda", crop_size=56)
-    settings = resolved(
-        replace(settings, optim=replace(settings.optim, clip_gradient=clip)), device
-    )
-    setup = Setup(encoder="resnet18", batch_size=8)
+    settings, setup = method_step(name, "cuda", accumulate=2, clip=1.0)
     step = Step(placed(settings.method.build(setup), settings, device), settings, device)
-    feed = Feed(SyntheticViews(64, settings.recipe, 8, device, 1, 0), memory=4)
-    for _ in range(2):  # cuDNN picks its kernels
-        step(feed.parts(1), 0.01)
+    feed = Feed(MaskedViews(shards, settings.recipe, 8, device="cuda"), memory=4)
+    for _ in range(2):  # cuDNN picks its kernels, the views are compiled
+        step(feed.parts(2), 0.01)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        told = [step(feed.parts(1), 0.01) for _ in range(3)]
+        scalars = [step(feed.parts(2), 0.01) for _ in range(2)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(scalars["loss"].isfinite() for scalars in told)
+    assert all(one["loss"].isfinite() for one in scalars)
 
 
 def test_images_are_channels_last_as_the_weights_are(shards):
@@ -46,3 +48,60 @@ def test_images_are_channels_last_as_the_weights_are(shards):
 
 def test_the_whole_job_runs(shards, tmp_path):
     assert train(config(shards, tmp_path, device="cuda")).exists()
+
+
+def test_a_full_gpu_is_told_in_one_line():
+    with pytest.raises(UserError) as raised, memory_is_enough():
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+    assert re.match(
+        r"the GPU is out of memory \(1048576.00 GiB more were asked for\): --accumulate",
+        str(raised.value),
+    )
+
+
+TWO_GPUS = """
+import os, torch
+from train.distributed import all_gather, rank, shuffle
+from train.norm import GlobalBatchNorm
+from train.session import pick_device, session
+
+with session(60, "cuda"):
+    device = pick_device("cuda")
+    assert device.index == int(os.environ["LOCAL_RANK"])
+    assert all_gather(torch.tensor([rank()], device=device)).tolist() == [0, 1]
+    x = torch.arange(8.0, device=device).view(8, 1, 1, 1) + 8 * rank()
+    share, restore = shuffle(x, torch.Generator().manual_seed(1))
+    assert torch.equal(restore(share.flatten(1)), x.flatten(1))
+
+    values = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    own = values.split([1, 7])[rank()].to(device).requires_grad_()
+    norm = GlobalBatchNorm.of(torch.nn.BatchNorm2d(3)).to(device)
+    (norm(own.detach()) ** 3).sum()  # the communicator is there
+    norm = GlobalBatchNorm.of(torch.nn.BatchNorm2d(3)).to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    result = norm(own)
+    (result**3).sum().backward()
+    torch.cuda.set_sync_debug_mode("default")
+    whole = values.double().requires_grad_()
+    expected = torch.nn.BatchNorm2d(3).double()(whole)
+    (expected**3).sum().backward()
+    for found, wanted in ((result, expected), (own.grad, whole.grad)):
+        wanted = wanted.detach().split([1, 7])[rank()]
+        torch.testing.assert_close(found.detach().cpu().double(), wanted, atol=1e-4, rtol=1e-4)
+    print("agreed", flush=True)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_meet_by_nccl(tmp_path):
+    """Ranks have a GPU each; rows come back; batch norm of uneven shares is that of the whole."""
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_GPUS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [*command, script], cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agreed") == 2

@@ -1,0 +1,189 @@
+"""Checks of the loader on a device, each against something that does not depend on the device.
+
+`bench.gpu_session` runs them on a GPU (and, so that they stay alive, on a CPU);
+`tests/pipeline/test_loader_gpu.py` has them as tests. Needs no more than `pipeline` does.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline import Batch, MaskedViews, get_recipe
+from pipeline.batch import Extra
+from schemas import Sample, write_dataset
+from schemas.sample import IMAGE_EXTENSIONS
+
+FORMATS = IMAGE_EXTENSIONS
+"""Every format that precompute keeps as it is, and its extension."""
+
+DECODERS_DIFFER = 3.0
+"""Mean difference of two decoders' pixels, of 255, that is allowed (ours; a wrong image has 50)."""
+
+SLEEP_CYCLES = 200_000_000
+"""A tenth of a second of a GPU."""
+
+
+def write_photos(folder: Path, count: int, formats: tuple[str, ...] = tuple(FORMATS)) -> str:
+    """Write a dataset of smooth random pictures, format after format; return its URL."""
+
+    def samples() -> Iterator[Sample]:
+        rng = np.random.default_rng(0)
+        for number in range(count):
+            kind = formats[number % len(formats)]
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            buffer = io.BytesIO()
+            coarse.resize((160, 120), Image.Resampling.BICUBIC).save(buffer, kind)
+            yield Sample(
+                key=f"{kind}-{number:04d}",
+                image=buffer.getvalue(),
+                extension=FORMATS[kind],
+                saliency=rng.random((28, 28), dtype=np.float32),
+                label=number % 2,
+                height=120,
+                width=160,
+            )
+
+    return write_dataset(folder, samples(), name="check", classes=["a", "b"]).url
+
+
+def views_of(url: str, device: str, batch_size: int, side: int) -> MaskedViews:
+    recipe = replace(get_recipe("hp"), crop_size=side)
+    extras: tuple[Extra, ...] = ("masks", "saliency", "windows", "crops", "photometric", "keys")
+    return MaskedViews(url, recipe, batch_size, device=device, seed=3, report=extras)
+
+
+def take(views: MaskedViews, count: int) -> list[Batch]:
+    """Return the next batches, over as many epochs as it takes, and close the loader."""
+    batches: list[Batch] = []
+    while len(batches) < count:
+        for batch in views:
+            batches.append(batch)
+            if len(batches) == count:
+                break
+    views.close()
+    return batches
+
+
+def differences(one: Batch, other: Batch, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """Return the names of the fields whose values are not equal bit for bit."""
+    found = []
+    for name in (field.name for field in fields(one) if field.name not in leave_out):
+        first, second = getattr(one, name), getattr(other, name)
+        if isinstance(first, torch.Tensor):
+            is_equal = torch.equal(first.cpu(), second.cpu())
+        elif name.endswith("photometric"):
+            pairs = zip(vars(first).values(), vars(second).values(), strict=True)
+            is_equal = all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+        else:
+            is_equal = first == second
+        if not is_equal:
+            found.append(name)
+    return found
+
+
+def expect_equal(ones: list[Batch], others: list[Batch], leave_out: tuple[str, ...] = ()) -> None:
+    for step, (one, other) in enumerate(zip(ones, others, strict=True)):
+        if differ := differences(one, other, leave_out):
+            raise AssertionError(f"step {step} differs in {', '.join(differ)}")
+
+
+def check_repeats(url: str, device: str, batch_size: int, side: int) -> str:
+    """Two loaders of one seed give the same bits."""
+    first, second = (take(views_of(url, device, batch_size, side), 3) for _ in range(2))
+    expect_equal(first, second)
+    return "3 batches equal bit for bit"
+
+
+def check_resumes(url: str, device: str, batch_size: int, side: int) -> str:
+    """A loader goes on from the state of another."""
+    expected = take(views_of(url, device, batch_size, side), 3)
+    started = views_of(url, device, batch_size, side)
+    take(started, 1)
+    resumed = views_of(url, device, batch_size, side)
+    resumed.load_state_dict(started.state_dict())
+    expect_equal(take(resumed, 2), expected[1:])
+    return "2 batches after a resume equal bit for bit"
+
+
+def check_nothing_overwritten(url: str, device: str, batch_size: int, side: int) -> str:
+    """A batch stays while the next ones are made, also where the device reads it late."""
+    expected = take(views_of(url, device, batch_size, side), 1)[0].query.clone()
+    views = views_of(url, device, batch_size, side)
+    stream = iter(views)
+    held = next(stream).query
+    if device == "cuda":
+        torch.cuda._sleep(SLEEP_CYCLES)  # what follows on this stream comes late
+    late = held.clone()
+    del held
+    take(views, 4)
+    if not torch.equal(late, expected):
+        raise AssertionError("the batch was overwritten before a slow stream had read it")
+    return "a batch read late is whole, 4 batches later"
+
+
+def check_equals_cpu(url: str, device: str, batch_size: int, side: int) -> str:
+    """Draws, windows, masks and jitter are those of the CPU; pixels up to the decoder."""
+    on_device, on_cpu = (take(views_of(url, name, batch_size, side), 2) for name in (device, "cpu"))
+    pixels = ("query", "key", "hard_negative", "query_crop", "key_crop")
+    expect_equal(on_device, on_cpu, leave_out=pixels)
+    crops = [
+        (one.query_crop.cpu().float() - other.query_crop.float()).abs().mean().item()
+        for one, other in zip(on_device, on_cpu, strict=True)
+        if one.query_crop is not None and other.query_crop is not None
+    ]
+    if max(crops) > DECODERS_DIFFER:
+        raise AssertionError(f"crops differ by {max(crops):.2f} of 255 on average")
+    return f"draws and masks equal; crops differ by {max(crops):.2f} of 255 on average"
+
+
+def check_formats(url: str, device: str, batch_size: int, side: int) -> str:
+    """Each format decodes on the device as on the CPU; `url` is of `write_photos`."""
+    worst: dict[str, float] = {}
+    pair = (views_of(url, name, batch_size, side) for name in (device, "cpu"))
+    one, other = (take(views, len(views)) for views in pair)
+    for first, second in zip(one, other, strict=True):
+        assert first.query_crop is not None
+        assert second.query_crop is not None
+        apart = (first.query_crop.cpu().float() - second.query_crop.float()).abs()
+        for key, value in zip(first.sample_keys or [], apart.mean((1, 2, 3)).tolist(), strict=True):
+            kind = key.split("-")[0]
+            worst[kind] = max(value, worst.get(kind, 0.0))
+    if missing := set(FORMATS) - set(worst):
+        raise AssertionError(f"no image of {', '.join(sorted(missing))} was seen")
+    text = ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(worst.items()))
+    if max(worst.values()) > DECODERS_DIFFER:
+        raise AssertionError(f"mean difference of pixels from the CPU's, of 255: {text}")
+    return f"mean difference of pixels from the CPU's, of 255: {text}"
+
+
+def check_no_waits(url: str, device: str, batch_size: int, side: int) -> str | None:
+    """The host does not wait for the GPU while it makes batches; None where there is no GPU."""
+    if device != "cuda":
+        return None
+    views = views_of(url, device, batch_size, side)
+    views.report = frozenset()  # extras are for a person, and some are copied to the host
+    stream = iter(views)
+    next(stream)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        views.close()
+    return "no wait in a batch, by torch's sync debug mode"
+
+
+CHECKS: dict[str, Callable[[str, str, int, int], str | None]] = {
+    "repeats": check_repeats,
+    "resumes": check_resumes,
+    "nothing overwritten": check_nothing_overwritten,
+    "equals the CPU": check_equals_cpu,
+    "formats": check_formats,
+    "no waits": check_no_waits,
+}
+"""Each raises AssertionError where it fails and returns its figures, or None if it cannot run."""

@@ -1,0 +1,151 @@
+"""The training step on this machine: its time alone and fed, its kernels, its waits, its memory.
+
+`bench.gpu_session` runs this; besides what the loader needs it takes torchvision, and the packages
+tyro and safetensors, which `train` imports.
+"""
+
+import itertools
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline import MaskedViews, get_recipe
+from train.config import TrainConfig, resolved
+from train.feed import SyntheticViews, split
+from train.methods import MoCoConfig, Setup
+from train.step import Step, placed
+
+MOST_EXPENSIVE = 15
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: MoCo v2 with the recipe `hp`; the defaults are for a GPU."""
+
+    encoder: str = "resnet50"
+    batch_sizes: tuple[int, ...] = (256, 32)
+    crop_size: int = 224
+    queue: int = 65_536
+    warmup: int = 5
+    steps: int = 20
+
+    @classmethod
+    def small(cls) -> "Settings":
+        return cls("resnet18", (4,), 56, queue=64, warmup=1, steps=2)
+
+
+def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[str], list[str]]:
+    """Measure a step at each batch size; return what to print, and what is wrong."""
+    lines: list[str] = []
+    problems: list[str] = []
+    for size in settings.batch_sizes:
+        step, config = build(size, device, settings)
+        made_up = SyntheticViews(10 * size, config.recipe, size, device, 1, 0)
+        endless = itertools.chain.from_iterable(itertools.repeat(made_up))
+        reset_memory(device)
+        alone = milliseconds(step, endless, device, settings)
+        views = MaskedViews(url, config.recipe, size, device=device.type)
+        fed_batches = itertools.chain.from_iterable(itertools.repeat(views))
+        fed = milliseconds(step, fed_batches, device, settings)
+        lines.append(
+            f"batch {size}: {alone:.1f} ms a step alone, {fed:.1f} ms fed, alone/fed "
+            f"{alone / fed:.3f}, {1e3 * size / fed:.0f} images/s{peak_memory(device)}"
+        )
+        if device.type == "cuda":
+            waits = count_waits(step, fed_batches)
+            lines.append(f"batch {size}: {len(waits)} waits of the host in a fed step")
+            if waits:
+                problems.append(f"batch {size}: the host waits: {'; '.join(sorted(set(waits)))}")
+        if size == settings.batch_sizes[0]:
+            lines += kernels(step, fed_batches, device)
+        views.close()
+    return lines, problems
+
+
+def build(size: int, device: torch.device, settings: Settings) -> tuple[Step, TrainConfig]:
+    recipe = replace(get_recipe("hp"), crop_size=settings.crop_size)
+    config = TrainConfig(
+        data="",
+        out="",
+        method=MoCoConfig(queue=settings.queue),
+        recipe=recipe,
+        encoder=settings.encoder,
+        crop_size=settings.crop_size,
+        batch_size=size,
+        device="cuda" if device.type == "cuda" else "cpu",
+    )
+    config = resolved(config, device)
+    setup = Setup(encoder=config.encoder, batch_size=size, crop_size=settings.crop_size)
+    torch.backends.cudnn.benchmark = True  # as the loop has it
+    return Step(placed(config.method.build(setup), config, device), config, device), config
+
+
+def milliseconds(step: Step, batches: Iterable, device: torch.device, settings: Settings) -> float:
+    """Return the mean time of a step, after a warm-up."""
+    stream = iter(batches)
+    for _ in range(settings.warmup):
+        step(split(next(stream), 1), 1e-3)
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(settings.steps):
+        step(split(next(stream), 1), 1e-3)
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start) / settings.steps
+
+
+def count_waits(step: Step, batches: Iterable) -> list[str]:
+    """Return torch's warnings of a fed step that say where the host waits for the GPU."""
+    stream = iter(batches)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step(split(next(stream), 1), 1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [
+        f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message).lower()
+    ]
+
+
+def kernels(step: Step, batches: Iterable, device: torch.device) -> list[str]:
+    """Return the most expensive kernels of a fed step; on a CPU its operators."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    stream = iter(batches)
+    with profile(activities=activities) as profiler:
+        step(split(next(stream), 1), 1e-3)
+        synchronize(device)
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    rows = sorted(profiler.key_averages(), key=lambda row: getattr(row, name), reverse=True)
+    total = sum(getattr(row, name) for row in rows)
+    return [f"the {MOST_EXPENSIVE} most expensive of {total / 1e3:.1f} ms in a fed step:"] + [
+        f"  {getattr(row, name) / 1e3:8.2f} ms {row.count:5d} x  {row.key[:90]}"
+        for row in rows[:MOST_EXPENSIVE]
+    ]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    of_torch = torch.cuda.max_memory_allocated(device)
+    return (
+        f", peak {of_torch / 2**30:.1f} GiB of torch's, {(total - free) / 2**30:.1f} GiB in use "
+        "with DALI's"
+    )

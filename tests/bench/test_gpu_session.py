@@ -1,0 +1,58 @@
+"""The command of the first session with a GPU, in its small form on a CPU."""
+
+import pytest
+import torch
+
+from bench import gpu_session
+from bench.gpu_session import FAIL, PASS, SKIP, Report
+
+
+def test_verdicts_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> str:
+        raise AssertionError("2 waits")
+
+    def crash() -> str:
+        raise RuntimeError("CUDA error")
+
+    report = Report()
+    report.run("fine", lambda: "3 batches", ())
+    report.run("wrong", fail, ())
+    report.run("broken", crash, ())
+    report.run("absent", lambda: "never run", ("torch", "no_such_package", "no.such_one"))
+    report.run("needs a GPU", lambda: None, ())
+    assert report.verdicts == {
+        "fine": PASS, "wrong": FAIL, "broken": FAIL, "absent": SKIP, "needs a GPU": SKIP,
+    }  # fmt: skip
+    assert report.summary() == "PASS 1, FAIL 2 (wrong, broken), SKIP 2 (absent, needs a GPU)"
+    printed = capsys.readouterr().out
+    assert "PASS fine: 3 batches (0 s)" in printed
+    assert "FAIL wrong: 2 waits" in printed
+    assert "FAIL broken: RuntimeError: CUDA error" in printed
+    assert "SKIP absent: not installed here: no_such_package, no.such_one" in printed
+
+
+@pytest.mark.slow
+def test_the_loader_needs_no_command_line_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = gpu_session.is_installed
+    absent = ("tyro", "safetensors", "pydantic", "ray")
+    monkeypatch.setattr(
+        gpu_session, "is_installed", lambda name: name not in absent and installed(name)
+    )
+    assert gpu_session.main(["--parts", "loader", "step"]) == 0
+    printed = capsys.readouterr().out
+    assert "SKIP step: not installed here: tyro, safetensors" in printed
+    waits = 0 if torch.cuda.is_available() else 1
+    assert f"PASS {7 - waits}, FAIL 0, SKIP {1 + waits}" in printed
+    for name in ("repeats", "resumes", "nothing overwritten", "equals the CPU", "formats"):
+        assert f"PASS loader {name}: " in printed
+
+
+@pytest.mark.slow
+def test_the_step_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_session.main(["--parts", "step"]) == 0
+    printed = capsys.readouterr().out
+    assert "ms a step alone" in printed
+    assert "the 15 most expensive of" in printed
+    assert printed.splitlines()[-1] == "PASS 2, FAIL 0, SKIP 0"
