@@ -144,6 +144,7 @@ class ShardCache:
         self._queue: list[int] = []  # shards to fetch, the next one first
         self._needed: dict[str, int] = {}  # sha256 -> position in the list of `prefetch`
         self._fetching: set[int] = set()
+        self._unreserved: set[int] = set()  # picked by a thread that looks for room
         self._errors: dict[int, BaseException] = {}
         self._threads = 0
         self._elsewhere = 0  # fetches by other processes that threads met one after the other
@@ -247,6 +248,7 @@ class ShardCache:
                 return None
             shard = waiting[0]
             self._fetching.add(shard)
+            self._unreserved.add(shard)
         outcome, error = self._try_fetch(shard, is_urgent=False)
         with self._state:
             is_listed = shard in self._queue  # or the list was replaced meanwhile
@@ -262,6 +264,11 @@ class ShardCache:
                 if is_listed and not must_wait:
                     self._queue.remove(shard)
         return POLL if must_wait else 0.0
+
+    def _is_next(self, shard: int) -> bool:
+        """Tell whether no shard before this one in the list still has to find its room."""
+        before = self._queue[: self._queue.index(shard)] if shard in self._queue else []
+        return self._unreserved.isdisjoint(before)
 
     def _try_fetch(
         self, shard: int, is_urgent: bool
@@ -279,6 +286,7 @@ class ShardCache:
             failure = error
         with self._state:
             self._fetching.discard(shard)
+            self._unreserved.discard(shard)
             if failure is not None and not is_urgent:
                 self._errors[shard] = failure
             self._state.notify_all()
@@ -296,7 +304,14 @@ class ShardCache:
         try:
             with self._state:
                 needed = dict(self._needed)
-            part = self.folder.reserve(row, size, needed, is_urgent)
+                # a shard that is needed later may not take the room of one that is needed sooner
+                self._state.wait_for(lambda: is_urgent or self._is_next(row.shard))
+            try:
+                part = self.folder.reserve(row, size, needed, is_urgent)
+            finally:
+                with self._state:
+                    self._unreserved.discard(row.shard)
+                    self._state.notify_all()
             if isinstance(part, Refusal):
                 if part is Refusal.PRESENT and not is_urgent:
                     self.folder.note_use(row)

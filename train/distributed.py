@@ -166,7 +166,7 @@ def exchange_rows(x: Tensor, order: Tensor) -> Tensor:
     outgoing = [wanted[wanted // count == rank()] - rank() * count for wanted in sources]
     arrival = (sources[rank()] // count).argsort(stable=True)  # the places, as they are filled
     received = torch.bincount(sources[rank()] // count, minlength=size).tolist()
-    sent = x[to_device(torch.cat(outgoing), x.device)]
+    sent = x[to_device(torch.cat(outgoing), x.device)].contiguous()
     rows = torch.empty_like(sent)
     dist.all_to_all_single(rows, sent, received, [len(part) for part in outgoing])
     return rows[to_device(arrival.argsort(), x.device)]

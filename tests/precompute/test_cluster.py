@@ -26,8 +26,13 @@ def job(out: Path) -> Job:
     return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
 
 
-def test_a_node_that_dies_costs_nothing_but_time(tmp_path: Path) -> None:
-    quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
+def test_a_node_that_dies_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # this cluster's processes have no token, whatever lies in the home
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # five seconds: a node that only has to wait for its core is not taken for dead
+    quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
     head = {"num_cpus": 1, "_system_config": quickly}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(num_cpus=1)

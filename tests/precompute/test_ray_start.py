@@ -146,9 +146,12 @@ def said(process: "subprocess.Popen[str]") -> str:
 
 def test_the_address_of_a_dead_cluster(home: Path) -> None:
     (home / "ray").mkdir()
-    (home / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
-    process = connect("auto", environment(home))
-    assert "error: no Ray cluster answers at auto: " in said(process)
+    with socket.socket() as taken:  # nobody listens, and no other test's Ray may take the port
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        (home / "ray" / "ray_current_cluster").write_text(address)
+        process = connect("auto", environment(home))
+        assert "error: no Ray cluster answers at auto: " in said(process)
     assert process.returncode == 2
 
 
