@@ -15,9 +15,8 @@ from nvidia.dali import fn, pipeline_def
 from bench import usual
 from bench.table import Way
 from pipeline import RECIPES, EvalViews, MaskedViews, devices
-from pipeline.loader import BATCHES_AHEAD
 from pipeline.order import SampleOrder
-from pipeline.read_ahead import ReadAhead
+from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.rng import BatchRng
 from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset

@@ -14,16 +14,13 @@ from pipeline.crop import center_windows
 from pipeline.graph import Cut, Decoder, PreparedBatch
 from pipeline.order import DiskOrder
 from pipeline.pixels import encoder_input_
-from pipeline.read_ahead import ReadAhead
+from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
 from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
 
 RESIZE_OVER_CROP = 256 / 224
 """Short side over crop, as in MoCo's and torchvision's evaluation."""
-
-BATCHES_AHEAD = 2
-"""Batches that are read and not yet handed to DALI."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ from pipeline.graph import Cut, DecodedBatch, Decoder, PreparedBatch
 from pipeline.masks import MASKS
 from pipeline.memory import Buffers, keep_freed_memory
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
-from pipeline.read_ahead import ReadAhead
+from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.recipes import Recipe, get_recipe
 from pipeline.registry import find
 from pipeline.rng import BatchRng
@@ -42,9 +42,6 @@ from schemas.settings import differences, fields_of, plain, sentence
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 2
-
-BATCHES_AHEAD = 2
-"""Batches that are read and not yet handed to DALI."""
 
 
 class MaskedViews:

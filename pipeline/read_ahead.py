@@ -8,6 +8,9 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+BATCHES_AHEAD = 2
+"""Batches that loaders read and have not yet handed to DALI."""
+
 WAIT_SECONDS = 0.1
 """How often a full queue looks whether anybody still takes from it."""
 
