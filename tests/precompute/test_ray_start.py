@@ -145,12 +145,11 @@ def said(process: "subprocess.Popen[str]") -> str:
 
 
 def test_the_address_of_a_dead_cluster(home: Path) -> None:
-    (home / "ray").mkdir()
+    """Left by RAY_ADDRESS, as without it `auto` takes any Ray of this machine, another test's."""
     with socket.socket() as taken:  # nobody listens, and no other test's Ray may take the port
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        (home / "ray" / "ray_current_cluster").write_text(address)
-        process = connect("auto", environment(home))
+        process = connect("auto", environment(home, RAY_ADDRESS=address))
         assert "error: no Ray cluster answers at auto: " in said(process)
     assert process.returncode == 2
 
