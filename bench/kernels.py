@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pipeline import Recipe, assemble, blur, photometric, pixels, rng
 from pipeline.compiling import Compiled
-from pipeline.memory import Buffers
 
 H100_BANDWIDTH = 3.35e12
 """Bytes per second (NVIDIA's data sheet of the H100 SXM)."""
@@ -194,9 +193,7 @@ def count(recipe: Recipe, size: int, compiled: bool = True) -> Cost:
             ]
         with CountKernels(fake, cost):
             own = rng.BatchRng(0, 0, np.arange(size), device)
-            assemble.assemble(
-                pair[0], pair[1] if recipe.pair else None, recipe, own, frozenset(), Buffers()
-            )
+            assemble.assemble(pair[0], pair[1] if recipe.pair else None, recipe, own, frozenset())
     return cost
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from nvidia.dali import fn, pipeline_def
 from bench import usual
 from bench.table import Way
 from pipeline import RECIPES, EvalViews, MaskedViews, devices
+from pipeline.graph import IN_FLIGHT
 from pipeline.order import SampleOrder
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.rng import BatchRng
 from pipeline.shards import ShardReader, open_source
-from schemas import ShardDataset
+from schemas import ShardDataset, UserError
 from schemas.sample import IMAGE_EXTENSIONS
 
 Rows = Literal["usual", "tensors", "webdataset", "ours", "ceilings"]
@@ -219,6 +221,10 @@ def read_by_index(options: Options) -> Callable[[], Any]:
     dataset = ShardDataset.open(options.data)
     sizes = [row.samples for row in dataset.shards]
     order = SampleOrder(sizes, options.batch_size)
+    if order.steps == 0:
+        raise UserError(
+            f"{options.data}: {order.samples} samples make no batch of {order.batch_size}"
+        )
     reader = ShardReader(dataset, open_source(dataset, None), order)
 
     def batches() -> Iterator[Any]:
@@ -227,7 +233,14 @@ def read_by_index(options: Options) -> Callable[[], Any]:
                 yield reader.read(epoch, step).images
 
     ahead = ReadAhead(batches(), BATCHES_AHEAD)
-    return lambda: fn.external_source(source=lambda: next(ahead), batch=True, no_copy=True)
+    # DALI reads the arrays where they are, a few batches late
+    in_flight: deque[Any] = deque(maxlen=2 * IN_FLIGHT)
+
+    def source() -> Any:
+        in_flight.append(next(ahead))
+        return in_flight[-1]
+
+    return lambda: fn.external_source(source=source, batch=True, no_copy=True)
 
 
 def read_by_dali(options: Options) -> Callable[[], Any]:
@@ -254,7 +267,7 @@ def run_graph(
     def graph() -> Any:
         encoded = read()
         if not decodes:
-            return encoded
+            return encoded.shape()  # as outputs the bytes would be copied once more
         return fn.decoders.image(encoded, device="mixed" if device.type == "cuda" else "cpu")
 
     pipeline = graph()

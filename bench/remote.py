@@ -133,7 +133,6 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
             cache = Cache(folder / f"cache-{repeat}", limit)
             first_local, local = time_views(dataset.url, options, None)
             first, remote = time_views(f"s3://{BUCKET}", options, cache)
-            fetches = (options.epochs + 1) * len(dataset.shards)
             rows.append(
                 {
                     "first_local": first_local,
@@ -141,7 +140,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
                     "local": local,
                     "remote": remote,
                     "share": remote / local,
-                    "requests_per_shard_and_epoch": (requests_of(url) - before) / fetches,
+                    "requests": requests_of(url) - before,
                 }
             )
     window = sum(sizes[: options.shuffle_shards])
@@ -149,6 +148,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     return {
         "rows": rows,
         "median": {name: statistics.median(row[name] for row in rows) for name in rows[0]},
+        "shards": len(sizes),
         "window_bytes": window,
         "window_download_seconds": download,
         "dataset_bytes": sum(sizes),
@@ -172,7 +172,8 @@ def report(found: dict[str, Any], options: Options) -> str:
             "",
             f"Rate: {median['share']:.1%} of local. Download of one window "
             f"({found['window_bytes'] / 1e6:.0f} MB): {found['window_download_seconds']:.2f} s. "
-            f"Requests per shard and epoch: {median['requests_per_shard_and_epoch']:.2f}.",
+            f"Requests for shards: {median['requests']:.0f} in the {options.epochs} epochs and a "
+            f"batch of {found['shards']} shards.",
         ]
     )
 

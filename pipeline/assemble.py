@@ -13,7 +13,6 @@ from pipeline.batch import Extra
 from pipeline.crop import cut_on_host
 from pipeline.fills import FILLS
 from pipeline.masks import Masks, draw
-from pipeline.memory import Buffers
 from pipeline.pixels import Masking, make_views
 from pipeline.recipes import Recipe
 from pipeline.registry import find
@@ -47,12 +46,8 @@ def assemble(
     recipe: Recipe,
     rng: BatchRng,
     report: frozenset[Extra],
-    buffers: Buffers,
 ) -> dict[str, Any]:
-    """The images of a `Batch` and the extras that `report` asks for, by field name.
-
-    On a CPU the images are `buffers`.
-    """
+    """Return the images of a `Batch` and the extras that `report` asks for, by field name."""
     cuts = {"query": query} if key is None else {"query": query, "key": key}
     colors = rng.stream("photometric")
     looks = {name: photometric.draw(len(view.image), recipe, colors) for name, view in cuts.items()}
@@ -77,11 +72,16 @@ def assemble(
             drawn["hard_negative"] = Masks.concatenate(copies)
 
     side = recipe.crop_size
-    images = make_all(cuts, looks, drawn, recipe, rng, buffers)
+    images = make_all(cuts, looks, drawn, recipe, rng)
     found: dict[str, Any] = {}
     if boxes is not None:
         found = dict(query_regions=boxes.query, key_regions=boxes.key, region_valid=boxes.valid)
     return images | found | extras(cuts, looks, drawn, side, report)
+
+
+def empty(count: int, side: int) -> Tensor:
+    """Return (count, 3, side, side) float32 on the CPU, channels_last, not initialized."""
+    return torch.empty(count, 3, side, side, memory_format=torch.channels_last)
 
 
 def make_all(
@@ -90,17 +90,14 @@ def make_all(
     drawn: dict[str, Masks],
     recipe: Recipe,
     rng: BatchRng,
-    buffers: Buffers,
 ) -> dict[str, Tensor]:
-    """Make the images of a batch by their names in `Batch`; on a CPU in `buffers`."""
+    """Make the images of a batch by their names in `Batch`."""
     size, many = len(cuts["query"].image), recipe.hard_negatives
     on_cpu = rng.device.type == "cpu"
     images = {}
     if on_cpu:
         rows_of = {**dict.fromkeys(cuts, size), "hard_negative": many * size}
-        images = {
-            name: buffers.empty(rows, recipe.crop_size) for name, rows in rows_of.items() if rows
-        }
+        images = {name: empty(rows, recipe.crop_size) for name, rows in rows_of.items() if rows}
 
     def masking(copy: int, rows: slice) -> Masking | None:
         """Of query (0), key (1) or a hard negative (2, 3, ...)."""

@@ -52,5 +52,5 @@ def find_unreadable(in_flight: Iterable[EncodedBatch]) -> str | None:
                 for content in contents:
                     Image.open(io.BytesIO(content.tobytes())).load()
             except Exception:  # decoders raise errors of many classes
-                return f"{batch.tars[row]}: sample {batch.keys[row]}"
+                return f"{batch.shards[row]}.tar: sample {batch.keys[row]}"
     return None

@@ -29,7 +29,6 @@ from pipeline.crop import draw_windows
 from pipeline.fills import FILLS
 from pipeline.graph import Cut, DecodedBatch, Decoder, PreparedBatch
 from pipeline.masks import MASKS
-from pipeline.memory import Buffers, keep_freed_memory
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.recipes import Recipe, get_recipe
@@ -137,9 +136,6 @@ class MaskedViews:
         self.epoch = self.step = 0
         self._batches: Decoder | None = None
         self._ahead: ReadAhead[PreparedBatch] | None = None
-        self._buffers = Buffers()
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
     def __len__(self) -> int:
         """Return the steps per epoch, the same on every rank and in every epoch."""
@@ -238,7 +234,7 @@ class MaskedViews:
         )
         rng = BatchRng(self.seed, self.epoch, encoded.samples, self.device)
         key = others[0] if others else None
-        fields = assemble(query, key, self.recipe, rng, self.report, self._buffers)
+        fields = assemble(query, key, self.recipe, rng, self.report)
         if "keys" in self.report:
             fields["sample_keys"] = encoded.keys
         labels = devices.to_device(torch.from_numpy(encoded.labels), self.device)

@@ -165,7 +165,8 @@ class SampleOrder(Numbered):
         shortest = min(int(self.sizes[shards].sum()) for shards in self._dealt)
         self.steps = shortest // (batch_size // streams)
         self.dropped = self.samples - self.steps * batch_size
-        self._epoch_windows = lru_cache(2 * streams)(self._plan_windows)
+        # of a small dataset the windows that are announced reach into later epochs
+        self._epoch_windows = lru_cache(4 * streams)(self._plan_windows)
         self._window_samples = lru_cache(2 * streams)(self._permute_window)
 
     def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:

@@ -8,8 +8,8 @@ bus error.
 """
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,8 +25,12 @@ from schemas.sample import SALIENCY_MEMBER
 from schemas.shard import BLOCK, INDEX_VERSION
 from schemas.tables import SAMPLES_SCHEMA, from_parquet, shard_name
 
-READERS = 4
-"""Reads at a time: local disks and network mounts answer several sooner than one after another."""
+READERS = 2
+"""Parts of a batch that are read at the same time (ours; bench/loader.py: 1 is 5-15 % slower, 4
+too)."""
+
+COLUMNS = ("label", "height", "width", "image", "image_size", "saliency", "saliency_size")
+"""Of `OpenShard.table`: columns of the parquet file, then byte offset and size of both members."""
 
 WINDOWS_AHEAD = 3
 """Windows of shards that a cache is told of: those in use and those that come next."""
@@ -107,7 +111,7 @@ class EncodedBatch:
         labels: (N,) int64; -1 for none.
         height, width: (N,) int64, pixels of the oriented images.
         keys: N sample keys.
-        tars: locations of the N tars they lie in.
+        shards: locations of the N shards they lie in, without an extension.
     """
 
     samples: np.ndarray
@@ -117,15 +121,18 @@ class EncodedBatch:
     height: np.ndarray
     width: np.ndarray
     keys: list[str]
-    tars: list[str]
+    shards: list[str]
 
 
 class OpenShard:
     """A shard ready to be read.
 
     Attributes:
-        labels, height, width: (samples,) int64 columns of its parquet file.
+        tar: descriptor of its tar.
+        location: of its files, without an extension.
         keys: of its samples.
+        names: what the tar header of each sample's image begins with.
+        table: (len(COLUMNS), samples) int64.
 
     Raises:
         UserError: tar, index and parquet file do not agree with each other and with `row`.
@@ -134,15 +141,13 @@ class OpenShard:
     def __init__(self, row: ShardRow, files: ShardFiles, location: str) -> None:
         self.row, self.tar, self.location = row, files.tar, location
         try:
-            table = from_parquet(files.parquet, SAMPLES_SCHEMA, f"{location}.parquet")
+            samples = from_parquet(files.parquet, SAMPLES_SCHEMA, f"{location}.parquet")
         except FormatError as error:
             raise UserError(f"shard {row.shard}: {error}") from error
-        columns = ("label", "height", "width")
-        self.labels, self.height, self.width = (
-            table[name].to_numpy().astype(np.int64) for name in columns
-        )
-        self.keys: list[str] = table["key"].to_pylist()
-        self.place = self.parse_index(files.idx)
+        self.keys: list[str] = samples["key"].to_pylist()
+        self.names = [f"{key}.".encode() for key in self.keys]
+        columns = [samples[name].to_numpy().astype(np.int64) for name in COLUMNS[:-4]]
+        self.table = np.stack([*columns, *self.parse_index(files.idx).T])
 
     def parse_index(self, index: bytes) -> np.ndarray:
         """Return (samples, 4) int64: offset and size of each image, offset and size of each map."""
@@ -180,27 +185,23 @@ class OpenShard:
             raise self.wrong("idx", f"a member is said to lie outside the tar's {size} bytes")
         return place
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bytes of image and map of one sample, each (bytes,) uint8.
+    def read(self, index: int, size: int, offset: int) -> bytes:
+        """Read `size` bytes at `offset` of the tar, which begin with the header of sample `index`.
 
         Raises:
             UserError: the file was cut short or changed since it was opened.
         """
-        image, image_size, saliency, saliency_size = self.place[index].tolist()
-        # the image's tar header comes along: its name shows that the file is still what it was
-        start, end = image - BLOCK, saliency + saliency_size
         try:
-            content = os.pread(self.tar, end - start, start)
+            content = os.pread(self.tar, size, offset)
         except OSError as error:
             raise self.wrong("tar", f"sample {self.keys[index]}: {error.strerror}") from error
-        if len(content) < end - start:
+        if len(content) == size and content.startswith(self.names[index]):
+            return content
+        if len(content) < size:
             raise self.wrong(
-                "tar", f"sample {self.keys[index]} is cut short at byte {start + len(content)}"
+                "tar", f"sample {self.keys[index]} is cut short at byte {offset + len(content)}"
             )
-        if not content.startswith(f"{self.keys[index]}.".encode()):
-            raise self.wrong("tar", f"sample {self.keys[index]} is not at byte {start} any more")
-        data = np.frombuffer(content, np.uint8)
-        return data[BLOCK : BLOCK + image_size], data[saliency - start :]
+        raise self.wrong("tar", f"sample {self.keys[index]} is not at byte {offset} any more")
 
     def wrong(self, extension: str, reason: str) -> UserError:
         return UserError(f"{self.location}.{extension}: shard {self.row.shard}: {reason}")
@@ -229,8 +230,11 @@ class ShardReader:
         self.dataset, self.source, self.order = dataset, source, order
         self.rank, self.world_size = rank, world_size
         self._open: dict[int, OpenShard] = {}
-        self._announced: list[int] = []
-        self._pool = ThreadPoolExecutor(READERS, "read")
+        # shards of the windows that the last batch was of, and those with the windows after them
+        self._current: set[int] = set()
+        self._coming: set[int] = set()
+        self._epoch = -1
+        self._pool = ThreadPoolExecutor(READERS - 1, "read")
 
     def read(self, epoch: int, step: int) -> EncodedBatch:
         """Read a batch.
@@ -241,53 +245,76 @@ class ShardReader:
         """
         samples = self.order.batch(epoch, step, self.rank, self.world_size)
         numbers, indices = self.order.locate(samples)
-        needed = np.unique(numbers).tolist()
-        coming = self._announce(needed, epoch, step)
+        needed = dict.fromkeys(numbers.tolist())
+        if epoch != self._epoch or not self._current.issuperset(needed):
+            self._announce(needed, epoch, step)
         try:
-            opened = {number: self.open(number) for number in needed}
-            shards = [opened[number] for number in numbers.tolist()]
-            contents = self._read_all(shards, numbers, indices)
+            shards = [self._open.get(number) or self.open(number) for number in numbers.tolist()]
+            batch = self._read_batch(samples, shards, numbers, indices)
         except UserError as error:
             raise UserError(
                 f"{error}; `python -m schemas verify {self.dataset.url}` shows all that is not as "
                 "it was written"
             ) from error
-        for number in self._open.keys() - coming:
+        for number in self._open.keys() - self._coming:
             self._open.pop(number).close()
-        rows = list(zip(shards, indices.tolist(), strict=True))
-        return EncodedBatch(
-            samples=samples,
-            images=[image for image, _ in contents],
-            maps=[saliency for _, saliency in contents],
-            labels=np.array([shard.labels[index] for shard, index in rows]),
-            height=np.array([shard.height[index] for shard, index in rows]),
-            width=np.array([shard.width[index] for shard, index in rows]),
-            keys=[shard.keys[index] for shard, index in rows],
-            tars=[f"{shard.location}.tar" for shard in shards],
-        )
+        return batch
 
-    def _announce(self, needed: list[int], epoch: int, step: int) -> set[int]:
-        """Tell the source which shards come next, if they are others than before; return them."""
-        windows = self.order.windows(epoch, step, self.rank, self.world_size)
-        ahead = (window.shards.tolist() for window in islice(windows, WINDOWS_AHEAD))
-        coming = list(dict.fromkeys(chain(needed, *ahead)))
-        if set(coming) != set(self._announced):
-            self.source.prefetch([self.dataset.shards[number].shard for number in coming])
-            self._announced = coming
-        return set(coming)
-
-    def _read_all(
-        self, shards: list[OpenShard], numbers: np.ndarray, indices: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return image and map of each sample; neighbours on disk are read one after the other."""
-        contents: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    def _read_batch(
+        self, samples: np.ndarray, shards: list[OpenShard], numbers: np.ndarray, indices: np.ndarray
+    ) -> EncodedBatch:
+        """Read samples that are at places `indices` of `shards`, whose numbers are `numbers`."""
+        table = np.empty((len(COLUMNS), len(samples)), np.int64)
+        for number, shard in dict(zip(numbers.tolist(), shards, strict=True)).items():
+            rows = numbers == number
+            table[:, rows] = shard.table[:, indices[rows]]
+        label, height, width, image, image_size, saliency, saliency_size = table
+        # the image's tar header comes along: its name shows that the file is still what it was
+        start = image - BLOCK
+        size = saliency + saliency_size - start
+        extents = list(zip(indices.tolist(), size.tolist(), start.tolist(), strict=True))
+        contents: list[bytes] = [b""] * len(samples)
 
         def read_rows(rows: np.ndarray) -> None:
             for row in rows.tolist():
-                contents[row] = shards[row].read(int(indices[row]))
+                contents[row] = shards[row].read(*extents[row])
 
-        list(self._pool.map(read_rows, np.array_split(np.lexsort((indices, numbers)), READERS)))
-        return [contents[row] for row in range(len(shards))]
+        # samples are numbered in the order of their places: neighbours are read one after the other
+        part, *others = np.array_split(np.argsort(samples), READERS)
+        pending = [self._pool.submit(read_rows, other) for other in others]
+        try:
+            read_rows(part)
+        finally:
+            wait(pending)
+        for other in pending:
+            other.result()  # raises what was raised there
+        return EncodedBatch(
+            samples=samples,
+            images=[
+                np.frombuffer(content, np.uint8, size, BLOCK)
+                for content, size in zip(contents, image_size.tolist(), strict=True)
+            ],
+            maps=[
+                np.frombuffer(content, np.uint8, offset=offset)
+                for content, offset in zip(contents, (saliency - start).tolist(), strict=True)
+            ],
+            labels=label,
+            height=height,
+            width=width,
+            keys=[shard.keys[index] for shard, (index, *_) in zip(shards, extents, strict=True)],
+            shards=[shard.location for shard in shards],
+        )
+
+    def _announce(self, needed: Iterable[int], epoch: int, step: int) -> None:
+        """Tell the source which shards come next, if they are others than before."""
+        windows = self.order.windows(epoch, step, self.rank, self.world_size)
+        ahead = [window.shards.tolist() for window in islice(windows, WINDOWS_AHEAD)]
+        coming = list(dict.fromkeys(chain(needed, *ahead)))
+        if set(coming) != self._coming:
+            self.source.prefetch([self.dataset.shards[number].shard for number in coming])
+        self._epoch, self._coming = epoch, set(coming)
+        begun = [shards for shards in ahead if not set(needed).isdisjoint(shards)]
+        self._current = set(chain(needed, *begun))
 
     def open(self, number: int) -> OpenShard:
         """Open a shard, or return it where it is open."""

@@ -12,7 +12,6 @@ import torch
 
 from pipeline import RECIPES, Recipe
 from pipeline.assemble import View, assemble
-from pipeline.memory import Buffers
 from pipeline.rng import BatchRng
 from tests.pipeline import oracle
 
@@ -40,7 +39,7 @@ def views(size: int, recipe: Recipe, device: str = "cpu", seed: int = 0) -> list
 
 def step(recipe: Recipe, size: int, device: str = "cpu", seed: int = 0) -> tuple[list[View], dict]:
     pair = views(size, recipe, device, seed)
-    fields = assemble(*pair, recipe, BatchRng(seed, 0, np.arange(size), device), REPORT, Buffers())
+    fields = assemble(*pair, recipe, BatchRng(seed, 0, np.arange(size), device), REPORT)
     return pair, fields
 
 

@@ -14,7 +14,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from pipeline.assemble import View, assemble
 from pipeline.batch import Batch
-from pipeline.memory import Buffers
 from pipeline.recipes import RECIPES, Recipe
 from pipeline.rng import BatchRng
 from tests.train.host_waits import COPYING, GPU, HostWaits, pretend_gpu, to_device
@@ -79,7 +78,7 @@ def made_batch(recipe: Recipe, waits: HostWaits) -> Batch:
 
     rng = BatchRng(0, 0, np.arange(IMAGES), GPU)
     key = view() if recipe.pair else None
-    fields = assemble(view(), key, recipe, rng, frozenset(), Buffers())
+    fields = assemble(view(), key, recipe, rng, frozenset())
     label = to_device(torch.arange(IMAGES), GPU)
     return Batch(label=label, **{"key": None, "hard_negative": None, **fields})
 
