@@ -11,7 +11,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Settings:
         backbone: a torchvision network, with random weights: they cost the same time.
         images, shards: of each worker. height, width: pixels of each image, about ImageNet's.
         workers: how many processes run side by side, one measurement after the other.
+        areas: of the estimator's windows, as shares of an image; None for its own default.
     """
 
     backbone: str = "resnet50"
@@ -41,10 +42,20 @@ class Settings:
     forwards: int = 40
     workers: tuple[int, ...] = (1, 2, 3)
     start_seconds: float = 180.0
+    areas: tuple[float, ...] | None = None
 
     @classmethod
     def small(cls) -> "Settings":
-        return cls("squeezenet1_1", 6, 2, 48, 64, batch_size=2, forwards=1, workers=(1, 2))
+        return cls(
+            "squeezenet1_1", 6, 2, 48, 64, batch_size=2, forwards=1, workers=(1, 2), areas=(1.0,)
+        )
+
+    def estimator_options(self) -> Any:
+        """Return `ScdaOptions` with random weights."""
+        from precompute.estimators import ScdaOptions
+
+        options = ScdaOptions(self.backbone, "random")
+        return options if self.areas is None else replace(options, areas=self.areas)
 
 
 @dataclass(frozen=True)
@@ -116,11 +127,10 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
     """
     import torch
 
-    from precompute.estimators import ScdaOptions
     from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
     from precompute.estimators.windows import windows
 
-    options = ScdaOptions(settings.backbone, "random")
+    options = settings.estimator_options()
     estimator = ScdaEstimator(options)
     shape = (WINDOWS_AT_ONCE[estimator.device], options.size, options.size, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=estimator.device)
@@ -218,7 +228,6 @@ def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:
     from PIL import Image
 
     from precompute.encode import Resize
-    from precompute.estimators import ScdaOptions
     from precompute.shard_builder import ShardBuilder
     from precompute.sources import Source, SourceImage
     from schemas.storage import Store
@@ -245,7 +254,7 @@ def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:
             return self.jpegs[int(image.location) % len(self.jpegs)]
 
     source = Photos()
-    estimator = ScdaOptions(settings.backbone, "random").build()
+    estimator = settings.estimator_options().build()
     images = list(source.images())
     size = -(-len(images) // settings.shards)
     plans = [images[start : start + size] for start in range(0, len(images), size)]
