@@ -23,7 +23,16 @@ ESTIMATOR ?= $(if $(filter demo,$(DATASET)),spectral,scda)
 OUT ?= out/$(or $(DATASET),demo)
 RUN ?= out/runs/$(METHOD)-$(RECIPE)
 ARGS ?=
-STUDY ?= out/study
+STUDY ?= out/study/$(SCALE)
+SCALE ?= cpu
+TIER ?= 1
+SIDE_BY_SIDE ?= $(if $(filter cpu,$(SCALE)),2,0)
+# folder of images:folder of shards
+TRANSFER := caltech101/train:caltech101-train caltech101/test:caltech101-test \
+	flowers102/train:flowers102-train flowers102/test:flowers102-test
+STUDY_SETS_cpu := imagenette160/train:train imagenette160/val:val $(TRANSFER)
+STUDY_SETS_gpu-small := imagenette2/train:train imagenette2/val:val $(TRANSFER)
+STUDY_SETS_gpu := imagenet100/train:train imagenet100/val:val $(TRANSFER)
 SALIENCY ?=
 # a free port, and no name of this machine that must be resolved
 ALONE := --standalone --local-addr 127.0.0.1
@@ -130,16 +139,15 @@ bench-train: $(READY) ## DATA=...: training steps alone, fed by the loader, and 
 	$(PY) -m bench train --data "$(DATA)" $(ARGS)
 
 .PHONY: study
-study: $(READY) ## ROOT=... : arms of the method on imagenette160, transfer to caltech101, flowers102
+study: $(READY) ## ROOT=... [SCALE=cpu] [TIER=1] [SIDE_BY_SIDE=2]: arms of the method on real data, a table
 	$(call need,ROOT,make study ROOT=data)
-	for set in imagenette160/train:train imagenette160/val:val caltech101/train:caltech101-train \
-		caltech101/test:caltech101-test flowers102/train:flowers102-train \
-		flowers102/test:flowers102-test; do \
+	for set in $(STUDY_SETS_$(SCALE)); do \
 		$(PY) -m precompute --dataset folder --root "$(ROOT)/$${set%%:*}" --shard-samples 500 \
 			--out "$(STUDY)/shards/$${set##*:}" --name "$$(basename $${set%%/*})" \
 			--estimator $(ESTIMATOR) $(SALIENCY) || exit; \
 	done
-	$(PY) -m bench study --shards $(STUDY)/shards --out $(STUDY) $(ARGS)
+	$(PY) -m bench study --shards $(STUDY)/shards --out $(STUDY) --scale $(SCALE) --tier $(TIER) \
+		--side-by-side $(SIDE_BY_SIDE) $(ARGS)
 
 .PHONY: bench-fidelity
 bench-fidelity: $(READY) ## ROOT=...: stored maps against online ones, on crops of photos

@@ -9,7 +9,7 @@ python -m bench train --data URL          training steps: alone, fed, online sal
 python -m bench order                     seconds and memory to plan a batch of 10^9 samples
 python -m bench kernels                   kernels and bytes of a batch's views on a GPU, counted
 python -m bench.gpu_session               the first session on a GPU: what works, how fast
-python -m bench study --shards FOLDER      arms of the method on real data, several seeds, a table
+python -m bench study --shards FOLDER     arms of the method on real data, a table of their results
 """
 
 import itertools
@@ -115,11 +115,13 @@ def bench_kernels(argv: Sequence[str]) -> None:
 
 
 def run_study(argv: Sequence[str]) -> None:
-    from bench import study
+    from bench import study, study_report
 
     options = parse(study.Options, argv)
     study.run(options)
-    print("\n" + study.report(options))
+    path = options.rows / f"{options.scale}-tier-{options.tier}.png"
+    study_report.plot(options, path)
+    print(f"\n{study_report.table(options)}\n\nplot: {path}")
 
 
 def bench_fidelity(argv: Sequence[str]) -> None:

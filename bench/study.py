@@ -1,33 +1,43 @@
-"""A study on real data: the methods against each other, and the ablation of branches.
+"""A study on real data: each arm pretrains under the same settings, then its encoder is evaluated.
 
-Every arm trains with the same settings for the same number of images, which were fixed before the
-first run; an arm differs in its method and recipe alone. Encoders are evaluated by kNN and by a
-linear probe on the pretraining's own classes, and by a linear probe on each transfer set. What is
-finished is not done again: the same command goes on arm by arm, inside one at its last checkpoint.
+The settings are fixed beforehand (`study_arms`). An encoder is evaluated by kNN and by a linear
+probe on the classes of its pretraining, and by a linear probe on each transfer set. A run that was
+stopped resumes from its last checkpoint. A finished one is a file of `rows`, which is committed, so
+that nothing is trained twice even where the runs themselves are lost.
+
+    python -m bench study --shards out/study/shards --side-by-side 2
 """
 
 import json
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from pipeline.recipes import RECIPES, Recipe
+from bench.study_arms import SCALES, Arm, ScaleName, Tier, build_arms, build_config
+from bench.table import machine
 from schemas import ShardDataset, UserError
-from schemas.settings import defaults_of, differences, plain, sentence
-from train.config import TrainConfig
-from train.evaluate import linear, neighbours, results, tables
+from schemas.cli import lookup
+from schemas.settings import differences, sentence
+from train.config import TrainConfig, default_settings, settings_of
+from train.evaluate import linear, neighbours, results
 from train.loop import train
-from train.methods import ADIOSConfig, MaskCoConfig, MoCoConfig, SimCLRConfig
-from train.optim import OptimConfig
 from train.record import is_step
 
-FILLS = ("hp", "blur", "mean")
-OF_A_CALL = {"shards", "out", "arms", "seeds", "device"}
-"""Options that may differ from one call to the next; all others are the study's own."""
+NICENESS = 10
+"""Priority of the runs side by side (ours): whoever works on the machine comes first."""
+NEIGHBORS = (20, 200)
+VERSIONS = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,229 +47,272 @@ class Options:
     shards: Path = tyro.MISSING
     """Folder of datasets: train, val, and for each transfer set NAME-train and NAME-test."""
     out: Path = Path("out/study")
-    """Folder of the runs, of study.md and study.png."""
+    """Folder of the runs."""
+    rows: Path = Path("bench/results/study")
+    """Folder of the finished runs' results, one file each; commit it."""
+    scale: ScaleName = "cpu"
+    """Settings of all arms: cpu (imagenette160 on CPU cores), gpu (ResNet-50 on ImageNet-100 by its
+    published settings) or gpu-small (imagenette on one GPU)."""
+    tier: Literal[1, 2] = 1
+    """1: all arms, one seed. 2: the main arms, longer, three seeds."""
     arms: tuple[str, ...] = ()
-    """Names of arms; all when not given."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each arm is trained once with each."""
-    encoder: str = "resnet18"
-    """Of all arms."""
-    crop_size: int = 112
-    """Side of a view in pixels."""
-    batch_size: int = 256
-    """Images a step."""
-    epochs: int = 100
-    """Times the images are seen by each arm (ours)."""
-    queue: int = 4096
-    """Keys that are remembered; below the number of images (ours: the released 65,536 is above)."""
-    base_lr: float = 0.06
-    """Learning rate at a batch of 256 (ours)."""
-    ema_momentum: float = 0.99
-    """Of the momentum encoder, as the stronger recipe on ImageNet-100 has it."""
-    probe_epochs: int = 30
-    """Of every linear probe; its rate drops at 60 % and 80 % of them."""
-    neighbours: tuple[int, ...] = (20, 200)
-    """Of the kNN accuracy."""
+    """Names of arms; those of the tier when not given."""
+    seeds: tuple[int, ...] = ()
+    """Random seeds; those of the tier when not given."""
+    epochs: int | None = None
+    """Epochs of pretraining; those of the tier when not given."""
+    side_by_side: int = 1
+    """Number of runs at a time, each pinned to a CPU core of its own, with one thread and a low
+    priority; 0 trains in this process, as a machine with one GPU needs it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch finds a GPU."""
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What an arm has of its own."""
+class Run:
+    """One arm with one seed.
 
-    recipe: Recipe
-    method: Any
+    Attributes:
+        name: ARM-EPOCHS-SEED, of its folder and its row.
+    """
 
+    arm: str
+    seed: int
+    config: TrainConfig
 
-def arms(options: Options) -> dict[str, Arm]:
-    """Every arm. Where the ablation masks the query alone it is `FILL-no-hard`."""
-    memory: dict[str, Any] = dict(queue=options.queue, ema_momentum=options.ema_momentum)
-    moco, simclr = MoCoConfig(**memory), SimCLRConfig()
-    found = {
-        "none": Arm(RECIPES["none"], moco),
-        "mscn": Arm(RECIPES["mscn"], moco),
-        "adios": Arm(RECIPES["none"], ADIOSConfig(objective="moco", hidden=None, **memory)),
-        "maskco": Arm(RECIPES["maskco"], MaskCoConfig(**memory)),
-    }
-    for fill in FILLS:
-        recipe = RECIPES[fill]
-        alone = replace(recipe, hard_negatives=0)
-        found[fill] = Arm(recipe, moco)
-        found[f"{fill}-no-hard"] = Arm(alone, moco)
-        found[f"{fill}-key"] = Arm(replace(alone, branch="key"), moco)
-        found[f"{fill}-both"] = Arm(replace(alone, branch="both"), moco)
-    for name in ("none", "mscn", *FILLS):
-        found[f"simclr-{name}"] = Arm(RECIPES[name], simclr)
-    found["simclr-adios"] = Arm(RECIPES["none"], ADIOSConfig(hidden=None))
-    return found
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.config.epochs}-{self.seed}"
 
 
-def config_of(options: Options, name: str, seed: int) -> TrainConfig:
-    """Equal for all arms but for the method and the recipe; all see as many images."""
-    arm = arms(options)[name]
-    return TrainConfig(
-        data=str(options.shards / "train"),
-        out=str(options.out / f"{name}-{seed}"),
-        method=arm.method,
-        recipe=arm.recipe,
-        encoder=options.encoder,
-        crop_size=options.crop_size,
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        optim=OptimConfig(base_lr=options.base_lr),
-        seed=seed,
-        device=options.device,
-        keep_checkpoints=1,
+def tier_of(options: Options) -> Tier:
+    """Return the arms, seeds and epochs that the options ask for."""
+    tier = SCALES[options.scale].tiers[options.tier]
+    return Tier(
+        epochs=options.epochs or tier.epochs,
+        seeds=options.seeds or tier.seeds,
+        arms=options.arms or tier.arms,
     )
 
 
-def transfers(shards: Path) -> dict[str, tuple[str, str]]:
-    """Name -> its training and its test shards."""
-    found = {}
+def list_runs(options: Options) -> list[Run]:
+    """Return all runs in their order: every arm once before any is trained again.
+
+    Raises:
+        UserError: there is no arm of a given name.
+    """
+    scale, tier = SCALES[options.scale], tier_of(options)
+    arms = build_arms(scale)
+    chosen: dict[str, Arm] = {name: lookup("arm", name, arms) for name in tier.arms}
+    return [
+        Run(
+            name,
+            seed,
+            build_config(
+                scale,
+                arm,
+                data=str(options.shards / "train"),
+                out=str(options.out / options.scale / f"{name}-{tier.epochs}-{seed}"),
+                epochs=tier.epochs,
+                seed=seed,
+                device=options.device,
+            ),
+        )
+        for seed in tier.seeds
+        for name, arm in chosen.items()
+    ]
+
+
+def run(options: Options) -> None:
+    """Train and evaluate what has no row yet.
+
+    Raises:
+        UserError: a dataset is missing, a row was made with other settings, or runs failed; it
+            names their logs.
+    """
+    runs = list_runs(options)
+    for urls in evaluation_sets(options.shards).values():
+        for url in urls:
+            ShardDataset.open(url)  # a missing one is reported before hours of training
+    missing = [each for each in runs if find_row(options, each) is None]
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished", flush=True)
+    if options.side_by_side == 0:
+        for each in missing:
+            print(f"\n== {each.name}", flush=True)
+            finish(options, each)
+        return
+    failed = [log for log in run_side_by_side(options, missing) if log is not None]
+    if failed:
+        raise UserError(f"{len(failed)} runs failed; see {', '.join(map(str, failed))}")
+
+
+def run_side_by_side(options: Options, runs: Sequence[Run]) -> Iterator[Path | None]:
+    """Start each run as a process of its own; yield the log of each that failed, else None."""
+    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+    available = sorted(os.sched_getaffinity(0))
+    for place in range(options.side_by_side):
+        cores.put(available[place % len(available)])
+    shown = threading.Lock()
+
+    def work(each: Run) -> Path | None:
+        core = cores.get()
+        log = Path(each.config.out).with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with log.open("a") as output:
+            ended = subprocess.run(
+                child_command(options, each, core),
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=output,
+                check=False,
+            )
+        cores.put(core)
+        state = "finished" if ended.returncode == 0 else f"FAILED ({ended.returncode})"
+        with shown:
+            print(f"{each.name} {state} after {time.monotonic() - start:.0f} s: {log}", flush=True)
+        return log if ended.returncode else None
+
+    with ThreadPoolExecutor(options.side_by_side) as pool:
+        yield from pool.map(work, runs)
+
+
+def child_command(options: Options, run: Run, core: int) -> list[str]:
+    """Return the command that trains one run in a process pinned to `core`."""
+    # pinned before torch is imported, which counts the cores
+    code = (
+        f"import os, sys; os.sched_setaffinity(0, {{{core}}}); os.nice({NICENESS}); "
+        "from bench import study; from schemas.cli import parse, run; "
+        "run(lambda: study.run(parse(study.Options, sys.argv[1:])))"
+    )
+    return [
+        *(sys.executable, "-c", code, "--side-by-side", "0", "--scale", options.scale),
+        *("--shards", str(options.shards), "--out", str(options.out), "--rows", str(options.rows)),
+        *("--arms", run.arm, "--seeds", str(run.seed), "--epochs", str(run.config.epochs)),
+        *("--device", options.device),
+    ]
+
+
+def finish(options: Options, run: Run) -> None:
+    """Train and evaluate one run, and write its row."""
+    train(run.config)
+    evaluate(options, run)
+    row = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "epochs": run.config.epochs,
+        "accuracy": accuracies(options, run),
+        "train_seconds": round(training_seconds(run)),
+        "settings": comparable(options, run),
+        "machine": machine(),
+        "versions": {name: version(name) for name in VERSIONS},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    path = row_path(options, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row, indent=1) + "\n")
+
+
+def row_path(options: Options, run: Run) -> Path:
+    return options.rows / options.scale / f"{run.name}.json"
+
+
+def find_row(options: Options, run: Run) -> dict[str, Any] | None:
+    """Return the row of a finished run, or None.
+
+    Raises:
+        UserError: it was made with other settings.
+    """
+    path = row_path(options, run)
+    if not path.exists():
+        return None
+    row = json.loads(path.read_text())
+    defaults = default_settings(type(run.config.method))
+    if found := differences(row["settings"], comparable(options, run), defaults):
+        raise UserError(
+            f"{path}: this run was made with other settings: {sentence(found)}; choose another "
+            "--rows, or remove the file to repeat the run"
+        )
+    return row
+
+
+def comparable(options: Options, run: Run) -> dict[str, Any]:
+    """Return the settings that decide a run's result, flat, as JSON gives them back."""
+    sets = evaluation_sets(options.shards)
+    digests = {name: ShardDataset.open(urls[0]).digest for name, urls in sets.items()}
+    return {
+        **settings_of(run.config, digests.pop("")),
+        "probe_epochs": SCALES[options.scale].probe_epochs,
+        **{f"transfer.{name}": digest for name, digest in digests.items()},
+    }
+
+
+def evaluation_sets(shards: Path) -> dict[str, tuple[str, str]]:
+    """Return the shards to train a probe on and those to test it on, by name.
+
+    The name is "" for the data of the pretraining, else that of a transfer set.
+
+    Raises:
+        UserError: a transfer set has no test shards.
+    """
+    sets = {"": (str(shards / "train"), str(shards / "val"))}
     for train_set in sorted(shards.glob("*-train")):
         name = train_set.name.removesuffix("-train")
         test_set = shards / f"{name}-test"
         if not test_set.is_dir():
             raise UserError(f"{test_set}: no such dataset, beside {train_set}")
-        found[name] = str(train_set), str(test_set)
+        sets[name] = str(train_set), str(test_set)
+    return sets
+
+
+def evaluate(options: Options, run: Run) -> None:
+    """Evaluate a trained run wherever it has not been evaluated yet."""
+    folder, config = Path(run.config.out), run.config
+    exists = (folder / results.RESULTS).exists()
+    done = results.collect([str(folder)]) if exists else []
+    had = {(row["protocol"], row["data_digest"]) for row in done}
+    for name, (train_set, test_set) in evaluation_sets(options.shards).items():
+        dataset = ShardDataset.open(train_set)
+        if not name and ("knn", dataset.digest) not in had:
+            knn = neighbours.KnnOptions(
+                encoder=str(folder),
+                data=train_set,
+                test_data=test_set,
+                neighbours=NEIGHBORS,
+                batch_size=config.batch_size,
+                device=options.device,
+            )
+            print(neighbours.table(neighbours.evaluate(knn)), flush=True)
+        if ("linear", dataset.digest) not in had:
+            probe = linear.LinearOptions(
+                encoder=str(folder),
+                data=train_set,
+                test_data=test_set,
+                batch_size=min(config.batch_size, len(dataset)),
+                epochs=SCALES[options.scale].probe_epochs,
+                seed=run.seed,
+                device=options.device,
+            )
+            print(linear.sentence(linear.evaluate(probe)), flush=True)
+
+
+def accuracies(options: Options, run: Run) -> dict[str, float]:
+    """Return the shares of test images that each evaluation of a run got right."""
+    names = {}
+    for name, (train_set, _) in evaluation_sets(options.shards).items():
+        dataset = ShardDataset.open(train_set)
+        names[dataset.digest] = name or dataset.card.name
+    found: dict[str, float] = {}
+    for row in results.collect([run.config.out]):
+        if row["protocol"] == "knn":
+            found |= {f"knn {k}": row["accuracy"][str(k)] for k in NEIGHBORS}
+        else:
+            found[f"linear {names[row['data_digest']]}"] = row["accuracy"]["top1"]
     return found
 
 
-def run(options: Options) -> None:
-    """Train and evaluate whatever is missing, arm after arm."""
-    known = arms(options)
-    names = options.arms or tuple(known)
-    for name in names:
-        if name not in known:
-            raise UserError(f"unknown arm {name!r}: there are {', '.join(known)}")
-    keep_settings(options)
-    sets = {"": (str(options.shards / "train"), str(options.shards / "val"))}
-    sets |= transfers(options.shards)
-    for urls in sets.values():
-        for url in urls:
-            ShardDataset.open(url)  # a missing one is told before hours of training
-    for seed in options.seeds:  # all arms once, before any is trained again
-        for name in names:
-            print(f"\n== {name}, seed {seed}", flush=True)
-            config = config_of(options, name, seed)
-            train(config)
-            evaluate(options, Path(config.out), sets, seed)
-
-
-def keep_settings(options: Options) -> None:
-    """Write the study's settings when it begins; all its arms have them.
-
-    Raises:
-        UserError: it was begun with others.
-    """
-    path = options.out / "study.json"
-    own = {name: plain(value) for name, value in vars(options).items() if name not in OF_A_CALL}
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(own, indent=2) + "\n")
-    begun = json.loads(path.read_text())
-    defaults = {n: value for n, value in defaults_of(Options).items() if n not in OF_A_CALL}
-    if found := differences(begun, own, defaults):
-        raise UserError(
-            f"{path}: the study was begun with other settings: {sentence(found)}; choose another "
-            "--out"
-        )
-
-
-def folders(options: Options) -> list[Path]:
-    """Of the runs that were asked for."""
-    names = options.arms or tuple(arms(options))
-    return [options.out / f"{name}-{seed}" for name in names for seed in options.seeds]
-
-
-def evaluate(options: Options, folder: Path, sets: dict[str, tuple[str, str]], seed: int) -> None:
-    """The evaluations that this run has not had yet."""
-    done = results.collect([str(folder)]) if (folder / results.RESULTS).exists() else []
-    had = {(row["protocol"], row["data_digest"]) for row in done}
-    for name, (known, asked) in sets.items():
-        digest = ShardDataset.open(known).digest
-        if not name and ("knn", digest) not in had:
-            knn = neighbours.KnnOptions(
-                encoder=str(folder),
-                data=known,
-                test_data=asked,
-                neighbours=options.neighbours,
-                batch_size=options.batch_size,
-                device=options.device,
-            )
-            print(neighbours.table(neighbours.evaluate(knn)))
-        if ("linear", digest) not in had:
-            probe = linear.LinearOptions(
-                encoder=str(folder),
-                data=known,
-                test_data=asked,
-                batch_size=min(options.batch_size, len(ShardDataset.open(known))),
-                epochs=options.probe_epochs,
-                seed=seed,
-                device=options.device,
-            )
-            print(linear.sentence(linear.evaluate(probe)))
-
-
-def report(options: Options) -> str:
-    """study.md and study.png; returns the text."""
-    rows = results.collect(map(str, folders(options)))
-    data = ShardDataset.open(options.shards / "train").card.name
-    settings = {name: str(value) for name, value in vars(options).items()}
-    text = "\n\n".join(
-        [
-            "# Study",
-            "Mean ± standard deviation over seeds. All arms share these settings: "
-            + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "out")
-            + ".",
-            tables.table(rows, "knn"),
-            tables.table(rows, "linear"),
-            "Which branch is masked, without hard negatives:",
-            tables.branch_table(
-                [r for r in rows if tables.setting(r, "recipe.hard_negatives") == 0],
-                "linear",
-                data,
-            ),
-            "Training time of a run:",
-            times(options),
-        ]
-    )
-    (options.out / "study.md").write_text(text + "\n")
-    plot(rows, data, options.out / "study.png")
-    return text
-
-
-def times(options: Options) -> str:
-    """Seconds that the steps of each arm took, medians over its seeds, as Markdown."""
-    lines = ["| arm | seconds |", "| --- | ---: |"]
-    for name in options.arms or tuple(arms(options)):
-        seconds = []
-        for seed in options.seeds:
-            path = options.out / f"{name}-{seed}" / "metrics.jsonl"
-            steps = [r for r in map(json.loads, path.read_text().splitlines()) if is_step(r)]
-            seconds.append(sum(options.batch_size / row["images_per_second"] for row in steps))
-        lines.append(f"| {name} | {statistics.median(seconds):.0f} |")
-    return "\n".join(lines)
-
-
-def plot(rows: Sequence[dict[str, Any]], data: str, path: Path) -> None:
-    """Linear accuracy of every arm on the pretraining's classes: runs as dots, means as bars."""
-    import matplotlib  # slow to import, and needed here alone
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    chosen = [row for row in rows if row["protocol"] == "linear" and row["data"] == data]
-    values: dict[str, list[float]] = {}
-    for row in chosen:
-        values.setdefault(tables.name_of(row), []).append(tables.headline(row))
-    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(values) + 1.2), layout="constrained")
-    for place, found in enumerate(values.values()):
-        axes.barh(place, statistics.mean(found), color="#9ecae1")
-        axes.plot(found, [place] * len(found), "o", color="#08519c", markersize=4)
-    axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
-    axes.set_xlabel(f"linear probe on {data}, top-1 %")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def training_seconds(run: Run) -> float:
+    """Return the seconds that the steps of a run took."""
+    lines: Iterable[str] = (Path(run.config.out) / "metrics.jsonl").read_text().splitlines()
+    steps = [row for row in map(json.loads, lines) if is_step(row)]
+    return sum(run.config.batch_size / row["images_per_second"] for row in steps)

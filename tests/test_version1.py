@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import train.loop
-from bench import study
 from pipeline.recipes import RECIPES, Recipe
 from precompute.__main__ import Options, resolve
 from precompute.estimators import SpectralOptions
@@ -278,21 +277,3 @@ def test_a_training_goes_on_from_where_an_epoch_ended(tmp_path: Path):
     write(folder / "state.pt", state)
     train.loop.train(config(tmp_path))
     assert [row["step"] for row in metrics(tmp_path)] == [4, 5, 6]
-
-
-def test_a_study_goes_on_with_a_new_option(tmp_path: Path):
-    options = study.Options(shards=tmp_path, out=tmp_path / "study")
-    study.keep_settings(options)
-    path = options.out / "study.json"
-    begun = json.loads(path.read_text())
-    del begun["probe_epochs"], begun["neighbours"]
-    path.write_text(json.dumps(begun))
-    study.keep_settings(options)
-    with pytest.raises(
-        UserError, match="settings: probe_epochs was 30, is 3; choose another --out"
-    ):
-        study.keep_settings(replace(options, probe_epochs=3))
-    begun["teacher"] = "resnet50"
-    path.write_text(json.dumps(begun))
-    with pytest.raises(UserError, match="teacher was resnet50, is not set"):
-        study.keep_settings(options)

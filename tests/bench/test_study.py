@@ -1,47 +1,159 @@
-"""The study's arms differ in nothing but what they are for; what is missing is told at once."""
+"""The study's arms differ in nothing but what they are for; finished runs are kept and compared."""
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from bench import study
+from bench import study, study_report
+from bench.study_arms import FILLS, FIRST_TIER, SCALES, SECOND_TIER, build_arms, describe_arm
 from schemas import UserError
+from tests.train.ranks import add_tiny_encoders
+from tests.train.runs import write_images
 from train.config import TrainConfig
 
 
 def options(folder: Path, **changes) -> study.Options:
-    return dataclasses.replace(
-        study.Options(shards=folder / "shards", out=folder / "out"), **changes
+    given = study.Options(
+        shards=folder / "shards", out=folder / "out", rows=folder / "rows", side_by_side=0
     )
+    return dataclasses.replace(given, **changes)
 
 
-def test_arms_differ_in_method_and_recipe_alone(tmp_path: Path) -> None:
-    given = options(tmp_path)
-    names = study.arms(given)
-    assert {"none", "hp", "hp-no-hard", "hp-key", "hp-both", "mscn", "adios", "maskco"} <= set(
-        names
-    )
-    assert {f"simclr-{n}" for n in ("none", "mscn", "adios", "hp", "blur", "mean")} <= set(names)
-    first: TrainConfig | None = None
-    for name in names:
-        config = study.config_of(given, name, 1)
+@pytest.mark.parametrize("name", SCALES)
+def test_arms_differ_in_method_and_recipe_alone(name, tmp_path: Path) -> None:
+    scale = SCALES[name]
+    arms = build_arms(scale)
+    assert set(FIRST_TIER) | set(SECOND_TIER) <= set(arms)
+    given = options(tmp_path, scale=name, arms=tuple(arms), seeds=(1,))
+    plain = arms["plain"]
+    shared: set[str] = set()
+    for run in study.list_runs(given):
         own = dataclasses.replace(
-            config, out="", method=study.arms(given)["none"].method, recipe=given_recipe(given)
+            run.config, out="", method=plain.method, recipe=plain.recipe, optim=scale.config.optim
         )
-        first = first or own
-        assert own == first, name
+        shared.add(repr(own))
+    assert len(shared) == 1
+    assert len({repr((arm.recipe, arm.method)) for arm in arms.values()}) == len(arms)
 
 
-def given_recipe(given: study.Options):
-    return study.arms(given)["none"].recipe
+@pytest.mark.parametrize("fill", FILLS)
+def test_hard_negatives_guidance_and_branches_change_one_thing(fill: str) -> None:
+    arms = build_arms(SCALES["cpu"])
+
+    def changed(one: str, other: str) -> set[str]:
+        a, b = arms[one], arms[other]
+        fields = {
+            field.name
+            for field in dataclasses.fields(a.recipe)
+            if getattr(a.recipe, field.name) != getattr(b.recipe, field.name)
+        }
+        return fields | ({"method"} if a.method != b.method else set())
+
+    assert changed(f"{fill}-guided", f"{fill}-hard") == {"hard_negatives"}
+    assert changed(f"{fill}-guided", f"{fill}-random") == {"query_mask"}
+    assert changed(f"{fill}-guided", f"{fill}-key") == {"branch"}
+    assert changed(f"{fill}-hard", f"{fill}-hard-rho-1") == {"method"}
+    assert changed("plain", "high-pass") == {"high_pass"}
+
+
+def test_the_balanced_rho_is_that_of_the_queue() -> None:
+    """tau ln(4096 / 3) = 0.2 x 7.219 for the CPU's queue."""
+    method = build_arms(SCALES["cpu"])["mean-hard-rho-balanced"].method
+    assert method.rho == pytest.approx(1.4438, abs=1e-3)  # type: ignore[attr-defined]
+
+
+def test_descriptions_are_unique() -> None:
+    names = list(build_arms(SCALES["cpu"]))
+    assert len({describe_arm(name) for name in names}) == len(names)
 
 
 def test_what_is_missing_is_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown arm 'hpp'"):
         study.run(options(tmp_path, arms=("hpp",)))
     with pytest.raises(UserError, match="no dataset here"):
-        study.run(options(tmp_path, arms=("hp",)))
+        study.run(options(tmp_path, arms=("plain",)))
     (tmp_path / "shards" / "x-train").mkdir(parents=True)
     with pytest.raises(UserError, match="x-test: no such dataset"):
-        study.run(options(tmp_path, arms=("hp",)))
+        study.run(options(tmp_path, arms=("plain",)))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study.Options:
+    """A study of seconds: generated pictures, an encoder of one convolution."""
+    add_tiny_encoders()
+    for name in ("train", "val"):
+        write_images(tmp_path / "shards" / name)
+    for name in ("other-train", "other-test"):
+        write_images(tmp_path / "shards" / name, label=1)
+    scale = SCALES["cpu"]
+    config = dataclasses.replace(
+        scale.config,
+        encoder="tiny",
+        batch_size=8,
+        method=dataclasses.replace(scale.config.method, queue=16),  # type: ignore[type-var]
+    )
+    monkeypatch.setitem(SCALES, "cpu", dataclasses.replace(scale, config=config, probe_epochs=1))
+    monkeypatch.setattr(study, "NEIGHBORS", (1, 2))
+    return options(tmp_path, arms=("plain", "mean-hard"), seeds=(0,), epochs=1, device="cpu")
+
+
+@pytest.mark.slow
+def test_finished_runs_are_rows_and_are_not_repeated(
+    tiny: study.Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.run(tiny)
+    rows = sorted(tiny.rows.rglob("*.json"))
+    assert [path.stem for path in rows] == ["mean-hard-1-0", "plain-1-0"]
+    row = json.loads(rows[0].read_text())
+    assert set(row["accuracy"]) == {"knn 1", "knn 2", "linear test", "linear other"}
+    text = study_report.table(tiny)
+    assert "2 of 2 runs are finished" in text
+    assert "| saliency-guided masks, mean, hard negatives |" in text
+    study_report.plot(tiny, tiny.rows / "plot.png")
+    assert (tiny.rows / "plot.png").stat().st_size > 1000
+
+    def refuse(config: TrainConfig) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(study, "train", refuse)
+    study.run(tiny)
+    row["settings"]["optim.lr"] = 0.5
+    rows[0].write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"mean-hard-1-0.json: .*optim.lr was 0.5, is 0.06"):
+        study.run(tiny)
+
+
+def test_runs_side_by_side_have_a_core_each_and_failures_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tmp_path, arms=("plain", "supervised", "high-pass"), side_by_side=2)
+    runs = study.list_runs(given)
+
+    def command(given: study.Options, run: study.Run, core: int) -> list[str]:
+        return [
+            sys.executable,
+            "-c",
+            f"print('core {core}'); raise SystemExit({run.arm == 'plain'})",
+        ]
+
+    monkeypatch.setattr(study, "child_command", command)
+    logs = list(study.run_side_by_side(given, runs))
+    assert [log and log.name for log in logs] == ["plain-24-0.log", None, None]
+    assert "plain-24-0 FAILED (1)" in capsys.readouterr().out
+    assert logs[0] is not None
+    assert logs[0].read_text().startswith("core ")
+
+
+def test_a_child_is_told_what_to_do(tmp_path: Path) -> None:
+    """The command of a child, read back by its own parser, is the one run and nothing else."""
+    from schemas.cli import parse
+
+    given = options(tmp_path, arms=("plain", "supervised"), side_by_side=2, device="cpu")
+    run = study.list_runs(given)[1]
+    command = study.child_command(given, run, 0)
+    child = parse(study.Options, command[3:])
+    assert child.side_by_side == 0
+    assert study.list_runs(child) == [run]
