@@ -87,7 +87,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study.Options:
     for name in ("train", "val"):
         write_images(tmp_path / "shards" / name)
     for name in ("other-train", "other-test"):
-        write_images(tmp_path / "shards" / name, label=1)
+        write_images(tmp_path / "shards" / name, seed=1)
     scale = SCALES["cpu"]
     config = dataclasses.replace(
         scale.config,

@@ -28,8 +28,10 @@ from train.methods import (
 IMAGES = 26  # 3 steps of 8 and 2 images left out
 
 
-def write_images(url: Path, label: int | None = None, classes: Sequence[str] = ("a", "b")) -> str:
-    generator = np.random.default_rng(0)
+def write_images(
+    url: Path, label: int | None = None, classes: Sequence[str] = ("a", "b"), seed: int = 0
+) -> str:
+    generator = np.random.default_rng(seed)
 
     def samples():
         for i in range(IMAGES):
