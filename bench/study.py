@@ -288,6 +288,7 @@ def evaluate(options: Options, run: Run) -> None:
                 encoder=str(folder),
                 data=train_set,
                 test_data=test_set,
+                out=str(folder / f"linear-{name or dataset.card.name}"),
                 batch_size=min(config.batch_size, len(dataset)),
                 epochs=SCALES[options.scale].probe_epochs,
                 seed=run.seed,
