@@ -1,4 +1,4 @@
-"""How well a stored map stands for the map that a network would make of the view itself.
+"""Measure how well a stored map stands for the map that a network makes of the view itself.
 
 Random resized crops of photos: the foreground that the stored map gives for the crop, cut,
 resampled and thresholded exactly as the pipeline does it, against the foreground of the same
@@ -54,7 +54,7 @@ class Options:
     crops: int = 8
     """Random crops of each photo."""
     seed: int = 0
-    """Of crops and jitter."""
+    """Random seed for crops and jitter."""
 
 
 class Crop(NamedTuple):
@@ -75,7 +75,7 @@ def scda_options(options: Options, **changes: Any) -> ScdaOptions:
 
 
 def candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions], str]]:
-    """What is compared: estimators whose maps are z-scored and averaged, and forwards an image."""
+    """Return estimators whose maps are z-scored and averaged, and forwards, by their name."""
 
     def scda(*areas: float, size: int = 224) -> ScdaOptions:
         return scda_options(options, areas=areas, size=size)
@@ -108,13 +108,13 @@ def decoded(root: str) -> Iterator[Any]:
 
 
 def stored(estimators: list[Estimator], images: Any) -> list[np.ndarray]:
-    """Maps as they are read back from a shard: (side, side) uint8 each."""
+    """Return maps as they are read back from a shard, each (side, side) uint8."""
     maps = torch.stack([z_scored(torch.from_numpy(estimate(images))) for estimate in estimators])
     return [SaliencyMap.quantise(saliency).grid for saliency in maps.mean(dim=0).numpy()]
 
 
 def of_views(grids: list[np.ndarray], crops: list[Crop], grid: int) -> Tensor:
-    """What the pipeline cuts out of the maps: (crops, grid, grid) float32."""
+    """Return the (crops, grid, grid) float32 cells that the pipeline cuts out of the maps."""
     cells = ndd.resize(
         ndd.as_batch([grids[crop.image][..., None] for crop in crops]),
         roi_start=ndd.as_batch([np.array(crop.window[:2], np.float32) for crop in crops]),
@@ -188,7 +188,7 @@ class Study:
             yield self.row(name, views, cost or self.forwards(choices))
 
     def forwards(self, choices: list[EstimatorOptions]) -> str:
-        """Forward passes at 224 x 224 that an image takes, on average."""
+        """Return the mean number of forward passes at 224 x 224 per image."""
         counts = [
             len(windows(*shape, area))
             for shape in self.shapes

@@ -1,4 +1,4 @@
-"""How fast workers make saliency on this machine: one network alone, and 1, 2, 3 workers together.
+"""Measure how fast workers compute saliency here: the network alone, then 1, 2 and 3 workers.
 
 Workers are plain processes, without Ray, so that a machine with a GPU and little else can run this:
 torch, torchvision, DALI, numpy, pyarrow, fsspec and pillow are enough. `measure` returns figures
@@ -24,7 +24,7 @@ GAIN = 0.95
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. The defaults are for a GPU; `small()` is for a test on a CPU.
+    """Size of the measurement. The defaults are for a GPU; `small()` is for a test on a CPU.
 
     Attributes:
         backbone: a torchvision network, with random weights: they cost the same time.
@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """Figures, and what they say.
+    """Figures and the verdict on them.
 
     Attributes:
         passed: every worker wrote its shards, and more workers are not slower than fewer.

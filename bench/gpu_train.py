@@ -24,7 +24,7 @@ MOST_EXPENSIVE = 15
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: MoCo v2 with the recipe `hp`; the defaults are for a GPU."""
+    """Size of the measurement: MoCo v2 with the recipe `hp`; the defaults are for a GPU."""
 
     encoder: str = "resnet50"
     batch_sizes: tuple[int, ...] = (256, 32)

@@ -35,7 +35,7 @@ H100 = types.SimpleNamespace(
     shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10,
     shared_memory_per_multiprocessor=228 << 10, L2_cache_size=50 << 20, gcnArchName="",
 )  # fmt: skip
-"""What Inductor asks a GPU for (CUDA C++ Programming Guide, compute capability 9.0)."""
+"""Properties that Inductor asks a GPU for (CUDA C++ Programming Guide, compute capability 9.0)."""
 
 UNCOUNTED = ("aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empty", "prim::")
 
@@ -126,7 +126,7 @@ def lower(
 
 @contextlib.contextmanager
 def fake_h100() -> Iterator[None]:
-    """Answer what Inductor and Triton ask the driver."""
+    """Answer the questions that Inductor and Triton put to the driver."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -35,21 +35,21 @@ class Options:
     data: str = tyro.MISSING
     """A local dataset of shards; every row sees its images."""
     out: Path = Path("out/bench-loader.json")
-    """Where the figures are written."""
+    """File that the figures are written to."""
     rows: tuple[Rows, ...] = ("usual", "tensors", "webdataset", "ours", "ceilings")
-    """What to measure; `usual` with a saliency forward takes long on a CPU."""
+    """Rows to measure; `usual` with a saliency forward takes long on a CPU."""
     batch_size: int = 32
-    """Images a batch."""
+    """Images per batch."""
     batches: int = 8
-    """Batches a repeat; one where a ResNet-50 computes the saliency."""
+    """Batches per repeat; one where a ResNet-50 computes the saliency."""
     repeats: int = 5
-    """Repeats, after one that is not counted."""
+    """Repeats, after a first one that is not counted."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Worker processes of the usual ways."""
     crop_size: int = 224
     """Side of a view in pixels."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cpu or cuda."""
+    """Device of the loader: cpu or cuda."""
 
 
 def way(batches: Iterator[Any], use: Callable[[Any], int], count: int, ahead: int) -> Way:
@@ -74,7 +74,7 @@ def synchronise() -> None:
 
 
 def ways(options: Options, folder: Path) -> dict[str, Way]:
-    """Every row by its name. `folder` is filled with the dataset's images as an image folder."""
+    """Return every row by its name; `folder` is filled with the images as an image folder."""
     found: dict[str, Way] = {}
     # worker processes first: they are forked, best before DALI's threads exist
     if {"usual", "tensors"} & set(options.rows):
@@ -173,7 +173,7 @@ def endless(views: MaskedViews | EvalViews) -> Iterator[Any]:
 
 
 def our_ways(options: Options) -> dict[str, Way]:
-    """Every recipe, and `mean` without its third view: what saliency and masks cost beyond none."""
+    """Return a row for each recipe, and one for `mean` without hard negatives."""
     own = {name: r for name, r in RECIPES.items() if not name.endswith("-released")}
     recipes = own | {"mean, no hard negative": replace(RECIPES["mean"], hard_negatives=0)}
     return {
@@ -195,7 +195,7 @@ def our_ways(options: Options) -> dict[str, Way]:
 
 
 def ceilings(options: Options) -> dict[str, Way]:
-    """What no loader of these shards can beat here: reading, decoding, decoding and one crop."""
+    """Return rows that no loader of these shards can beat here: reading, decoding, one crop."""
     device = devices.device_of(options.device)
     plain = EvalViews(options.data, options.batch_size, options.device, crop_size=options.crop_size)
     by_index, by_dali = read_by_index(options), read_by_dali(options)
@@ -217,7 +217,7 @@ def ceilings(options: Options) -> dict[str, Way]:
 
 
 def read_by_index(options: Options) -> Callable[[], Any]:
-    """In a DALI graph: encoded images as `MaskedViews` reads them."""
+    """Return an operator that gives a DALI graph encoded images as `MaskedViews` reads them."""
     dataset = ShardDataset.open(options.data)
     sizes = [row.samples for row in dataset.shards]
     order = SampleOrder(sizes, options.batch_size)
@@ -244,7 +244,7 @@ def read_by_index(options: Options) -> Callable[[], Any]:
 
 
 def read_by_dali(options: Options) -> Callable[[], Any]:
-    """In a DALI graph: the same by DALI's own WebDataset reader, shuffled in its buffer."""
+    """Return the same by DALI's own WebDataset reader, shuffled in its buffer."""
     dataset = ShardDataset.open(options.data)
     extensions = ";".join(dict.fromkeys(IMAGE_EXTENSIONS.values()))
     return lambda: fn.readers.webdataset(
@@ -276,7 +276,7 @@ def run_graph(
 
 
 def bases(names: Sequence[str]) -> dict[str, str]:
-    """Each row's counterpart: the usual way of the same fill, without its saliency forward."""
+    """Return each row's counterpart: the usual way of the same fill, without a saliency forward."""
     return {
         name: f"usual {fill}, no saliency forward"
         for name in names

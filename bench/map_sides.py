@@ -1,4 +1,4 @@
-"""What the side of a stored map costs, in fidelity and in bytes.
+"""Measure what the side of a stored map costs, in fidelity and in bytes.
 
 The estimator is the default one. Beside it stands a perfect estimator, whose map of a view is known
 without a network: the view's own brightness. What its stored map loses is the grid's doing alone.

@@ -1,4 +1,4 @@
-"""What it costs to plan a batch of a very large dataset: seconds and memory, on this machine."""
+"""Measure the seconds and the memory that planning a batch of a very large dataset takes."""
 
 import resource
 import time

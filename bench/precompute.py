@@ -41,20 +41,20 @@ class Options:
     root: str = tyro.MISSING
     """A folder of photos."""
     out: Path = Path("out/bench-precompute.json")
-    """Where the figures are written."""
+    """File that the figures are written to."""
     rows: tuple[Literal["cpu", "scda", "fp32", "spectral"], ...] = (
         *("cpu", "scda", "fp32", "spectral"),
     )
-    """What to measure: `cpu`, the CPU time of all but network and pixels; rates of `scda`, of the
+    """Rows to measure: `cpu`, the CPU time of all but network and pixels; rates of `scda`, of the
     same in fp32, and of `spectral`, which wants thousands of images."""
     backbone: str = "resnet50"
     """A torchvision classification CNN by name."""
     images: int = 128
-    """Images a repeat."""
+    """Images per repeat."""
     shard_samples: int = 32
-    """Images a shard."""
+    """Images per shard."""
     repeats: int = 3
-    """Repeats of each row."""
+    """Number of repeats of each row."""
     finished_shards: int = 10_000
     """Shards of a finished job that is given again; 0 leaves it out."""
 
@@ -78,7 +78,7 @@ class Rated:
         return summary.images / summary.at_work
 
     def reading(self) -> float:
-        """Reading, decoding and cutting the windows alone, on all cores of one process."""
+        """Read, decode and cut the windows, no more, on all cores of one process."""
         options = self.estimator
         builder = ShardBuilder(self.source, Nothing(), Store(self.folder), 32, Resize(), {})
         start = time.perf_counter()
@@ -109,7 +109,7 @@ class Rated:
 
 
 class Nothing:
-    """Stands for an estimator where none is to run."""
+    """A stand-in for an estimator where none is to run."""
 
     side, weights_sha256, device = 1, None, "cpu"
 
@@ -129,7 +129,7 @@ def parts(images: Any, options: ScdaOptions) -> Iterator[list]:
 
 
 def measure(options: Options, folder: Path) -> list[Row]:
-    """All rows, in turn, `repeats` times."""
+    """Measure all rows in turn, `repeats` times."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     ndd.set_num_threads(cores)
@@ -171,7 +171,7 @@ def cpu_time(options: Options, folder: Path) -> str:
 
 
 def bases(names: Sequence[str]) -> dict[str, str]:
-    """Each job beside its lower ceiling, and two workers beside one."""
+    """Compare each job with its lower ceiling, and two workers with one."""
     found = {
         "scda: job, 1 worker": "scda: backbone alone",
         "scda: job, 2 workers": "scda: job, 1 worker",
@@ -184,7 +184,7 @@ def bases(names: Sequence[str]) -> dict[str, str]:
 
 
 def memory(options: Options, folder: Path) -> tuple[float, float]:
-    """Resident MB of a worker's process after 4 shards and after 24."""
+    """Return the resident MB of a worker's process after 4 shards and after 24."""
     rated = Rated(options, SpectralOptions(), folder)
     builder = ShardBuilder(
         rated.source, SpectralOptions().build(), Store(folder / "memory"), 32, Resize(), {}
@@ -198,7 +198,7 @@ def memory(options: Options, folder: Path) -> tuple[float, float]:
 
 
 class Listed(Source):
-    """So many images that nobody reads."""
+    """A source of images that nobody reads."""
 
     def __init__(self, count: int):
         self.count = count
@@ -211,7 +211,7 @@ class Listed(Source):
 
 
 def finished(options: Options, folder: Path) -> float:
-    """Seconds in which a finished job of so many shards finds that there is nothing to do."""
+    """Return the seconds that a finished job of so many shards takes to find nothing to do."""
     source, out = Listed(options.finished_shards), folder / "finished"
     images, _ = list_images(source.images())
     plan = make_plan(images, seed=0, shard_samples=1)

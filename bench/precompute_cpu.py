@@ -1,4 +1,4 @@
-"""CPU milliseconds an image of everything in a precompute worker but the network and the pixels.
+"""Measure the CPU milliseconds per image of a precompute worker without network and pixels.
 
 With a GPU, the network, the decoding and the cutting of windows run there. What is left to the CPU
 bounds a worker's rate: reading, looking at headers, calling DALI and PyTorch, pasting maps, packing
@@ -35,14 +35,14 @@ CELLS = 7
 
 
 class Photo:
-    """Stands for a decoded image of this shape."""
+    """A stand-in for a decoded image of this shape."""
 
     def __init__(self, shape: tuple[int, int, int]):
         self.shape = shape
 
 
 class Photos:
-    """Stands for a decoded batch: DALI's tensors of a few pixels, and the photos' true shapes."""
+    """A stand-in for a decoded batch: DALI's tensors of a few pixels, the photos' true shapes."""
 
     def __init__(self, decoded: Any, photos: list[Photo]):
         self.tensors, self.photos = decoded.tensors, photos
@@ -52,7 +52,7 @@ class Photos:
 
 
 class GivenMaps(nn.Module):
-    """Stands for the network: the same maps for any windows."""
+    """A stand-in for the network: the same maps for any windows."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ class Options:
     data: str = tyro.MISSING
     """A local dataset of shards; it is served as the bucket of an S3 server."""
     out: Path = Path("out/bench-remote.json")
-    """Where the figures are written."""
+    """File that the figures are written to."""
     latency: float = 0.02
     """Seconds before the server answers a request."""
     bandwidth: float = 200e6

@@ -1,4 +1,4 @@
-"""Rates of several ways to do a thing, measured in turn in one run."""
+"""Measure the rates of several ways to do a thing in turn in one run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ QUIET_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Row:
-    """Images a second, one value a repeat, each taken right after the other rows' values."""
+    """Images per second, one value per repeat, each measured right after the other rows' values."""
 
     name: str
     rates: list[float]
@@ -79,7 +79,7 @@ def wait_until_quiet(limit: float = 15.0) -> None:
 
 
 def busy_and_all() -> tuple[int, int]:
-    """Ticks of all cores since the machine's start: those that were not idle, and all."""
+    """Return the ticks of all cores since the machine's start: those not idle, and all."""
     user, nice, system, idle, waiting, *others = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     )
@@ -88,7 +88,7 @@ def busy_and_all() -> tuple[int, int]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the facts about this machine that figures depend on."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.processor() or platform.machine(),
@@ -107,7 +107,7 @@ def version_of(package: str) -> str:
 
 
 def show(title: str, rows: list[Row], bases: Mapping[str, str]) -> str:
-    """A Markdown table: median, spread, and the ratio of medians to the row that `bases` names."""
+    """Return a Markdown table: median, spread, and the ratio to the median of `bases`."""
     medians = {row.name: row.median for row in rows}
     lines = [
         f"### {title}",
@@ -126,7 +126,7 @@ def show(title: str, rows: list[Row], bases: Mapping[str, str]) -> str:
 
 
 def write(path: Path, tables: Mapping[str, list[Row]], settings: Mapping[str, Any]) -> None:
-    """All rates, the settings and the machine, as JSON."""
+    """Write all rates, the settings and the machine as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": machine(),

@@ -1,4 +1,4 @@
-"""Rates of training steps: alone, fed by the loader, with online saliency, and the released way."""
+"""Measure training steps: alone, fed by the loader, with online saliency, the released way."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,13 +37,13 @@ class Options(Settings):
     """Images/s of MoCo v2 with hard negatives in several ways, in one run."""
 
     out: Path = Path("out/bench-train.json")
-    """Where the figures are written."""
+    """File that the figures are written to."""
     rows: tuple[str, ...] = (ALONE, JOB, ONLINE, FP32, RELEASED, SUPERVISED)
-    """What to measure."""
+    """Rows to measure."""
 
 
 def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
-    """A trainer a row; `folder` is filled with the dataset's images where a row needs them."""
+    """Return a trainer per row; rows that need image files find them in `folder`."""
     torch.backends.cudnn.benchmark = True  # as the loop and the released code have it
     (folder / "run").mkdir()
     released: dict[str, Any] = dict(precision="fp32", plain=True)
@@ -71,7 +71,7 @@ def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
 
 
 def ways(options: Options, made: Mapping[str, Trainer]) -> dict[str, Way]:
-    """What to time. Before the clock starts, steps use up the batches that were made ahead."""
+    """Return the ways to time; steps before the clock use up what was made ahead."""
 
     def way(trainer: Trainer, ahead: int) -> Way:
         def run() -> int:
@@ -91,7 +91,7 @@ def ways(options: Options, made: Mapping[str, Trainer]) -> dict[str, Way]:
 
 
 def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
-    """The ratios that the project's goals are about."""
+    """Return the ratios that the project's goals are about."""
     median = {row.name: row.median for row in rows}
 
     def times(one: str, other: str, text: str, factor: float = 1.0) -> list[str]:
@@ -118,6 +118,6 @@ def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
 
 
 def shares(made: Mapping[str, Trainer], rows: list[Row], options: Options) -> dict[str, float]:
-    """The share of the last repeat's time that a row waited for its data."""
+    """Return the share of the last repeat's time that a row waited for its data."""
     seconds = {row.name: options.steps * options.batch_size / row.rates[-1] for row in rows}
     return {name: made[name].waited / seconds[name] for name in (JOB,) if name in made}

@@ -32,28 +32,28 @@ ON_GPU = torch.cuda.is_available()
 
 @dataclass(frozen=True)
 class Settings:
-    """What all ways of training have in common."""
+    """Options that all ways of training have in common."""
 
     data: str = tyro.MISSING
     """A local dataset of shards."""
     encoder: str = "resnet50"
-    """Of the method."""
+    """Architecture of the encoder."""
     recipe: str = "hp"
-    """Of the views."""
+    """Name of the recipe of views."""
     crop_size: int = 224
     """Side of a view in pixels."""
     batch_size: int = 256 if ON_GPU else 16
-    """Images a step."""
+    """Images per step."""
     queue: int = 65_536
-    """Keys that MoCo remembers."""
+    """Keys in MoCo's queue."""
     steps: int = 20 if ON_GPU else 2
-    """Steps a repeat."""
+    """Steps per repeat."""
     repeats: int = 5
-    """Repeats, after one that is not counted."""
+    """Repeats, after a first one that is not counted."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Worker processes of the released way."""
     device: Literal["cpu", "cuda"] = "cuda" if ON_GPU else "cpu"
-    """cpu or cuda."""
+    """Device of the training: cpu or cuda."""
 
 
 class Trainer:
@@ -108,7 +108,7 @@ class Trainer:
         self.waited = 0.0
 
     def run(self, steps: int) -> int:
-        """Train; returns images."""
+        """Train and return the number of images."""
         scalars: dict[str, torch.Tensor] = {}
         for _ in range(steps):
             scalars = self.step(self.feed.parts(1), lr=1e-3)
@@ -118,7 +118,7 @@ class Trainer:
 
 
 class WholeJob(Trainer):
-    """Fed from shards by the training loop itself, which writes its record into `folder`."""
+    """A trainer fed by the training loop itself, which writes its record into `folder`."""
 
     def __init__(self, options: Settings, folder: Path) -> None:
         super().__init__(options, from_shards, out=str(folder))
@@ -146,7 +146,7 @@ class WholeJob(Trainer):
 
 
 class EndlessEpoch(Job):
-    """A job within its first epoch: what comes once an epoch would weigh too much in a few steps.
+    """A job within its first epoch: what comes once an epoch would weigh too much here.
 
     That is a checkpoint, a picture of the views, and an evaluation.
     """
@@ -161,7 +161,7 @@ def synthetic(options: Settings, config: TrainConfig, device: torch.device) -> S
 
 
 def contiguous(options: Settings, config: TrainConfig, device: torch.device) -> SyntheticViews:
-    """The same with images in NCHW memory."""
+    """The same trainer with images in NCHW memory."""
     views = synthetic(options, config, device)
     batch = views.batch
     assert batch.key is not None

@@ -1,4 +1,4 @@
-"""The usual ways to make masked views, as a good user of torchvision or webdataset writes them.
+"""Make masked views in the usual ways, as a good user of torchvision or webdataset writes them.
 
 `usual` is the released code's way (methods of the paper: ImageFolder, PIL, a two-crop transform in
 worker processes, saliency of every crop by a ResNet-50, masks by Python loops over images and
@@ -28,7 +28,7 @@ Views = dict[str, Tensor]
 
 
 class PilBlur:
-    """MoCo v2's soft blur."""
+    """The soft blur of MoCo v2."""
 
     def __init__(self, sigma: tuple[float, float]):
         self.sigma = sigma
@@ -81,7 +81,7 @@ def tensor_view(recipe: Recipe) -> v2.Compose:
 
 
 def colours(recipe: Recipe) -> v2.Compose:
-    """What v2 does to a view that is cut."""
+    """Return what torchvision's v2 does to a view that is cut."""
     jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
     soft = v2.GaussianBlur(13, recipe.soft_blur_sigma)
     return v2.Compose(
@@ -102,7 +102,7 @@ def endless(loader: DataLoader) -> Iterator[Any]:
 def from_folder(
     root: Path, recipe: Recipe, batch_size: int, workers: int, tensors: bool
 ) -> Iterator[Views]:
-    """Batches of an image folder by worker processes; (3, S, S) views stacked, on the CPU."""
+    """Yield batches of an image folder by worker processes; (3, S, S) views stacked, on the CPU."""
     views = TwoCrops(recipe, tensor_view(recipe) if tensors else pil_view(recipe))
     options: dict[str, Any] = {"loader": decoded} if tensors else {}
     loader = DataLoader(
@@ -124,7 +124,7 @@ def decoded(path: str) -> Tensor:
 def from_webdataset(
     urls: list[str], recipe: Recipe, batch_size: int, workers: int
 ) -> Iterator[Views]:
-    """Batches of our shards by webdataset: one window for image and saliency, then v2."""
+    """Yield batches of our shards by webdataset: one window for image and saliency, then v2."""
     import webdataset  # here: it belongs to the development packages
 
     cut = v2.RandomResizedCrop(recipe.crop_size, recipe.crop_area, antialias=True)
@@ -175,7 +175,7 @@ class Localiser:
 def mask_by_loops(
     image: Tensor, saliency: np.ndarray, recipe: Recipe, hard: bool, blur: Tensor | None
 ) -> Tensor:
-    """The masked batch, by loops over images, cells and channels, as the released code has them."""
+    """Return a masked batch, made by loops over images, cells and channels, as released."""
     result = image.clone()
     side, cell, cells = recipe.crop_size, recipe.cell, recipe.grid**2
     std = recipe.noise_hard_negative if hard else recipe.noise_query
@@ -215,7 +215,7 @@ def mask_by_loops(
 
 
 def split(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], ...]:
-    """(row, column) of the foreground's and of the background's cells."""
+    """Return (row, column) of the foreground's and of the background's cells."""
     threshold = saliency.mean() - recipe.foreground_margin * saliency.std()
     found: tuple[list[tuple[int, int]], ...] = ([], [])
     for row in range(recipe.grid):
@@ -225,7 +225,7 @@ def split(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], 
 
 
 def looped(views: Views, recipe: Recipe, localiser: Localiser | None) -> list[Tensor]:
-    """Query, key and hard negative; without a localiser the saliency is random."""
+    """Return query, key and hard negative; without a localiser the saliency is random."""
     found = []
     for name, hard in (("query", False), ("key", True)):
         image = views[name]
@@ -238,7 +238,7 @@ def looped(views: Views, recipe: Recipe, localiser: Localiser | None) -> list[Te
 
 
 def vectorised(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
-    """The same on the whole batch at once, by this project's masks and the worker's fills."""
+    """Return the same for the whole batch at once: our masks, the worker's fills."""
     found = []
     roles: tuple[tuple[str, masks.Role], ...] = (("query", "query"), ("key", "hard_negative"))
     for name, role in roles:
