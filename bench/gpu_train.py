@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline import MaskedViews, get_recipe
 from train.config import TrainConfig, resolved
-from train.feed import SyntheticViews, split
+from train.data import SyntheticViews, split
 from train.methods import MoCoConfig, Setup
-from train.step import Step, placed
+from train.training_step import Step, placed
 
 MOST_EXPENSIVE = 15
 

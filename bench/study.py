@@ -20,10 +20,10 @@ from schemas import ShardDataset, UserError
 from schemas.settings import defaults_of, differences, plain, sentence
 from train.config import TrainConfig
 from train.evaluate import linear, neighbours, results, tables
-from train.loop import train
+from train.trainer import train
 from train.methods import ADIOSConfig, MaskCoConfig, MoCoConfig, SimCLRConfig
 from train.optim import OptimConfig
-from train.record import is_step
+from train.metrics_logger import is_step
 
 FILLS = ("hp", "blur", "mean")
 OF_A_CALL = {"shards", "out", "arms", "seeds", "device"}

@@ -19,13 +19,13 @@ from pipeline import RECIPES, Batch, MaskedViews
 from pipeline.rng import BatchRng
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, autocast, resolved
-from train.feed import Feed, SyntheticViews
-from train.job import Job
-from train.loop import Loop
+from train.data import Feed, SyntheticViews
+from train.trainer import Job
+from train.trainer import Loop
 from train.methods import MoCoConfig, Setup
 from train.presets import PRESETS
-from train.record import Record
-from train.step import Step, placed
+from train.metrics_logger import Record
+from train.training_step import Step, placed
 
 ON_GPU = torch.cuda.is_available()
 

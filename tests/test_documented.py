@@ -114,7 +114,7 @@ def typed(command: str, small: bool = False) -> None:
     with pytest.MonkeyPatch.context() as patch:
         more = [] if small else shlex.split(SMALL.get(name, ""))
         patch.setattr(sys, "argv", [module, *arguments, *more])
-        patch.setattr("train.loop.LOCK_SECONDS", 1)
+        patch.setattr("train.trainer.LOCK_SECONDS", 1)
         assert importlib.import_module(package).main() in (None, 0), command
 
 

@@ -18,7 +18,7 @@ from precompute.sources import open_source
 from schemas import UserError
 from schemas.cli import absolute, imported, load_file, loaded_files
 from train.__main__ import options
-from train.files import dump, load
+from train.config_io import dump, load
 from train.methods import find_method, name_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from bench import study
 from pipeline.recipes import RECIPES, Recipe
 from precompute.__main__ import Options, resolve
@@ -225,7 +225,7 @@ def kept(step: int) -> tuple[Path, dict]:
 
 
 def checkpoints(given: TrainConfig) -> Checkpoints:
-    """As `train.loop` makes them for a run of today."""
+    """As `train.trainer` makes them for a run of today."""
     decided = resolved(given, torch.device("cpu"))
     settings = settings_of(decided, ShardDataset.open(given.data).digest)
     return Checkpoints(
@@ -276,7 +276,7 @@ def test_a_training_goes_on_from_where_an_epoch_ended(tmp_path: Path):
     for name in ("recipe.region_choice", "recipe.region_candidates", "stem", "optim.trust_clip"):
         del state["settings"][name]
     write(folder / "state.pt", state)
-    train.loop.train(config(tmp_path))
+    train.trainer.train(config(tmp_path))
     assert [row["step"] for row in metrics(tmp_path)] == [4, 5, 6]
 
 

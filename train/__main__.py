@@ -28,11 +28,11 @@ from pipeline.recipes import RECIPES
 from schemas import UserError
 from schemas.cli import parse, run, take
 from train.config import TrainConfig
-from train.files import load
-from train.loop import train
+from train.config_io import load
+from train.trainer import train
 from train.methods import METHODS, find_method
 from train.presets import PRESETS, starting_point
-from train.session import session
+from train.process_group import session
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from schemas import ShardDataset
 from train.config import TrainConfig, cache_of, resolved
 from train.distributed import rank, world_size
 from train.encoders import zero_residual_gammas_
-from train.feed import SYNTHETIC_CLASSES, SyntheticViews, Views
+from train.data import SYNTHETIC_CLASSES, SyntheticViews, Views
 from train.methods import Method, Setup
-from train.session import pick_device
-from train.step import placed
+from train.process_group import pick_device
+from train.training_step import placed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import tyro
 from schemas import UserError
 from schemas.cli import parse, run
 from train.evaluate.results import RESULTS
-from train.record import is_step
+from train.metrics_logger import is_step
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem;

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-import train.loop
+import train.trainer
 from tests.train.ranks import Ranks, add_tiny_encoders
 from tests.train.runs import config, write_images
 from train.config import KnnConfig
@@ -35,5 +35,5 @@ def run(shards, tmp_path_factory) -> Path:
     """A short run, never stopped; others are compared with it."""
     out = tmp_path_factory.mktemp("run")
     knn = KnnConfig(data=shards, neighbours=(1, 5), epochs=1)
-    train.loop.train(config(shards, out, knn=knn))
+    train.trainer.train(config(shards, out, knn=knn))
     return out

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline import MaskedViews
 from tests.train.ranks import add_tiny_encoders
 from train import __main__ as command
-from train.loop import Meter
+from train.trainer import Meter
 
 notes, stop = Path(sys.argv[1]), int(sys.argv[2])
 next_batch, add = MaskedViews._next, Meter.add

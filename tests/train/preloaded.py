@@ -1,3 +1,3 @@
 """What each rank needs, imported once in the process that ranks are forked from."""
 
-import train.loop  # noqa: F401
+import train.trainer  # noqa: F401

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.loop
+import train.trainer
 from pipeline.recipes import RECIPES
 from schemas import Sample, write_dataset
 from train.config import TrainConfig
@@ -94,7 +94,7 @@ class StopError(Exception):
 @contextmanager
 def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What trains in here dies once `step` is done and before it is logged or saved."""
-    add = train.loop.Meter.add
+    add = train.trainer.Meter.add
 
     def stopping(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
@@ -102,7 +102,7 @@ def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop.Meter, "add", stopping)
+        patch.setattr(train.trainer.Meter, "add", stopping)
         with pytest.raises(StopError):
             yield
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
@@ -20,7 +20,7 @@ from train.methods import ADIOSConfig, Setup
 from train.methods.adios import ADIOS, negative_entropy, sparsity_penalty
 from train.methods.occlusion import OcclusionNet
 from train.optim import OptimConfig
-from train.step import Step, placed
+from train.training_step import Step, placed
 
 CPU = torch.device("cpu")
 SIDE = 32
@@ -318,11 +318,11 @@ def test_stopped_it_goes_on_exactly_with_both_optimisers(shards, tmp_path, monke
         shards, tmp_path / "whole", method=ADIOSConfig(hidden=16, projection=8), crop_size=56,
         recipe=RECIPES["none"], epochs=1, checkpoint_steps=2, log_steps=1,
     )  # fmt: skip
-    train.loop.train(settings)
+    train.trainer.train(settings)
 
     stopped = replace(settings, out=str(tmp_path / "stopped"))
     with stopped_after(3, monkeypatch):
-        train.loop.train(stopped)
-    train.loop.train(stopped)
+        train.trainer.train(stopped)
+    train.trainer.train(stopped)
     for row, again in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
         assert [row[n] for n in ("loss", "mask_loss")] == [again[n] for n in ("loss", "mask_loss")]

@@ -9,7 +9,7 @@ from schemas import UserError
 from train import checkpoint
 from train.checkpoint import Checkpoints
 from train.optim import OptimConfig, build_optimizer
-from train.record import truncate
+from train.metrics_logger import truncate
 
 SETTINGS = {"lr": 0.03, "epochs": 2, "steps_per_epoch": 4}
 

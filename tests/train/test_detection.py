@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from schemas import UserError
 from tests.train.pictures import SHORT, losses, options_of, write_coco, write_encoder
 from train.evaluate.detection import command
@@ -114,14 +114,14 @@ def train_until_killed(options: command.DetectionOptions, step: int, threads: in
     # as in a process that a person starts; a forkserver's workers would not hear of its end
     set_start_method("fork", force=True)
     command.SCHEDULES["short"] = SHORT
-    add = train.loop.Meter.add
+    add = train.trainer.Meter.add
 
     def dying(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
         if known["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.loop.Meter.add = dying  # type: ignore[method-assign]
+    train.trainer.Meter.add = dying  # type: ignore[method-assign]
     command.evaluate(options)
 
 

@@ -10,7 +10,7 @@ import torch
 from schemas import UserError
 from tests.train.pictures import odd_coco, shapes, voc_object, write_coco, write_voc
 from train.evaluate.detection.coco import read_coco
-from train.evaluate.detection.views import masks_of
+from train.evaluate.detection.loader import masks_of
 from train.evaluate.detection.voc import read_voc
 
 CPU = torch.device("cpu")

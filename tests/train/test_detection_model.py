@@ -17,10 +17,10 @@ from train.evaluate.detection import command
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.metric import average_precision, found_in
 from train.evaluate.detection.model import Detector, DetectorConfig
-from train.evaluate.detection.views import DetectionBatch, Flipped, as_lists
+from train.evaluate.detection.loader import DetectionBatch, Flipped, as_lists
 from train.evaluate.export import detectron2_name
 from train.methods import Setup
-from train.step import Step
+from train.training_step import Step
 
 CPU = torch.device("cpu")
 NORM = ("weight", "bias", "running_mean", "running_var")

@@ -7,7 +7,7 @@ from PIL import Image
 from schemas import UserError
 from tests.train.pictures import odd_coco, shapes
 from train.evaluate.detection.data import Pictures
-from train.evaluate.detection.views import DetectionViews, Flipped
+from train.evaluate.detection.loader import DetectionViews, Flipped
 
 CPU = torch.device("cpu")
 

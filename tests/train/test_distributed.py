@@ -9,7 +9,7 @@ import torch
 
 from schemas import UserError
 from train import distributed, session
-from train.interrupt import Interrupt
+from train.preemption import Interrupt
 
 
 def shuffled(rows):

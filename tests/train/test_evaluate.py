@@ -17,8 +17,8 @@ from tests.train.runs import scores, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder
 from train.evaluate import export, linear, results
 from train.evaluate.__main__ import main
-from train.evaluate.features import recipe_of
-from train.evaluate.neighbours import KnnOptions, evaluate, table
+from train.features import recipe_of
+from train.evaluate.knn import KnnOptions, evaluate, table
 
 
 def test_evaluation_appends_rows_and_prints_them(shards, run):

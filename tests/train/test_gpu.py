@@ -12,10 +12,10 @@ import torch
 from pipeline import MaskedViews
 from schemas import UserError
 from tests.train.runs import METHOD_STEPS, config, method_step
-from train.feed import Feed
-from train.loop import prepare, train
-from train.session import memory_is_enough
-from train.step import Step, placed
+from train.data import Feed
+from train.trainer import prepare, train
+from train.process_group import memory_is_enough
+from train.training_step import Step, placed
 
 pytestmark = pytest.mark.gpu
 
@@ -62,8 +62,8 @@ def test_a_full_gpu_is_told_in_one_line():
 TWO_GPUS = """
 import os, torch
 from train.distributed import all_gather, rank, shuffle
-from train.norm import GlobalBatchNorm
-from train.session import pick_device, session
+from train.sync_bn import GlobalBatchNorm
+from train.process_group import pick_device, session
 
 with session(60, "cuda"):
     device = pick_device("cuda")

@@ -21,9 +21,9 @@ from tests.train.host_waits import COPYING, GPU, HostWaits, pretend_gpu, to_devi
 from tests.train.runs import METHOD_STEPS, method_step
 from train.config import TrainConfig
 from train.encoders import ENCODERS
-from train.feed import split
+from train.data import split
 from train.methods import Setup
-from train.step import Step, placed
+from train.training_step import Step, placed
 
 IMAGES = 8
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from schemas import UserError
-from train.evaluate.knn import knn_accuracy
+from train.knn import knn_accuracy
 
 
 def reference(train, labels, test, targets, classes, k, temperature, leave_one_out):
@@ -31,7 +31,7 @@ def clustered(generator, count):
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
 def test_equals_the_rule_by_hand(leave_one_out, monkeypatch):
-    monkeypatch.setattr("train.evaluate.knn.CHUNK", 16)  # chunks end in the middle
+    monkeypatch.setattr("train.knn.CHUNK", 16)  # chunks end in the middle
     generator = np.random.default_rng(0)
     train, labels = clustered(generator, 70)
     test, targets = (train, labels) if leave_one_out else clustered(generator, 41)

@@ -14,9 +14,9 @@ from tests.train import oracle
 from train.config import TrainConfig
 from train.distributed import rank, world_size
 from train.encoders import ENCODERS, build_encoder, feature_map
-from train.feed import SyntheticViews
+from train.data import SyntheticViews
 from train.methods import MaskCoConfig, Setup
-from train.step import Step, placed
+from train.training_step import Step, placed
 
 SIDE, TAU = 64, 0.3
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import train.loop
+import train.trainer
 from pipeline.recipes import RECIPES
 from schemas import Sample, write_dataset
 from tests.conftest import DATA, existing
@@ -41,7 +41,7 @@ def states_of(out: Path) -> list[dict[str, torch.Tensor]]:
 def run(shards, tmp_path_factory) -> Path:
     """Never stopped."""
     out = tmp_path_factory.mktemp("maskco")
-    train.loop.train(settings_of(shards, out, **IN_PARTS))
+    train.trainer.train(settings_of(shards, out, **IN_PARTS))
     return out
 
 
@@ -58,9 +58,9 @@ def test_stopped_inside_an_epoch_it_goes_on_exactly(shards, run, tmp_path, monke
     """Queue, place in it, both branches and the head: as if never stopped."""
     settings = settings_of(shards, tmp_path, checkpoint_steps=2, **IN_PARTS)
     with stopped_after(3, monkeypatch):
-        train.loop.train(settings)
+        train.trainer.train(settings)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert told(tmp_path) == told(run)
     first, second = trained(run), trained(tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -102,7 +102,7 @@ def test_it_trains_on_unlabelled_coco_pictures(pictures, tmp_path, head):
         method=MaskCoConfig(queue=1000, prediction_head=head),
         recipe=replace(RECIPES["maskco"], crop_area=(0.1, 0.3)),
     )
-    train.loop.train(settings)
+    train.trainer.train(settings)
     rows, (start, *_, end) = metrics(tmp_path), states_of(tmp_path)
     assert all(math.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
     valid = sum(row["regions_valid"] * 8 * 2 for row in rows)

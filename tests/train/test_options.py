@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from pipeline import Cache
 from schemas import UserError
 from tests.train.runs import ARGUMENTS, command, config
 from train.__main__ import main, options
 from train.config import KnnConfig, cache_of, resolved
-from train.describe import notes
+from train.run_info import notes
 
 
 def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
         (KnnConfig(data="/nowhere"), "no dataset here"),
     ):
         with pytest.raises(UserError, match=message):
-            train.loop.train(config(shards, tmp_path, knn=knn))
+            train.trainer.train(config(shards, tmp_path, knn=knn))
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from tests.train.ranks import random_batch
 from train.config import TrainConfig
 from train.distributed import rank, world_size
 from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
-from train.norm import GlobalBatchNorm
+from train.sync_bn import GlobalBatchNorm
 from train.optim import OptimConfig
-from train.step import Step, placed
+from train.training_step import Step, placed
 
 SIZE, QUEUE, RHO, TAU, EMA = 8, 11, 1.7, 0.3, 0.5
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train.loop
+import train.trainer
 from tests.train.runs import command, config, told
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -30,7 +30,7 @@ def torchrun(data: str, out: Path, *agent: str, **options: str) -> list[str]:
 def whole(shards, tmp_path_factory, two_ranks) -> Path:
     """Twelve steps on two ranks."""
     out = tmp_path_factory.mktemp("whole")
-    two_ranks(train.loop.train, config(shards, out, log_steps=1, epochs=4, checkpoint_steps=2))
+    two_ranks(train.trainer.train, config(shards, out, log_steps=1, epochs=4, checkpoint_steps=2))
     return out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.train.host_waits import GPU, pretend_gpu
 from train.distributed import rank, world_size
-from train.norm import FusedGlobalNorm
+from train.sync_bn import FusedGlobalNorm
 
 EPS, MOMENTUM = 1e-5, 0.1
 

@@ -7,21 +7,21 @@ import timm
 import torch
 from torch import nn
 
-import train.loop
+import train.trainer
 from schemas import UserError
 from tests.train.runs import config, metrics
 from train.encoders import build_encoder, feature_map, load_encoder
 from train.evaluate.detection.model import DetectorConfig
 from train.evaluate.export import ExportOptions, export
 from train.methods import MaskCoConfig, MoCoConfig, Setup
-from train.norm import GlobalBatchNorm, synchronised
+from train.sync_bn import GlobalBatchNorm, synchronised
 
 NAME = "timm:test_byobnet"  # 0.5 M parameters, normalization and activation in one layer
 
 
 def test_a_timm_encoder_trains_and_is_what_timm_builds(shards, tmp_path):
     settings = config(shards, tmp_path, encoder=NAME, crop_size=56, epochs=1, sync_bn=True)
-    train.loop.train(replace(settings, method=MoCoConfig(queue=20, projection=8)))
+    train.trainer.train(replace(settings, method=MoCoConfig(queue=20, projection=8)))
     assert len(metrics(tmp_path)) == 3
     encoder, metadata, _ = load_encoder(str(tmp_path))
     assert metadata["encoder"] == NAME

@@ -22,7 +22,7 @@ from schemas import UserError
 from schemas.cli import lookup, parse, run
 from train.distributed import is_main
 from train.evaluate import export, linear, neighbours, results, tables
-from train.session import session
+from train.process_group import session
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from torch import nn
 
 from train.config import TrainConfig, cache_of
 from train.distributed import world_size
-from train.evaluate.features import extract, labelled_pair, plain_views, unmasked
-from train.evaluate.knn import check_neighbours, knn_accuracy
+from train.features import extract, labelled_pair, plain_views, unmasked
+from train.knn import check_neighbours, knn_accuracy
 from train.methods import Method
 
 

@@ -23,12 +23,12 @@ from train.config import TrainConfig, autocast, cache_of, pick_precision
 from train.distributed import is_main, together, world_size
 from train.encoders import digest, load_encoder
 from train.evaluate import results
-from train.evaluate.features import labelled_pair, plain_views, recipe_of
-from train.loop import train
+from train.features import labelled_pair, plain_views, recipe_of
+from train.trainer import train
 from train.methods import LinearProbe, LinearProbeConfig, Method
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
-from train.session import pick_device
+from train.process_group import pick_device
 
 DROPS = (0.6, 0.8)
 """Shares of the epochs after which the rate drops: 60 and 80 of MoCo's 100."""

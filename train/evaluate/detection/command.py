@@ -20,15 +20,15 @@ from train.evaluate.detection.coco import read_coco
 from train.evaluate.detection.data import Pictures
 from train.evaluate.detection.metric import average_precision, detect_all
 from train.evaluate.detection.model import Detector, DetectorConfig
-from train.evaluate.detection.show import write_sheet
-from train.evaluate.detection.views import DetectionViews
+from train.evaluate.detection.contact_sheet import write_sheet
+from train.evaluate.detection.loader import DetectionViews
 from train.evaluate.detection.voc import read_voc
-from train.job import Job
-from train.loop import train_job
+from train.trainer import Job
+from train.trainer import train_job
 from train.methods import Method, Setup
 from train.optim import OptimConfig
-from train.session import pick_device
-from train.step import placed
+from train.process_group import pick_device
+from train.training_step import placed
 
 REFERENCE_BATCH, REFERENCE_LR = 16, 0.02
 """detectron2's; the rate grows in proportion to the batch."""

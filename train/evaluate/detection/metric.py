@@ -15,7 +15,7 @@ from train.config import autocast
 from train.distributed import gather_objects, is_main, rank, together, world_size
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.model import Detector
-from train.evaluate.detection.views import image_of, masks_of
+from train.evaluate.detection.loader import image_of, masks_of
 
 Found = dict[str, Any]
 """One detection as COCO's result files have it; `bbox` is x, y, width, height."""

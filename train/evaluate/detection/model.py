@@ -20,7 +20,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from pipeline.fused import MEAN, STD
 from schemas import UserError
 from train.encoders import build_encoder, load_encoder, stem_of
-from train.evaluate.detection.heads import C4RoIHeads, RoIHead, in_float32, last_width
+from train.evaluate.detection.roi_heads import C4RoIHeads, RoIHead, in_float32, last_width
 from train.evaluate.detection.masks import Transform
 from train.methods.method import Method, MethodConfig, Setup
 from train.timm_encoders import is_timm_encoder

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from pipeline.recipes import RECIPES
 from tests.train.runs import config, metrics
-from train.feed import SyntheticViews, split
+from train.data import SyntheticViews, split
 from train.methods import MaskCoConfig
 
 CPU = torch.device("cpu")
@@ -52,5 +52,5 @@ def test_maskco_trains_on_made_up_batches(tmp_path):
         "", tmp_path, synthetic=20, recipe=RECIPES["maskco"], method=MaskCoConfig(queue=20),
         crop_size=56, epochs=1, log_steps=1,
     )  # fmt: skip
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert [row["regions_valid"] for row in metrics(tmp_path)] == [1, 1]

@@ -12,20 +12,20 @@ from schemas import UserError
 from schemas.cli import TerminatedError
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, default_settings, settings_of
-from train.describe import introduction, metadata_of, write_start
+from train.run_info import introduction, metadata_of, write_start
 from train.distributed import gather_objects, is_main, together, world_size
 from train.encoders import save_encoder
-from train.evaluate.during import KnnDuringTraining
-from train.failure import LossWatch
-from train.feed import Feed
-from train.files import dump
-from train.interrupt import STATUS, Interrupt
-from train.job import Job, prepare
-from train.meter import Meter
+from train.knn import KnnDuringTraining
+from train.nan_guard import LossWatch
+from train.data import Feed
+from train.config_io import dump
+from train.preemption import STATUS, Interrupt
+from train.trainer import Job, prepare
+from train.metrics_logger import Meter
 from train.methods import Method
 from train.optim import learning_rate
-from train.record import Record, disk_has_room
-from train.step import Step
+from train.metrics_logger import Record, disk_has_room
+from train.training_step import Step
 
 LOCK_SECONDS = 30
 """How long a run waits for one that is just ending in the same folder."""

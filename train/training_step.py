@@ -15,7 +15,7 @@ from train.config import TrainConfig, autocast
 from train.distributed import mean_in_rank_order, world_size
 from train.encoders import compile_encoder_
 from train.methods import Method
-from train.norm import synchronised
+from train.sync_bn import synchronised
 from train.optim import build_optimizer
 from train.timm_encoders import is_timm_encoder
 

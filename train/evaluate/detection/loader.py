@@ -109,7 +109,7 @@ def as_lists(batch: list[Sample | UserError]) -> list[tuple[Any, ...]] | UserErr
 
 
 class DetectionViews:
-    """What the training loop asks of a loader (`train.feed.Views`).
+    """What the training loop asks of a loader (`train.data.Views`).
 
     Pictures are shuffled anew in each pass; a batch may lie across two of them. An epoch of the
     loop is `unit` steps, whatever the number of pictures.

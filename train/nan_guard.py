@@ -14,8 +14,8 @@ from pipeline import Batch
 from schemas import UserError
 from train.checkpoint import rank_file, write
 from train.distributed import all_mean, fail, is_main, rank, together
-from train.feed import Feed
-from train.step import Step
+from train.data import Feed
+from train.training_step import Step
 
 
 class LossWatch:

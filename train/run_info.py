@@ -15,7 +15,7 @@ import torch
 from pipeline.cache import network_mount
 from train.config import TrainConfig, recipe_name, settings_of
 from train.distributed import world_size
-from train.feed import Views
+from train.data import Views
 from train.methods import Method
 
 PACKAGES = ("saliency-shards", "torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy")

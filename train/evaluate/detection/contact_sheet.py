@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from pipeline.sheet import TILE, Tile, fit_into_tile, page, png
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.metric import Found
-from train.evaluate.detection.views import masks_of
+from train.evaluate.detection.loader import masks_of
 
 SHOWN = 12
 LEAST_SCORE = 0.5
