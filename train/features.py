@@ -1,4 +1,4 @@
-"""Images -> features of a frozen encoder."""
+"""Extract features of labeled images with a frozen encoder."""
 
 from dataclasses import replace
 
@@ -12,38 +12,39 @@ from train.config import autocast, pick_precision
 from train.distributed import gather_uneven, is_main, rank, world_size
 
 
-def labelled(url: str) -> ShardDataset:
-    """Open a dataset to evaluate on. Raises UserError when it has none or one class."""
+def open_labeled(url: str) -> ShardDataset:
+    """Open a dataset to evaluate on. Raise UserError if labels are missing or all equal."""
     dataset = ShardDataset.open(url)
     if len(dataset) == 0:
         raise UserError(f"{url}: holds no images")
     labels = dataset.samples["label"].to_pylist()
-    unlabelled = sum(label < 0 for label in labels)
-    if unlabelled:
+    unlabeled = sum(label < 0 for label in labels)
+    if unlabeled:
         raise UserError(
-            f"{url}: {unlabelled} of {len(dataset)} images have no label; an evaluation needs "
-            "labelled ones (DATASET=folder takes the names of the subfolders)"
+            f"{url}: {unlabeled} of {len(dataset)} images have no label; an evaluation needs "
+            "labels (DATASET=folder takes the names of the subfolders)"
         )
     if len(set(labels)) == 1:
-        raise UserError(f"{url}: has images of one class alone; an accuracy on it says nothing")
+        raise UserError(f"{url}: all images have the same class; an accuracy on it says nothing")
     return dataset
 
 
-def labelled_pair(url: str, test_url: str | None) -> tuple[ShardDataset, ShardDataset | None]:
-    """Open what is known and what is to be classified. Raises UserError if their classes differ."""
-    known, asked = labelled(url), labelled(test_url) if test_url else None
-    if asked is not None and asked.classes != known.classes:
+def open_labeled_pair(url: str, test_url: str | None) -> tuple[ShardDataset, ShardDataset | None]:
+    """Open the training and the test set. Raise UserError if their classes differ."""
+    train_set = open_labeled(url)
+    test_set = open_labeled(test_url) if test_url else None
+    if test_set is not None and test_set.classes != train_set.classes:
         raise UserError(f"{test_url}: has other classes than {url}")
-    return known, asked
+    return train_set, test_set
 
 
-def recipe_of(metadata: dict[str, str]) -> Recipe:
-    """How an encoder is shown whole images: its own crop size, and its own recipe's filter.
+def build_eval_recipe(metadata: dict[str, str]) -> Recipe:
+    """Build the recipe for evaluation images: the encoder's crop size and its high-pass filter.
 
-    An encoder that was pretrained on high-pass images is evaluated on such, train and test images
-    alike (released code of saliency-guided masking, main_lincls.py); any other on plain ones.
+    An encoder that was pretrained on high-pass images is trained and tested on high-pass images
+    (released code of saliency-guided masking, main_lincls.py); any other on unfiltered ones.
     """
-    return unmasked(
+    return remove_masks(
         Recipe(
             crop_size=int(metadata["crop_size"]),
             grid=1,
@@ -55,15 +56,15 @@ def recipe_of(metadata: dict[str, str]) -> Recipe:
     )
 
 
-def unmasked(recipe: Recipe) -> Recipe:
-    """The recipe without its masks: its crop size and its filter stay."""
+def remove_masks(recipe: Recipe) -> Recipe:
+    """Return the recipe without its masks; crop size and high-pass filter stay."""
     return replace(recipe, fill="none", hard_negatives=0)
 
 
-def plain_views(
+def open_eval_views(
     url: str, recipe: Recipe, device: torch.device, batch_size: int, cache: Cache | None = None
 ) -> EvalViews:
-    """This rank's share of a dataset: centre crops at the recipe's size, through its filter."""
+    """Open this rank's share of a dataset: center crops at the recipe's size, with its filter."""
     return EvalViews(
         url,
         batch_size=batch_size,
@@ -77,7 +78,7 @@ def plain_views(
 
 
 @torch.inference_mode()
-def extract(
+def extract_features(
     encoder: nn.Module,
     recipe: Recipe,
     url: str,
@@ -86,20 +87,20 @@ def extract(
     precision: str = "auto",
     cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features of every image of a dataset, centre-cropped; batch statistics are frozen.
+    """Compute pooled features of the center crop of every image; batch statistics are frozen.
 
-    The short side is resized to 256 / 224 of the crop before, as the field does. Ranks share the
-    images; called by all of them.
+    The short side is first resized to 256 / 224 of the crop, as is usual. Ranks share the images,
+    and all of them must call it.
 
     Args:
-        encoder: (N, 3, H, W) -> (N, D). Is left in evaluation mode.
-        recipe: its crop size and its filter count.
-        batch_size: images at a time on this rank; changes no result.
+        encoder: (N, 3, H, W) -> (N, D). Stays in evaluation mode afterwards.
+        recipe: provides the crop size and the high-pass filter.
+        batch_size: images per forward pass on this rank; does not change the result.
 
     Returns:
-        Features (N, D) float32, L2-normalised, and labels (N,) int64, on the device, on all ranks.
+        Features (N, D) float32, L2-normalized, and labels (N,) int64, on the device, on all ranks.
     """
-    views = plain_views(url, recipe, device, batch_size, cache)
+    views = open_eval_views(url, recipe, device, batch_size, cache)
     encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
     precision = pick_precision(precision, device)
     features, labels = [], []

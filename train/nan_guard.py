@@ -1,4 +1,4 @@
-"""A loss that is not a number: stop, and leave what a person needs to find out why."""
+"""Stop at a loss that is not finite, and save what is needed to find out why."""
 
 import math
 from collections.abc import Iterator
@@ -12,50 +12,52 @@ from torch import Tensor
 
 from pipeline import Batch
 from schemas import UserError
-from train.checkpoint import rank_file, write
-from train.distributed import all_mean, fail, is_main, rank, together
-from train.data import Feed
-from train.training_step import Step
+from train.checkpoint import get_rank_file, write_state
+from train.data import BatchStream
+from train.distributed import all_mean_, exit_all_ranks, is_main, raise_on_all_ranks, rank
+from train.training_step import TrainingStep
 
 
-class LossWatch:
-    """Looks at the losses of the steps since it last did; only then does the host wait.
+class NanGuard:
+    """Collects the losses of steps and checks them together, so the host rarely waits.
 
-    RUN/failed/step-N/ then holds state.pt (weights, queue and optimisers as they are: right before
-    the update of step N when N is the newest, else after later ones) and of each rank
-    rank-0000.pt: the keys of step N's samples and, of the newest step, the views.
+    On a bad loss, RUN/failed/step-N/ gets state.pt (weights, queue and optimizers as they are now:
+    before the update of step N if N is the newest step, else after later ones) and, from each
+    rank, rank-0000.pt: the keys of step N's samples and, if N is the newest step, its views.
     """
 
-    def __init__(self, step: Step, feed: Feed, out: Path) -> None:
-        self.step, self.feed, self.out = step, feed, out
+    def __init__(self, step: TrainingStep, stream: BatchStream, out: Path) -> None:
+        self.step, self.stream, self.out = step, stream, out
         self.pending: list[Tensor] = []
 
-    def note(self, scalars: dict[str, Tensor]) -> None:
-        """A step that is done, to be looked at later."""
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Remember the loss of a finished step for the next check."""
         losses = [value for name, value in scalars.items() if name.endswith("loss")]
-        self.pending.append(torch.stack(losses).sum())  # of all players: one bad one shows
+        self.pending.append(torch.stack(losses).sum())  # over all groups: one bad loss shows
 
     def check(self, number: int, scalars: dict[str, Tensor]) -> None:
-        """Stop all ranks if step `number`, under way, or one that was noted has a bad loss.
+        """Stop all ranks if the loss of the running step `number` or of a pending one is bad.
 
         Raises:
             UserError: on rank 0; the other ranks exit with status 2.
         """
-        losses = all_mean(torch.stack([*self.pending, scalars["loss"].detach()])).tolist()
+        losses = all_mean_(torch.stack([*self.pending, scalars["loss"].detach()])).tolist()
         first = number - len(losses) + 1
         self.pending.clear()
-        for bad, loss in enumerate(losses, first):
+        for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                self.stop(bad, loss, newest=number)
+                self.stop(step, loss, newest=number)
 
     def stop(self, number: int, loss: float, newest: int) -> None:
         folder = self.out / "failed" / f"step-{number:08d}"
-        with together(), told_anyway(number, loss):
+        with raise_on_all_ranks(), explain_failed_dump(number, loss):
             folder.mkdir(parents=True, exist_ok=True)
-            last = self.feed.last
-            views = tensors_of(last) if last is not None and number == newest else None
-            keys = self.feed.keys[number - newest - 1]
-            write(folder / rank_file(rank()), {"step": number, "keys": keys, "views": views})
+            last = self.stream.last
+            views = collect_tensors(last) if last is not None and number == newest else None
+            keys = self.stream.keys[number - newest - 1]
+            write_state(
+                folder / get_rank_file(rank()), {"step": number, "keys": keys, "views": views}
+            )
             if is_main():
                 state = {
                     "step": number,
@@ -64,19 +66,19 @@ class LossWatch:
                     "model": self.step.method.state_dict(),
                     "optimizer": self.step.state_dict(),
                 }
-                write(folder / "state.pt", state)
-        later = "" if number == newest else f" (--log-steps 1 stops right at step {number})"
-        fail(
-            f"the loss of step {number} is {loss}; its images' keys and the state are in "
-            f"{folder}.\nWith another --out, try a lower rate, a warm-up or --precision fp32; the "
-            "same command goes on from the last checkpoint, of an earlier step, with the same "
-            f"batches{later}"
+                write_state(folder / "state.pt", state)
+        hint = "" if number == newest else f" (--log-steps 1 stops right at step {number})"
+        exit_all_ranks(
+            f"the loss of step {number} is {loss}; the keys of its images and the state are in "
+            f"{folder}.\nWith another --out, try a lower learning rate, a warm-up or --precision "
+            "fp32; the same command resumes from the last checkpoint, at an earlier step, with the "
+            f"same batches{hint}"
         )
 
 
 @contextmanager
-def told_anyway(number: int, loss: float) -> Iterator[None]:
-    """Where there is no room for the state, at least say why it was to be written."""
+def explain_failed_dump(number: int, loss: float) -> Iterator[None]:
+    """If the state cannot be written, still report why it was to be written."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -85,13 +87,13 @@ def told_anyway(number: int, loss: float) -> Iterator[None]:
         ) from error
 
 
-def tensors_of(batch: Batch) -> dict[str, Any]:
-    """The tensors of a batch by name, and lists of tensors, on the CPU."""
-    found: dict[str, Any] = {}
+def collect_tensors(batch: Batch) -> dict[str, Any]:
+    """Return the tensors of a batch by name, and its lists of tensors, on the CPU."""
+    tensors: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
-            found[field.name] = value.cpu()
+            tensors[field.name] = value.cpu()
         elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-            found[field.name] = [each.cpu() for each in value]
-    return found
+            tensors[field.name] = [item.cpu() for item in value]
+    return tensors

@@ -1,6 +1,6 @@
-"""SIGTERM and SIGUSR1, as a cluster sends them before it takes a machine back: save, then end.
+"""Preemption: SIGTERM and SIGUSR1, which a cluster sends before it takes a machine back.
 
-SIGINT (Ctrl-C) likewise, once; the second one ends at once.
+The run saves a checkpoint and ends. SIGINT (Ctrl-C) does the same once; a second one ends at once.
 """
 
 import signal
@@ -17,22 +17,22 @@ from train.distributed import world_size
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 STATUS = 75
-"""Exit status of a run that was stopped and has saved (EX_TEMPFAIL of sysexits.h): go on later."""
+"""Exit status of a run that was preempted and has saved (EX_TEMPFAIL of sysexits.h)."""
 
 
-class Interrupt:
-    """Whether this process was asked to stop."""
+class PreemptionListener:
+    """Notices the signals that ask this process to stop, and tells all ranks."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.question: tuple[torch.Tensor, Any] | None = None
+        self.is_requested = False
+        self.pending: tuple[torch.Tensor, Any] | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note the signals within the block instead of dying of them."""
+    def listen(self) -> Iterator[None]:
+        """Note the signals within this block instead of dying from them."""
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.asked = True
+            self.is_requested = True
             if number == signal.SIGINT:
                 signal.signal(number, before[signal.SIGINT])
 
@@ -43,19 +43,19 @@ class Interrupt:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def anywhere(self) -> bool:
-        """Whether any rank was asked; called once a step by all of them, who get one answer.
+    def poll_all_ranks(self) -> bool:
+        """Return whether any rank was asked to stop, the same answer on all ranks.
 
-        With several ranks the question of this step is answered at the next one, so that nobody
-        waits for it.
+        Every rank must call it once per step. With several ranks, the answer to a step's question
+        is returned at the next step, so that nobody waits for it.
         """
         if world_size() == 1:
-            return self.asked
+            return self.is_requested
         answer = False
-        if self.question is not None:
-            asked, work = self.question
+        if self.pending is not None:
+            flag, work = self.pending
             work.wait()
-            answer = bool(asked)
-        asked = torch.tensor(int(self.asked))
-        self.question = asked, dist.all_reduce(asked, op=dist.ReduceOp.MAX, async_op=True)
+            answer = bool(flag)
+        flag = torch.tensor(int(self.is_requested))
+        self.pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
         return answer
