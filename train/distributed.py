@@ -31,7 +31,7 @@ def is_main() -> bool:
 
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
-    """Gather the rows of all ranks in rank order, no gradient: (N, ...) -> (world size * N, ...)."""
+    """Gather the rows of all ranks in rank order, no gradient: (N, ...) -> (ranks * N, ...)."""
     if world_size() == 1:
         return x
     rows = x.new_empty((world_size() * len(x), *x.shape[1:]))
@@ -116,7 +116,7 @@ def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Fut
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the values of all ranks, in rank order, on every rank. They are pickled: keep small."""
+    """Return the values of all ranks in rank order on every rank. Keep small: they are pickled."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

@@ -124,7 +124,7 @@ PRESETS: dict[str, Preset] = {
             "hue": 0.15,
         },
     ),
-    # MaskCo (Zhao et al., ICCV 2021): its own numbers were not available to us; these are MoCo v2's.
+    # MaskCo (Zhao et al., ICCV 2021): its numbers were not available to us; these are MoCo v2's.
     "maskco": Preset(
         TrainConfig(
             method=MaskCoConfig(), recipe=RECIPES["maskco"], optim=OptimConfig(base_lr=0.03)
