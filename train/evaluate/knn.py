@@ -1,79 +1,82 @@
-"""The command `knn`: weighted kNN accuracy of a frozen encoder."""
+"""The command `knn`: measure the weighted kNN accuracy of a frozen encoder."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from torch import nn
 
-from train.config import cache_of
-from train.distributed import is_main, together
-from train.encoders import load_encoder, untrained_encoder
+from train.config import make_cache
+from train.distributed import is_main, raise_on_all_ranks
+from train.encoders import build_untrained_encoder, load_encoder
 from train.evaluate import results
-from train.features import extract, labelled_pair, recipe_of
-from train.knn import NEIGHBOURS, TEMPERATURE, check_neighbours, knn_accuracy
+from train.features import build_eval_recipe, extract_features, open_labeled_pair
+from train.knn import NEIGHBORS, TEMPERATURE, check_neighbors, knn_accuracy
 from train.process_group import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnOptions:
-    """Weighted kNN accuracy of a frozen encoder."""
+    """Measure the weighted kNN accuracy of a frozen encoder."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
+    """Folder of a run, or a file of weights: encoder.safetensors or a foreign checkpoint."""
     data: str = tyro.MISSING
-    """Labelled shards whose images are the neighbours."""
+    """Labeled shards whose images are the neighbors."""
     test_data: str | None = None
-    """Labelled shards to classify; without it `data` itself, leaving each image itself out."""
+    """Labeled shards to classify; by default `data` itself, leave-one-out."""
     baseline: bool = False
     """Also evaluate the same architecture untrained, on the same images."""
-    neighbours: tuple[int, ...] = NEIGHBOURS
-    """Numbers of neighbours that vote, one accuracy each."""
+    neighbors: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--neighbours",))] = NEIGHBORS
+    """Numbers of voting neighbors; one accuracy is reported for each."""
     batch_size: int = 64
-    """Images at a time on each process; changes no result."""
+    """Images per forward pass on each process; does not change the result."""
     seed: int = 0
-    """Of the untrained encoder's weights."""
+    """Random seed for the weights of the untrained encoder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where torch finds a GPU."""
+    """auto: cuda if torch finds a GPU, else cpu."""
     cache: str | None = None
-    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
-    a remote dataset when not given. A local dataset is copied to it only if it is given."""
+    """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
+    a remote dataset and none for a local one."""
     cache_gb: float | None = None
-    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
+    """Size limit of that folder in GB of 10^9 bytes; by default half of the free disk."""
 
 
 def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
-    """Evaluate, append to results.jsonl beside the encoder, and return the rows; on all ranks.
+    """Evaluate, append rows to results.jsonl beside the encoder, return them; on all ranks.
 
     Raises:
-        UserError: encoder, data or options do not fit.
+        UserError: unsuitable encoder, data or options.
     """
-    with together():
+    with raise_on_all_ranks():
         device = pick_device(options.device)
         torch.backends.cuda.matmul.allow_tf32 = False  # similarities decide between neighbours
         encoder, metadata, path = load_encoder(options.encoder)
-        train, test = labelled_pair(options.data, options.test_data)
-        check_neighbours(options.neighbours, len(train) - (test is None))
+        train, test = open_labeled_pair(options.data, options.test_data)
+        check_neighbors(options.neighbors, len(train) - (test is None))
 
     encoders: list[tuple[str, nn.Module]] = [("trained", encoder)]
     if options.baseline:
-        encoders.append(("untrained", untrained_encoder(metadata, options.seed)))
-    recipe = recipe_of(metadata)
-    cache = cache_of(options.cache, options.cache_gb)
+        encoders.append(("untrained", build_untrained_encoder(metadata, options.seed)))
+    recipe = build_eval_recipe(metadata)
+    cache = make_cache(options.cache, options.cache_gb)
 
-    def features(model: nn.Module, url: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return extract(model, recipe, url, device, options.batch_size, cache=cache)
+    def extract(model: nn.Module, url: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return extract_features(model, recipe, url, device, options.batch_size, cache=cache)
 
     rows: list[dict[str, Any]] = []
     for weights, model in encoders:
-        known = features(model, options.data)
-        asked = features(model, options.test_data) if options.test_data else None
+        train_features = extract(model, options.data)
+        test_features = extract(model, options.test_data) if options.test_data else None
         accuracy = knn_accuracy(
-            known, asked, classes=len(train.classes), neighbours=options.neighbours
+            train_features,
+            test_features,
+            classes=len(train.classes),
+            neighbors=options.neighbors,
         )
         rows.append(
-            results.row_of(
+            results.build_row(
                 "knn",
                 metadata,
                 train,
@@ -85,14 +88,14 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
                 seed=options.seed,
             )
         )
-    with together():
+    with raise_on_all_ranks():
         if is_main():
             results.append(path.parent, rows)
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a few lines for a person."""
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Format the rows as a small table for the terminal."""
     first = rows[0]
     names = list(first["accuracy"])
     lines = [

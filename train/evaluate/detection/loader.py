@@ -1,4 +1,4 @@
-"""Batches of pictures for a detector, endless and exactly resumable."""
+"""Load batches of pictures for a detector, endlessly and exactly resumable."""
 
 import random
 from collections.abc import Iterator
@@ -27,92 +27,94 @@ class DetectionBatch:
 
 
 Sample = tuple[Tensor, dict[str, Tensor], str]
-"""Of a picture: the image, its target, its key."""
+"""Image, target and key of a picture."""
 
 
-def image_of(one: Picture) -> Tensor:
-    """(3, H, W) float32 in 0 .. 1; EXIF orientation is left alone, as annotations mean it.
+def load_image(picture: Picture) -> Tensor:
+    """Load a picture as (3, H, W) float32 in 0 .. 1.
+
+    EXIF orientation is not applied, because annotations refer to the stored pixels.
 
     Raises:
-        UserError: it cannot be decoded, or is not as large as its annotation says.
+        UserError: the picture cannot be decoded, or its size is not that of its annotation.
     """
     try:
-        with Image.open(one.path) as image:
+        with Image.open(picture.path) as image:
             pixels = pil_to_tensor(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{one.path}: cannot be decoded ({error})") from error
+        raise UserError(f"{picture.path}: cannot be decoded ({error})") from error
     _, height, width = pixels.shape
-    if (height, width) != one.size:
+    if (height, width) != picture.size:
         raise UserError(
-            f"{one.path}: has {height} x {width} pixels, but {one.size[0]} x {one.size[1]} by its "
-            "annotation"
+            f"{picture.path}: has {height} x {width} pixels, but {picture.size[0]} x "
+            f"{picture.size[1]} by its annotation"
         )
     return pixels.float().div_(255)
 
 
-def masks_of(one: Picture) -> np.ndarray:
-    """(n, H, W) uint8: polygons and run lengths as pixels."""
-    height, width = one.size
-    found = []
-    for mask in one.masks:
+def decode_masks(picture: Picture) -> np.ndarray:
+    """Decode polygons and run lengths to pixels: (n, H, W) uint8."""
+    height, width = picture.size
+    decoded = []
+    for mask in picture.masks:
         encoded = mask
         if isinstance(mask, list):
             encoded = coco_mask.merge(coco_mask.frPyObjects(mask, height, width))
         elif isinstance(mask["counts"], list):
             encoded = coco_mask.frPyObjects(mask, height, width)
-        found.append(coco_mask.decode(encoded))
-    return np.stack(found) if found else np.zeros((0, height, width), np.uint8)
+        decoded.append(coco_mask.decode(encoded))
+    return np.stack(decoded) if decoded else np.zeros((0, height, width), np.uint8)
 
 
-class Flipped(Dataset):
-    """(place in the stream, picture) -> image and target, half of them mirrored.
+class FlipDataset(Dataset):
+    """(position in the stream, picture) -> image and target, half of them mirrored.
 
-    Whether is drawn from the seed and the place alone, so that workers do not matter.
+    The flip depends only on the seed and the position, so workers do not change it.
     """
 
     def __init__(self, pictures: list[Picture], masks: bool, seed: int) -> None:
         self.pictures, self.masks, self.seed = pictures, masks, seed
 
     def __getitem__(self, item: tuple[int, int]) -> Sample | UserError:
-        """An error is returned: torch would put a worker's traceback into its message."""
+        """Load a sample, or return the error; a raised one would get a worker's traceback."""
         try:
-            return self.sample(*item)
+            return self.load_sample(*item)
         except UserError as error:
             return error
 
-    def sample(self, place: int, index: int) -> Sample:
-        one = self.pictures[index]
-        image = image_of(one)
-        kept = one.trains
-        boxes = torch.from_numpy(one.boxes[kept])
-        target = {"boxes": boxes, "labels": torch.from_numpy(one.labels[kept])}
+    def load_sample(self, position: int, index: int) -> Sample:
+        picture = self.pictures[index]
+        image = load_image(picture)
+        kept = picture.trains
+        boxes = torch.from_numpy(picture.boxes[kept])
+        target = {"boxes": boxes, "labels": torch.from_numpy(picture.labels[kept])}
         if self.masks:
-            target["masks"] = torch.from_numpy(masks_of(one)[kept])
-        if random.Random(f"{self.seed} {place}").random() < 0.5:
+            target["masks"] = torch.from_numpy(decode_masks(picture)[kept])
+        if random.Random(f"{self.seed} {position}").random() < 0.5:
             image = image.flip(2)
             x0, y0, x1, y1 = boxes.unbind(1)
             width = image.shape[2]
             target["boxes"] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
             if self.masks:
                 target["masks"] = target["masks"].flip(2)
-        return image, target, one.path.stem
+        return image, target, picture.path.stem
 
 
-def as_lists(batch: list[Sample | UserError]) -> list[tuple[Any, ...]] | UserError:
-    """Samples as images, targets, keys; or the first error among them."""
+def collate(batch: list[Sample | UserError]) -> list[tuple[Any, ...]] | UserError:
+    """Collate samples into images, targets and keys; return the first error if there is one."""
     samples = []
-    for one in batch:
-        if isinstance(one, UserError):
-            return one
-        samples.append(one)
+    for sample in batch:
+        if isinstance(sample, UserError):
+            return sample
+        samples.append(sample)
     return list(zip(*samples, strict=True))
 
 
-class DetectionViews:
-    """What the training loop asks of a loader (`train.data.Views`).
+class DetectionLoader:
+    """Loader for the trainer (see `train.data.Views`).
 
-    Pictures are shuffled anew in each pass; a batch may lie across two of them. An epoch of the
-    loop is `unit` steps, whatever the number of pictures.
+    Pictures are shuffled again in each pass; a batch may span two passes. An epoch of the trainer
+    has `epoch_steps` steps, whatever the number of pictures.
     """
 
     cache_description = ""
@@ -122,53 +124,53 @@ class DetectionViews:
         data: Pictures,
         *,
         batch_size: int,
-        unit: int,
+        epoch_steps: int,
         workers: int,
         device: torch.device,
         rank: int,
         world_size: int,
         seed: int,
     ) -> None:
-        self.pictures = data.trainable()
+        self.pictures = data.select_trainable()
         self.samples, self.dropped = len(self.pictures), 0
-        self.unit, self.device, self.seed, self.step = unit, device, seed, 0
+        self.epoch_steps, self.device, self.seed, self.step = epoch_steps, device, seed, 0
         self.share = (batch_size, rank, world_size)
         self.workers = workers
-        self.set = Flipped(self.pictures, data.masks, seed)
-        self.stream: Iterator[Any] | None = None
+        self.dataset = FlipDataset(self.pictures, data.masks, seed)
+        self.batches: Iterator[Any] | None = None
 
     def __len__(self) -> int:
-        return self.unit
+        return self.epoch_steps
 
-    def order(self) -> Iterator[list[tuple[int, int]]]:
-        """Batches of (place, picture) of this rank, from the step under way on."""
+    def iterate_order(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield batches of (position, picture) for this rank, from the current step on."""
         size, rank, world_size = self.share
         step, pass_number, permutation = self.step, -1, torch.empty(0)
         while True:
             batch = []
             for number in range(size):
-                place = (step * world_size + rank) * size + number
-                if place // self.samples != pass_number:
-                    pass_number = place // self.samples
+                position = (step * world_size + rank) * size + number
+                if position // self.samples != pass_number:
+                    pass_number = position // self.samples
                     generator = torch.Generator().manual_seed(1_000_003 * self.seed + pass_number)
                     permutation = torch.randperm(self.samples, generator=generator)
-                batch.append((place, int(permutation[place % self.samples])))
+                batch.append((position, int(permutation[position % self.samples])))
             yield batch
             step += 1
 
     def __iter__(self) -> Iterator[DetectionBatch]:
-        if self.stream is None:
-            order: Any = self.order()
+        if self.batches is None:
+            order: Any = self.iterate_order()
             loader = DataLoader(
-                self.set,
+                self.dataset,
                 batch_sampler=order,
                 num_workers=self.workers,
-                collate_fn=as_lists,
-                generator=torch.Generator(),  # so that making it draws nothing of torch's own
+                collate_fn=collate,
+                generator=torch.Generator(),  # keeps torch's global generator untouched
             )
-            self.stream = iter(loader)
-        for _ in range(self.unit - self.step % self.unit):
-            batch = next(self.stream)
+            self.batches = iter(loader)
+        for _ in range(self.epoch_steps - self.step % self.epoch_steps):
+            batch = next(self.batches)
             if isinstance(batch, UserError):
                 raise batch
             images, targets, keys = batch
@@ -183,8 +185,8 @@ class DetectionViews:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.stream = state["step"], None
+        self.step, self.batches = state["step"], None
 
     def close(self) -> None:
-        """End the processes that read ahead; torch waits seconds for them when Python ends."""
-        self.stream = None
+        """End the reading processes; otherwise torch waits seconds for them when Python ends."""
+        self.batches = None
