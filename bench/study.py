@@ -19,11 +19,11 @@ from pipeline.recipes import RECIPES, Recipe
 from schemas import ShardDataset, UserError
 from schemas.settings import defaults_of, differences, plain, sentence
 from train.config import TrainConfig
-from train.evaluate import linear, neighbours, results, tables
-from train.trainer import train
+from train.evaluate import knn, linear, results, tables
 from train.methods import ADIOSConfig, MaskCoConfig, MoCoConfig, SimCLRConfig
-from train.optim import OptimConfig
 from train.metrics_logger import is_step
+from train.optim import OptimConfig
+from train.trainer import train
 
 FILLS = ("hp", "blur", "mean")
 OF_A_CALL = {"shards", "out", "arms", "seeds", "device"}
@@ -180,15 +180,15 @@ def evaluate(options: Options, folder: Path, sets: dict[str, tuple[str, str]], s
     for name, (known, asked) in sets.items():
         digest = ShardDataset.open(known).digest
         if not name and ("knn", digest) not in had:
-            knn = neighbours.KnnOptions(
+            knn_options = knn.KnnOptions(
                 encoder=str(folder),
                 data=known,
                 test_data=asked,
-                neighbours=options.neighbours,
+                neighbors=options.neighbours,
                 batch_size=options.batch_size,
                 device=options.device,
             )
-            print(neighbours.table(neighbours.evaluate(knn)))
+            print(knn.format_table(knn.evaluate(knn_options)))
         if ("linear", digest) not in had:
             probe = linear.LinearOptions(
                 encoder=str(folder),
@@ -199,7 +199,7 @@ def evaluate(options: Options, folder: Path, sets: dict[str, tuple[str, str]], s
                 seed=seed,
                 device=options.device,
             )
-            print(linear.sentence(linear.evaluate(probe)))
+            print(linear.format_result(linear.evaluate(probe)))
 
 
 def report(options: Options) -> str:
@@ -213,11 +213,11 @@ def report(options: Options) -> str:
             "Mean ± standard deviation over seeds. All arms share these settings: "
             + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "out")
             + ".",
-            tables.table(rows, "knn"),
-            tables.table(rows, "linear"),
+            tables.format_table(rows, "knn"),
+            tables.format_table(rows, "linear"),
             "Which branch is masked, without hard negatives:",
-            tables.branch_table(
-                [r for r in rows if tables.setting(r, "recipe.hard_negatives") == 0],
+            tables.format_branch_table(
+                [r for r in rows if tables.get_setting(r, "recipe.hard_negatives") == 0],
                 "linear",
                 data,
             ),
@@ -253,7 +253,7 @@ def plot(rows: Sequence[dict[str, Any]], data: str, path: Path) -> None:
     chosen = [row for row in rows if row["protocol"] == "linear" and row["data"] == data]
     values: dict[str, list[float]] = {}
     for row in chosen:
-        values.setdefault(tables.name_of(row), []).append(tables.headline(row))
+        values.setdefault(tables.name_training(row), []).append(tables.get_headline(row))
     figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(values) + 1.2), layout="constrained")
     for place, found in enumerate(values.values()):
         axes.barh(place, statistics.mean(found), color="#9ecae1")

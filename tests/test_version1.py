@@ -28,8 +28,8 @@ from schemas.storage import Store
 from schemas.tables import SAMPLES_SCHEMA, from_parquet
 from tests.train.ranks import add_tiny_encoders
 from tests.train.runs import metrics
-from train.checkpoint import Checkpoints, read, write
-from train.config import TrainConfig, default_settings, resolved, settings_of
+from train.checkpoint import Checkpoints, read_state, write_state
+from train.config import TrainConfig, collect_default_settings, collect_settings, resolve_config
 from train.methods import MoCoConfig, SimCLRConfig
 
 FIXTURES = Path(__file__).parent / "fixtures" / "version1"
@@ -221,18 +221,18 @@ def config(out: Path, **changes) -> TrainConfig:
 
 def kept(step: int) -> tuple[Path, dict]:
     folder = FIXTURES / "run" / "checkpoints" / f"step-{step:08d}"
-    return folder, read(folder / "state.pt")
+    return folder, read_state(folder / "state.pt")
 
 
 def checkpoints(given: TrainConfig) -> Checkpoints:
     """As `train.trainer` makes them for a run of today."""
-    decided = resolved(given, torch.device("cpu"))
-    settings = settings_of(decided, ShardDataset.open(given.data).digest)
+    decided = resolve_config(given, torch.device("cpu"))
+    settings = collect_settings(decided, ShardDataset.open(given.data).digest)
     return Checkpoints(
         folder=Path(given.out) / "checkpoints",
         keep=2,
         settings=settings | {"steps_per_epoch": 3},
-        defaults=default_settings(type(given.method), given, decided),
+        defaults=collect_default_settings(type(given.method), given, decided),
     )
 
 
@@ -272,10 +272,10 @@ def test_a_training_goes_on_from_where_an_epoch_ended(tmp_path: Path):
     """Also where the checkpoint's version did not know options that there are today."""
     folder = tmp_path / "checkpoints" / "step-00000003"
     shutil.copytree(FIXTURES / "run" / "checkpoints" / folder.name, folder)
-    state = read(folder / "state.pt")
+    state = read_state(folder / "state.pt")
     for name in ("recipe.region_choice", "recipe.region_candidates", "stem", "optim.trust_clip"):
         del state["settings"][name]
-    write(folder / "state.pt", state)
+    write_state(folder / "state.pt", state)
     train.trainer.train(config(tmp_path))
     assert [row["step"] for row in metrics(tmp_path)] == [4, 5, 6]
 

@@ -34,6 +34,6 @@ def shards(tmp_path_factory) -> str:
 def run(shards, tmp_path_factory) -> Path:
     """A short run, never stopped; others are compared with it."""
     out = tmp_path_factory.mktemp("run")
-    knn = KnnConfig(data=shards, neighbours=(1, 5), epochs=1)
+    knn = KnnConfig(data=shards, neighbors=(1, 5), epochs=1)
     train.trainer.train(config(shards, out, knn=knn))
     return out

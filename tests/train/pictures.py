@@ -13,7 +13,7 @@ from train.evaluate.detection.coco import read_coco
 from train.evaluate.detection.command import DetectionOptions, Schedule
 from train.evaluate.detection.data import Pictures
 
-SHORT = Schedule(iterations=8, units=2, drops=(1,))
+SHORT = Schedule(iterations=8, units=2, milestones=(1,))
 """Parts of four steps."""
 
 

@@ -94,7 +94,7 @@ class StopError(Exception):
 @contextmanager
 def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What trains in here dies once `step` is done and before it is logged or saved."""
-    add = train.trainer.Meter.add
+    add = train.trainer.MetricsBuffer.add
 
     def stopping(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
@@ -102,7 +102,7 @@ def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.trainer.Meter, "add", stopping)
+        patch.setattr(train.trainer.MetricsBuffer, "add", stopping)
         with pytest.raises(StopError):
             yield
 
@@ -137,7 +137,7 @@ METHOD_STEPS: dict[str, tuple[MethodConfig, str]] = {
 
 
 def method_step(
-    name: str, device: str, *, accumulate: int = 1, clip: float | None = None
+    name: str, device: str, *, grad_accum_steps: int = 1, clip: float | None = None
 ) -> tuple[TrainConfig, Setup]:
     """Options and setup of a step of `METHOD_STEPS`: ResNet-18, 8 images of 224 pixels, bf16."""
     method, recipe = METHOD_STEPS[name]
@@ -147,10 +147,10 @@ def method_step(
         method=method,
         recipe=RECIPES[recipe],
         crop_size=224,
-        accumulate=accumulate,
+        grad_accum_steps=grad_accum_steps,
         precision="bf16",
         device=device,
     )
     settings = replace(settings, optim=replace(settings.optim, clip_gradient=clip, lr=0.1))
-    setup = Setup(encoder="resnet18", batch_size=8, classes=8, accumulate=accumulate)
+    setup = Setup(encoder="resnet18", batch_size=8, classes=8, grad_accum_steps=grad_accum_steps)
     return settings, setup

@@ -13,14 +13,14 @@ from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
 from tests.train.runs import config, metrics, stopped_after
-from train.__main__ import options
-from train.config import TrainConfig, resolved
+from train.__main__ import parse_command_line
+from train.config import TrainConfig, resolve_config
 from train.distributed import rank, world_size
 from train.methods import ADIOSConfig, Setup
 from train.methods.adios import ADIOS, negative_entropy, sparsity_penalty
 from train.methods.occlusion import OcclusionNet
 from train.optim import OptimConfig
-from train.training_step import Step, placed
+from train.training_step import TrainingStep, prepare_model_
 
 CPU = torch.device("cpu")
 SIDE = 32
@@ -39,11 +39,11 @@ def game(**options) -> ADIOS:
     return config.build(setup)
 
 
-def step_of(method: ADIOS, **optim) -> Step:
+def step_of(method: ADIOS, **optim) -> TrainingStep:
     config = TrainConfig(
         data="", out="", batch_size=4, precision="fp32", optim=OptimConfig(lr=0.1, **optim)
     )
-    return Step(placed(method, config, CPU), config, CPU)
+    return TrainingStep(prepare_model_(method, config, CPU), config, CPU)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_crop_that_cannot_be_halved_is_refused_with_the_nearest():
 def test_sizes_of_cifar_10_and_stl_10_train(side):
     """Of the command line's recipe, which has no cells to divide these sides."""
     argv = ["--data", "d", "--out", "o", "--method", "adios", "--crop-size", str(side)]
-    settings = resolved(replace(options(argv), batch_size=2), CPU)
+    settings = resolve_config(replace(parse_command_line(argv), batch_size=2), CPU)
     assert settings.recipe.crop_size == side
     setup = Setup(encoder="tiny_norm", batch_size=2, crop_size=side)
     method = ADIOSConfig(projection=5, hidden=None).build(setup)
@@ -88,7 +88,7 @@ def test_sizes_of_cifar_10_and_stl_10_train(side):
 
 @pytest.mark.parametrize("channels", [4, 12])
 def test_channels_that_cannot_be_grouped_are_refused(channels):
-    with pytest.raises(UserError, match=rf"--channels {channels}: group norm wants a multiple of"):
+    with pytest.raises(UserError, match=rf"--channels {channels}: group norm needs a multiple of"):
         game(channels=channels)
     assert game(channels=channels, norm="instance")
 
@@ -121,7 +121,7 @@ def test_each_player_moves_its_own_weights_and_statistics(objective, single):
     step([batch_of()], 0.1, watch)  # called before each player's update
     start, between = seen
     end = method.state_dict()
-    assert [player.prefix for player in step.players] == ["", "mask_"]
+    assert [group.prefix for group in step.groups] == ["", "mask_"]
     for name, value in start.items():
         if name.endswith("_extra_state") or "queue" in name:
             continue
@@ -140,7 +140,7 @@ def test_occlusion_network_gains_against_a_frozen_encoder():
     """Its objective after some of its own steps is above that before, on the same images."""
     method = game(single=False, sparsity=0.1)
     method.eval()
-    turn = method.players()[1].module
+    turn = method.optimization_groups()[1].module
     optimizer = torch.optim.SGD(turn.parameters(), lr=0.05)
     before = {name: value.clone() for name, value in method.inner.state_dict().items()}
     objective = []
@@ -205,7 +205,7 @@ def test_the_penalty_drives_masks_back_from_either_side():
 def test_losses_are_the_formula_on_the_masked_views(single):
     """Both turns, from images on: masked pixels are 0 by the drawn mask, a is whole."""
     method, batch = game(single=single, sparsity=0.3, entropy=0.2), batch_of()
-    encoder_turn, occlusion_turn = (player.module for player in method.players())
+    encoder_turn, occlusion_turn = (group.module for group in method.optimization_groups())
     state = {
         name.removeprefix("inner."): value.double().numpy()
         for name, value in method.state_dict().items()
@@ -258,13 +258,13 @@ def test_masks_are_drawn_evenly_and_go_on_from_the_state():
     counts = torch.zeros(4)
     masks = torch.eye(4).view(1, 4, 4, 1).expand(4, 4, 4, SIDE).repeat(1, 1, 8, 1)
     for _ in range(200):
-        (view,) = method.masked(batch_of(), masks)
+        (view,) = method.apply_masks(batch_of(), masks)
         hidden = (view.query[:, 0] == 0).float().mean(dim=2)[:, :4]
         counts += hidden.sum(dim=0)
     assert counts.sum() == 800
     assert counts.min() > 150
     other.load_state_dict(method.state_dict())
-    (one,), (two,) = method.masked(batch_of(), masks), other.masked(batch_of(), masks)
+    (one,), (two,) = method.apply_masks(batch_of(), masks), other.apply_masks(batch_of(), masks)
     assert torch.equal(one.query, two.query)
 
 
@@ -274,7 +274,7 @@ def shared_step(objective):
     config = TrainConfig(
         data="", out="", batch_size=4, precision="fp32", sync_bn=True, optim=OptimConfig(lr=0.1)
     )
-    step = Step(placed(method, config, CPU), config, CPU)
+    step = TrainingStep(prepare_model_(method, config, CPU), config, CPU)
     whole, share = batch_of(), 4 // world_size()
     rows = slice(rank() * share, (rank() + 1) * share)
     part = replace(whole, query=whole.query[rows], key=whole.key[rows], label=whole.label[rows])
@@ -288,7 +288,7 @@ def test_parts_of_a_step_leave_the_weight_of_the_entropy_as_it_is():
     gradients = []
     for parts in (1, 2):
         method = game(entropy=0.3, sparsity=0.0).eval()
-        turn, batch = method.players()[1].module, batch_of()
+        turn, batch = method.optimization_groups()[1].module, batch_of()
         method.masked = lambda batch, masks: iter([replace(batch, query=batch.key)])
         for rows in torch.arange(4).split(4 // parts):
             part = replace(batch, query=batch.query[rows], key=batch.key[rows])

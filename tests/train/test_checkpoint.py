@@ -8,8 +8,8 @@ import torch
 from schemas import UserError
 from train import checkpoint
 from train.checkpoint import Checkpoints
+from train.metrics_logger import drop_lines_after
 from train.optim import OptimConfig, build_optimizer
-from train.metrics_logger import truncate
 
 SETTINGS = {"lr": 0.03, "epochs": 2, "steps_per_epoch": 4}
 
@@ -129,9 +129,9 @@ def test_damage_and_foreign_code_are_refused(tmp_path, capsys):
 def test_metrics_are_cut_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    truncate(path, 2)
+    drop_lines_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    truncate(path, 0)
+    drop_lines_after(path, 0)
     assert path.read_text() == ""
 
 

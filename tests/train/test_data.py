@@ -8,7 +8,7 @@ import torch
 import train.trainer
 from pipeline.recipes import RECIPES
 from tests.train.runs import config, metrics
-from train.data import SyntheticViews, split
+from train.data import SyntheticViews, split_batch
 from train.methods import MaskCoConfig
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_without_regions_there_are_none():
 
 def test_parts_have_the_regions_of_their_own_images():
     batch = made_up("maskco")
-    for number, part in enumerate(split(batch, 2)):
+    for number, part in enumerate(split_batch(batch, 2)):
         rows = slice(2 * number, 2 * number + 2)
         for name in ("query", "key", "query_regions", "key_regions", "region_valid"):
             assert torch.equal(getattr(part, name), getattr(batch, name)[rows]), name

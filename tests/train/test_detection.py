@@ -114,14 +114,14 @@ def train_until_killed(options: command.DetectionOptions, step: int, threads: in
     # as in a process that a person starts; a forkserver's workers would not hear of its end
     set_start_method("fork", force=True)
     command.SCHEDULES["short"] = SHORT
-    add = train.trainer.Meter.add
+    add = train.trainer.MetricsBuffer.add
 
     def dying(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
         if known["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.trainer.Meter.add = dying  # type: ignore[method-assign]
+    train.trainer.MetricsBuffer.add = dying  # type: ignore[method-assign]
     command.evaluate(options)
 
 
@@ -156,10 +156,10 @@ def test_killed_within_a_part_it_goes_on_exactly(tmp_path, root, encoder, monkey
 
 @pytest.mark.slow
 def test_other_data_or_another_encoder_do_not_go_on(root, encoder, monkeypatch):
-    monkeypatch.setitem(command.SCHEDULES, "short", Schedule(iterations=2, units=2, drops=()))
+    monkeypatch.setitem(command.SCHEDULES, "short", Schedule(iterations=2, units=2, milestones=()))
     options = options_of(root, encoder)
     command.evaluate(options)
-    command.prepare(options)  # once more is no other training
+    command.prepare_detection(options)  # once more is no other training
     file = root / "annotations" / "instances_train2017.json"
     before = file.read_text()
     changed(root, "train2017", bbox=[10, 10, 30, 30])
@@ -175,33 +175,33 @@ def test_a_test_set_that_tests_something_else_is_refused(root, encoder):
     options = options_of(root, encoder)
     changed(root, "val2017", segmentation=None)
     with pytest.raises(UserError, match="coco val2017: has no segmentations, but coco train2017"):
-        command.prepare(options)
+        command.prepare_detection(options)
     changed(root, "train2017", segmentation=None)
-    command.prepare(options)  # boxes alone on either side
+    command.prepare_detection(options)  # boxes alone on either side
     path = root / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"annotations": []}))
-    with pytest.raises(UserError, match="coco val2017: no picture has an object to be found"):
-        command.prepare(options)
+    with pytest.raises(UserError, match="coco val2017: no picture has an object to detect"):
+        command.prepare_detection(options)
     crowd = [one | {"iscrowd": 1} for one in content["annotations"]]
     path.write_text(json.dumps(content | {"annotations": crowd}))
-    with pytest.raises(UserError, match="coco val2017: no picture has an object to be found"):
-        command.prepare(options)
+    with pytest.raises(UserError, match="coco val2017: no picture has an object to detect"):
+        command.prepare_detection(options)
     names = [{"id": 3, "name": "green"}, {"id": 7, "name": "blue"}]
     path.write_text(json.dumps(content | {"categories": names}))
     with pytest.raises(UserError, match="coco val2017: has other classes than coco train2017"):
-        command.prepare(options)
+        command.prepare_detection(options)
 
 
 def test_iterations_come_in_equal_parts():
     for schedule in command.SCHEDULES.values():
-        assert schedule.part(None) * schedule.units == schedule.iterations
-    schedule = Schedule(iterations=3000, units=30, drops=())
-    assert schedule.part(60) == 2
+        assert schedule.compute_part(None) * schedule.units == schedule.iterations
+    schedule = Schedule(iterations=3000, units=30, milestones=())
+    assert schedule.compute_part(60) == 2
     for asked, nearest in ((100, "90 or 120"), (29, "30"), (0, "30"), (-60, "30")):
         message = f"--iterations {asked}: the schedule has 30 equal parts; take {nearest}$"
         with pytest.raises(UserError, match=message):
-            schedule.part(asked)
+            schedule.compute_part(asked)
 
 
 AVERAGES = ("AP", "AP50", "AP75")

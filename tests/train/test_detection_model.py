@@ -15,12 +15,12 @@ from train.config import autocast
 from train.encoders import build_encoder, save_encoder
 from train.evaluate.detection import command
 from train.evaluate.detection.data import Picture, Pictures
-from train.evaluate.detection.metric import average_precision, found_in
+from train.evaluate.detection.loader import DetectionBatch, FlipDataset, collate
+from train.evaluate.detection.metric import average_precision, to_coco_format
 from train.evaluate.detection.model import Detector, DetectorConfig
-from train.evaluate.detection.loader import DetectionBatch, Flipped, as_lists
-from train.evaluate.export import detectron2_name
+from train.evaluate.export import to_detectron2_name
 from train.methods import Setup
-from train.training_step import Step
+from train.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -35,7 +35,9 @@ def detector(masks: bool = True, side: int = 64) -> Detector:
 
 def batch_of(data: Pictures) -> DetectionBatch:
     """Its first two pictures."""
-    batch = as_lists([Flipped(data.trainable(), data.masks, 0)[place, place] for place in range(2)])
+    batch = collate(
+        [FlipDataset(data.select_trainable(), data.masks, 0)[place, place] for place in range(2)]
+    )
     assert isinstance(batch, list)
     return DetectionBatch(*map(list, batch))
 
@@ -82,7 +84,7 @@ def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
             for conv in convs:
                 expected |= {f"{stage}.{block}.{conv}.weight"}
                 expected |= {f"{stage}.{block}.{conv}.norm.{x}" for x in NORM}
-    names = {detectron2_name(name) for name in network.state_dict()}
+    names = {to_detectron2_name(name) for name in network.state_dict()}
     assert {name for name in names if not name.endswith("num_batches_tracked")} == expected
     theirs = resnet50().state_dict()
     assert {k: v.shape for k, v in network.state_dict().items()} == {
@@ -131,7 +133,7 @@ def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
         0, Path("a.png"), (480, 640), boxes.numpy(), np.ones(2, np.int64), np.zeros(2, bool),
         np.ones(2, bool), [],
     )  # fmt: skip
-    scores = average_precision(Pictures("t", [one], ("a", "b"), False), found_in(one, found))
+    scores = average_precision(Pictures("t", [one], ("a", "b"), False), to_coco_format(one, found))
     assert scores["box_AP"] == pytest.approx(1)
 
 
@@ -161,9 +163,9 @@ def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
 
 def step_of(options: command.DetectionOptions) -> tuple[list[str], dict[str, Tensor]]:
     """One step of this rank: the pictures that it saw, and its weights and statistics after it."""
-    *_, job = command.prepare(options)
+    *_, job = command.prepare_detection(options)
     batch = next(iter(job.views))
-    Step(job.method, job.config, job.device)([batch], lr=0.01)
+    TrainingStep(job.method, job.config, job.device)([batch], lr=0.01)
     state = {key: x.detach().clone() for key, x in job.method.state_dict().items()}
     return batch.sample_keys, state
 
@@ -177,7 +179,7 @@ def test_two_ranks_make_one_step(tmp_path, two_ranks):
     assert len(keys) == len(other_keys) == 2
     assert not {*keys} & {*other_keys}
     assert all(torch.equal(x, other_state[key]) for key, x in state.items())
-    *_, job = command.prepare(options)
+    *_, job = command.prepare_detection(options)
     before = job.method.state_dict()
     moved = {key for key, x in state.items() if not torch.equal(x, before[key])}
     assert {key for key in before if key.endswith(("running_mean", "conv1.weight"))} <= moved

@@ -7,15 +7,15 @@ from PIL import Image
 from schemas import UserError
 from tests.train.pictures import odd_coco, shapes
 from train.evaluate.detection.data import Pictures
-from train.evaluate.detection.loader import DetectionViews, Flipped
+from train.evaluate.detection.loader import DetectionLoader, FlipDataset
 
 CPU = torch.device("cpu")
 
 
-def views_of(data: Pictures, *, size=1, number=0, world=1, workers=0) -> DetectionViews:
-    return DetectionViews(
-        data, batch_size=size, unit=4, workers=workers, device=CPU, rank=number, world_size=world,
-        seed=5,
+def views_of(data: Pictures, *, size=1, number=0, world=1, workers=0) -> DetectionLoader:
+    return DetectionLoader(
+        data, batch_size=size, epoch_steps=4, workers=workers, device=CPU, rank=number,
+        world_size=world, seed=5,
     )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def test_flips_move_boxes_and_masks_with_the_picture(tmp_path):
     data = odd_coco(tmp_path)
     flipped = 0
     for place in range(12):
-        image, target, _ = Flipped(data.trainable(), True, 0)[place, 1]
+        image, target, _ = FlipDataset(data.select_trainable(), True, 0)[place, 1]
         (box,) = target["boxes"].round().long().tolist()
         inside = image[0, box[1] : box[3], box[0] : box[2]]
         assert inside.mean() > 0.8  # it is the red one

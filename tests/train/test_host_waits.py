@@ -20,10 +20,10 @@ from pipeline.rng import BatchRng
 from tests.train.host_waits import COPYING, GPU, HostWaits, pretend_gpu, to_device
 from tests.train.runs import METHOD_STEPS, method_step
 from train.config import TrainConfig
+from train.data import split_batch
 from train.encoders import ENCODERS
-from train.data import split
 from train.methods import Setup
-from train.training_step import Step, placed
+from train.training_step import TrainingStep, prepare_model_
 
 IMAGES = 8
 
@@ -84,9 +84,9 @@ def made_batch(recipe: Recipe, waits: HostWaits) -> Batch:
     return Batch(label=label, **{"key": None, "hard_negative": None, **fields})
 
 
-def built_step(settings: TrainConfig, setup: Setup) -> Step:
-    method = placed(settings.method.build(setup), settings, torch.device("cpu"))
-    return Step(method.to(GPU), settings, GPU)  # fake weights are no longer laid out anew
+def built_step(settings: TrainConfig, setup: Setup) -> TrainingStep:
+    method = prepare_model_(settings.method.build(setup), settings, torch.device("cpu"))
+    return TrainingStep(method.to(GPU), settings, GPU)  # fake weights are no longer laid out anew
 
 
 @pytest.fixture(autouse=True)
@@ -107,12 +107,12 @@ def test_views_are_made_without_waiting(name, is_compiled):
 @pytest.mark.parametrize("name", METHOD_STEPS)
 def test_no_step_waits_for_the_device(name):
     """From the loader's batch on, with gradients clipped, and for one method in two parts."""
-    settings, setup = method_step(name, "cuda", accumulate=1 + (name == "moco-hp"), clip=1.0)
+    settings, setup = method_step(name, "cuda", grad_accum_steps=1 + (name == "moco-hp"), clip=1.0)
     with pretend_gpu(is_compiled=True) as waits:
         with waits.building():
             step = built_step(settings, setup)
         batch = made_batch(settings.recipe, waits)
-        scalars = step(split(batch, settings.accumulate), 0.01)
+        scalars = step(split_batch(batch, settings.grad_accum_steps), 0.01)
         assert all(value.device == GPU for value in scalars.values())
     assert waits.operators > 300
 
@@ -129,4 +129,4 @@ def test_a_step_that_waits_is_noticed(monkeypatch):
             step = built_step(settings, setup)
         batch = made_batch(settings.recipe, waits)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
-            step(split(batch, 1), 0.01)
+            step(split_batch(batch, 1), 0.01)

@@ -15,11 +15,11 @@ from pipeline.recipes import RECIPES
 from schemas import Sample, write_dataset
 from tests.conftest import DATA, existing
 from tests.train.runs import config, metrics, stopped_after, told
-from train.encoders import untrained_encoder
+from train.encoders import build_untrained_encoder
 from train.methods import MaskCoConfig
 
 PICTURES = 24
-IN_PARTS = {"batch_size": 6, "accumulate": 2, "epochs": 1}
+IN_PARTS = {"batch_size": 6, "grad_accum_steps": 2, "epochs": 1}
 
 
 def settings_of(data: str, out: Path, **changes):
@@ -50,7 +50,7 @@ def test_a_run_in_parts_leaves_its_record(run):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
     assert all(0.5 < row["regions_valid"] <= 1 for row in rows)
-    start = untrained_encoder({"encoder": "resnet18"}, seed=0).state_dict()
+    start = build_untrained_encoder({"encoder": "resnet18"}, seed=0).state_dict()
     assert all(not torch.equal(value, start[n]) for n, value in trained(run).items() if "conv" in n)
 
 

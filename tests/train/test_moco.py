@@ -12,7 +12,7 @@ from schemas import UserError
 from tests.train import oracle
 from tests.train.ranks import random_batch
 from train.methods import MoCo, MoCoConfig, Setup, SimCLRConfig
-from train.methods.method import balanced_rho
+from train.methods.method import compute_balanced_rho
 from train.methods.moco import contrastive_logits
 
 RHO, TAU = 2.0, 0.2
@@ -219,7 +219,7 @@ def test_shared_hard_negatives_need_more_than_one_cell_and_enough_images():
     with pytest.raises(UserError, match="at --crop-size 32 its last map is one cell"):
         config.build(Setup(encoder="tiny", batch_size=4, crop_size=32))
     method = config.build(Setup(encoder="tiny", batch_size=2))
-    with pytest.raises(UserError, match="3 hard negatives are those of as many images"):
+    with pytest.raises(UserError, match="3 hard negatives need as many images"):
         method(random_batch(2, 3))
 
 
@@ -252,11 +252,11 @@ def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
 
 @pytest.mark.parametrize("queue", [4096, 65_536, 512])
 def test_balanced_rho_gives_the_published_proportion(queue):
-    rho = balanced_rho(0.2, queue)
+    rho = compute_balanced_rho(0.2, queue)
     assert np.exp(rho / 0.2) / queue == pytest.approx(1 / 3)
     config = MoCoConfig(rho=rho, queue=queue)
     assert config.notes(RECIPES["hp"], 256) == []
-    assert balanced_rho(0.2, 65_536) == pytest.approx(2.0, abs=0.002)
+    assert compute_balanced_rho(0.2, 65_536) == pytest.approx(2.0, abs=0.002)
 
 
 def test_hard_negatives_far_from_the_published_proportion_are_told():
@@ -267,7 +267,7 @@ def test_hard_negatives_far_from_the_published_proportion_are_told():
     assert told(queue=16_384) == []  # NNS's
     (line,) = told(queue=512)
     assert "exp(rho / tau) = exp(10), 43 times the queue of 512" in line
-    assert "published setting has 0.34; --rho 1.03 would be as published" in line
+    assert "published setting has 0.34; --rho 1.03 gives the published ratio" in line
     (line,) = told(rho=1.0)
     assert "0.0023 times the queue of 65,536" in line
     assert MoCoConfig(queue=512).notes(replace(RECIPES["hp"], hard_negatives=0), 256) == []

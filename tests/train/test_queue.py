@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import (
 from tests.train.ranks import random_batch
 from train.distributed import rank
 from train.methods import MoCoConfig, Setup
-from train.methods.momentum import renewed
+from train.methods.momentum import replace_first_rows
 
 
 def queue_of(length: int):
@@ -94,7 +94,7 @@ def test_the_host_never_asks_how_many_are_valid(length):
 
 def test_renewed_leaves_its_arguments_as_they_are():
     rows, keys = keys_of(0, 2).clone(), keys_of(10, 3)
-    new, count = renewed(rows, keys, torch.tensor([False, False, True]))
+    new, count = replace_first_rows(rows, keys, torch.tensor([False, False, True]))
     assert new[:, 0].tolist() == [12, 1]
     assert count == 1
     assert torch.equal(rows, keys_of(0, 2))

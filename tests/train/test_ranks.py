@@ -17,9 +17,9 @@ from tests.train.ranks import random_batch
 from train.config import TrainConfig
 from train.distributed import rank, world_size
 from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
-from train.sync_bn import GlobalBatchNorm
 from train.optim import OptimConfig
-from train.training_step import Step, placed
+from train.sync_bn import GlobalBatchNorm
+from train.training_step import TrainingStep, prepare_model_
 
 SIZE, QUEUE, RHO, TAU, EMA = 8, 11, 1.7, 0.3, 0.5
 CPU = torch.device("cpu")
@@ -31,31 +31,31 @@ METHODS = {
 }
 
 
-def build(name: str, norm: bool, accumulate: int = 1):
+def build(name: str, norm: bool, grad_accum_steps: int = 1):
     """A method with SyncBN where it has norms, its momentum branch apart from the encoder."""
     encoder = "tiny_norm" if norm else "tiny"
     config = TrainConfig(
-        data="", out="", batch_size=SIZE, accumulate=accumulate, precision="fp32", sync_bn=norm,
-        optim=OptimConfig(lr=0.1),
+        data="", out="", batch_size=SIZE, grad_accum_steps=grad_accum_steps, precision="fp32",
+        sync_bn=norm, optim=OptimConfig(lr=0.1),
     )  # fmt: skip
     torch.manual_seed(0)
     setup = Setup(encoder=encoder, sync_bn=norm, batch_size=SIZE, classes=3)
-    method = placed(METHODS[name].build(setup), config, CPU)
+    method = prepare_model_(METHODS[name].build(setup), config, CPU)
     with torch.no_grad():
         for parameter_name, parameter in method.named_parameters():
             if parameter_name.startswith("momentum_"):
                 parameter.add_(0.1)
-    return method, Step(method, config, CPU)
+    return method, TrainingStep(method, config, CPU)
 
 
-def one_step(name: str, norm: bool, hard: int, accumulate: int = 1):
+def one_step(name: str, norm: bool, hard: int, grad_accum_steps: int = 1):
     """On a rank: one step on its share. Loss, gradients, queue, statistics, new weights."""
-    method, step = build(name, norm, accumulate)
+    method, step = build(name, norm, grad_accum_steps)
     whole, share = random_batch(SIZE, hard), SIZE // world_size()
     mine = slice(rank() * share, (rank() + 1) * share)
     parts = []
-    for first in range(mine.start, mine.stop, share // accumulate):
-        rows = slice(first, first + share // accumulate)
+    for first in range(mine.start, mine.stop, share // grad_accum_steps):
+        rows = slice(first, first + share // grad_accum_steps)
         views = None
         if hard:
             views = torch.cat([view[rows] for view in whole.hard_negative.split(SIZE)])
@@ -140,10 +140,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "norm", "hard", "accumulate"), CASES)
-def test_any_split_is_the_formula(two_ranks, four_ranks, name, norm, hard, accumulate):
+@pytest.mark.parametrize(("name", "norm", "hard", "grad_accum_steps"), CASES)
+def test_any_split_is_the_formula(two_ranks, four_ranks, name, norm, hard, grad_accum_steps):
     expected, slopes = reference(name, norm, hard)
-    case = (name, norm, hard, accumulate)
+    case = (name, norm, hard, grad_accum_steps)
     runs = {1: [one_step(*case)], 2: two_ranks(one_step, *case), 4: four_ranks(one_step, *case)}
     for size, answers in runs.items():
         assert np.mean([loss for loss, _, _ in answers]) == pytest.approx(expected, abs=1e-5), size
@@ -202,7 +202,7 @@ def test_where_ddp_keeps_a_gradient_does_not_matter(four_ranks):
 
 def normalised(values):
     share = values.split([1, 3, 2, 2])[rank()].requires_grad_()
-    norm = GlobalBatchNorm.of(torch.nn.BatchNorm2d(3))
+    norm = GlobalBatchNorm.convert(torch.nn.BatchNorm2d(3))
     result = norm(share)
     (result**3).sum().backward()
     norm.eval()

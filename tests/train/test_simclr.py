@@ -11,9 +11,9 @@ from torch import nn
 from schemas import UserError
 from tests.train import oracle
 from tests.train.ranks import random_batch
-from train.encoders import build_encoder, untrained_encoder, zero_residual_gammas_
+from train.encoders import build_encoder, build_untrained_encoder, zero_residual_gammas_
 from train.methods import Setup, SimCLR, SimCLRConfig
-from train.methods.method import projector
+from train.methods.method import build_projector
 from train.methods.simclr import nt_xent
 from train.presets import PRESETS
 
@@ -78,7 +78,7 @@ def test_the_gradient_flows_through_hard_negatives_when_asked(flows):
     method(batch)["loss"].backward()
     other = tiny()
     frozen = tiny().requires_grad_(False)
-    other.hard_negatives = frozen.hard_negatives
+    other.project_hard_negatives = frozen.project_hard_negatives
     other(batch)["loss"].backward()
     same = torch.allclose(method.encoder.conv.weight.grad, other.encoder.conv.weight.grad)
     assert same is not flows
@@ -92,12 +92,12 @@ def normalized(x, weight, offset):
 def test_the_released_head_is_three_normalized_layers():
     """google-research/simclr, model_util.py: no bias before a norm, no offset in the last one."""
     torch.manual_seed(0)
-    head = projector(2048, None, 128, layers=3, norm=True)
+    head = build_projector(2048, None, 128, layers=3, norm=True)
     trainable = sum(p.numel() for p in head.parameters() if p.requires_grad)
     assert trainable == 2 * 2048 * 2048 + 2048 * 128 + 2 * (2048 + 2048) + 128
     assert head[0].weight.std().item() == pytest.approx(0.01, rel=0.01)
 
-    head = projector(6, 5, 4, layers=3, norm=True)
+    head = build_projector(6, 5, 4, layers=3, norm=True)
     with torch.no_grad():
         for p in head.parameters():
             if p.requires_grad:
@@ -116,10 +116,15 @@ def test_the_released_head_is_three_normalized_layers():
 
 def test_the_head_of_the_paper_is_what_it_was():
     """Two layers under the names that checkpoints have; one is a linear head."""
-    assert list(projector(6, None, 4).state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert list(projector(6, None, 4, layers=1).state_dict()) == ["0.weight", "0.bias"]
+    assert list(build_projector(6, None, 4).state_dict()) == [
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+    ]
+    assert list(build_projector(6, None, 4, layers=1).state_dict()) == ["0.weight", "0.bias"]
     with pytest.raises(UserError, match="--head-layers 0: must be at least 1"):
-        projector(6, None, 4, layers=0)
+        build_projector(6, None, 4, layers=0)
 
 
 def test_summed_directions_are_the_sum_of_both_means():
@@ -169,7 +174,7 @@ def test_blocks_whose_last_gamma_is_0_start_as_identities(name):
     assert torch.equal(encoder.layer1[1](x), x)
     with pytest.raises(UserError, match="--zero-init-residual: tiny has no residual blocks"):
         zero_residual_gammas_(build_encoder("tiny")[0], "tiny")
-    start = untrained_encoder({"encoder": name, "zero_init_residual": "True"}, 0)
+    start = build_untrained_encoder({"encoder": name, "zero_init_residual": "True"}, 0)
     assert torch.equal(start.layer1[1](x), x)
 
 

@@ -75,7 +75,7 @@ def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path):
     assert process.wait(timeout=60) == 1
     assert (
         "error: rank 1 of 2 processes died or was silent for 4 s (--rank-timeout); "
-        "the same command goes on from the last checkpoint\n"
+        "run the same command again to resume from the last checkpoint\n"
     ) in lines, lines
 
     process, workers = started(shards, tmp_path)
@@ -83,7 +83,7 @@ def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path):
     _, errors = process.communicate(timeout=60)
     for pid in workers:  # they hear of it, save and end
         wait_for_end(pid)
-    assert re.search(r"stopped and saved after step \d+; the same command goes on", errors)
+    assert re.search(r"stopped and saved after step \d+; run the same command again", errors)
     assert not (tmp_path / "encoder.safetensors").exists()
 
     subprocess.run(torchrun(shards, tmp_path), env=ENVIRONMENT, check=True)

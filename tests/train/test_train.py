@@ -21,8 +21,8 @@ from pipeline import RECIPES
 from schemas import UserError
 from schemas.cli import TerminatedError
 from tests.train.runs import config, metrics, scores, stopped_after, told, write_images
-from train.encoders import build_encoder, load_encoder, save_encoder, untrained_encoder
-from train.features import extract, recipe_of, unmasked
+from train.encoders import build_encoder, build_untrained_encoder, load_encoder, save_encoder
+from train.features import build_eval_recipe, extract_features, remove_masks
 from train.knn import knn_accuracy
 from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
 from train.optim import OptimConfig
@@ -61,9 +61,9 @@ def test_knn_of_each_epoch_is_that_of_the_encoder(shards, run):
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
     settings = config(shards, run)
     encoder, _, _ = load_encoder(str(run))
-    recipe = unmasked(replace(settings.recipe, crop_size=28))
-    found = extract(encoder, recipe, shards, torch.device("cpu"), 7)
-    accuracy = knn_accuracy(found, None, classes=2, neighbours=(1, 5))
+    recipe = remove_masks(replace(settings.recipe, crop_size=28))
+    found = extract_features(encoder, recipe, shards, torch.device("cpu"), 7)
+    accuracy = knn_accuracy(found, None, classes=2, neighbors=(1, 5))
     assert rows[-1]["knn_1"] == pytest.approx(accuracy[1])
     assert rows[-1]["knn_5"] == pytest.approx(accuracy[5])
 
@@ -76,7 +76,7 @@ def test_encoder_is_torchvisions_and_was_trained(run):
     assert metadata["recipe"] == "hp"
     assert metadata["high_pass"] == "True"
     assert metadata["crop_size"] == "28"
-    start = untrained_encoder({"encoder": "resnet18"}, seed=0)
+    start = build_untrained_encoder({"encoder": "resnet18"}, seed=0)
     assert not torch.equal(encoder.conv1.weight, start.conv1.weight)
     assert encoder.bn1.num_batches_tracked == 6
 
@@ -128,7 +128,7 @@ def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
     shards, run, tmp_path, monkeypatch, number
 ):
     """With the next step, in the middle of an epoch, where no checkpoint was due."""
-    add = train.trainer.Meter.add
+    add = train.trainer.MetricsBuffer.add
 
     def interrupted(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
@@ -137,8 +137,8 @@ def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
 
     settings = config(shards, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train.trainer.Meter, "add", interrupted)
-        with pytest.raises(TerminatedError, match="stopped and saved after step 2; the same") as up:
+        patch.setattr(train.trainer.MetricsBuffer, "add", interrupted)
+        with pytest.raises(TerminatedError, match="stopped and saved after step 2; run the") as up:
             train.trainer.train(settings)
     assert up.value.status == 75
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
@@ -241,7 +241,7 @@ def test_cifars_own_size_trains_with_the_small_stem(shards, tmp_path):
     train.trainer.train(replace(settings, recipe=RECIPES["none"]))
     assert len(metrics(tmp_path)) == 3
     metadata = load_encoder(str(tmp_path))[1]
-    assert (metadata["crop_size"], recipe_of(metadata).crop_size) == ("32", 32)
+    assert (metadata["crop_size"], build_eval_recipe(metadata).crop_size) == ("32", 32)
 
 
 def test_synthetic_trains_without_data_and_goes_on(tmp_path):

@@ -21,7 +21,7 @@ from precompute.estimators import ScdaOptions
 from precompute.estimators.weights import load_weights
 from schemas import UserError
 from schemas.weights import fit_weights, shapes_of
-from train.encoders import build_encoder, load_encoder, tell
+from train.encoders import build_encoder, load_encoder, print_once
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_checkpoints_from_elsewhere_are_backbone_and_encoder(name, trunk, other,
         content |= extras()
     path = tmp_path / name
     torch.save(content, path, _use_new_zipfile_serialization=name != "moco.pth.tar")
-    tell.cache_clear()
+    print_once.cache_clear()
     encoder, metadata, _ = load_encoder(str(path))
     told = capsys.readouterr().out
     assert told.count("\n") == 1
