@@ -71,7 +71,7 @@ class TrainConfig:
     method: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=MoCoConfig)
     """Method and its own options."""
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
-    """How views are cropped and masked."""
+    """Recipe: how views are cropped and masked."""
     encoder: str = "resnet50"
     """A torchvision ResNet (resnet18 ... resnet152, resnext*, wide_resnet*) or a ConvNet of timm
     (timm:convnext_tiny). Weights start random."""

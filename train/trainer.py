@@ -36,7 +36,7 @@ from train.run_info import append_start, build_metadata, describe_run
 from train.training_step import TrainingStep, prepare_model_
 
 LOCK_SECONDS = 30
-"""How long a run waits for another one that is just ending in the same folder."""
+"""Seconds to wait for another run that is just ending in the same folder."""
 
 Evaluation = Callable[[Method, int], dict[str, float]]
 """Called on all ranks after each epoch, counted from 1; returns scores for the log by name, if any

@@ -26,7 +26,7 @@ HEAD_STD = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a method is built for, in addition to its own options."""
+    """Inputs for building a method, in addition to its own options."""
 
     encoder: str
     """Name in `train.encoders.ENCODERS`."""
