@@ -32,7 +32,7 @@ def shards(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def run(shards, tmp_path_factory) -> Path:
-    """A short run, never stopped; others are compared with it."""
+    """Train a short run that is never stopped; other runs are compared with it."""
     out = tmp_path_factory.mktemp("run")
     knn = KnnConfig(data=shards, neighbors=(1, 5), epochs=1)
     train.trainer.train(config(shards, out, knn=knn))

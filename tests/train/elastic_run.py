@@ -1,4 +1,4 @@
-"""A training that torchrun starts: it notes which samples each rank is fed, and may die.
+"""Train under torchrun, note which samples each rank is fed, and optionally die.
 
 python tests/train/elastic_run.py NOTES STOP OPTIONS...: NOTES is a folder; after STOP steps (0:
 never) each rank ends at once, as killed processes do.

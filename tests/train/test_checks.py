@@ -1,4 +1,4 @@
-"""What a method refuses before it is built, or as it is built, and what it says to take instead."""
+"""Methods refuse unsuitable recipes and setups, and name what to use instead."""
 
 from dataclasses import replace
 

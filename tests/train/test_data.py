@@ -1,4 +1,4 @@
-"""Made-up batches have all that a recipe promises."""
+"""Synthetic batches have all fields that a recipe promises."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Detection: sets of pictures, odd annotations, batches."""
+"""Detection: reading sets of pictures and unusual annotations."""
 
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +20,7 @@ def test_coco_is_read_as_it_means(tmp_path):
     data = odd_coco(tmp_path)
     assert data.classes == ("green", "red")
     assert [p.labels.tolist() for p in data.pictures] == [[1], [2], [1], [2], [1], []]
-    assert len(data.select_trainable()) == 5  # one has no object
+    assert len(data.select_trainable()) == 5  # one picture has no object
     x, y, width, height = shapes(1)[1]
     assert data.pictures[1].boxes.tolist() == [[x, y, x + width, y + height]]
     pixels = decode_masks(data.pictures[1])[0]
@@ -36,7 +36,7 @@ def test_odd_objects_are_counted(tmp_path):
     flat = odd_coco(tmp_path / "b", bbox=[10, 10, 0, 30])
     assert flat.odd == Counter({"boxes without area left out": 1})
     assert len(flat.pictures[0].boxes) == 0
-    flat = odd_coco(tmp_path / "d", bbox=[100, 10, 1e-6, 30])  # nothing in float32
+    flat = odd_coco(tmp_path / "d", bbox=[100, 10, 1e-6, 30])  # zero in float32
     assert flat.odd == Counter({"boxes without area left out": 1})
     single = odd_coco(tmp_path / "e", iscrowd=None)
     assert single.odd == Counter({"objects without iscrowd, treated as single objects": 1})
@@ -81,7 +81,7 @@ def test_what_nobody_could_mean_is_refused_by_name(tmp_path):
     ],
 )
 def test_an_annotation_that_cannot_be_meant_is_refused_by_its_number(tmp_path, change, message):
-    """None takes the key out."""
+    """None removes the key."""
     with pytest.raises(UserError, match=rf"instances_train2017\.json: .*{message}"):
         odd_coco(tmp_path, **change)
 

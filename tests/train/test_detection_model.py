@@ -1,4 +1,4 @@
-"""Detection: the network's parts, what is float32 in it, layer4 once a step, two ranks."""
+"""Detection: parts of the network, float32 outputs, one layer4 batch per step, two ranks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def detector(masks: bool = True, side: int = 64) -> Detector:
 
 
 def batch_of(data: Pictures) -> DetectionBatch:
-    """Its first two pictures."""
+    """Return a batch of the first two pictures."""
     batch = collate(
         [FlipDataset(data.select_trainable(), data.masks, 0)[place, place] for place in range(2)]
     )
@@ -43,7 +43,7 @@ def batch_of(data: Pictures) -> DetectionBatch:
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
-    """All in nested lists, tuples and dicts."""
+    """Return all tensors in nested lists, tuples and dicts."""
     if isinstance(values, Tensor):
         yield values
     else:
@@ -52,7 +52,7 @@ def tensors(values: Any) -> Iterator[Tensor]:
 
 
 def put_out(network: nn.Module, name: str) -> list[Any]:
-    """Whatever a part puts out from now on."""
+    """Record all outputs of a part from now on."""
     seen: list[Any] = []
     part = network.get_submodule(name)
     part.register_forward_hook(lambda _part, _inputs, output: seen.append(output))
@@ -60,7 +60,7 @@ def put_out(network: nn.Module, name: str) -> list[Any]:
 
 
 def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
-    """What detectron2's R50-C4 expects of the encoder, by its names; and all of it trains."""
+    """The encoder's weights have the names of detectron2's R50-C4, and all of them train."""
     torch.manual_seed(0)
     network, _ = build_encoder("resnet50")
     save_encoder(tmp_path / "encoder.safetensors", network, {"encoder": "resnet50"})
@@ -107,7 +107,7 @@ def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
     with autocast("bf16", CPU):
         losses = method(batch)
         method.eval()
-        method.network.roi_heads.score_thresh = 0.0  # it knows nothing yet
+        method.network.roi_heads.score_thresh = 0.0  # it is untrained
         found = method.detect(batch.images)
     assert {x.dtype for x in tensors(inside)} == {torch.bfloat16}
     floats = [x for x in tensors([outside, losses, found]) if x.is_floating_point()]
@@ -118,7 +118,7 @@ def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
-    """Small boxes far from the corner, which bf16 would move by up to two pixels."""
+    """Small boxes far from the corner, which bf16 would shift by up to two pixels."""
     boxes = torch.tensor([[601.3, 417.7, 633.9, 441.1], [523.2, 301.4, 570.8, 333.3]])
     method = detector(masks=False, side=120).eval()
     predictor = method.network.roi_heads.box_predictor
@@ -138,7 +138,7 @@ def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
 
 
 def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
-    """layer4 and the extra norm see one batch a step: no second one of objects alone."""
+    """layer4 and the extra norm see one batch per step, no second one of objects only."""
     method = detector().train()
     heads = method.network.roi_heads
     maps, asked = put_out(method.network, "roi_heads.box_head"), []
@@ -153,7 +153,7 @@ def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
     method.eval()
     heads.score_thresh = 0.0
     (found,) = method.detect([torch.rand(3, 96, 128)])
-    assert len(maps) == 4  # of proposals, and of the boxes that were made of them
+    assert len(maps) == 4  # proposals, and the boxes predicted from them
     assert torch.equal(asked[-1], maps[-1])
     assert found["masks"].shape == (len(found["boxes"]), 1, 96, 128)
 
@@ -162,7 +162,7 @@ def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
 
 
 def step_of(options: command.DetectionOptions) -> tuple[list[str], dict[str, Tensor]]:
-    """One step of this rank: the pictures that it saw, and its weights and statistics after it."""
+    """Make a step on this rank; return its pictures, and weights and statistics after it."""
     *_, job = command.prepare_detection(options)
     batch = next(iter(job.views))
     TrainingStep(job.method, job.config, job.device)([batch], lr=0.01)

@@ -24,14 +24,14 @@ def shuffled(rows):
 def test_shuffle_deals_every_row_once_and_restores_exactly(two_ranks):
     (first, first_back, shape), (second, second_back, _) = two_ranks(shuffled, 8)
     assert sorted(first + second) == list(range(16))
-    assert set(first) != set(range(8))  # rows did cross the ranks
+    assert set(first) != set(range(8))  # rows changed ranks
     assert first_back
     assert second_back
     assert shape == (8, 3, 2, 2)
 
 
 def shuffled_as_a_gather(dtype):
-    """The share of this rank, what an all-gather would give, and the dtype and bytes sent."""
+    """Return this rank's share, the result of an all-gather, and dtype and bytes sent."""
     everything = torch.randn(24, 3, 5, 4, generator=torch.Generator().manual_seed(1))
     mine = everything.chunk(distributed.world_size())[distributed.rank()]
     sent, send = [], torch.distributed.all_to_all_single
@@ -106,7 +106,7 @@ def test_failure_of_one_rank_ends_all_and_rank_0_speaks(two_ranks):
 
 
 def interrupted():
-    """Steps until each rank hears of a signal to rank 1 in its third step."""
+    """Return the step at which a rank notices a signal sent to rank 1 in its step 3."""
     interrupt = PreemptionListener()
     with interrupt.listen():
         for step in range(10):
@@ -133,7 +133,7 @@ def test_missing_gpu_is_a_user_error(monkeypatch):
 
 
 def pretend_gpus(monkeypatch, count):
-    """Calls of torch.cuda and torch.distributed in their order, as on a machine with GPUs."""
+    """Record the calls of torch.cuda and torch.distributed as on a machine with GPUs."""
     calls = Mock()
     calls.current_device.side_effect = lambda: calls.set_device.call_args.args[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -185,7 +185,7 @@ def test_on_cpus_only_gloo_is_joined(monkeypatch):
 
 @pytest.mark.parametrize("name", ["ProcessGroupNCCL", "ProcessGroupGloo"])
 def test_torch_has_what_sets_the_timeout_of_one_backend(name):
-    """It is private; a torch without it must be noticed here and not on a cluster."""
+    """The function is private; its absence must be noticed here and not on a cluster."""
     if not hasattr(torch.distributed, name):
         pytest.skip(f"this torch is built without {name}")
     assert hasattr(getattr(torch.distributed, name), "_set_default_timeout")

@@ -1,4 +1,4 @@
-"""Evaluations against what can be had otherwise: accuracies by hand, torchvision, a list."""
+"""Evaluations against independent references: accuracies by hand, torchvision, a list."""
 
 import json
 import pickle
@@ -33,7 +33,7 @@ def test_evaluation_appends_rows_and_prints_them(shards, run):
     written = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     assert written[:2] == rows
     assert written[2]["split"] == "test data"
-    assert written[2]["accuracy"] == {"1": 1.0}  # each image finds itself
+    assert written[2]["accuracy"] == {"1": 1.0}  # each image is its own neighbor
     assert "leave-one-out" in format_table(rows)
 
 
@@ -43,9 +43,9 @@ def test_evaluation_refuses_what_it_cannot_do(shards, run, tmp_path):
         evaluate(options)
     with pytest.raises(UserError, match="no such encoder"):
         evaluate(replace(options, encoder=str(tmp_path)))
-    unlabelled = write_images(tmp_path / "unlabelled", label=-1)
+    unlabeled = write_images(tmp_path / "unlabeled", label=-1)
     with pytest.raises(UserError, match="26 of 26 images have no label"):
-        evaluate(replace(options, data=unlabelled))
+        evaluate(replace(options, data=unlabeled))
     alike = write_images(tmp_path / "alike", label=1)
     with pytest.raises(UserError, match="all images have the same class"):
         evaluate(replace(options, data=alike))
@@ -66,10 +66,10 @@ def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
     encoder, metadata, _ = load_encoder(str(run))
     step = max((tmp_path / "checkpoints").iterdir())
     state = torch.load(step / "state.pt", weights_only=True)["model"]
-    for name, value in encoder.state_dict().items():  # the batch statistics as well
+    for name, value in encoder.state_dict().items():  # the batch statistics too
         assert torch.equal(state[f"encoder.{name}"], value), name
 
-    # the accuracies again, from the files
+    # compute the accuracies again from the files
     classifier = load_file(tmp_path / "classifier.safetensors")
     assert classifier["weight"].shape == (2, 512)
     encoder.eval()
@@ -80,7 +80,7 @@ def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
         logits = features @ classifier["weight"].T + classifier["bias"]
         hits += int((logits.argmax(1) == batch.label).sum())
     assert row["accuracy"]["top1"] == pytest.approx(hits / 26, abs=0.5 / 26)
-    assert row["accuracy"]["top5"] == 1.0  # of two classes
+    assert row["accuracy"]["top5"] == 1.0  # two classes
     found = [row["top1"] for row in scores(tmp_path)]
     assert len(found) == 2
     assert row["accuracy"]["best_top1"] == pytest.approx(max(found), abs=1e-6)
@@ -98,7 +98,7 @@ def test_linear_probe_goes_on_with_the_same_encoder_only(shards, run, tmp_path):
 
 
 def test_probe_of_a_high_pass_encoder_sees_high_pass_images(shards, run):
-    """Train and test alike; of a plain one, plain images (D15)."""
+    """Train and test images are filtered; those of other encoders are not (D15)."""
     _, metadata, _ = load_encoder(str(run))
     assert build_eval_recipe(metadata).high_pass
     plain = build_eval_recipe({**metadata, "high_pass": "False"})
@@ -183,7 +183,7 @@ def written(
 
 
 def test_table_has_the_papers_layout(tmp_path, monkeypatch, capsys):
-    written(tmp_path, "moco", "mean", 0.10)  # an evaluation that was repeated: the last counts
+    written(tmp_path, "moco", "mean", 0.10)  # of a repeated evaluation the last counts
     written(tmp_path, "moco", "mean", 0.50)
     written(tmp_path, "moco", "mean", 0.70, seed=1)
     written(tmp_path, "moco", "mean", 0.9, data="Flowers-102")
@@ -201,7 +201,7 @@ def test_table_has_the_papers_layout(tmp_path, monkeypatch, capsys):
 
 
 def test_tables_average_over_seeds_alone(tmp_path, capsys, monkeypatch):
-    """Other methods, settings of a training or of an evaluation stand apart, and say in what."""
+    """Other methods and settings have separate lines, which name the difference."""
     for method, accuracies in (("moco", (0.1, 0.2)), ("simclr", (0.7,))):
         for seed, score in enumerate(accuracies):
             written(tmp_path, method, "none", score, hard=0, seed=seed)

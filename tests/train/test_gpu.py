@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped elsewhere."""
+"""Tests that need a GPU; skipped without one."""
 
 import os
 import re
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("name", METHOD_STEPS)
 def test_a_step_never_waits_for_the_device(name, shards):
-    """From the loader's batch on, as `test_host_waits.py` has it without a GPU."""
+    """No step waits, from the loader's batch on; `test_host_waits.py` checks it without a GPU."""
     device = torch.device("cuda", 0)
     settings, setup = method_step(name, "cuda", grad_accum_steps=2, clip=1.0)
     step = TrainingStep(
         prepare_model_(settings.method.build(setup), settings, device), settings, device
     )
     stream = BatchStream(MaskedViews(shards, settings.recipe, 8, device="cuda"), memory=4)
-    for _ in range(2):  # cuDNN picks its kernels, the views are compiled
+    for _ in range(2):  # cuDNN chooses its kernels, and the views are compiled
         step(stream.next_parts(2), 0.01)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -40,7 +40,7 @@ def test_a_step_never_waits_for_the_device(name, shards):
 
 
 def test_images_are_channels_last_as_the_weights_are(shards):
-    """So no layer copies its input."""
+    """Layouts match, so no layer copies its input."""
     job = prepare_job(config(shards, "", device="cuda"))
     batch = next(iter(job.views))
     assert batch.query.is_contiguous(memory_format=torch.channels_last)
@@ -78,7 +78,7 @@ with join_process_group(60, "cuda"):
     values = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     own = values.split([1, 7])[rank()].to(device).requires_grad_()
     norm = GlobalBatchNorm.convert(torch.nn.BatchNorm2d(3)).to(device)
-    (norm(own.detach()) ** 3).sum()  # the communicator is there
+    (norm(own.detach()) ** 3).sum()  # the communicator exists
     norm = GlobalBatchNorm.convert(torch.nn.BatchNorm2d(3)).to(device)
     torch.cuda.set_sync_debug_mode("error")
     result = norm(own)
@@ -96,7 +96,7 @@ with join_process_group(60, "cuda"):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_meet_by_nccl(tmp_path):
-    """Ranks have a GPU each; rows come back; batch norm of uneven shares is that of the whole."""
+    """Each rank has a GPU; rows come back; uneven shares are normalized as one batch."""
     script = tmp_path / "ranks.py"
     script.write_text(TWO_GPUS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -7,7 +7,7 @@ from train.knn import knn_accuracy
 
 
 def reference(train, labels, test, targets, classes, k, temperature, leave_one_out):
-    """Counted by hand, one query at a time."""
+    """Count by hand, one query at a time."""
     hits = 0
     for i, query in enumerate(test):
         similar = [
@@ -44,8 +44,8 @@ def test_equals_the_rule_by_hand(leave_one_out, monkeypatch):
     assert len(set(accuracy.values())) > 1
 
 
-def test_the_image_itself_is_no_neighbour():
-    """Pairs of equal labels apart from each other: each image's own vote would always win."""
+def test_the_image_itself_is_no_neighbor():
+    """All labels differ, so each image's own vote would always win."""
     features = torch.nn.functional.normalize(torch.randn(20, 8, dtype=torch.float64), dim=1)
     assert knn_accuracy((features, torch.arange(20)), None, classes=20, neighbors=(1,)) == {1: 0.0}
 

@@ -1,4 +1,4 @@
-"""MaskCo against the formula as loops; regions pooled where they are; the head's ablation."""
+"""MaskCo against the formula as loops; pooling of regions; ablation of the head."""
 
 from dataclasses import replace
 
@@ -84,7 +84,7 @@ def test_loss_is_the_formula_over_valid_regions(others):
 
 
 def test_a_region_is_pooled_where_it_is():
-    """One warm cell of a map of 4 x 4: a box around it is warmest."""
+    """With one nonzero cell in a map of 4 x 4, a box around it has the highest value."""
     method = method_of()
     maps = torch.zeros(1, 512, 4, 4)
     maps[0, :, 2, 1] = 1.0  # pixels 16-32 across, 32-48 down of 64
@@ -160,7 +160,7 @@ def test_with_parts_of_a_step_it_says_how_regions_count():
 
 
 def smooth(module: nn.Module) -> nn.Module:
-    """Without kinks: across one, rounding alone would move a gradient."""
+    """Build it without kinks: across a kink, rounding alone would change a gradient."""
     for name, child in module.named_children():
         if isinstance(child, nn.ReLU):
             setattr(module, name, nn.Softplus())
@@ -172,7 +172,7 @@ def smooth(module: nn.Module) -> nn.Module:
 
 
 def gradients():
-    """On a rank: loss and gradients of its part of one batch, with SyncBN."""
+    """Compute loss and gradients of this rank's part of one batch, with SyncBN."""
     torch.manual_seed(0)
     config = TrainConfig(data="", out="", batch_size=4, precision="fp32", sync_bn=True)
     method = prepare_model_(smooth(method_of()), config, torch.device("cpu"))
@@ -191,7 +191,7 @@ def gradients():
 
 
 def test_two_ranks_compute_the_gradients_of_one(two_ranks):
-    """Though the ranks have different numbers of valid regions: each region counts alike."""
+    """Ranks have different numbers of valid regions, but each region weighs the same."""
     loss, expected, queue = gradients()
     answers = two_ranks(gradients)
     assert np.mean([answer[0] for answer in answers]) == pytest.approx(loss, abs=1e-5)
@@ -202,7 +202,7 @@ def test_two_ranks_compute_the_gradients_of_one(two_ranks):
 
 
 def test_compile_reaches_both_encoders_of_maskco(monkeypatch):
-    """Convolutions are counted by a backend that runs the graph as it is: no compiler is needed."""
+    """A backend that runs the graph unchanged counts convolutions, so no compiler is needed."""
     runs, real = [], torch.compile
 
     def count(graph, _):

@@ -1,4 +1,4 @@
-"""MaskCo by the real loop: in parts, stopped and resumed, on unlabelled COCO pictures."""
+"""MaskCo with the real trainer: in parts, stopped and resumed, on unlabeled COCO pictures."""
 
 import math
 from dataclasses import replace
@@ -32,14 +32,14 @@ def trained(out: Path) -> dict[str, torch.Tensor]:
 
 
 def states_of(out: Path) -> list[dict[str, torch.Tensor]]:
-    """The method's state in each checkpoint, oldest first."""
+    """Return the method's state in each checkpoint, oldest first."""
     files = sorted((out / "checkpoints").glob("*/state.pt"))
     return [torch.load(file, weights_only=True)["model"] for file in files]
 
 
 @pytest.fixture(scope="module")
 def run(shards, tmp_path_factory) -> Path:
-    """Never stopped."""
+    """Train a run that is never stopped."""
     out = tmp_path_factory.mktemp("maskco")
     train.trainer.train(settings_of(shards, out, **IN_PARTS))
     return out
@@ -55,7 +55,7 @@ def test_a_run_in_parts_leaves_its_record(run):
 
 
 def test_stopped_inside_an_epoch_it_goes_on_exactly(shards, run, tmp_path, monkeypatch):
-    """Queue, place in it, both branches and the head: as if never stopped."""
+    """Queue, its position, both branches and the head are those of a run never stopped."""
     settings = settings_of(shards, tmp_path, checkpoint_steps=2, **IN_PARTS)
     with stopped_after(3, monkeypatch):
         train.trainer.train(settings)
@@ -71,7 +71,7 @@ def test_stopped_inside_an_epoch_it_goes_on_exactly(shards, run, tmp_path, monke
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> str:
-    """Shards of COCO pictures as they are, without labels; maps made up."""
+    """Write shards of original COCO pictures without labels, with synthetic saliency."""
     folder = existing(DATA / "coco128") / "images" / "train2017"
     random = np.random.default_rng(0)
 
@@ -94,8 +94,8 @@ def pictures(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("head", [True, False])
-def test_it_trains_on_unlabelled_coco_pictures(pictures, tmp_path, head):
-    """With windows so small that some pictures have no region: the queue never hears of those."""
+def test_it_trains_on_unlabeled_coco_pictures(pictures, tmp_path, head):
+    """Crops are so small that some pictures have no region, which the queue never gets."""
     settings = settings_of(
         pictures,
         tmp_path,

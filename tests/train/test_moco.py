@@ -23,7 +23,7 @@ def reference_loss(q, key, queue, hard):
 
 
 def reference_gradient(q, key, queue, hard, step=1e-6):
-    """d loss / d q by central differences of the formula."""
+    """Compute d loss / d q by central differences of the formula."""
     gradient = np.zeros_like(q)
     for i in range(q.shape[0]):
         for d in range(q.shape[1]):
@@ -68,7 +68,7 @@ def embed(images, weights):
 
 
 def branch(method, prefix):
-    """The weights of one branch, named without its prefix."""
+    """Return the weights of one branch, named without its prefix."""
     state = {k: v.clone() for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
     return {
         k.removeprefix(prefix): v
@@ -85,9 +85,9 @@ def tiny_moco(encoder="tiny", *, batch_size=4, queue=11, seed=0, **options):
 
 @pytest.mark.parametrize("hard_negatives", [0, 1, 3])
 def test_step_equals_the_formula_from_images_on(hard_negatives):
-    """Own hard negative for each query; momentum weights moved before the keys are made."""
+    """Each query has its own hard negative; momentum weights are updated before the forward."""
     method = tiny_moco(ema_momentum=0.5)
-    with torch.no_grad():  # let the branches differ
+    with torch.no_grad():  # make the branches differ
         for parameter in method.momentum_encoder.parameters():
             parameter.add_(0.3)
     student, teacher = branch(method, ""), branch(method, "momentum_")
@@ -153,7 +153,7 @@ def test_moving_average_changes_parameters_and_no_buffers():
     for name, parameter in method.momentum_encoder.named_parameters():
         target = dict(method.encoder.named_parameters())[name]
         torch.testing.assert_close(parameter.data, 0.9 * before[name] + 0.1 * target.data)
-    # its statistics are of key and hard negative alone, as an encoder with these weights sees them
+    # its statistics are those of key and hard negative only, as an encoder with these weights has
     with torch.no_grad():
         for mine, theirs in zip(
             alone.parameters(), method.momentum_encoder.parameters(), strict=True
@@ -194,7 +194,7 @@ def test_state_dict_holds_queue_and_shuffling():
 
 @pytest.mark.parametrize("hard_negatives", [1, 2])
 def test_shared_hard_negatives_are_those_of_the_first_images_alone(hard_negatives):
-    """D2 and D3 of the released code, by a loop over its logits: image m of the batch for all."""
+    """D2 and D3 of the released code, by a loop over its logits: image m is used for all."""
     torch.manual_seed(0)
     options: dict[str, Any] = dict(
         queue=11, projection=5, rho=RHO, temperature=TAU, shared_hard_negative=True
@@ -210,7 +210,7 @@ def test_shared_hard_negatives_are_those_of_the_first_images_alone(hard_negative
         [ts] * 4,
     )
     assert method(batch)["loss"].item() == pytest.approx(expected, abs=1e-5)
-    # D3: the single images are in the momentum branch's running statistics
+    # D3: the momentum branch's running statistics include the single images
     assert method.momentum_encoder.norm.num_batches_tracked == 1 + hard_negatives
 
 
@@ -259,7 +259,7 @@ def test_balanced_rho_gives_the_published_proportion(queue):
     assert compute_balanced_rho(0.2, 65_536) == pytest.approx(2.0, abs=0.002)
 
 
-def test_hard_negatives_far_from_the_published_proportion_are_told():
+def test_hard_negatives_far_from_the_published_proportion_are_noted():
     def told(**options):
         return MoCoConfig(**options).notes(RECIPES["hp"], 256)
 

@@ -1,4 +1,4 @@
-"""Rates by their formulas, LARS by the published update, presets by the numbers they cite."""
+"""Rates against formulas, LARS against the published update, presets against cited numbers."""
 
 import math
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_sgd_leaves_frozen_parameters_alone():
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_lars_scales_layers_and_leaves_norms_and_biases(clip):
-    """Two steps against the update of You et al. (arXiv 1708.03888), in float64."""
+    """Compare two steps with the update of You et al. (arXiv 1708.03888), in float64."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).double()
     config = OptimConfig(
@@ -104,7 +104,7 @@ def test_recipes_keep_their_name_whatever_branch_and_views():
 
 
 def test_crops_are_resized_as_the_sources_of_a_preset_do():
-    """Bicubic in google-research/simclr, solo-learn and ADIOS; PIL's bilinear in torchvision's."""
+    """google-research/simclr, solo-learn and ADIOS resize bicubically, torchvision bilinearly."""
     modes = {name: choose_defaults(preset=PRESETS[name]).recipe.interpolation for name in PRESETS}
     assert {name for name, mode in modes.items() if mode == "bicubic"} == {
         "simclr", "simclr-in100", "adios",

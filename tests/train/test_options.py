@@ -1,4 +1,4 @@
-"""Options of a training: from the command line, from a file, and those that are refused."""
+"""Options of a training: from the command line, from a file, and refused ones."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from train.run_info import collect_notes
 
 
 def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
-    """And goes on with that very run; single options change it."""
+    """It resumes the same run; options on the command line override it."""
     argv = ["--config", str(run / "config.yaml")]
     again = parse_command_line(argv)
     assert replace(again, knn=KnnConfig()) == config(shards, run)

@@ -1,4 +1,4 @@
-"""timm's ConvNets: trained, written, read back and exported; what is refused."""
+"""ConvNets of timm: trained, written, read back, exported; refusals."""
 
 from dataclasses import replace
 
@@ -69,7 +69,7 @@ def test_options_that_fit_torchvisions_alone_are_refused():
 
 
 def test_synchronized_norms_keep_their_activation():
-    """timm's layers normalize and activate in one; a norm alone would leave negative values."""
+    """timm's layers normalize and activate at once; a norm alone would leave negative values."""
     torch.manual_seed(0)
     encoder, _ = build_encoder(NAME)
     own, _ = build_encoder(NAME)

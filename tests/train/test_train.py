@@ -1,4 +1,4 @@
-"""The whole job on real shards, in this process: it runs, it refuses, it goes on where it was."""
+"""The whole job on real shards, in this process: it runs, refuses and resumes."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_run_leaves_its_record(run):
 
 
 def test_knn_of_each_epoch_is_that_of_the_encoder(shards, run):
-    """The last one again, from the exported file."""
+    """Compute the last accuracy again from the exported file."""
     rows = scores(run)
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
     settings = config(shards, run)
@@ -82,7 +82,7 @@ def test_encoder_is_torchvisions_and_was_trained(run):
 
 
 def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypatch):
-    """Stopped after step 5, beyond the last checkpoint (4), which lies inside the second epoch."""
+    """Stop after step 5, one step after the last checkpoint, inside the second epoch."""
 
     settings = config(shards, tmp_path, checkpoint_steps=2, log_steps=1)
     with stopped_after(5, monkeypatch):
@@ -127,7 +127,7 @@ def test_what_a_killed_save_left_is_removed(shards, tmp_path):
 def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
     shards, run, tmp_path, monkeypatch, number
 ):
-    """With the next step, in the middle of an epoch, where no checkpoint was due."""
+    """It saves with the next step, in the middle of an epoch, where no checkpoint was due."""
     add = train.trainer.MetricsBuffer.add
 
     def interrupted(self, scalars, waited, **known):
@@ -163,7 +163,7 @@ def test_other_settings_and_resume_never_are_refused(shards, run):
 
 
 def test_loss_that_is_not_finite_stops_before_its_update(shards, tmp_path):
-    """And leaves the keys, the views and the state that bring it back."""
+    """It leaves the keys, the views and the state that reproduce the loss."""
     explodes = config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=1)
     with pytest.raises(UserError, match=r"the loss of step [2-4] is (nan|inf)") as error:
         train.trainer.train(explodes)
@@ -212,12 +212,12 @@ def test_supervised_reads_queries_and_labels(shards, tmp_path):
     encoder, metadata, _ = load_encoder(str(tmp_path))
     assert metadata["stem"] == "small"
     assert encoder.conv1.weight.shape == (64, 3, 3, 3)
-    unlabelled = write_images(tmp_path / "unlabelled", label=-1, classes=())
+    unlabeled = write_images(tmp_path / "unlabeled", label=-1, classes=())
     some = write_images(tmp_path / "some", label=-1)
     with pytest.raises(UserError, match="26"):
         train.trainer.train(replace(settings, data=some, out=str(tmp_path / "other")))
     with pytest.raises(UserError, match="have 0 classes; it needs labels"):
-        train.trainer.train(replace(settings, data=unlabelled, out=str(tmp_path / "other")))
+        train.trainer.train(replace(settings, data=unlabeled, out=str(tmp_path / "other")))
 
 
 def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
@@ -235,7 +235,7 @@ def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
 
 
 def test_cifars_own_size_trains_with_the_small_stem(shards, tmp_path):
-    """7 does not divide 32, and without masks nothing asks it to."""
+    """7 does not divide 32, which does not matter without masks."""
     method = SimCLRConfig(projection=8)
     settings = config(shards, tmp_path, method=method, stem="small", crop_size=32, epochs=1)
     train.trainer.train(replace(settings, recipe=RECIPES["none"]))
@@ -255,7 +255,7 @@ def test_compile_is_for_the_encoders(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(ResNet, "compile", lambda self: compiled.append(self))  # noqa: PLW0108
     train.trainer.train(config("", tmp_path, synthetic=8, epochs=1, compile=True))
-    assert len(compiled) == 2  # the momentum branch's too
+    assert len(compiled) == 2  # the momentum branch is compiled too
 
 
 def test_weights_and_biases_gets_each_step_when_it_is_there(shards, tmp_path, monkeypatch):
