@@ -83,32 +83,9 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
         _, metadata, path = load_encoder(options.encoder)
         train_set, test_set = open_labeled_pair(options.data, options.test_data)
     recipe = build_eval_recipe(metadata)
-    milestones = options.milestones
-    if milestones is None:
-        milestones = tuple(round(share * options.epochs) for share in MILESTONES)
     cache = make_cache(options.cache, options.cache_gb)
     out = Path(options.out or path.parent / f"linear-{train_set.card.name}-{options.seed}")
-    config = TrainConfig(
-        data=options.data,
-        out=str(out),
-        method=LinearProbeConfig(path=str(path), sha256=compute_digest(path)),
-        recipe=replace(recipe, **SUPERVISED_VIEWS),
-        encoder=metadata["encoder"],
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        optim=OptimConfig(
-            base_lr=options.base_lr,
-            weight_decay=0.0,
-            schedule="steps",
-            milestones=milestones,
-        ),
-        seed=options.seed,
-        device=options.device,
-        log_steps=options.log_steps,
-        keep_checkpoints=1,
-        cache=options.cache,
-        cache_gb=options.cache_gb,
-    )
+    config = build_train_config(options, metadata["encoder"], path, recipe, out)
 
     def test_after_epoch(method: Method, epoch: int) -> dict[str, float]:
         probe = cast(LinearProbe, method)
@@ -131,12 +108,42 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
             epochs=options.epochs,
             batch_size=options.batch_size,
             base_lr=options.base_lr,
-            drop_epochs=list(milestones),  # named so in results.jsonl since its first version
+            drop_epochs=list(config.optim.milestones),  # the name in older results.jsonl too
             seed=options.seed,
         )
         if is_main():
             results.append(path.parent, [row])
     return row
+
+
+def build_train_config(
+    options: LinearOptions, encoder: str, path: Path, recipe: Recipe, out: Path
+) -> TrainConfig:
+    """Build the options of `train` for a probe of the encoder in the file at `path`."""
+    milestones = options.milestones
+    if milestones is None:
+        milestones = tuple(round(share * options.epochs) for share in MILESTONES)
+    return TrainConfig(
+        data=options.data,
+        out=str(out),
+        method=LinearProbeConfig(path=str(path), sha256=compute_digest(path)),
+        recipe=replace(recipe, **SUPERVISED_VIEWS),
+        encoder=encoder,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        optim=OptimConfig(
+            base_lr=options.base_lr,
+            weight_decay=0.0,
+            schedule="steps",
+            milestones=milestones,
+        ),
+        seed=options.seed,
+        device=options.device,
+        log_steps=options.log_steps,
+        keep_checkpoints=1,
+        cache=options.cache,
+        cache_gb=options.cache_gb,
+    )
 
 
 @torch.no_grad()
