@@ -48,7 +48,7 @@ def step_of(method: ADIOS, **optim) -> TrainingStep:
 
 @pytest.mark.parametrize(
     ("channels", "millions"), [(8, 0.24), (16, 0.51), (32, 1.17)]
-)  # counted from the released code
+)  # docs/method.md, ADIOS: counted from the released code
 def test_occlusion_network_has_the_published_size(channels, millions):
     net = OcclusionNet(224, masks=4, channels=channels, norm="group")
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
@@ -293,7 +293,7 @@ def test_parts_of_a_step_leave_the_weight_of_the_entropy_as_it_is():
     for parts in (1, 2):
         method = game(entropy=0.3, sparsity=0.0).eval()
         turn, batch = method.optimization_groups()[1].module, batch_of()
-        method.masked = lambda batch, masks: iter([replace(batch, query=batch.key)])
+        method.apply_masks = lambda batch, masks: iter([replace(batch, query=batch.key)])
         for rows in torch.arange(4).split(4 // parts):
             part = replace(batch, query=batch.query[rows], key=batch.key[rows])
             (turn(part)["loss"] / parts).backward()
