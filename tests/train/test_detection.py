@@ -151,7 +151,7 @@ def test_killed_within_a_part_it_goes_on_exactly(tmp_path, root, encoder, monkey
     written = [json.loads(x) for x in (encoder / "results.jsonl").read_text().splitlines()]
     assert written == [row, again]
     assert (tmp_path / "whole" / "detections.png").exists()
-    assert "found" in (tmp_path / "whole" / "detections.html").read_text()
+    assert "detected" in (tmp_path / "whole" / "detections.html").read_text()
 
 
 @pytest.mark.slow
