@@ -14,10 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline import MaskedViews, get_recipe
-from train.config import TrainConfig, resolved
-from train.feed import SyntheticViews, split
+from train.config import TrainConfig, resolve_config
+from train.data import SyntheticViews, split_batch
 from train.methods import MoCoConfig, Setup
-from train.step import Step, placed
+from train.training_step import TrainingStep, prepare_model_
 
 MOST_EXPENSIVE = 15
 
@@ -66,7 +66,7 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
     return lines, problems
 
 
-def build(size: int, device: torch.device, settings: Settings) -> tuple[Step, TrainConfig]:
+def build(size: int, device: torch.device, settings: Settings) -> tuple[TrainingStep, TrainConfig]:
     recipe = replace(get_recipe("hp"), crop_size=settings.crop_size)
     config = TrainConfig(
         data="",
@@ -78,33 +78,36 @@ def build(size: int, device: torch.device, settings: Settings) -> tuple[Step, Tr
         batch_size=size,
         device="cuda" if device.type == "cuda" else "cpu",
     )
-    config = resolved(config, device)
+    config = resolve_config(config, device)
     setup = Setup(encoder=config.encoder, batch_size=size, crop_size=settings.crop_size)
     torch.backends.cudnn.benchmark = True  # as the loop has it
-    return Step(placed(config.method.build(setup), config, device), config, device), config
+    method = prepare_model_(config.method.build(setup), config, device)
+    return TrainingStep(method, config, device), config
 
 
-def milliseconds(step: Step, batches: Iterable, device: torch.device, settings: Settings) -> float:
+def milliseconds(
+    step: TrainingStep, batches: Iterable, device: torch.device, settings: Settings
+) -> float:
     """Return the mean time of a step, after a warm-up."""
     stream = iter(batches)
     for _ in range(settings.warmup):
-        step(split(next(stream), 1), 1e-3)
+        step(split_batch(next(stream), 1), 1e-3)
     synchronize(device)
     start = time.perf_counter()
     for _ in range(settings.steps):
-        step(split(next(stream), 1), 1e-3)
+        step(split_batch(next(stream), 1), 1e-3)
     synchronize(device)
     return 1e3 * (time.perf_counter() - start) / settings.steps
 
 
-def count_waits(step: Step, batches: Iterable) -> list[str]:
+def count_waits(step: TrainingStep, batches: Iterable) -> list[str]:
     """Return torch's warnings of a fed step that say where the host waits for the GPU."""
     stream = iter(batches)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            step(split(next(stream), 1), 1e-3)
+            step(split_batch(next(stream), 1), 1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return [
@@ -112,13 +115,13 @@ def count_waits(step: Step, batches: Iterable) -> list[str]:
     ]
 
 
-def kernels(step: Step, batches: Iterable, device: torch.device) -> list[str]:
+def kernels(step: TrainingStep, batches: Iterable, device: torch.device) -> list[str]:
     """Return the most expensive kernels of a fed step; on a CPU its operators."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     stream = iter(batches)
     with profile(activities=activities) as profiler:
-        step(split(next(stream), 1), 1e-3)
+        step(split_batch(next(stream), 1), 1e-3)
         synchronize(device)
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = sorted(profiler.key_averages(), key=lambda row: getattr(row, name), reverse=True)

@@ -29,10 +29,15 @@ from bench.table import machine
 from schemas import ShardDataset, UserError
 from schemas.cli import lookup
 from schemas.settings import differences, sentence
-from train.config import TrainConfig, default_settings, settings_of
-from train.evaluate import linear, neighbours, results
-from train.loop import train
-from train.record import is_step
+from train.config import (
+    TrainConfig,
+    collect_default_settings,
+    collect_settings,
+    use_current_names,
+)
+from train.evaluate import knn, linear, results
+from train.metrics_logger import is_step
+from train.trainer import train
 
 NICENESS = 10
 """Priority of the runs side by side (ours): whoever works on the machine comes first."""
@@ -227,8 +232,9 @@ def find_row(options: Options, run: Run) -> dict[str, Any] | None:
     if not path.exists():
         return None
     row = json.loads(path.read_text())
-    defaults = default_settings(type(run.config.method))
-    if found := differences(row["settings"], comparable(options, run), defaults):
+    defaults = collect_default_settings(type(run.config.method))
+    saved = use_current_names(row["settings"])
+    if found := differences(saved, comparable(options, run), defaults):
         raise UserError(
             f"{path}: this run was made with other settings: {sentence(found)}; choose another "
             "--rows, or remove the file to repeat the run"
@@ -241,7 +247,7 @@ def comparable(options: Options, run: Run) -> dict[str, Any]:
     sets = evaluation_sets(options.shards)
     digests = {name: ShardDataset.open(urls[0]).digest for name, urls in sets.items()}
     return {
-        **settings_of(run.config, digests.pop("")),
+        **collect_settings(run.config, digests.pop("")),
         "probe_epochs": SCALES[options.scale].probe_epochs,
         **{f"transfer.{name}": digest for name, digest in digests.items()},
     }
@@ -274,15 +280,15 @@ def evaluate(options: Options, run: Run) -> None:
     for name, (train_set, test_set) in evaluation_sets(options.shards).items():
         dataset = ShardDataset.open(train_set)
         if not name and ("knn", dataset.digest) not in had:
-            knn = neighbours.KnnOptions(
+            knn_options = knn.KnnOptions(
                 encoder=str(folder),
                 data=train_set,
                 test_data=test_set,
-                neighbours=NEIGHBORS,
+                neighbors=NEIGHBORS,
                 batch_size=config.batch_size,
                 device=options.device,
             )
-            print(neighbours.table(neighbours.evaluate(knn)), flush=True)
+            print(knn.format_table(knn.evaluate(knn_options)), flush=True)
         if ("linear", dataset.digest) not in had:
             probe = linear.LinearOptions(
                 encoder=str(folder),
@@ -294,7 +300,7 @@ def evaluate(options: Options, run: Run) -> None:
                 seed=run.seed,
                 device=options.device,
             )
-            print(linear.sentence(linear.evaluate(probe)), flush=True)
+            print(linear.format_result(linear.evaluate(probe)), flush=True)
 
 
 def accuracies(options: Options, run: Run) -> dict[str, float]:

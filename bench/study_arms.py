@@ -14,7 +14,7 @@ from train.methods import (
     SimCLRConfig,
     SupervisedConfig,
 )
-from train.methods.method import balanced_rho
+from train.methods.method import compute_balanced_rho
 from train.optim import OptimConfig
 from train.presets import PRESETS, SUPERVISED_VIEWS
 
@@ -165,7 +165,7 @@ def build_arms(scale: Scale) -> dict[str, Arm]:
 
 def rhos(moco: MoCoConfig) -> dict[str, float]:
     """Return the values of rho beside the published 2; `balanced` is tau ln(queue / 3)."""
-    return {"balanced": balanced_rho(moco.temperature, moco.queue), "1": 1.0, "3": 3.0}
+    return {"balanced": compute_balanced_rho(moco.temperature, moco.queue), "1": 1.0, "3": 3.0}
 
 
 def build_config(scale: Scale, arm: Arm, **run: Any) -> TrainConfig:

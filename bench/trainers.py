@@ -17,15 +17,15 @@ from torchvision import models
 from bench import usual
 from pipeline import RECIPES, Batch, MaskedViews
 from pipeline.rng import BatchRng
+from train import trainer
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, autocast, resolved
-from train.feed import Feed, SyntheticViews
-from train.job import Job
-from train.loop import Loop
+from train.config import TrainConfig, autocast, resolve_config
+from train.data import BatchStream, SyntheticViews
 from train.methods import MoCoConfig, Setup
+from train.metrics_logger import MetricsLogger
 from train.presets import PRESETS
-from train.record import Record
-from train.step import Step, placed
+from train.trainer import TrainingJob
+from train.training_step import TrainingStep, prepare_model_
 
 ON_GPU = torch.cuda.is_available()
 
@@ -92,27 +92,27 @@ class Trainer:
             device=options.device,
             **{"out": "", **changes},
         )
-        self.config: TrainConfig = resolved(config, device)
+        self.config: TrainConfig = resolve_config(config, device)
         setup = Setup(
             encoder=options.encoder,
             batch_size=options.batch_size,
             crop_size=options.crop_size,
             classes=1000,
         )
-        made = placed(self.config.method.build(setup), self.config, device)
+        made = prepare_model_(self.config.method.build(setup), self.config, device)
         if plain:
             made = made.to(memory_format=torch.contiguous_format)
-        self.step = Step(made, self.config, device)
+        self.step = TrainingStep(made, self.config, device)
         self.views = batches(options, self.config, device)
-        self.feed = Feed(self.views, memory=1)
+        self.stream = BatchStream(self.views, memory=1)
         self.waited = 0.0
 
     def run(self, steps: int) -> int:
         """Train and return the number of images."""
         scalars: dict[str, torch.Tensor] = {}
         for _ in range(steps):
-            scalars = self.step(self.feed.parts(1), lr=1e-3)
-            self.waited += self.feed.waited
+            scalars = self.step(self.stream.next_parts(1), lr=1e-3)
+            self.waited += self.stream.waited
         float(scalars["loss"])  # as the loop does now and then
         return steps * self.config.batch_size
 
@@ -131,9 +131,9 @@ class WholeJob(Trainer):
             method=self.step.method,
             views=self.views,
         )
-        record = Record(folder, start=0, total=job.total_steps, epoch_steps=job.epoch_steps)
+        logger = MetricsLogger(folder, start=0, total=job.total_steps, epoch_steps=job.epoch_steps)
         checkpoints = Checkpoints(folder=folder / "checkpoints", keep=1, settings={})
-        self.loop = Loop(job, self.step, checkpoints, record)
+        self.loop = trainer.Trainer(job, self.step, checkpoints, logger)
         self.done = 0
 
     def run(self, steps: int) -> int:
@@ -141,11 +141,11 @@ class WholeJob(Trainer):
             self.done += 1
             with redirect_stdout(io.StringIO()):  # its log lines
                 self.loop.run(self.done, self.done)
-            self.waited += self.loop.feed.waited
+            self.waited += self.loop.stream.waited
         return steps * self.config.batch_size
 
 
-class EndlessEpoch(Job):
+class EndlessEpoch(TrainingJob):
     """A job within its first epoch: what comes once an epoch would weigh too much here.
 
     That is a checkpoint, a picture of the views, and an evaluation.

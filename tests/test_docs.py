@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.recipes import RECIPES
 from schemas.cli import parse
-from train.__main__ import options
+from train.__main__ import parse_command_line
 from train.config import TrainConfig
 from train.methods import METHODS
 from train.presets import PRESETS
@@ -63,7 +63,7 @@ def test_training_commands_are_understood():
             match = re.search(r"-m train (--.*)$", line)
             if match and "mine.py:" not in line:  # tests.test_documented runs that one
                 arguments = [a for a in match[1].split() if a != "..."]
-                assert isinstance(options(arguments), TrainConfig), line
+                assert isinstance(parse_command_line(arguments), TrainConfig), line
                 seen += 1
     assert seen >= 3
 

@@ -32,7 +32,7 @@ SMALL_TRAINING = (
 )
 SMALL = {
     "train": SMALL_TRAINING,
-    "train.evaluate knn": "--neighbours 1 --device cpu",
+    "train.evaluate knn": "--neighbors 1 --device cpu",
     "train.evaluate linear": "--epochs 1 --batch-size 4 --device cpu",
     "pipeline preview": "--samples 2 --crop-size 56",
 }
@@ -40,7 +40,7 @@ SMALL = {
 VARIABLES = {
     "precompute": {"ESTIMATOR": "spectral"},
     "pretrain": {"ARGS": f"{SMALL_TRAINING} --queue 8"},
-    "evaluate": {"ARGS": "--neighbours 1 --device cpu"},
+    "evaluate": {"ARGS": "--neighbors 1 --device cpu"},
     "preview": {"ARGS": "--samples 2 --crop-size 56"},
 }
 """Of a make target, where its command does not give them."""
@@ -114,7 +114,7 @@ def typed(command: str, small: bool = False) -> None:
     with pytest.MonkeyPatch.context() as patch:
         more = [] if small else shlex.split(SMALL.get(name, ""))
         patch.setattr(sys, "argv", [module, *arguments, *more])
-        patch.setattr("train.loop.LOCK_SECONDS", 1)
+        patch.setattr("train.trainer.LOCK_SECONDS", 1)
         assert importlib.import_module(package).main() in (None, 0), command
 
 

@@ -17,9 +17,9 @@ from precompute.estimators import FunctionOptions
 from precompute.sources import open_source
 from schemas import UserError
 from schemas.cli import absolute, imported, load_file, loaded_files
-from train.__main__ import options
-from train.files import dump, load
-from train.methods import find_method, name_of
+from train.__main__ import parse_command_line
+from train.config_io import dump_config, load_config
+from train.methods import find_method, get_method_name
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("schemas", "precompute", "pipeline", "train")
@@ -171,15 +171,15 @@ def test_things_of_a_file_are_found_in_any_spelling(repository):
 
 
 def test_a_method_of_a_file_is_an_option_and_comes_back_from_config_yaml(repository, monkeypatch):
-    given = options(
+    given = parse_command_line(
         ["--data", "d", "--out", "o", "--method", "./mine.py:SimSiamConfig", "--width", "7"]
     )
     assert given.method.width == 7
-    assert name_of(type(given.method)) == f"{repository / 'mine.py'}:SimSiamConfig"
-    (repository / "config.yaml").write_text(dump(given, given))
+    assert get_method_name(type(given.method)) == f"{repository / 'mine.py'}:SimSiamConfig"
+    (repository / "config.yaml").write_text(dump_config(given, given))
     monkeypatch.chdir(repository / "train")
-    assert load("../config.yaml").method == given.method
-    assert find_method(name_of(type(given.method))) is type(given.method)
+    assert load_config("../config.yaml").method == given.method
+    assert find_method(get_method_name(type(given.method))) is type(given.method)
 
 
 def test_an_estimator_of_a_file_is_known_by_its_content(repository, monkeypatch):

@@ -86,7 +86,7 @@ MISTAKES = [
     ("evaluate knn --encoder {p}/run --data {p}/unlabelled", "unlabelled", "no label", "DATASET="),
     (
         "evaluate knn --encoder {p}/run --data {p}/d",
-        "--neighbours 20 200",
+        "--neighbors 20 200",
         "between 1 and 11",
         "images",
     ),
@@ -165,7 +165,7 @@ def test_a_full_memory(place, monkeypatch, error, where):
     assert where in message
     assert "out of memory" in message
     assert ("2.50 GiB" in message) == (where == "GPU")
-    assert "--accumulate 2" in message
+    assert "--grad-accum-steps 2" in message
 
 
 def test_a_taken_port(place, monkeypatch):
@@ -193,7 +193,7 @@ def test_a_file_system_without_locks(place, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", nfs)
     message = said(monkeypatch, place, f"{ANY} --device cpu")
-    assert f"{place}/any: its file system gives no locks, as NFS does" in message
+    assert f"{place}/any: the file system does not support locks, as NFS" in message
     assert "--out" in message
 
 
@@ -205,7 +205,7 @@ def test_shards_on_a_network_are_noted(place, tmp_path, monkeypatch, capsys):
         sys, "argv", f"{ANY} --device cpu --epochs 1".replace("{p}", str(place)).split()
     )
     importlib.import_module(MAINS["train"]).main()
-    assert f"note: {place}/d lies on nfs4: where steps wait" in capsys.readouterr().out
+    assert f"note: {place}/d lies on nfs4: if steps wait" in capsys.readouterr().out
     assert cache.network_mount("/somewhere/else") is None
     assert cache.network_mount("s3://bucket/data") is None
 

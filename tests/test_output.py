@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-import train.loop
+import train.trainer
 from schemas import UserError
 from schemas.cli import LastingStream, lasting_output, run
 from tests.test_version1 import config
@@ -131,7 +131,7 @@ def test_a_mistake_is_exit_status_2_though_nobody_reads_it(broken, monkeypatch):
 def test_a_training_ends_with_its_checkpoints(broken, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(sys, "stdout", broken())
     given = config(tmp_path, checkpoint_steps=1)
-    assert status(lambda: train.loop.train(given) and None, outlives_reader=True) is None
+    assert status(lambda: train.trainer.train(given) and None, outlives_reader=True) is None
     assert (tmp_path / "encoder.safetensors").exists()
     assert (tmp_path / "checkpoints" / "step-00000006").is_dir()
     assert len(metrics(tmp_path)) == 6

@@ -29,16 +29,21 @@ def sources(room: str) -> list[Path]:
     return sorted((ROOT / room).rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """The top-level packages that a file imports, wherever in it."""
-    packages: set[str] = set()
+def imported_modules(path: Path) -> set[str]:
+    """Return the dotted names that a file imports, anywhere in it: modules, and their members."""
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            packages |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import hides which room it means"
-            packages.add((node.module or "").split(".")[0])
-    return packages
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def imported(path: Path) -> set[str]:
+    """Return the top-level packages that a file imports, anywhere in it."""
+    return {module.split(".")[0] for module in imported_modules(path)}
 
 
 def test_imported_sees_what_a_file_imports(tmp_path: Path) -> None:
@@ -56,6 +61,14 @@ def test_imports_follow_the_flow_of_data(room: str) -> None:
         assert not others, f"{path.relative_to(ROOT)} imports {sorted(others)}"
         heavy = found & MAY_NOT_NEED[room]
         assert not heavy, f"{path.relative_to(ROOT)} needs {sorted(heavy)}"
+
+
+def test_evaluations_import_the_trainer_and_never_the_other_way_round() -> None:
+    evaluations = sources("train/evaluate")
+    assert any("train.trainer.train" in imported_modules(path) for path in evaluations)
+    for path in set(sources("train")) - set(evaluations):
+        wrong = {name for name in imported_modules(path) if name.startswith("train.evaluate")}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from pipeline.recipes import RECIPES, Recipe
 from precompute.__main__ import Options, resolve
 from precompute.estimators import SpectralOptions
@@ -27,8 +27,17 @@ from schemas.storage import Store
 from schemas.tables import SAMPLES_SCHEMA, from_parquet
 from tests.train.ranks import add_tiny_encoders
 from tests.train.runs import metrics
-from train.checkpoint import Checkpoints, read, write
-from train.config import TrainConfig, default_settings, resolved, settings_of
+from train.__main__ import parse_command_line
+from train.checkpoint import Checkpoints, read_state, write_state
+from train.config import (
+    RENAMED,
+    TrainConfig,
+    collect_default_settings,
+    collect_settings,
+    resolve_config,
+    use_current_names,
+)
+from train.config_io import load_config
 from train.methods import MoCoConfig, SimCLRConfig
 
 FIXTURES = Path(__file__).parent / "fixtures" / "version1"
@@ -220,18 +229,18 @@ def config(out: Path, **changes) -> TrainConfig:
 
 def kept(step: int) -> tuple[Path, dict]:
     folder = FIXTURES / "run" / "checkpoints" / f"step-{step:08d}"
-    return folder, read(folder / "state.pt")
+    return folder, read_state(folder / "state.pt")
 
 
 def checkpoints(given: TrainConfig) -> Checkpoints:
-    """As `train.loop` makes them for a run of today."""
-    decided = resolved(given, torch.device("cpu"))
-    settings = settings_of(decided, ShardDataset.open(given.data).digest)
+    """Make the checkpoints of a run of today, as `train.trainer` does."""
+    decided = resolve_config(given, torch.device("cpu"))
+    settings = collect_settings(decided, ShardDataset.open(given.data).digest)
     return Checkpoints(
         folder=Path(given.out) / "checkpoints",
         keep=2,
         settings=settings | {"steps_per_epoch": 3},
-        defaults=default_settings(type(given.method), given, decided),
+        defaults=collect_default_settings(type(given.method), given, decided),
     )
 
 
@@ -239,6 +248,34 @@ def checkpoints(given: TrainConfig) -> Checkpoints:
 def test_the_checkpoint_has_the_settings_of_today(tmp_path: Path, step: int):
     folder, state = kept(step)
     checkpoints(config(tmp_path)).check(folder, state)
+
+
+def test_options_that_were_renamed_compare_under_their_former_names(tmp_path: Path):
+    """The kept checkpoints have the former names; another value of one is still refused."""
+    folder, state = kept(3)
+    former = RENAMED.keys() & state["settings"].keys()
+    assert former == {"accumulate", "optim.trust", "optim.drop_epochs"}
+    assert use_current_names(state["settings"]).keys().isdisjoint(former)
+    now = checkpoints(config(tmp_path, grad_accum_steps=1))
+    assert {RENAMED[name] for name in former} <= now.settings.keys()
+    now.check(folder, state)
+    state["settings"]["optim.drop_epochs"] = [1]
+    with pytest.raises(UserError, match=r"settings: optim\.milestones was \[1\], is \[60, 80\]\."):
+        now.check(folder, state)
+
+
+def test_config_files_and_command_lines_with_former_names_are_read(tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "accumulate: 2\noptim: {drop_epochs: [3, 4], trust: 0.1}\nknn: {neighbours: [5]}\n"
+    )
+    arguments = ["--data", "d", "--out", "o", "--accumulate", "2", "--drop-epochs", "3", "4"]
+    arguments += ["--trust", "0.1", "--knn.neighbours", "5"]
+    for given in (load_config(str(file)), parse_command_line(arguments)):
+        assert given.grad_accum_steps == 2
+        assert given.optim.milestones == (3, 4)
+        assert given.optim.trust_coefficient == 0.1
+        assert given.knn.neighbors == (5,)
 
 
 def test_every_option_but_the_data_may_be_newer_than_a_checkpoint(tmp_path: Path):
@@ -271,9 +308,9 @@ def test_a_training_goes_on_from_where_an_epoch_ended(tmp_path: Path):
     """Also where the checkpoint's version did not know options that there are today."""
     folder = tmp_path / "checkpoints" / "step-00000003"
     shutil.copytree(FIXTURES / "run" / "checkpoints" / folder.name, folder)
-    state = read(folder / "state.pt")
+    state = read_state(folder / "state.pt")
     for name in ("recipe.region_choice", "recipe.region_candidates", "stem", "optim.trust_clip"):
         del state["settings"][name]
-    write(folder / "state.pt", state)
-    train.loop.train(config(tmp_path))
+    write_state(folder / "state.pt", state)
+    train.trainer.train(config(tmp_path))
     assert [row["step"] for row in metrics(tmp_path)] == [4, 5, 6]

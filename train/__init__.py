@@ -1,3 +1,3 @@
-"""Masked views -> encoder: methods, the loop under torchrun, the evaluation of an encoder."""
+"""Masked views -> encoder: methods, the trainer under torchrun, evaluations of an encoder."""
 
 import saliency_shards  # noqa: F401  under `python -m` it puts the project's own folder first

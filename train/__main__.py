@@ -13,8 +13,8 @@ Two such machines, the same command on each; URL and RUN are the same on both:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
         -m train --data URL --out RUN ...
 
-The same command again goes on from the last checkpoint. `--config RUN/config.yaml` takes options
-from a file; options beside it change single ones.
+Run the same command again to resume from the last checkpoint. `--config RUN/config.yaml` reads
+options from a file; options on the command line override those of the file.
 """
 
 import os
@@ -28,46 +28,45 @@ from pipeline.recipes import RECIPES
 from schemas import UserError
 from schemas.cli import parse, run, take
 from train.config import TrainConfig
-from train.files import load
-from train.loop import train
+from train.config_io import load_config
 from train.methods import METHODS, find_method
-from train.presets import PRESETS, starting_point
-from train.session import session
+from train.presets import PRESETS, choose_defaults
+from train.process_group import join_process_group
+from train.trainer import train
 
 
 def main() -> None:
-    config = options(sys.argv[1:])
-    with session(config.rank_timeout, config.device):
+    config = parse_command_line(sys.argv[1:])
+    with join_process_group(config.rank_timeout, config.device):
         train(config)
 
 
-def options(argv: list[str]) -> TrainConfig:
-    """The command line; every rank reads the same one, and rank 0 alone speaks of it."""
+def parse_command_line(argv: list[str]) -> TrainConfig:
+    """Parse the command line on every rank; only rank 0 prints help and errors."""
     arguments = list(argv)
     path = take(arguments, "--config")
-    named: dict[str, Mapping[str, Any]] = {"preset": PRESETS, "method": METHODS, "recipe": RECIPES}
     with ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(silence))
             stack.enter_context(redirect_stderr(silence))
             try:
-                return read(arguments, path, named)
+                return parse_options(arguments, path)
             except UserError as error:
                 raise SystemExit(2) from error
-        return read(arguments, path, named)
+        return parse_options(arguments, path)
 
 
-def read(
-    arguments: list[str], path: str | None, named: dict[str, Mapping[str, Any]]
-) -> TrainConfig:
-    file = None if path is None else load(path)
+def parse_options(arguments: list[str], path: str | None) -> TrainConfig:
+    """Parse options; those that are not given come from the file at `path` or from a preset."""
+    named: dict[str, Mapping[str, Any]] = {"preset": PRESETS, "method": METHODS, "recipe": RECIPES}
+    file = None if path is None else load_config(path)
     return parse(
         TrainConfig,
         arguments,
         named=named,
         by_path={"method": find_method},
-        start=partial(starting_point, file=file),
+        start=partial(choose_defaults, file=file),
     )
 
 

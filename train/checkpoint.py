@@ -1,14 +1,14 @@
-"""Checkpoints of a run: whole or not there, and refused under other settings.
+"""Checkpoints of a run: written completely or not at all, refused under other settings.
 
     RUN/checkpoints/step-00000120/state.pt       settings, step, model with its queue, optimizer,
                                                  loader
                                   rank-0000.pt   the random generators of each rank
 
-Nothing that a step computes depends on the number of processes but batch statistics, so another
-number of them may resume, after any step.
+Only batch statistics depend on the number of processes, so a run may resume with another number
+of them after any step.
 
-A folder under this name is whole: ranks write into a hidden one, everything is fsynced, and rank 0
-renames it. Files are read with weights_only=True, so that one from elsewhere can run no code.
+A folder of this name is complete: ranks write into a hidden folder, every file is fsynced, and
+rank 0 renames it. Files are read with weights_only=True, so a foreign file cannot run code.
 """
 
 import os
@@ -27,7 +27,8 @@ from torch import nn
 
 from schemas import UserError
 from schemas.settings import differences, sentence
-from train.distributed import is_main, rank, together, world_size
+from train.config import use_current_names
+from train.distributed import is_main, raise_on_all_ranks, rank, world_size
 
 VERSION = 2
 """In version 1 each rank's file held the state of its loader."""
@@ -39,8 +40,8 @@ class Restored(NamedTuple):
     """The checkpoint that a run resumes from.
 
     Attributes:
-        step: steps that are done; 0 where there is no checkpoint.
-        world_size: processes that wrote it.
+        step: number of finished steps; 0 without a checkpoint.
+        world_size: number of processes that wrote it.
     """
 
     step: int
@@ -48,7 +49,7 @@ class Restored(NamedTuple):
 
 
 class Resumable(Protocol):
-    """A loader, an optimiser or several: whatever has an exact state."""
+    """An object with an exact state: a loader, an optimizer or several optimizers."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -59,11 +60,11 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Attributes:
-        folder: where they lie; all ranks see the same one.
-        keep: how many of the last stay.
-        settings: what a checkpoint must have in common with this run, name -> plain value;
-            among them `steps_per_epoch`.
-        defaults: what a setting counts as that a checkpoint of an older version does not know.
+        folder: their folder, the same on all ranks.
+        keep: number of latest checkpoints to keep.
+        settings: settings that a checkpoint must share with this run, name -> plain value;
+            `steps_per_epoch` is one of them.
+        defaults: values that stand in for settings that a checkpoint of an older version lacks.
     """
 
     folder: Path
@@ -72,7 +73,7 @@ class Checkpoints:
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Return the steps of all complete checkpoints, ascending."""
         return sorted(
             int(path.name.removeprefix(PREFIX)) for path in self.folder.glob(f"{PREFIX}*")
         )
@@ -81,18 +82,18 @@ class Checkpoints:
         return self.folder / f"{PREFIX}{step:08d}"
 
     def save(self, step: int, model: nn.Module, optimizer: Resumable, loader: Resumable) -> None:
-        """Write the state after `step` steps; called by all ranks.
+        """Write the state after `step` steps; every rank must call it.
 
         Raises:
-            UserError: on every rank, when any could not write. Earlier checkpoints are untouched.
+            UserError: on every rank, if any rank could not write. Earlier checkpoints stay intact.
         """
         temporary = self.folder / f".{PREFIX}{step:08d}.tmp"
-        with together():
+        with raise_on_all_ranks():
             if is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-        with together(), keeps_earlier(self.folder, step):
-            write(temporary / rank_file(rank()), random_state())
+        with raise_on_all_ranks(), explain_failed_save(self.folder, step):
+            write_state(temporary / get_rank_file(rank()), get_random_state())
             if is_main():
                 state = {
                     "version": VERSION,
@@ -103,12 +104,12 @@ class Checkpoints:
                     "optimizer": optimizer.state_dict(),
                     "loader": loader.state_dict(),  # the same on every rank
                 }
-                write(temporary / "state.pt", state)
-        with together():
+                write_state(temporary / "state.pt", state)
+        with raise_on_all_ranks():
             if is_main():
-                sync(temporary)
+                sync_folder(temporary)
                 temporary.rename(self.path(step))
-                sync(self.folder)
+                sync_folder(self.folder)
                 for old in self.steps()[: -self.keep]:
                     self.remove(old)
 
@@ -116,82 +117,83 @@ class Checkpoints:
         """Load the last checkpoint, if there is one, on all ranks.
 
         Raises:
-            UserError: it was made with other settings; names each that differs.
+            UserError: it was made with other settings; the message names each that differs.
         """
         if not self.steps():
             return Restored(0, world_size())
         path = self.path(self.steps()[-1])
-        state = read(path / "state.pt")
+        state = read_state(path / "state.pt")
         self.check(path, state)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        # a rank that was not there before keeps the generators that its seed gave it
-        own = read(path / rank_file(rank())) if rank() < state["world_size"] else None
-        loaders = state if state["version"] > 1 else own or read(path / rank_file(0))
+        # a rank that did not exist when the checkpoint was written keeps its seeded generators
+        own = read_state(path / get_rank_file(rank())) if rank() < state["world_size"] else None
+        loaders = state if state["version"] > 1 else own or read_state(path / get_rank_file(0))
         loader.load_state_dict(loaders["loader"])
         if own is not None:
             set_random_state(own)
         return Restored(state["step"], state["world_size"])
 
     def check(self, path: Path, state: dict[str, Any]) -> None:
-        """Raises UserError unless this run may go on from `state`."""
+        """Raise UserError unless this run may resume from `state`."""
         if state["version"] > VERSION:
             raise UserError(
                 f"{path}: checkpoint version {state['version']}, this code reads up to {VERSION}"
             )
-        if found := differences(state["settings"], self.settings, self.defaults):
+        saved = use_current_names(state["settings"])
+        if changed := differences(saved, self.settings, self.defaults):
             raise UserError(
-                f"{path}: made with other settings: {sentence(found)}. "
+                f"{path}: made with other settings: {sentence(changed)}. "
                 "Repeat the first command, or choose another --out"
             )
 
     def remove_unfinished(self) -> None:
-        """Delete what a save or a deletion left that did not end."""
-        for left in self.folder.glob(f".{PREFIX}*"):
-            shutil.rmtree(left)
+        """Delete the remains of an interrupted save or deletion."""
+        for leftover in self.folder.glob(f".{PREFIX}*"):
+            shutil.rmtree(leftover)
 
     def remove(self, step: int) -> None:
-        """Delete one so that none is ever seen half deleted."""
-        doomed = self.folder / f".{PREFIX}{step:08d}.old"
-        self.path(step).rename(doomed)
-        shutil.rmtree(doomed)
+        """Delete a checkpoint; it is hidden first, so nobody sees a partly deleted one."""
+        hidden = self.folder / f".{PREFIX}{step:08d}.old"
+        self.path(step).rename(hidden)
+        shutil.rmtree(hidden)
 
 
 @contextmanager
-def keeps_earlier(folder: Path, step: int) -> Iterator[None]:
+def explain_failed_save(folder: Path, step: int) -> Iterator[None]:
     """Turn a failure to write a checkpoint into a message that says what is left."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
-            f"{folder}: the checkpoint of step {step} could not be written ({error}); "
-            "earlier ones are whole: with room made, the same command goes on from the last"
+            f"{folder}: the checkpoint of step {step} could not be written ({error}); earlier ones "
+            "are intact: free some space and run the same command again to resume from the last"
         ) from error
 
 
-def rank_file(number: int) -> str:
+def get_rank_file(number: int) -> str:
     return f"rank-{number:04d}.pt"
 
 
-def write(path: Path, state: dict[str, Any]) -> None:
+def write_state(path: Path, state: dict[str, Any]) -> None:
     with path.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise UserError(
             f"{path}: cannot be read ({type(error).__name__}); "
-            f"remove {path.parent} to go on from the checkpoint before it"
+            f"remove {path.parent} to resume from the checkpoint before it"
         ) from error
 
 
-def sync(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
+def sync_folder(folder: Path) -> None:
+    """Make the file names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -199,8 +201,8 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def random_state() -> dict[str, Any]:
-    """Python's, numpy's, torch's and, where there is one, the GPU's generator, as plain values."""
+def get_random_state() -> dict[str, Any]:
+    """Return the states of Python's, NumPy's, torch's and the GPU's generators as plain values."""
     numpy = np.random.get_state(legacy=False)  # noqa: NPY002  libraries draw from it
     keys = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     return {

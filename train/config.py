@@ -1,5 +1,6 @@
-"""The options of one training. The command line, config.yaml and checkpoints are views of this."""
+"""The options of one training run. Command line, config.yaml and checkpoints all hold these."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,113 +18,123 @@ from train.encoders import Stem
 from train.methods import MethodConfig, MoCoConfig
 from train.optim import OptimConfig
 
-# These may differ between a checkpoint and the run that goes on from it: they change where a run
-# lies and what it tells, not what it computes.
+# These may differ between a checkpoint and the run that resumes from it: they change where a run
+# lies and what it reports, not what it computes.
 FREE = {
     "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
     "cache", "cache_gb", "knn", "wandb", "rank_timeout", "method.path",
 }  # fmt: skip
 
-
-POSITIVE = ("shuffle_shards", "streams",
-    "batch_size", "accumulate", "epochs", "keep_checkpoints", "log_steps", "checkpoint_steps",
-    "rank_timeout", "synthetic", "shuffle_shards", "streams",
+POSITIVE = (
+    "batch_size", "grad_accum_steps", "epochs", "keep_checkpoints", "log_steps",
+    "checkpoint_steps", "rank_timeout", "synthetic", "shuffle_shards", "streams",
 )  # fmt: skip
+
+RENAMED = {
+    "accumulate": "grad_accum_steps",
+    "optim.trust": "optim.trust_coefficient",
+    "optim.drop_epochs": "optim.milestones",
+    "knn.neighbours": "knn.neighbors",
+}
+"""Former names of options in checkpoints, encoder files and config.yaml -> their names today. On
+the command line the former names are aliases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig:
-    """kNN accuracy of the encoder while it trains; none where no data is given."""
+    """kNN accuracy of the encoder while it trains; off unless `data` is given."""
 
     data: str | None = None
-    """Labelled shards whose images are the neighbours."""
+    """Labeled shards whose images are the neighbors."""
     test_data: str | None = None
-    """Labelled shards to classify; without it `data` itself, leaving each image itself out."""
+    """Labeled shards to classify; by default `data` itself, leave-one-out."""
     epochs: int = 5
-    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
-    neighbours: tuple[int, ...] = (20, 200)
-    """Numbers of neighbours that vote, one accuracy each."""
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    neighbors: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--knn.neighbours",))] = (20, 200)
+    """Numbers of voting neighbors; one accuracy is reported for each."""
     batch_size: int = 64
-    """Images at a time on each process; changes no result."""
+    """Images per forward pass on each process; does not change the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Pretrain an encoder on masked views of a dataset of shards.
 
-    Under torchrun each process is one rank of the same training; without it there is one process.
+    Under torchrun each process is one rank of the same run; without it there is one process.
     """
 
     data: str = tyro.MISSING
-    """The dataset: a folder that `precompute` wrote, or its URL."""
+    """Dataset to train on: a folder that `precompute` wrote, or its URL."""
     out: str = tyro.MISSING
-    """The run's folder; on every machine the same one."""
+    """Folder of the run; every machine must see the same one."""
 
     method: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=MoCoConfig)
-    """The method and its own options."""
+    """Method and its own options."""
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
-    """How views are cut and masked."""
+    """Recipe: how views are cropped and masked."""
     encoder: str = "resnet50"
     """A torchvision ResNet (resnet18 ... resnet152, resnext*, wide_resnet*) or a ConvNet of timm
-    (timm:convnext_tiny). Random weights."""
+    (timm:convnext_tiny). Weights start random."""
     stem: Stem = "imagenet"
     """small: a 3 x 3 first convolution of stride 1, no max-pool; for crops of 32 to 64 pixels."""
     zero_init_residual: bool = False
-    """Start each residual block as an identity: the last norm's weight in it is 0."""
+    """Start each residual block as an identity: the weight of its last norm starts at 0."""
     sync_bn: bool = False
-    """Batch normalisation over the images of all processes; MoCo then does not shuffle them."""
+    """Compute batch statistics over the images of all processes; MoCo then does not shuffle its
+    keys."""
     crop_size: int | None = None
-    """Side of a view in pixels; the recipe's own when not given."""
+    """Side of a view in pixels; by default that of the recipe."""
 
     batch_size: int = 256
-    """Images a step, of all processes together."""
-    accumulate: int = 1
-    """Parts in which a process works through its images of a step, to save memory."""
+    """Global batch: images per step over all processes."""
+    grad_accum_steps: Annotated[int, tyro.conf.arg(aliases=("--accumulate",))] = 1
+    """Gradient accumulation: number of parts into which each process splits its share of a batch,
+    to save memory."""
     epochs: int = 200
-    """Times the dataset is seen."""
+    """Number of passes over the dataset."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
-    """Optimiser and learning rate."""
+    """Optimizer and learning rate."""
     seed: int = 0
-    """Of weights, queue, order, crops and masks."""
+    """Random seed for weights, queue, sample order, crops and masks."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where torch finds a GPU."""
+    """auto: cuda if torch finds a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the networks; the loss is always fp32. auto: bf16 where the device computes in it."""
+    """Precision of the networks; the loss is always fp32. auto: bf16 if the device supports it."""
     compile: bool = False
-    """torch.compile the encoders. The first steps then take minutes."""
+    """Run the encoders through torch.compile. The first steps then take minutes."""
     synthetic: int | None = None
-    """Pretend that the dataset has this many images and repeat one made-up batch that is on the
-    device already: the rate of the step itself. Reads no data."""
+    """Measure the step alone: pretend that the dataset has this many images and repeat one random
+    batch that is already on the device. Reads no data."""
 
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the last checkpoint in the run's folder. never: refuse if there is one."""
+    """auto: resume from the last checkpoint in the run's folder. never: refuse if there is one."""
     checkpoint_steps: int | None = None
-    """Save every so many steps, besides at the end of each epoch."""
+    """Save a checkpoint every this many steps, in addition to the end of each epoch."""
     keep_checkpoints: int = 2
-    """How many of the last checkpoints stay."""
+    """Number of latest checkpoints to keep."""
     log_steps: int = 10
-    """Steps between two log lines; only then does the host wait for the device."""
+    """Steps between two log lines; the host waits for the device only at these."""
     knn: KnnConfig = field(default_factory=KnnConfig)
-    """Accuracy of the encoder's nearest neighbours, every so many epochs."""
+    """kNN accuracy of the encoder every few epochs."""
     wandb: str | None = None
-    """Log to this Weights & Biases project too; `wandb` must be installed."""
+    """Also log to this Weights & Biases project; `wandb` must be installed."""
     rank_timeout: int = 600
-    """Seconds after which a process that does not answer is taken for dead and the job ends."""
+    """Seconds after which a process that does not answer counts as dead and the job ends."""
     cache: str | None = None
-    """Folder on a local disk that keeps shards fetched from elsewhere; ~/.cache/saliency-shards for
-    a remote dataset when not given. A local dataset is copied to it only if it is given."""
+    """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
+    a remote dataset and none for a local one."""
     cache_gb: float | None = None
-    """Size limit of that folder in GB of 10^9 bytes; half of the free disk when not given."""
+    """Size limit of that folder in GB of 10^9 bytes; by default half of the free disk."""
     shuffle_shards: int = SHUFFLE_SHARDS
     """Number of shards whose samples are shuffled together."""
     streams: int = 1
-    """Number of parts that shards are dealt to for the whole training; with as many as nodes, each
-    node reads its own shards only. Divides the batch size."""
+    """Number of groups into which the shards are divided for the whole run; with one per node, each
+    node reads only its own shards. Must divide the batch size."""
 
 
-def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The same options with every `auto` and `None` that changes numbers decided.
+def resolve_config(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Return the same options with every `auto` and `None` that affects results decided.
 
     Raises:
         UserError: options that make no sense, alone or together.
@@ -135,22 +146,23 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     }
     for name, value in positive.items():
         if value is not None and value < 1:
-            raise UserError(f"{option(name)} {value}: must be at least 1")
+            raise UserError(f"{format_flag(name)} {value}: must be at least 1")
     if config.knn.test_data is not None and config.knn.data is None:
-        raise UserError("--knn.test-data: needs --knn.data, the images that its neighbours are of")
+        raise UserError("--knn.test-data: needs --knn.data, the images of the neighbors")
     config.method.check(config.recipe)
-    parts = world_size() * config.accumulate
+    parts = world_size() * config.grad_accum_steps
     if config.batch_size % parts:
         among = f"among {world_size()} processes"
-        if config.accumulate > 1:
-            among += f" x {config.accumulate} parts"
+        if config.grad_accum_steps > 1:
+            among += f" x {config.grad_accum_steps} parts"
         raise UserError(
             f"--batch-size {config.batch_size}: does not divide {among}; "
-            f"the nearest that does is {nearest_multiple(config.batch_size, parts)}"
+            f"the nearest that does is {round_to_multiple(config.batch_size, parts)}"
         )
     if config.batch_size == parts:
         raise UserError(
-            f"--batch-size {config.batch_size}: one image a process; batch normalisation needs two"
+            f"--batch-size {config.batch_size}: one image per process; batch normalization needs "
+            "at least two"
         )
     if not 0 <= config.optim.warmup_epochs < config.epochs:
         raise UserError(
@@ -166,7 +178,7 @@ def resolved(config: TrainConfig, device: torch.device) -> TrainConfig:
     )
 
 
-def cache_of(folder: str | None, gigabytes: float | None) -> Cache:
+def make_cache(folder: str | None, gigabytes: float | None) -> Cache:
     """Return the cache that the options `cache` and `cache_gb` name; None stands for a default."""
     return Cache(
         None if folder is None else Path(folder),
@@ -189,41 +201,42 @@ def pick_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which networks run at this precision."""
+    """Return the context in which networks run at this precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def settings_of(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
-    """All that a checkpoint and the run going on from it must have in common, flat: name -> value.
+def collect_settings(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
+    """Return all settings that a checkpoint must share with the run that resumes from it.
 
-    `data` is the digest of what the dataset holds, so a dataset may move.
+    They are flat: name -> value. `data` is the digest of the dataset's content, so a dataset may
+    move.
     """
-    return {"data": dataset_digest, "method": config.method.name, **bound(flatten(config))}
+    return {"data": dataset_digest, "method": config.method.name, **drop_free(flatten(config))}
 
 
-def default_settings(
+def collect_default_settings(
     method: type[MethodConfig], given: TrainConfig | None = None, decided: TrainConfig | None = None
 ) -> dict[str, Any]:
-    """What a setting counts as that an older version did not know: today's defaults, flat.
+    """Return the values of settings that an older version lacked: today's defaults, flat.
 
     Args:
-        method: whose own options are meant.
-        given, decided: a run's options before and after `resolved`. Where the run leaves an option
-            at a default that is decided by other options, what was decided stands.
+        method: the method whose own options are included.
+        given, decided: a run's options before and after `resolve_config`. If the run leaves an
+            option at a default that depends on other options, the decided value counts.
     """
     general = defaults_of(TrainConfig)
     defaults = {name: value for name, value in general.items() if not name.startswith("method.")}
     defaults |= {f"method.{name}": value for name, value in defaults_of(method).items()}
     if given is not None and decided is not None:
-        own, values = flatten(given), flatten(decided)
+        given_values, decided_values = flatten(given), flatten(decided)
         for name, value in defaults.items():
-            if name in own and equal(own[name], value):
-                defaults[name] = values.get(name, value)
-    return bound(defaults)
+            if name in given_values and equal(given_values[name], value):
+                defaults[name] = decided_values.get(name, value)
+    return drop_free(defaults)
 
 
-def bound(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings, flat, that may differ between a checkpoint and a run."""
+def drop_free(settings: dict[str, Any]) -> dict[str, Any]:
+    """Remove the settings that may differ between a checkpoint and the run that resumes from it."""
     return {
         name: value
         for name, value in settings.items()
@@ -231,22 +244,33 @@ def bound(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def recipe_name(recipe: Recipe) -> str:
-    """The name of a recipe, whatever its views, branch and number of hard negatives are.
+def use_current_names(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings of any version, flat or nested, with options under their names of today."""
+    current = {}
+    for name, value in settings.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            value = use_current_names(value, f"{path}.")  # noqa: PLW2901
+        current[RENAMED.get(path, path).removeprefix(prefix)] = value
+    return current
 
-    `custom` once its masks or its fill are changed.
+
+def find_recipe_name(recipe: Recipe) -> str:
+    """Return the name of a recipe, whatever its views, branch and number of hard negatives are.
+
+    It is `custom` if the masks or the fill were changed.
     """
     others = {*VIEW_FIELDS, "branch", "hard_negatives"}
     masks = [field.name for field in fields(Recipe) if field.name not in others]
-    for name, known in RECIPES.items():
-        if all(getattr(recipe, mask) == getattr(known, mask) for mask in masks):
+    for name, candidate in RECIPES.items():
+        if all(getattr(recipe, mask) == getattr(candidate, mask) for mask in masks):
             return name
     return "custom"
 
 
-def option(name: str) -> str:
+def format_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def nearest_multiple(number: int, of: int) -> int:
-    return max(1, round(number / of)) * of
+def round_to_multiple(number: int, base: int) -> int:
+    return max(1, round(number / base)) * base

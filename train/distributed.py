@@ -1,7 +1,8 @@
-"""What ranks do together, with the same code for one process: it is rank 0 of 1.
+"""Collective operations; a single process runs the same code as rank 0 of 1.
 
-Collectives on CPU tensors go through gloo and on CUDA tensors through nccl. Whatever a person can
-mend is raised on every rank at once (`together`), so that no rank waits for one that has left.
+Collectives on CPU tensors go through gloo and on CUDA tensors through nccl. Errors that the user
+can fix are raised on all ranks at once (`raise_on_all_ranks`), so no rank waits for one that has
+left.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ def is_main() -> bool:
 
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
-    """Rows of every rank in rank order, without gradient: (N, ...) -> (world size * N, ...)."""
+    """Gather the rows of all ranks in rank order, no gradient: (N, ...) -> (ranks * N, ...)."""
     if world_size() == 1:
         return x
     rows = x.new_empty((world_size() * len(x), *x.shape[1:]))
@@ -40,7 +41,7 @@ def all_gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_uneven(x: Tensor) -> Tensor:
-    """`all_gather` where ranks have different numbers of rows, each at least one."""
+    """Gather as `all_gather` when ranks have different numbers of rows, each at least one."""
     counts = all_gather(torch.tensor([len(x)], device=x.device)).tolist()
     most = max(counts)
     padded = torch.cat([x, x[:1].expand(most - len(x), *x.shape[1:])])
@@ -49,7 +50,7 @@ def gather_uneven(x: Tensor) -> Tensor:
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """`all_gather` whose backward pass sums, for each rank's rows, the gradients of all ranks."""
+    """`all_gather` with a backward pass: each rank's rows get the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class GatherWithGradient(torch.autograd.Function):
 
 
 class SumWithGradient(torch.autograd.Function):
-    """The sum over the ranks; its backward pass sums the gradients of all ranks."""
+    """Sum over the ranks; the backward pass sums the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -80,25 +81,25 @@ class SumWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """Rows of every rank in rank order, with gradient: (N, ...) -> (world size * N, ...)."""
+    """Gather the rows of all ranks in rank order, with gradient: (N, ...) -> (ranks * N, ...)."""
     return x if world_size() == 1 else GatherWithGradient.apply(x)
 
 
 @torch.no_grad()
-def all_mean(x: Tensor) -> Tensor:
-    """The mean of `x` over the ranks, the same bits on every rank."""
+def all_mean_(x: Tensor) -> Tensor:
+    """Replace `x` by its mean over the ranks, bitwise equal on every rank; return it."""
     if world_size() > 1:
         dist.all_reduce(x)
         x /= world_size()
     return x
 
 
-def mean_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's hook for a bucket of gradients: their means over the ranks, summed rank after rank.
+def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over the ranks, adding rank after rank: a DDP hook.
 
-    DDP deals gradients into other buckets after a process's first step, and the order in which
-    gloo's own reduction adds up the ranks depends on where in its bucket a number lies. Here each
-    rank sums a share of the bucket; as much is sent as there.
+    DDP assigns gradients to different buckets after the first step of a process, and the order in
+    which gloo's own reduction adds the ranks depends on the position of a number in its bucket.
+    Here each rank sums one share of the bucket, which sends as much data as gloo does.
     """
     flat, size = bucket.buffer(), world_size()
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % size))
@@ -109,13 +110,13 @@ def mean_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future
         mean += other
     mean /= size
     dist.all_gather_into_tensor(padded, mean.contiguous())
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(padded[: len(flat)])
-    return done
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(padded[: len(flat)])
+    return future
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank. For small things: it is pickled."""
+    """Return the values of all ranks in rank order on every rank. Keep small: they are pickled."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -123,20 +124,22 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def shuffle(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Permute the images of all ranks, so that batch statistics do not tell which belong together.
+def shuffle_across_ranks(
+    x: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Permute the images of all ranks, so batch statistics do not reveal positive pairs.
 
     Every rank knows the permutation on the host, so each image is sent once, to the rank that
-    needs it, and under autocast in the precision that the first convolution casts it to.
+    needs it, and under autocast in the precision to which the first convolution casts it.
 
     Args:
         x: this rank's images, (N, C, H, W), the same N on every rank.
-        generator: on the CPU and in the same state on every rank, so that all draw one permutation.
+        generator: a CPU generator in the same state on every rank, so all draw one permutation.
 
     Returns:
-        This rank's share (N, C, H, W) of the permuted images, channels_last, and the function that
-        brings results (N, D) computed from such a share back to the rows of `x`. With one rank
-        there is nothing to permute: both leave their argument as it is, and nothing is drawn.
+        This rank's share (N, C, H, W) of the permuted images, channels_last, and a function that
+        brings results (N, D) computed from such a share back to the order of `x`. With one rank
+        nothing is permuted and nothing is drawn: both return their argument unchanged.
     """
     if world_size() == 1:
         return x, lambda y: y
@@ -154,17 +157,17 @@ def exchange_rows(x: Tensor, order: Tensor) -> Tensor:
 
     Args:
         x: this rank's rows, (N, ...), the same N on every rank.
-        order: (world size * N,) int64 permutation on the CPU, the same on every rank: place `i` of
-            the new order takes row `order[i]` of the rows in rank order.
+        order: (world size * N,) int64 permutation on the CPU, the same on every rank: position `i`
+            of the new order takes row `order[i]` of the rows in rank order.
 
     Returns:
-        (N, ...): the rows at places `rank * N` to `rank * N + N - 1`, bit for bit.
+        (N, ...): the rows at positions `rank * N` to `rank * N + N - 1`, bit for bit.
     """
     size, count = world_size(), len(x)
-    sources = order.view(size, count)  # row r: what rank r receives
-    # rank r receives from the ranks in turn, and from each in the order of r's places
-    outgoing = [wanted[wanted // count == rank()] - rank() * count for wanted in sources]
-    arrival = (sources[rank()] // count).argsort(stable=True)  # the places, as they are filled
+    sources = order.view(size, count)  # row r: the rows that rank r receives
+    # rank r receives from the ranks in turn, and from each in the order of r's positions
+    outgoing = [needed[needed // count == rank()] - rank() * count for needed in sources]
+    arrival = (sources[rank()] // count).argsort(stable=True)  # positions in order of arrival
     received = torch.bincount(sources[rank()] // count, minlength=size).tolist()
     sent = x[to_device(torch.cat(outgoing), x.device)].contiguous()
     rows = torch.empty_like(sent)
@@ -172,19 +175,19 @@ def exchange_rows(x: Tensor, order: Tensor) -> Tensor:
     return rows[to_device(arrival.argsort(), x.device)]
 
 
-def fail(message: str) -> None:
-    """Stop on every rank; called by all of them, rank 0 speaks."""
+def exit_all_ranks(message: str) -> None:
+    """Stop on every rank, which must all call it; rank 0 raises UserError with the message."""
     if is_main():
         raise UserError(message)
     raise SystemExit(2)
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """A section that fails on all ranks when it fails on one. Every rank must enter it.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Fail on all ranks if this block fails on one. Every rank must enter it.
 
-    Covers UserError and OSError; anything else is a defect and ends its process at once, upon which
-    torchrun ends the others.
+    Covers UserError and OSError; any other exception is a bug and ends its process at once, upon
+    which torchrun ends the others.
     """
     message = None
     try:
@@ -192,11 +195,11 @@ def together() -> Iterator[None]:
     except UserError as error:
         message = str(error)
     except BrokenPipeError:
-        raise  # the reader of our output has left
+        raise  # the reader of this program's output has left
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     messages = gather_objects(message)
     failed = [r for r, text in enumerate(messages) if text is not None]
     if failed:
         where = "" if len(failed) == len(messages) else f"rank {failed[0]}: "
-        fail(where + messages[failed[0]])
+        exit_all_ranks(where + messages[failed[0]])

@@ -1,4 +1,4 @@
-"""Encoders: ConvNets without their classifier, and the file that holds a trained one."""
+"""Encoders: ConvNets without their classifier, and files of trained ones."""
 
 import functools
 import hashlib
@@ -28,29 +28,28 @@ ENCODERS = {
     if "resne" in name
 }
 RESNETS = tuple(ENCODERS)
-"""Those that a file from elsewhere is compared with."""
+"""Architectures that a file of foreign weights is compared with."""
 
 Stem = Literal["imagenet", "small"]
 
 
 def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
-    """A randomly initialised encoder (N, 3, H, W) -> (N, D) pooled features, and its D.
+    """Build a randomly initialized encoder (N, 3, H, W) -> (N, D) pooled features; return it and D.
 
     Its state_dict has torchvision's key names without `fc`. Weights come from torch's global RNG.
 
     Args:
-        name: of `ENCODERS`, or `timm:` and a ConvNet of timm, whose key names are timm's.
+        name: a name in `ENCODERS`, or `timm:` and a ConvNet of timm, whose key names are timm's.
         stem: `imagenet`: torchvision's own, a 7 x 7 convolution of stride 2 and a max-pool;
-            `small`: 3 x 3 of stride 1 and no pool, for images of 32 to 64 pixels (as SimCLR and
-            solo-learn have it for CIFAR).
+            `small`: a 3 x 3 convolution of stride 1 and no pool, for images of 32 to 64 pixels (as
+            in SimCLR and solo-learn for CIFAR).
 
     Raises:
-        UserError: no such network, or not one that the method is for; the small stem for a network
-            of timm.
+        UserError: an unknown or unsuitable network; the small stem for a network of timm.
     """
     if is_timm(name):
         if stem != "imagenet":
-            raise UserError(f"--stem {stem}: is for torchvision's ResNets, not for {name}")
+            raise UserError(f"--stem {stem}: is for torchvision's ResNets only, not for {name}")
         return build_timm_encoder(name)
     encoder = lookup("encoder", name, ENCODERS)(weights=None)
     features = encoder.fc.in_features
@@ -65,10 +64,10 @@ def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
 def zero_residual_gammas_(module: nn.Module, encoder: str) -> None:
     """Set the last norm's weight of each residual block to 0, so that blocks start as identities.
 
-    Goyal et al. 2017; torchvision's `zero_init_residual`, which google-research/simclr has on.
+    Source: Goyal et al. 2017; torchvision's `zero_init_residual`, used by google-research/simclr.
 
     Raises:
-        UserError: the module has no such blocks; `encoder` is its name.
+        UserError: the module, whose name is `encoder`, has no residual blocks.
     """
     last = [
         block.bn3 if isinstance(block, Bottleneck) else block.bn2
@@ -79,22 +78,23 @@ def zero_residual_gammas_(module: nn.Module, encoder: str) -> None:
     for block in timm_blocks:
         block.zero_init_last()
     if not last and not timm_blocks:
-        raise UserError(f"--zero-init-residual: {encoder} has no residual blocks that it knows")
+        raise UserError(f"--zero-init-residual: {encoder} has no residual blocks of a known kind")
     for norm in last:
         nn.init.zeros_(norm.weight)
 
 
-def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
-    """The last map before pooling: (N, 3, H, W) -> (N, D, h, w), at stride 32 with its usual stem.
+def compute_feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return the last map before pooling: (N, 3, H, W) -> (N, D, h, w), at stride 32.
 
-    `encoder` is one of `build_encoder`; after `compile_encoder_` this runs compiled too.
+    The small stem makes the stride smaller. `encoder` comes from `build_encoder`; after
+    `compile_encoder_` this runs compiled too.
     """
     compiled = getattr(encoder, "compiled_feature_map", None)
-    return compute_feature_map(encoder, images) if compiled is None else compiled(encoder, images)
+    return run_to_last_map(encoder, images) if compiled is None else compiled(encoder, images)
 
 
-def compute_feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
-    """`feature_map` without a compiler."""
+def run_to_last_map(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Compute `compute_feature_map` without torch.compile."""
     if is_timm_encoder(encoder):
         network: Any = encoder
         return network.forward_features(images)
@@ -106,16 +106,16 @@ def compute_feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 def compile_encoder_(encoder: nn.Module) -> None:
-    """Let torch.compile run the encoder's call and its `feature_map`, each from its first use."""
+    """Compile the encoder's call and its feature map with torch.compile, each at its first use."""
     encoder.compile()
-    encoder.compiled_feature_map = torch.compile(compute_feature_map)  # type: ignore[assignment]
+    encoder.compiled_feature_map = torch.compile(run_to_last_map)  # type: ignore[assignment]
 
 
 def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:
     """Write `encoder` to one safetensors file, atomically; `metadata` must name its `encoder`.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     tensors = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
     temporary = path.with_name(f".{path.name}.tmp")
@@ -130,13 +130,13 @@ def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> No
 
 
 def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
-    """Read an encoder: (encoder on the CPU, metadata, the file's path).
+    """Read an encoder; return it on the CPU, its metadata and the path of its file.
 
     Args:
-        location: the folder of a run, its `encoder.safetensors`, or any file of weights in which a
-            ResNet of torchvision's names lies under some prefix (see `schemas.weights`). Of the
-            latter the architecture is found by its shapes, and evaluations show it plain images of
-            FOREIGN_CROP pixels.
+        location: the folder of a run, its `encoder.safetensors`, or any file of weights that holds
+            a ResNet with torchvision's key names under some prefix (see `schemas.weights`). The
+            architecture of such foreign weights is found by their shapes, and evaluations feed it
+            unfiltered images of FOREIGN_CROP pixels.
 
     Raises:
         UserError: no such file, or no ResNet in it.
@@ -145,57 +145,57 @@ def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
     if path.is_dir():
         path = path / "encoder.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such encoder; has its training ended?")
+        raise UserError(f"{path}: no such encoder; has its training finished?")
     content = read_weights(path, unpickle, load_file)
-    metadata = metadata_of(path)
+    metadata = read_metadata(path)
     if "encoder" in metadata:
-        encoder = build_encoder(metadata["encoder"], stem_of(metadata))[0]
+        encoder = build_encoder(metadata["encoder"], get_stem(metadata))[0]
         encoder.load_state_dict(content)
         return encoder, metadata, path
-    return *foreign_encoder(content, path), path
+    return *build_foreign_encoder(content, path), path
 
 
 FOREIGN_CROP: dict[Stem, int] = {"imagenet": 224, "small": 32}
-"""Side in pixels of the images that an encoder from elsewhere is evaluated on."""
+"""Side in pixels of the images on which an encoder that `train` did not write is evaluated."""
 
 
-def foreign_encoder(content: Any, path: Path) -> tuple[nn.Module, dict[str, str]]:
-    """The ResNet in the content of a file that `train` did not write, and metadata for it.
+def build_foreign_encoder(content: Any, path: Path) -> tuple[nn.Module, dict[str, str]]:
+    """Build the ResNet whose weights lie in a file that `train` did not write, and its metadata.
 
     Raises:
-        UserError: it has none, or one that torchvision does not know.
+        UserError: the file holds no ResNet of torchvision's.
     """
     problem: UserError | None = None
     for stem in get_args(Stem):
         for name in RESNETS:
-            shapes, children = architecture(name, stem)
+            shapes, children = list_shapes(name, stem)
             try:
-                found = fit_weights(content, shapes, str(path), f"a {name}", children)
+                fitted = fit_weights(content, shapes, str(path), f"a {name}", children)
             except UserError as error:
-                problem = nearer(problem, error)
+                problem = pick_clearer_error(problem, error)
                 continue
             encoder = build_encoder(name, stem)[0]
-            encoder.load_state_dict({**encoder.state_dict(), **found.tensors})
+            encoder.load_state_dict({**encoder.state_dict(), **fitted.tensors})
             if is_main():
-                tell(
-                    f"{found.told or f'{path}: a {name}'}; evaluated on plain images of "
+                print_once(
+                    f"{fitted.told or f'{path}: a {name}'}; evaluated on plain images of "
                     f"{FOREIGN_CROP[stem]} pixels"
                 )
-            return encoder, foreign_metadata(name, stem, path)
+            return encoder, make_foreign_metadata(name, stem, path)
     assert problem is not None
     raise problem
 
 
 @functools.cache
-def architecture(name: str, stem: Stem) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Names and shapes of a ResNet's weights, and its parts in order; nothing is allocated."""
+def list_shapes(name: str, stem: Stem) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Return the shapes of a ResNet's weights by name, and its children; allocates nothing."""
     with torch.device("meta"):
         encoder = build_encoder(name, stem)[0]
     return shapes_of(encoder.state_dict()), [child for child, _ in encoder.named_children()]
 
 
-def foreign_metadata(name: str, stem: Stem, path: Path) -> dict[str, str]:
-    """What evaluations must know of an encoder, where nobody wrote it down."""
+def make_foreign_metadata(name: str, stem: Stem, path: Path) -> dict[str, str]:
+    """Return the metadata that evaluations need for an encoder whose file has none."""
     return {
         "encoder": name,
         "stem": stem,
@@ -203,28 +203,28 @@ def foreign_metadata(name: str, stem: Stem, path: Path) -> dict[str, str]:
         "recipe": "none",
         "crop_size": str(FOREIGN_CROP[stem]),
         "high_pass": "False",
-        "high_pass_kernel": "11",  # of no use without high_pass
+        "high_pass_kernel": "11",  # unused without high_pass
         "high_pass_sigma": "5.0",
-        "settings": json.dumps({"recipe.fill": "none", "sha256": digest(path)}),
+        "settings": json.dumps({"recipe.fill": "none", "sha256": compute_digest(path)}),
         "seed": "0",
     }
 
 
-def nearer(one: UserError | None, other: UserError) -> UserError:
-    """Of two refusals the one that is about a shape or a layer rather than about all names."""
+def pick_clearer_error(one: UserError | None, other: UserError) -> UserError:
+    """Return the error about a single shape or layer rather than the one about all names."""
     if one is None or ("lacks conv1.weight" in str(one) and "lacks conv1.weight" not in str(other)):
         return other
     return one
 
 
 @functools.cache
-def tell(text: str) -> None:
-    """Print a line once, however often a file is read."""
+def print_once(text: str) -> None:
+    """Print a line once per process, however often a file is read."""
     print(text, flush=True)
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """What `save_encoder` kept beside the weights; empty for any other file."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata that `save_encoder` wrote; empty for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -237,22 +237,22 @@ def unpickle(path: Path, stubs: Sequence[tuple[type, str]]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def digest(path: Path) -> str:
-    """sha256 of an encoder's file: what it was, when a path no longer tells."""
+def compute_digest(path: Path) -> str:
+    """Return the sha256 of an encoder's file, which identifies it wherever it lies."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def stem_of(metadata: dict[str, str]) -> Stem:
-    """The stem that an encoder's metadata names; files of before there was a choice name none."""
+def get_stem(metadata: dict[str, str]) -> Stem:
+    """Return the stem that metadata names; files older than this option have the usual one."""
     return "small" if metadata.get("stem") == "small" else "imagenet"
 
 
-def untrained_encoder(metadata: dict[str, str], seed: int) -> nn.Module:
-    """The same architecture as first initialised, from `seed` alone; torch's global RNG stays."""
+def build_untrained_encoder(metadata: dict[str, str], seed: int) -> nn.Module:
+    """Build the same architecture untrained, from `seed` alone; torch's global RNG is not used."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(metadata["encoder"], stem_of(metadata))[0]
+        encoder = build_encoder(metadata["encoder"], get_stem(metadata))[0]
     if metadata.get("zero_init_residual") == "True":
         zero_residual_gammas_(encoder, metadata["encoder"])
     return encoder

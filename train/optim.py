@@ -1,61 +1,65 @@
-"""Optimisers and learning rates."""
+"""Optimizers and learning rate schedules."""
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from torch import nn
 from torch.optim import SGD, Optimizer
 
 BASE_BATCH = 256
-"""The batch that `base_lr` is for; a rate grows in proportion to the batch (Goyal et al. 2017)."""
+"""Batch size of `base_lr`; rates scale linearly with the batch (Goyal et al. 2017)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How weights move."""
+    """Optimizer, learning rate and its schedule."""
 
     optimizer: Literal["sgd", "lars"] = "sgd"
-    """lars: SGD with a rate of its own for each layer, for large batches (timm's)."""
+    """lars: SGD with an adaptive rate per layer, for large batches (timm's implementation)."""
     base_lr: float = 0.03
-    """Highest learning rate at a batch of 256 images; in proportion at others."""
+    """Peak learning rate for a batch of 256 images; scaled linearly to other batches."""
     lr: float | None = None
-    """Highest learning rate as it is, in place of `base_lr`."""
+    """Peak learning rate, unscaled; overrides `base_lr`."""
     momentum: float = 0.9
-    """Of the gradients."""
+    """SGD momentum."""
     weight_decay: float = 1e-4
-    """sgd: on all parameters, as MoCo has it; lars: not on norms and biases, as SimCLR has it."""
+    """Weight decay. sgd: on all parameters, as in MoCo; lars: not on norms and biases, as in
+    SimCLR."""
     decay_norms: bool = True
-    """sgd: whether weight decay is on the weights of norms too (MoCo: yes; detectron2: no)."""
-    trust: float = 0.02
-    """lars: a layer's rate is lr x trust x |weights| / |gradient| (eta of solo-learn and ADIOS)."""
+    """sgd: apply weight decay to normalization layers too (MoCo: yes; detectron2: no)."""
+    trust_coefficient: Annotated[float, tyro.conf.arg(aliases=("--trust",))] = 0.02
+    """lars: the rate of a layer is lr x trust_coefficient x |weights| / |gradient| (the default is
+    eta of solo-learn and ADIOS)."""
     trust_clip: bool = True
-    """lars: whether it is at most lr itself (as these two have it)."""
+    """lars: limit the rate of a layer to lr (as solo-learn and ADIOS do)."""
     clip_gradient: float | None = None
-    """Longest gradient of all parameters together (Euclidean); longer ones are shortened to it."""
+    """Maximum global gradient norm; longer gradients are scaled down to it."""
     schedule: Literal["cosine", "steps"] = "cosine"
-    """cosine: half a cosine down to 0. steps: a tenth from each of `drop_epochs` on."""
+    """cosine: half a cosine down to 0. steps: divide the learning rate by 10 at each of
+    `milestones`."""
     warmup_epochs: int = 0
-    """Epochs in which the rate rises linearly from 0."""
-    drop_epochs: tuple[int, ...] = (60, 80)
-    """steps: epochs, counted from 0, at which the rate drops."""
+    """Epochs over which the learning rate rises linearly from 0."""
+    milestones: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--drop-epochs",))] = (60, 80)
+    """steps: epochs, counted from 0, at which the learning rate is divided by 10."""
 
     def peak(self, batch_size: int) -> float:
-        """The highest rate at this global batch."""
+        """Return the peak learning rate for this global batch."""
         return self.base_lr * batch_size / BASE_BATCH if self.lr is None else self.lr
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimiser over all trainable parameters; the rate is set before each step."""
+    """Build the optimizer over all trainable parameters; the rate is set before each step."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
-        norms = set() if config.decay_norms else norm_parameters(model)
-        plain = [p for p in trainable if p in norms]
+        norms = set() if config.decay_norms else find_norm_parameters(model)
+        undecayed = [p for p in trainable if p in norms]
         groups: list[dict[str, Any]] = [{"params": [p for p in trainable if p not in norms]}]
         return SGD(
-            groups + [{"params": plain, "weight_decay": 0.0}] * bool(plain),
+            groups + [{"params": undecayed, "weight_decay": 0.0}] * bool(undecayed),
             lr=0.0,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -63,7 +67,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         )
     from timm.optim import Lars  # here: timm is slow to import
 
-    # without weight decay timm's LARS moves them as SGD would
+    # without weight decay timm's LARS updates norms and biases as SGD does
     weights = [p for p in trainable if p.ndim > 1]
     norms_and_biases = [p for p in trainable if p.ndim <= 1]
     groups = [
@@ -74,36 +78,39 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         groups,
         lr=0.0,
         momentum=config.momentum,
-        trust_coeff=config.trust,
+        trust_coeff=config.trust_coefficient,
         trust_clip=config.trust_clip,
     )
 
 
-def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The weights and biases of all normalisation layers."""
+def find_norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the weights and biases of all normalization layers."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
     return {p for layer in model.modules() if isinstance(layer, kinds) for p in layer.parameters()}
 
 
-def learning_rate(config: OptimConfig, step: int, *, peak: float, total: int, epoch: int) -> float:
-    """The rate of one step: linear while it warms up, then by `config.schedule`.
+def compute_learning_rate(
+    config: OptimConfig, step: int, *, peak: float, total: int, epoch: int
+) -> float:
+    """Compute the learning rate of one step: linear warm-up, then `config.schedule`.
 
-    Per step. MoCo's code, and the masked variant's, move it once an epoch and have no warm-up.
+    It changes with each step. The code of MoCo and of the masked variant changes it once per epoch
+    and has no warm-up.
 
     Args:
-        step: steps already finished, 0 <= step < total.
-        peak: the highest rate; the first one of a warm-up is peak / its steps.
-        total: steps of the whole training.
-        epoch: steps of an epoch.
+        step: number of finished steps, 0 <= step < total.
+        peak: the highest rate; a warm-up starts at peak / (its number of steps).
+        total: number of steps of the whole training.
+        epoch: number of steps of an epoch.
     """
     warmup = config.warmup_epochs * epoch
     if step < warmup:
         return peak * (step + 1) / warmup
     if config.schedule == "steps":
-        return peak * 0.1 ** drops(config.drop_epochs, step // epoch)
+        return peak * 0.1 ** count_reached(config.milestones, step // epoch)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def drops(epochs: Sequence[int], epoch: int) -> int:
-    """How many of these epochs have begun."""
-    return bisect_right(sorted(epochs), epoch)
+def count_reached(milestones: Sequence[int], epoch: int) -> int:
+    """Count the milestones that lie at or before this epoch."""
+    return bisect_right(sorted(milestones), epoch)

@@ -1,7 +1,7 @@
-"""One page that shows a run: `python -m train.report RUN`.
+"""Write one HTML page that shows a run: `python -m train.report RUN`.
 
-Curves, the views of the first and the last epoch, evaluations, the configuration and how the run
-was started, in one HTML file that needs no other and no network.
+It holds curves, the views of the first and the last epoch, evaluations, the configuration and how
+the run was started, and needs no other file and no network.
 """
 
 import base64
@@ -16,8 +16,8 @@ import tyro
 
 from schemas import UserError
 from schemas.cli import parse, run
-from train.evaluate.results import RESULTS
-from train.record import is_step
+from train.metrics_logger import is_step
+from train.run_info import RESULTS
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem;
@@ -38,7 +38,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.8rem; backgro
 CURVES: dict[str, tuple[str, dict[str, str]]] = {
     "loss": ("loss", {"loss": "loss"}),
     "accuracy": (
-        "how often the key is the most similar",
+        "share of queries whose key is the most similar",
         {
             "negatives_accuracy": "among queue or batch",
             "contrastive_accuracy": "among these and hard negatives",
@@ -55,19 +55,19 @@ CURVES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "lr": ("learning rate", {"lr": "learning rate"}),
     "images_per_second": ("images/s", {"images_per_second": "images/s"}),
-    "data_wait": ("seconds a step waited for data", {"data_wait": "seconds"}),
+    "data_wait": ("seconds per step spent waiting for data", {"data_wait": "seconds"}),
 }
-"""Figures by their id: a label, and names in metrics.jsonl with what a legend calls them."""
+"""Figures by id: a caption, and names in metrics.jsonl with their labels in the legend."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write RUN/report.html."""
+    """Write a page with curves, views, evaluations and configuration of a run."""
 
     run: Annotated[str, tyro.conf.Positional] = tyro.MISSING
-    """A run's folder."""
+    """Folder of the run."""
     out: str | None = None
-    """The page; report.html in the run's folder when not given."""
+    """File to write; by default report.html in the run's folder."""
 
 
 def write_report(options: ReportOptions) -> Path:
@@ -80,33 +80,33 @@ def write_report(options: ReportOptions) -> Path:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{folder}: no metrics.jsonl; is it the folder of a run?")
-    rows = lines_of(metrics)
+    rows = read_json_lines(metrics)
     if not rows:
         raise UserError(f"{metrics}: no step is finished yet")
     out = Path(options.out or folder / "report.html")
-    out.write_text(page(folder, rows))
+    out.write_text(render_page(folder, rows))
     return out
 
 
-def page(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """The page's HTML."""
+def render_page(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Render the HTML of the page."""
     steps = [row for row in rows if is_step(row)]
     title = f"{folder.name}: {len(steps)} steps, {steps[-1]['epoch']} epochs"
     parts = [f"<h1>{html.escape(title)}</h1>", '<div class="curves">']
     for name, (label, names) in CURVES.items():
-        known = {n: line for n, line in names.items() if any(n in row for row in steps)}
-        lines = {line: [(row["step"], row.get(n)) for row in steps] for n, line in known.items()}
-        parts.append(curve(name, label, lines))
+        logged = {n: line for n, line in names.items() if any(n in row for row in steps)}
+        lines = {line: [(row["step"], row.get(n)) for row in steps] for n, line in logged.items()}
+        parts.append(render_curves(name, label, lines))
     epochs = [row for row in rows if not is_step(row)]
     scores = sorted({name for row in epochs for name in row.keys() - {"step", "epoch"}})
     if scores:
-        found = {n: [(row["step"], row[n]) for row in epochs if n in row] for n in scores}
-        parts.append(curve("scores", "accuracy on labelled shards", found))
+        points = {n: [(row["step"], row[n]) for row in epochs if n in row] for n in scores}
+        parts.append(render_curves("scores", "accuracy on labeled shards", points))
     parts.append("</div>")
 
     views = sorted((folder / "views").glob("epoch-*.png"))
     if views:
-        parts.append("<h2>Views, as fed</h2>")
+        parts.append("<h2>Views as fed to the network</h2>")
         for path in dict.fromkeys([views[0], views[-1]]):
             content = base64.b64encode(path.read_bytes()).decode()
             parts.append(
@@ -114,9 +114,9 @@ def page(folder: Path, rows: list[dict[str, Any]]) -> str:
                 f"<figcaption>{path.stem}</figcaption></figure>"
             )
     if (folder / RESULTS).is_file():
-        parts += ["<h2>Evaluations</h2>", results_table(lines_of(folder / RESULTS))]
+        parts += ["<h2>Evaluations</h2>", render_results(read_json_lines(folder / RESULTS))]
     if (folder / "starts.jsonl").is_file():
-        parts += ["<h2>Starts</h2>", starts_table(lines_of(folder / "starts.jsonl"))]
+        parts += ["<h2>Starts</h2>", render_starts(read_json_lines(folder / "starts.jsonl"))]
     if (folder / "config.yaml").is_file():
         text = html.escape((folder / "config.yaml").read_text())
         parts.append(f"<h2>Configuration</h2>\n<pre>{text}</pre>")
@@ -130,20 +130,20 @@ def page(folder: Path, rows: list[dict[str, Any]]) -> str:
     )
 
 
-def curve(name: str, label: str, lines: dict[str, list[tuple[int, float | None]]]) -> str:
-    """One figure of curves over steps, as inline SVG; nothing where no point is known."""
-    import matplotlib  # slow to import, and needed for reports alone
+def render_curves(name: str, label: str, lines: dict[str, list[tuple[int, float | None]]]) -> str:
+    """Render one figure of curves over steps as inline SVG; return "" if there are no points."""
+    import matplotlib  # here: slow to import, and only reports need it
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 2.6), layout="constrained")
-    known = 0
+    total = 0
     for line, points in lines.items():
-        found = [(step, value) for step, value in points if value is not None]
-        known += len(found)
-        steps, values = [step for step, _ in found], [value for _, value in found]
-        axes.plot(steps, values, "o-" if len(found) < 30 else "-", label=line, ms=3, lw=1.2)
+        present = [(step, value) for step, value in points if value is not None]
+        total += len(present)
+        steps, values = [step for step, _ in present], [value for _, value in present]
+        axes.plot(steps, values, "o-" if len(present) < 30 else "-", label=line, ms=3, lw=1.2)
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -152,14 +152,14 @@ def curve(name: str, label: str, lines: dict[str, list[tuple[int, float | None]]
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    if not known:
+    if not total:
         return ""
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     return f'<figure id="{name}">{svg}<figcaption>{html.escape(label)}</figcaption></figure>'
 
 
-def results_table(rows: list[dict[str, Any]]) -> str:
+def render_results(rows: list[dict[str, Any]]) -> str:
     cells = [
         (
             row["protocol"],
@@ -170,18 +170,18 @@ def results_table(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return table(("protocol", "data", "accuracy", "weights", "time"), cells)
+    return render_table(("protocol", "data", "accuracy", "weights", "time"), cells)
 
 
-def starts_table(rows: list[dict[str, Any]]) -> str:
+def render_starts(rows: list[dict[str, Any]]) -> str:
     cells = [
         (row["time"], row["after_step"], f"{row['processes']} x {row['device']}", row["command"])
         for row in rows
     ]
-    return table(("time", "after step", "processes", "command"), cells)
+    return render_table(("time", "after step", "processes", "command"), cells)
 
 
-def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def render_table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
@@ -190,7 +190,7 @@ def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

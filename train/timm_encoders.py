@@ -1,6 +1,6 @@
-"""timm's ConvNets as encoders: `timm:convnext_tiny`.
+"""ConvNets of timm as encoders, for example `timm:convnext_tiny`.
 
-timm takes seconds to import, so it is imported where such a name is given.
+timm takes seconds to import, so it is imported only when such a name is given.
 """
 
 import difflib
@@ -12,9 +12,9 @@ from schemas import UserError
 
 PREFIX = "timm:"
 STRIDE = 32
-"""Of the last map, as a ResNet's: a cell of the masks' grid at 224 pixels."""
+"""Required stride of the last map, as in a ResNet: one cell of the mask grid at 224 pixels."""
 PROBE = 64
-"""Side in pixels of the image that a network is tried on: two cells."""
+"""Side in pixels of the image on which a network is tried: two cells."""
 
 
 def is_timm(name: str) -> bool:
@@ -22,16 +22,16 @@ def is_timm(name: str) -> bool:
 
 
 def build_timm_encoder(name: str) -> tuple[nn.Module, int]:
-    """Build a randomly initialized network (N, 3, H, W) -> (N, D) pooled features, and its D.
+    """Build a randomly initialized network (N, 3, H, W) -> (N, D) pooled features; return it and D.
 
     Its state_dict has timm's key names without a classifier. Weights come from torch's global RNG.
 
     Args:
-        name: `timm:` and a name of timm.
+        name: `timm:` and a model name of timm.
 
     Raises:
-        UserError: timm knows no such name; the network is no ConvNet, or its last map is not at
-            stride 32.
+        UserError: timm has no such network, it is not a ConvNet, or its last map is not at stride
+            32.
     """
     import timm
 
@@ -44,7 +44,7 @@ def build_timm_encoder(name: str) -> tuple[nn.Module, int]:
     attention = [type(m).__name__ for m in encoder.modules() if "Attention" in type(m).__name__]
     if attention:
         raise UserError(
-            f"encoder {name}: has layers of attention ({attention[0]}); the method is for ConvNets"
+            f"encoder {name}: has attention layers ({attention[0]}); the method is for ConvNets"
         )
     was_training = encoder.training
     encoder.eval()
@@ -62,12 +62,12 @@ def build_timm_encoder(name: str) -> tuple[nn.Module, int]:
     if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[2:] != (cells, cells):
         shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         raise UserError(
-            f"encoder {name}: has no map at stride {STRIDE}: of {PROBE} pixels it makes {shape}, "
+            f"encoder {name}: has no map at stride {STRIDE}: from {PROBE} pixels it makes {shape}, "
             f"not (1, D, {cells}, {cells})"
         )
     return encoder, pooled.shape[1]
 
 
 def is_timm_encoder(module: nn.Module) -> bool:
-    """Whether a module is a network of `build_timm_encoder`, not a part of one."""
+    """Return True for a whole network of `build_timm_encoder`, False for a part of one."""
     return hasattr(module, "forward_features") and hasattr(module, "reset_classifier")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-import train.loop
+import train.trainer
 from tests.train.ranks import Ranks, add_tiny_encoders
 from tests.train.runs import config, write_images
 from train.config import KnnConfig
@@ -32,8 +32,8 @@ def shards(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def run(shards, tmp_path_factory) -> Path:
-    """A short run, never stopped; others are compared with it."""
+    """Train a short run that is never stopped; other runs are compared with it."""
     out = tmp_path_factory.mktemp("run")
-    knn = KnnConfig(data=shards, neighbours=(1, 5), epochs=1)
-    train.loop.train(config(shards, out, knn=knn))
+    knn = KnnConfig(data=shards, neighbors=(1, 5), epochs=1)
+    train.trainer.train(config(shards, out, knn=knn))
     return out

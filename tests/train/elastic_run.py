@@ -1,4 +1,4 @@
-"""A training that torchrun starts: it notes which samples each rank is fed, and may die.
+"""Train under torchrun, note which samples each rank is fed, and optionally die.
 
 python tests/train/elastic_run.py NOTES STOP OPTIONS...: NOTES is a folder; after STOP steps (0:
 never) each rank ends at once, as killed processes do.
@@ -12,10 +12,10 @@ from pathlib import Path
 from pipeline import MaskedViews
 from tests.train.ranks import add_tiny_encoders
 from train import __main__ as command
-from train.loop import Meter
+from train.trainer import MetricsBuffer
 
 notes, stop = Path(sys.argv[1]), int(sys.argv[2])
-next_batch, add = MaskedViews._next, Meter.add
+next_batch, add = MaskedViews._next, MetricsBuffer.add
 
 
 def noting(views):
@@ -34,7 +34,7 @@ def dying(meter, scalars, waited, **known):
 
 MaskedViews._next = noting
 if stop:
-    Meter.add = dying
+    MetricsBuffer.add = dying
 add_tiny_encoders()
 sys.argv = ["train", *sys.argv[3:]]
 command.start()

@@ -34,7 +34,7 @@ READS = (
     aten.bincount.default,
     aten.repeat_interleave.Tensor,
 )
-"""Operators whose result, or its shape, the host learns from the device."""
+"""Operators whose result, or the shape of it, the host reads from the device."""
 
 COPYING: tuple[ModuleType, ...] = (
     pipeline.blur,
@@ -82,7 +82,7 @@ class HostWaits(TorchDispatchMode):
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
-        """Check nothing in here."""
+        """Skip all checks in this block."""
         self.is_checking = False
         try:
             yield
@@ -91,7 +91,7 @@ class HostWaits(TorchDispatchMode):
 
 
 class NewTensors(TorchFunctionMode):
-    """Raise AssertionError where a tensor on the device is made of Python numbers.
+    """Raise AssertionError if a tensor on the device is made from Python numbers.
 
     On a GPU that copies from pageable memory; on `meta` nothing is copied, so no operator shows it.
     """
@@ -113,7 +113,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise AssertionError if this operator waits; some argument or the result is on the GPU."""
+    """Raise AssertionError if this operator waits; an argument or the result is on the GPU."""
     if func in READS:
         raise AssertionError(f"{func} waits for the device")
     if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
@@ -137,10 +137,10 @@ def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def pretend_gpu(is_compiled: bool = False) -> Iterator[HostWaits]:
-    """Run what is in here as on a GPU and raise where it waits.
+    """Run this block as on a GPU and raise if the host waits.
 
     Args:
-        is_compiled: whether functions are run that a compiler would get, or those that run without.
+        is_compiled: run the functions that would be compiled instead of their uncompiled fallbacks.
     """
 
     def try_call(self: Compiled, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +151,7 @@ def pretend_gpu(is_compiled: bool = False) -> Iterator[HostWaits]:
         for module in COPYING:
             stack.enter_context(mock.patch.object(module, "to_device", to_device))
         stack.enter_context(mock.patch.object(Compiled, "try_call", try_call))
-        # there is none for `meta`; casts do not wait
+        # `meta` has no autocast; casts do not wait
         none = mock.Mock(side_effect=lambda *_, **__: autocast("cpu", enabled=False))
         stack.enter_context(mock.patch.object(torch, "autocast", none))
         # the fused optimizer refuses devices that it does not list

@@ -13,7 +13,7 @@ def dot(a, b):
 
 
 def moco_loss(q, key, queue, hard, *, rho, tau):
-    """-log of the positive's share, itself in the denominator; hard[i] are those of query i."""
+    """Compute -log of the positive's share of the denominator; hard[i] belong to query i."""
     total = 0.0
     for i in range(len(q)):
         similar = [dot(q[i], key[i])]
@@ -25,7 +25,7 @@ def moco_loss(q, key, queue, hard, *, rho, tau):
 
 
 def simclr_loss(q, k, hard, *, rho, tau, hard_for_keys=False, hard_of_others=False):
-    """NT-Xent over all 2 M anchors; hard[i] are those of image i."""
+    """Compute NT-Xent over all 2 M anchors; hard[i] belong to image i."""
     m = len(q)
     z = [*q, *k]
     total = 0.0
@@ -41,7 +41,7 @@ def simclr_loss(q, k, hard, *, rho, tau, hard_for_keys=False, hard_of_others=Fal
 
 
 def features(images, w):
-    """`tests.train.ranks.Tiny`: convolution, batch statistics of all images, ReLU, mean."""
+    """Compute `tests.train.ranks.Tiny`: convolution, batch statistics of all images, ReLU, mean."""
     padded = np.pad(np.asarray(images, np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
     maps = np.zeros((len(images), 6, 4, 4))
     for row in range(4):
@@ -58,7 +58,7 @@ def features(images, w):
 
 
 def embed(images, w):
-    """The features, two linear layers, unit length."""
+    """Compute features, two linear layers, and normalize to unit length."""
     hidden = np.maximum(features(images, w) @ w["head.0.weight"].T + w["head.0.bias"], 0)
     z = hidden @ w["head.2.weight"].T + w["head.2.bias"]
     return z / np.linalg.norm(z, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Small trees of COCO's and VOC's true layouts, an encoder, and a detection of few steps."""
+"""Small datasets in the layouts of COCO and VOC, an encoder, and short detection runs."""
 
 import json
 from dataclasses import replace
@@ -13,12 +13,12 @@ from train.evaluate.detection.coco import read_coco
 from train.evaluate.detection.command import DetectionOptions, Schedule
 from train.evaluate.detection.data import Pictures
 
-SHORT = Schedule(iterations=8, units=2, drops=(1,))
-"""Parts of four steps."""
+SHORT = Schedule(iterations=8, units=2, milestones=(1,))
+"""A schedule of two parts of four steps."""
 
 
 def shapes(index: int) -> tuple[np.ndarray, list[float]]:
-    """A bright box on dark ground, and where it is."""
+    """Draw a bright box on a dark background; return the pixels and the box."""
     random = np.random.default_rng(index)
     pixels = random.integers(0, 60, (96, 128, 3), dtype=np.uint8)
     x, y = (int(v) for v in random.integers(5, 40, 2))
@@ -28,7 +28,7 @@ def shapes(index: int) -> tuple[np.ndarray, list[float]]:
 
 
 def write_coco(root: Path, split: str, count: int = 6, **changes) -> Path:
-    """A tree of the true layout: rectangles as polygons, one crowd, one picture of nothing."""
+    """Write a split in COCO's layout: rectangles as polygons, one picture without objects."""
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
@@ -62,7 +62,7 @@ def write_coco(root: Path, split: str, count: int = 6, **changes) -> Path:
 
 
 def odd_coco(root: Path, **one) -> Pictures:
-    """Such a tree whose first annotation is changed; None takes a key out."""
+    """Write such a split and change its first annotation; None removes a key."""
     file = write_coco(root, "train2017")
     content = json.loads(file.read_text())
     first = content["annotations"][0] | one
@@ -72,7 +72,7 @@ def odd_coco(root: Path, **one) -> Pictures:
 
 
 def write_voc(root: Path, objects: str, size: str = "<height>96</height><width>128</width>") -> str:
-    """One black picture of 96 x 128; `objects` is the XML of them."""
+    """Write one black picture of 96 x 128 in VOC's layout; `objects` is the XML of its objects."""
     base = root / "VOCdevkit" / "VOC2007"
     for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
         (base / folder).mkdir(parents=True)
@@ -91,7 +91,7 @@ def voc_object(
 
 
 def write_encoder(folder: Path, seed: int = 0) -> Path:
-    """A run's folder with a ResNet-18 of random weights."""
+    """Write the folder of a run with a ResNet-18 of random weights."""
     torch.manual_seed(seed)
     network, _ = build_encoder("resnet18")
     folder.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def write_encoder(folder: Path, seed: int = 0) -> Path:
 
 
 def options_of(root: Path, encoder: Path, **changes) -> DetectionOptions:
-    """Tiny pictures, few RoIs."""
+    """Return options with tiny pictures and few RoIs."""
     options = DetectionOptions(
         encoder=str(encoder), dataset="coco", root=str(root), batch_size=2, short_sides=(64,),
         test_side=64, rois=4, proposals=4, workers=0, device="cpu", log_steps=1, precision="fp32",
@@ -113,6 +113,6 @@ def options_of(root: Path, encoder: Path, **changes) -> DetectionOptions:
 
 
 def losses(folder: Path) -> list[float]:
-    """Of each step of a run."""
+    """Return the loss of each step of a run."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows]

@@ -1,3 +1,3 @@
-"""What each rank needs, imported once in the process that ranks are forked from."""
+"""Import what each rank needs, once, in the process from which ranks are forked."""
 
-import train.loop  # noqa: F401
+import train.trainer  # noqa: F401

@@ -1,4 +1,4 @@
-"""Gloo processes that stay up and run functions together; and tiny encoders for them."""
+"""Persistent gloo processes that run functions together, and tiny encoders for them."""
 
 import tempfile
 from multiprocessing.connection import Connection
@@ -15,7 +15,7 @@ from train.encoders import ENCODERS
 
 
 class Tiny(nn.Module):
-    """(N, 3, 4, 4) -> (N, 6), linear up to a ReLU, with or without batch normalisation."""
+    """A network (N, 3, 4, 4) -> (N, 6): convolution, optional batch normalization, ReLU, mean."""
 
     def __init__(self, norm: bool) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def add_tiny_encoders() -> None:
 
 
 def random_batch(size: int, hard_negatives: int, seed: int = 0) -> SimpleNamespace:
-    """A batch as pipeline.MaskedViews yields it, of 4 x 4 pixels."""
+    """Draw a batch like those of pipeline.MaskedViews, with 4 x 4 pixels."""
     generator = torch.Generator().manual_seed(seed)
 
     def images(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Small datasets and short runs on them, which several test files share."""
+"""Small datasets and short runs that several test files share."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.loop
+import train.trainer
 from pipeline.recipes import RECIPES
 from schemas import Sample, write_dataset
 from train.config import TrainConfig
@@ -74,29 +74,29 @@ def lines(out: Path) -> list[dict]:
 
 
 def metrics(out: Path) -> list[dict]:
-    """Of each step."""
+    """Return the rows of all steps."""
     return [row for row in lines(out) if "loss" in row]
 
 
 def scores(out: Path) -> list[dict]:
-    """Of each epoch that was evaluated."""
+    """Return the rows of all evaluated epochs."""
     return [row for row in lines(out) if "loss" not in row]
 
 
 def told(out: Path) -> list[tuple]:
-    """What must not depend on how often a run was stopped."""
+    """Return the values that must not depend on how often a run was stopped."""
     names = ("step", "epoch", "loss", "contrastive_accuracy", "lr")
     return [tuple(row[name] for name in names) for row in metrics(out)]
 
 
 class StopError(Exception):
-    """Of `stopped_after`."""
+    """Raised by `stopped_after`."""
 
 
 @contextmanager
 def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What trains in here dies once `step` is done and before it is logged or saved."""
-    add = train.loop.Meter.add
+    """Stop a training in this block after `step`, before it is logged or saved."""
+    add = train.trainer.MetricsBuffer.add
 
     def stopping(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
@@ -104,7 +104,7 @@ def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop.Meter, "add", stopping)
+        patch.setattr(train.trainer.MetricsBuffer, "add", stopping)
         with pytest.raises(StopError):
             yield
 
@@ -135,13 +135,13 @@ METHOD_STEPS: dict[str, tuple[MethodConfig, str]] = {
     "adios": (ADIOSConfig(single=False, masks=2), "none"),
     "supervised-hp": (SupervisedConfig(), "hp"),
 }
-"""Every method, and every kind of fill: what a step is tried with."""
+"""Every method and every kind of fill, as cases for tests of a step."""
 
 
 def method_step(
-    name: str, device: str, *, accumulate: int = 1, clip: float | None = None
+    name: str, device: str, *, grad_accum_steps: int = 1, clip: float | None = None
 ) -> tuple[TrainConfig, Setup]:
-    """Options and setup of a step of `METHOD_STEPS`: ResNet-18, 8 images of 224 pixels, bf16."""
+    """Return options and setup for `METHOD_STEPS`: ResNet-18, 8 images of 224 pixels, bf16."""
     method, recipe = METHOD_STEPS[name]
     settings = config(
         "",
@@ -149,10 +149,10 @@ def method_step(
         method=method,
         recipe=RECIPES[recipe],
         crop_size=224,
-        accumulate=accumulate,
+        grad_accum_steps=grad_accum_steps,
         precision="bf16",
         device=device,
     )
     settings = replace(settings, optim=replace(settings.optim, clip_gradient=clip, lr=0.1))
-    setup = Setup(encoder="resnet18", batch_size=8, classes=8, accumulate=accumulate)
+    setup = Setup(encoder="resnet18", batch_size=8, classes=8, grad_accum_steps=grad_accum_steps)
     return settings, setup

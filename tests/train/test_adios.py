@@ -1,4 +1,4 @@
-"""ADIOS: each player moves itself alone, against float64 loops; the masks are a partition."""
+"""ADIOS: each step updates only its own network, against float64 loops; masks are a partition."""
 
 import copy
 import math
@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
 from tests.train.runs import config, metrics, stopped_after
-from train.__main__ import options
-from train.config import TrainConfig, resolved
+from train.__main__ import parse_command_line
+from train.config import TrainConfig, resolve_config
 from train.distributed import rank, world_size
 from train.methods import ADIOSConfig, Setup
 from train.methods.adios import ADIOS, negative_entropy, sparsity_penalty
 from train.methods.occlusion import OcclusionNet
 from train.optim import OptimConfig
-from train.step import Step, placed
+from train.training_step import TrainingStep, prepare_model_
 
 CPU = torch.device("cpu")
 SIDE = 32
@@ -39,23 +39,23 @@ def game(**options) -> ADIOS:
     return config.build(setup)
 
 
-def step_of(method: ADIOS, **optim) -> Step:
+def step_of(method: ADIOS, **optim) -> TrainingStep:
     config = TrainConfig(
         data="", out="", batch_size=4, precision="fp32", optim=OptimConfig(lr=0.1, **optim)
     )
-    return Step(placed(method, config, CPU), config, CPU)
+    return TrainingStep(prepare_model_(method, config, CPU), config, CPU)
 
 
 @pytest.mark.parametrize(
     ("channels", "millions"), [(8, 0.24), (16, 0.51), (32, 1.17)]
-)  # methods.md 6.2, counted from the released code
+)  # docs/method.md, ADIOS: counted from the released code
 def test_occlusion_network_has_the_published_size(channels, millions):
     net = OcclusionNet(224, masks=4, channels=channels, norm="group")
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
 def test_occlusion_network_without_a_norm_has_biases():
-    """The released code's count: 136 more than without, one for each channel."""
+    """The released code has 136 parameters more with biases than without, one for each channel."""
     net = OcclusionNet(224, masks=4, channels=8, norm="none")
     assert sum(p.numel() for p in net.parameters()) == 240_404
 
@@ -75,9 +75,9 @@ def test_crop_that_cannot_be_halved_is_refused_with_the_nearest():
 
 @pytest.mark.parametrize("side", [32, 64, 96])
 def test_sizes_of_cifar_10_and_stl_10_train(side):
-    """Of the command line's recipe, which has no cells to divide these sides."""
+    """The command line's recipe has no cells that must divide these sides."""
     argv = ["--data", "d", "--out", "o", "--method", "adios", "--crop-size", str(side)]
-    settings = resolved(replace(options(argv), batch_size=2), CPU)
+    settings = resolve_config(replace(parse_command_line(argv), batch_size=2), CPU)
     assert settings.recipe.crop_size == side
     setup = Setup(encoder="tiny_norm", batch_size=2, crop_size=side)
     method = ADIOSConfig(projection=5, hidden=None).build(setup)
@@ -88,7 +88,7 @@ def test_sizes_of_cifar_10_and_stl_10_train(side):
 
 @pytest.mark.parametrize("channels", [4, 12])
 def test_channels_that_cannot_be_grouped_are_refused(channels):
-    with pytest.raises(UserError, match=rf"--channels {channels}: group norm wants a multiple of"):
+    with pytest.raises(UserError, match=rf"--channels {channels}: group norm needs a multiple of"):
         game(channels=channels)
     assert game(channels=channels, norm="instance")
 
@@ -96,7 +96,7 @@ def test_channels_that_cannot_be_grouped_are_refused(channels):
 @pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_each_key_is_queued_once_a_step(single, parts):
-    """However many masks it meets, and in however many turns."""
+    """Keys are remembered once, however many masks are applied in however many steps."""
     method = game(objective="moco", single=single)
     batches = [batch_of(seed=part) for part in range(parts)]
     start, branch = method.inner.queue.clone(), copy.deepcopy(method.inner).train()
@@ -118,10 +118,10 @@ def test_each_player_moves_its_own_weights_and_statistics(objective, single):
     def watch(scalars):
         seen.append({name: value.clone() for name, value in method.state_dict().items()})
 
-    step([batch_of()], 0.1, watch)  # called before each player's update
+    step([batch_of()], 0.1, watch)  # called before the update of each group
     start, between = seen
     end = method.state_dict()
-    assert [player.prefix for player in step.players] == ["", "mask_"]
+    assert [group.prefix for group in step.groups] == ["", "mask_"]
     for name, value in start.items():
         if name.endswith("_extra_state") or "queue" in name:
             continue
@@ -129,7 +129,7 @@ def test_each_player_moves_its_own_weights_and_statistics(objective, single):
         momentum = "momentum_" in name
         if theirs:
             assert torch.equal(value, between[name]), name
-        else:  # nothing of the encoder moves in the other's turn, statistics neither
+        else:  # the occlusion step changes neither weights nor statistics of the encoder
             assert torch.equal(between[name], end[name]), name
         if "weight" in name and not momentum and "norm" not in name:
             moved = end[name] if theirs else between[name]
@@ -137,10 +137,10 @@ def test_each_player_moves_its_own_weights_and_statistics(objective, single):
 
 
 def test_occlusion_network_gains_against_a_frozen_encoder():
-    """Its objective after some of its own steps is above that before, on the same images."""
+    """Its objective on the same images is higher after some of its own steps."""
     method = game(single=False, sparsity=0.1)
     method.eval()
-    turn = method.players()[1].module
+    turn = method.optimization_groups()[1].module
     optimizer = torch.optim.SGD(turn.parameters(), lr=0.05)
     before = {name: value.clone() for name, value in method.inner.state_dict().items()}
     objective = []
@@ -163,30 +163,34 @@ def test_penalty_and_entropy_are_the_formulas():
         shares = [mask.mean() for mask in image]
         penalty += sum(1 / (math.sin(math.pi * s) + 1e-10) for s in shares) / 3
         p = np.exp(shares) / np.exp(shares).sum()
-        entropy += sum(x * math.log(x) for x in p)  # the released code: over images and masks
+        entropy += sum(
+            x * math.log(x) for x in p
+        )  # as the released code sums, over images and masks
     assert sparsity_penalty(masks).item() == pytest.approx(penalty, abs=1e-12)
     assert negative_entropy(masks).item() == pytest.approx(entropy, abs=1e-12)
 
 
 def test_entropy_of_five_even_images_is_that_of_the_released_code():
-    """-5 ln 4: its sum over images and masks; a mean over images would be -1.386."""
+    """The sum over images and masks is -5 ln 4; a mean over images would be -1.386."""
     assert negative_entropy(torch.full((5, 4, 8, 8), 0.25)).item() == pytest.approx(
         -6.931, abs=5e-4
     )
 
 
 def penalty_of(share: float) -> float:
-    """In float32, of one mask that has this share of an image: of one pixel, so not rounded."""
+    """Compute the penalty in float32 for a mask with this share of a one-pixel image, unrounded."""
     return sparsity_penalty(torch.full((1, 1, 1, 1), share, dtype=torch.float32)).item()
 
 
 @pytest.mark.parametrize("share", [0, 1e-6, 1e-4, 0.01, 0.25, 0.5, 0.75, 0.99, 0.9999, 1 - 1e-6, 1])
 def test_in_float32_the_penalty_is_the_formula_of_float64(share):
-    """At a share of 1 the formula as it stands is -1e7 in float32: sin(pi) falls below 0."""
+    """At a share of 1 the literal formula gives -1e7 in float32, because sin(pi) is below 0."""
     rounded = float(np.float32(share))
     exact = 1 / (math.sin(math.pi * rounded) + 1e-10)
     assert penalty_of(share) == pytest.approx(exact, rel=2e-6)  # the sine of pi is 1e-16 there
-    nearly_all = float(np.float32(max(share, 1 - share)))  # float32 has what is left of 1 as it is
+    nearly_all = float(
+        np.float32(max(share, 1 - share))
+    )  # float32 represents the remainder of 1 exactly
     assert penalty_of(nearly_all) == penalty_of(1 - nearly_all)
 
 
@@ -203,9 +207,9 @@ def test_the_penalty_drives_masks_back_from_either_side():
 
 @pytest.mark.parametrize("single", [True, False])
 def test_losses_are_the_formula_on_the_masked_views(single):
-    """Both turns, from images on: masked pixels are 0 by the drawn mask, a is whole."""
+    """Check both steps from images on: the drawn mask sets pixels to 0, the key is unmasked."""
     method, batch = game(single=single, sparsity=0.3, entropy=0.2), batch_of()
-    encoder_turn, occlusion_turn = (player.module for player in method.players())
+    encoder_turn, occlusion_turn = (group.module for group in method.optimization_groups())
     state = {
         name.removeprefix("inner."): value.double().numpy()
         for name, value in method.state_dict().items()
@@ -235,7 +239,7 @@ def test_losses_are_the_formula_on_the_masked_views(single):
 
 
 def embed(images, w):
-    """`oracle.embed` for pictures of any side."""
+    """Compute `oracle.embed` for pictures of any side."""
     padded = np.pad(np.asarray(images, np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
     side = images.shape[-1]
     maps = np.zeros((len(images), 6, side, side))
@@ -258,23 +262,23 @@ def test_masks_are_drawn_evenly_and_go_on_from_the_state():
     counts = torch.zeros(4)
     masks = torch.eye(4).view(1, 4, 4, 1).expand(4, 4, 4, SIDE).repeat(1, 1, 8, 1)
     for _ in range(200):
-        (view,) = method.masked(batch_of(), masks)
+        (view,) = method.apply_masks(batch_of(), masks)
         hidden = (view.query[:, 0] == 0).float().mean(dim=2)[:, :4]
         counts += hidden.sum(dim=0)
     assert counts.sum() == 800
     assert counts.min() > 150
     other.load_state_dict(method.state_dict())
-    (one,), (two,) = method.masked(batch_of(), masks), other.masked(batch_of(), masks)
+    (one,), (two,) = method.apply_masks(batch_of(), masks), other.apply_masks(batch_of(), masks)
     assert torch.equal(one.query, two.query)
 
 
 def shared_step(objective):
-    """On a rank: one step on its part of a batch, with SyncBN."""
+    """Make one step on this rank's part of a batch, with SyncBN."""
     method = game(objective=objective, entropy=0.3)
     config = TrainConfig(
         data="", out="", batch_size=4, precision="fp32", sync_bn=True, optim=OptimConfig(lr=0.1)
     )
-    step = Step(placed(method, config, CPU), config, CPU)
+    step = TrainingStep(prepare_model_(method, config, CPU), config, CPU)
     whole, share = batch_of(), 4 // world_size()
     rows = slice(rank() * share, (rank() + 1) * share)
     part = replace(whole, query=whole.query[rows], key=whole.key[rows], label=whole.label[rows])
@@ -284,12 +288,12 @@ def shared_step(objective):
 
 
 def test_parts_of_a_step_leave_the_weight_of_the_entropy_as_it_is():
-    """Without a contrast the gradient is the entropy's alone: the sum over all images."""
+    """Without a contrast the gradient is that of the entropy, summed over all images."""
     gradients = []
     for parts in (1, 2):
         method = game(entropy=0.3, sparsity=0.0).eval()
-        turn, batch = method.players()[1].module, batch_of()
-        method.masked = lambda batch, masks: iter([replace(batch, query=batch.key)])
+        turn, batch = method.optimization_groups()[1].module, batch_of()
+        method.apply_masks = lambda batch, masks: iter([replace(batch, query=batch.key)])
         for rows in torch.arange(4).split(4 // parts):
             part = replace(batch, query=batch.query[rows], key=batch.key[rows])
             (turn(part)["loss"] / parts).backward()
@@ -313,16 +317,16 @@ def test_two_ranks_play_as_one_does(two_ranks, objective):
 
 
 @pytest.mark.slow
-def test_stopped_it_goes_on_exactly_with_both_optimisers(shards, tmp_path, monkeypatch):
+def test_stopped_it_goes_on_exactly_with_both_optimizers(shards, tmp_path, monkeypatch):
     settings = config(
         shards, tmp_path / "whole", method=ADIOSConfig(hidden=16, projection=8), crop_size=56,
         recipe=RECIPES["none"], epochs=1, checkpoint_steps=2, log_steps=1,
     )  # fmt: skip
-    train.loop.train(settings)
+    train.trainer.train(settings)
 
     stopped = replace(settings, out=str(tmp_path / "stopped"))
     with stopped_after(3, monkeypatch):
-        train.loop.train(stopped)
-    train.loop.train(stopped)
+        train.trainer.train(stopped)
+    train.trainer.train(stopped)
     for row, again in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
         assert [row[n] for n in ("loss", "mask_loss")] == [again[n] for n in ("loss", "mask_loss")]

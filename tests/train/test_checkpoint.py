@@ -8,8 +8,8 @@ import torch
 from schemas import UserError
 from train import checkpoint
 from train.checkpoint import Checkpoints
+from train.metrics_logger import drop_lines_after
 from train.optim import OptimConfig, build_optimizer
-from train.record import truncate
 
 SETTINGS = {"lr": 0.03, "epochs": 2, "steps_per_epoch": 4}
 
@@ -87,7 +87,9 @@ def test_failure_while_saving_leaves_earlier_ones_whole(tmp_path, monkeypatch, e
     monkeypatch.undo()
     assert checkpoints(tmp_path).steps() == [1]
     assert checkpoints(tmp_path).restore(*state()) == (1, 1)
-    checkpoints(tmp_path, keep=1).save(2, *state(seed=2))  # what was left half does not hinder
+    checkpoints(tmp_path, keep=1).save(
+        2, *state(seed=2)
+    )  # a partly written checkpoint does no harm
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -97,7 +99,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
         checkpoints(tmp_path, lr=0.1, epochs=3).restore(*state())
 
 
-@pytest.mark.parametrize("step", [4, 5])  # where an epoch ended and inside one
+@pytest.mark.parametrize("step", [4, 5])  # at the end of an epoch and inside one
 def test_another_world_size_resumes_after_any_step(tmp_path, monkeypatch, step):
     saved = state(seed=3)
     checkpoints(tmp_path).save(step, *saved)
@@ -129,9 +131,9 @@ def test_damage_and_foreign_code_are_refused(tmp_path, capsys):
 def test_metrics_are_cut_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    truncate(path, 2)
+    drop_lines_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    truncate(path, 0)
+    drop_lines_after(path, 0)
     assert path.read_text() == ""
 
 

@@ -1,4 +1,4 @@
-"""What a method refuses before it is built, or as it is built, and what it says to take instead."""
+"""Methods refuse unsuitable recipes and setups, and name what to use instead."""
 
 from dataclasses import replace
 
@@ -58,4 +58,4 @@ def test_supervised_refuses_shards_where_some_images_have_no_label():
     setup = Setup(encoder="tiny", batch_size=4, classes=3)
     assert SupervisedConfig().build(setup)
     with pytest.raises(UserError, match="supervised: 7 images of the shards have no label"):
-        SupervisedConfig().build(replace(setup, unlabelled=7))
+        SupervisedConfig().build(replace(setup, unlabeled=7))

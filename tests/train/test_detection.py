@@ -1,4 +1,4 @@
-"""Detection: the metric by hand, the command, exact resume, and what is refused."""
+"""Detection: the metric by hand, the command, exact resume, and refusals."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from schemas import UserError
 from tests.train.pictures import SHORT, losses, options_of, write_coco, write_encoder
 from train.evaluate.detection import command
@@ -57,10 +57,10 @@ def test_precision_by_hand():
     scores = precision(one, [found(0, [10, 10, 50, 40], 0.9)])
     assert scores["box_AP"] == pytest.approx(0.6)
     assert (scores["box_AP50"], scores["box_AP75"]) == pytest.approx((1, 1))
-    # a wrong one before the right one: precision 1/2 at every recall
+    # a wrong detection before the right one: precision 1/2 at every recall
     both = [found(0, [60, 60, 90, 90], 0.9), found(0, [10, 10, 50, 50], 0.8)]
     assert precision(one, both)["box_AP"] == pytest.approx(0.5)
-    # of two objects one is found: precision 1 up to recall 0.5, the first 51 of 101 recalls
+    # one of two objects is detected: precision 1 up to recall 0.5, the first 51 of 101 recalls
     two = [picture(0, [[10, 10, 50, 50], [60, 60, 90, 90]])]
     assert precision(two, [found(0, [10, 10, 50, 50], 0.9)])["box_AP"] == pytest.approx(51 / 101)
 
@@ -68,7 +68,7 @@ def test_precision_by_hand():
 def test_ignored_objects_count_neither_way():
     pictures = [picture(0, [[10, 10, 50, 50], [60, 60, 90, 90]], ignored=[False, True])]
     right = found(0, [10, 10, 50, 50], 0.8)
-    assert precision(pictures, [right])["box_AP"] == pytest.approx(1)  # not finding it
+    assert precision(pictures, [right])["box_AP"] == pytest.approx(1)  # no detection
     both = [found(0, [60, 60, 90, 90], 0.9), right]
     assert precision(pictures, both)["box_AP"] == pytest.approx(1)
 
@@ -97,7 +97,7 @@ def root(tmp_path) -> Path:
 
 
 def changed(root: Path, split: str, **first) -> None:
-    """The first annotation of a split; None takes a key out, of all of them."""
+    """Change the first annotation of a split; None removes a key from all of them."""
     path = root / "annotations" / f"instances_{split}.json"
     content = json.loads(path.read_text())
     content["annotations"][0] |= first
@@ -109,25 +109,25 @@ def changed(root: Path, split: str, **first) -> None:
 
 
 def train_until_killed(options: command.DetectionOptions, step: int, threads: int) -> None:
-    """In a process of its own, which gets SIGKILL once a step is done and before it is logged."""
+    """Run in a separate process that gets SIGKILL after a step, before it is logged."""
     torch.set_num_threads(threads)
-    # as in a process that a person starts; a forkserver's workers would not hear of its end
+    # a plain process, as a user starts it; workers of a forkserver would not notice its end
     set_start_method("fork", force=True)
     command.SCHEDULES["short"] = SHORT
-    add = train.loop.Meter.add
+    add = train.trainer.MetricsBuffer.add
 
     def dying(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
         if known["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.loop.Meter.add = dying  # type: ignore[method-assign]
+    train.trainer.MetricsBuffer.add = dying  # type: ignore[method-assign]
     command.evaluate(options)
 
 
 @pytest.mark.slow
 def test_killed_within_a_part_it_goes_on_exactly(tmp_path, root, encoder, monkeypatch):
-    """SIGKILL at step 7 of 8, with a process that has read ahead; the checkpoint is of step 4."""
+    """Kill at step 7 of 8, with a process that reads ahead; the last checkpoint is of step 4."""
     monkeypatch.setitem(command.SCHEDULES, "short", SHORT)
     options = options_of(root, encoder, workers=1)
     row = command.evaluate(replace(options, out=str(tmp_path / "whole")))
@@ -151,15 +151,15 @@ def test_killed_within_a_part_it_goes_on_exactly(tmp_path, root, encoder, monkey
     written = [json.loads(x) for x in (encoder / "results.jsonl").read_text().splitlines()]
     assert written == [row, again]
     assert (tmp_path / "whole" / "detections.png").exists()
-    assert "found" in (tmp_path / "whole" / "detections.html").read_text()
+    assert "detected" in (tmp_path / "whole" / "detections.html").read_text()
 
 
 @pytest.mark.slow
 def test_other_data_or_another_encoder_do_not_go_on(root, encoder, monkeypatch):
-    monkeypatch.setitem(command.SCHEDULES, "short", Schedule(iterations=2, units=2, drops=()))
+    monkeypatch.setitem(command.SCHEDULES, "short", Schedule(iterations=2, units=2, milestones=()))
     options = options_of(root, encoder)
     command.evaluate(options)
-    command.prepare(options)  # once more is no other training
+    command.prepare_detection(options)  # preparing it again is the same training
     file = root / "annotations" / "instances_train2017.json"
     before = file.read_text()
     changed(root, "train2017", bbox=[10, 10, 30, 30])
@@ -175,33 +175,33 @@ def test_a_test_set_that_tests_something_else_is_refused(root, encoder):
     options = options_of(root, encoder)
     changed(root, "val2017", segmentation=None)
     with pytest.raises(UserError, match="coco val2017: has no segmentations, but coco train2017"):
-        command.prepare(options)
+        command.prepare_detection(options)
     changed(root, "train2017", segmentation=None)
-    command.prepare(options)  # boxes alone on either side
+    command.prepare_detection(options)  # boxes only on either side
     path = root / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"annotations": []}))
-    with pytest.raises(UserError, match="coco val2017: no picture has an object to be found"):
-        command.prepare(options)
+    with pytest.raises(UserError, match="coco val2017: no picture has an object to detect"):
+        command.prepare_detection(options)
     crowd = [one | {"iscrowd": 1} for one in content["annotations"]]
     path.write_text(json.dumps(content | {"annotations": crowd}))
-    with pytest.raises(UserError, match="coco val2017: no picture has an object to be found"):
-        command.prepare(options)
+    with pytest.raises(UserError, match="coco val2017: no picture has an object to detect"):
+        command.prepare_detection(options)
     names = [{"id": 3, "name": "green"}, {"id": 7, "name": "blue"}]
     path.write_text(json.dumps(content | {"categories": names}))
     with pytest.raises(UserError, match="coco val2017: has other classes than coco train2017"):
-        command.prepare(options)
+        command.prepare_detection(options)
 
 
 def test_iterations_come_in_equal_parts():
     for schedule in command.SCHEDULES.values():
-        assert schedule.part(None) * schedule.units == schedule.iterations
-    schedule = Schedule(iterations=3000, units=30, drops=())
-    assert schedule.part(60) == 2
+        assert schedule.compute_part(None) * schedule.units == schedule.iterations
+    schedule = Schedule(iterations=3000, units=30, milestones=())
+    assert schedule.compute_part(60) == 2
     for asked, nearest in ((100, "90 or 120"), (29, "30"), (0, "30"), (-60, "30")):
         message = f"--iterations {asked}: the schedule has 30 equal parts; take {nearest}$"
         with pytest.raises(UserError, match=message):
-            schedule.part(asked)
+            schedule.compute_part(asked)
 
 
 AVERAGES = ("AP", "AP50", "AP75")

@@ -1,4 +1,4 @@
-"""Detection: sets of pictures, odd annotations, batches."""
+"""Detection: reading sets of pictures and unusual annotations."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 from schemas import UserError
 from tests.train.pictures import odd_coco, shapes, voc_object, write_coco, write_voc
 from train.evaluate.detection.coco import read_coco
-from train.evaluate.detection.views import masks_of
+from train.evaluate.detection.loader import decode_masks
 from train.evaluate.detection.voc import read_voc
 
 CPU = torch.device("cpu")
@@ -20,10 +20,10 @@ def test_coco_is_read_as_it_means(tmp_path):
     data = odd_coco(tmp_path)
     assert data.classes == ("green", "red")
     assert [p.labels.tolist() for p in data.pictures] == [[1], [2], [1], [2], [1], []]
-    assert len(data.trainable()) == 5  # one has no object
+    assert len(data.select_trainable()) == 5  # one picture has no object
     x, y, width, height = shapes(1)[1]
     assert data.pictures[1].boxes.tolist() == [[x, y, x + width, y + height]]
-    pixels = masks_of(data.pictures[1])[0]
+    pixels = decode_masks(data.pictures[1])[0]
     rows, columns = np.nonzero(pixels)
     assert abs(rows.min() - y) <= 1
     assert abs(columns.max() - (x + width - 1)) <= 1
@@ -36,13 +36,13 @@ def test_odd_objects_are_counted(tmp_path):
     flat = odd_coco(tmp_path / "b", bbox=[10, 10, 0, 30])
     assert flat.odd == Counter({"boxes without area left out": 1})
     assert len(flat.pictures[0].boxes) == 0
-    flat = odd_coco(tmp_path / "d", bbox=[100, 10, 1e-6, 30])  # nothing in float32
+    flat = odd_coco(tmp_path / "d", bbox=[100, 10, 1e-6, 30])  # zero in float32
     assert flat.odd == Counter({"boxes without area left out": 1})
     single = odd_coco(tmp_path / "e", iscrowd=None)
-    assert single.odd == Counter({"objects without iscrowd, taken for single ones": 1})
+    assert single.odd == Counter({"objects without iscrowd, treated as single objects": 1})
     crowd = odd_coco(tmp_path / "c", iscrowd=1)
     assert crowd.pictures[0].ignored.tolist() == [True]
-    assert len(crowd.trainable()) == 4
+    assert len(crowd.select_trainable()) == 4
 
 
 def test_what_nobody_could_mean_is_refused_by_name(tmp_path):
@@ -61,7 +61,7 @@ def test_what_nobody_could_mean_is_refused_by_name(tmp_path):
     [
         ({"category_id": 9}, "annotation 1 is of category 9, which the file does not list"),
         ({"category_id": None}, "annotation 1 has no category_id"),
-        ({"category_id": [3]}, r"annotation 1: its category_id is \[3\], no whole number"),
+        ({"category_id": [3]}, r"annotation 1: its category_id is \[3\], not an integer"),
         ({"image_id": 77}, "annotation 1 is of image 77, which the file does not list"),
         ({"image_id": None}, "annotation 1 has no image_id"),
         ({"id": 2}, "annotation 2 is there twice"),
@@ -73,12 +73,15 @@ def test_what_nobody_could_mean_is_refused_by_name(tmp_path):
         ({"iscrowd": "no"}, "annotation 1: its iscrowd is 'no', neither 0 nor 1"),
         ({"segmentation": None}, "annotation 1 has no segmentation, while others"),
         ({"segmentation": []}, "annotation 1 has no segmentation, while others"),
-        ({"segmentation": [[1, 2, 3, 4]]}, "annotation 1: its segmentation holds what is no poly"),
-        ({"segmentation": {"size": [5, 5], "counts": "x"}}, "no run lengths of 96 x 128"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "annotation 1: its segmentation contains an invalid"),
+        (
+            {"segmentation": {"size": [5, 5], "counts": "x"}},
+            "neither polygons nor run lengths of 96 x 128",
+        ),
     ],
 )
 def test_an_annotation_that_cannot_be_meant_is_refused_by_its_number(tmp_path, change, message):
-    """None takes the key out."""
+    """None removes the key."""
     with pytest.raises(UserError, match=rf"instances_train2017\.json: .*{message}"):
         odd_coco(tmp_path, **change)
 
@@ -135,10 +138,10 @@ def test_voc_counts_from_one_and_keeps_difficult_objects_in_training(tmp_path):
     assert one.ignored.tolist() == [False, True]
     assert one.trains.all()
     assert not data.odd
-    assert not read_voc(write_voc(tmp_path / "b", ""), ("2007",), "trainval").trainable()
+    assert not read_voc(write_voc(tmp_path / "b", ""), ("2007",), "trainval").select_trainable()
     silent = write_voc(tmp_path / "c", voc_object("dog", difficult=""))
     odd = read_voc(silent, ("2007",), "trainval").odd
-    assert odd == {"objects that do not say whether they are difficult, taken for easy ones": 1}
+    assert odd == {"objects without difficult, treated as easy": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pasted masks: against the formula at each pixel, and against true ellipses."""
+"""Pasted masks against the formula at each pixel, and against true ellipses."""
 
 import numpy as np
 import torch
@@ -6,13 +6,13 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from train.evaluate.detection.masks import Transform, paste_masks
 
-SIDE = 48  # of the picture
-CELLS = 14  # of the C4 head's masks
-FINE = 16  # points along a cell
+SIDE = 48  # side of the picture
+CELLS = 14  # side of the C4 head's masks
+FINE = 16  # points along the side of a cell
 
 
 def at(mask: np.ndarray, y: float, x: float) -> float:
-    """A mask over 0 .. 1 at one point, bilinear between the middles of cells, 0 beyond them."""
+    """Sample a mask over 0 .. 1 at a point: bilinear between cell centers, 0 outside."""
     y, x = y * len(mask) - 0.5, x * len(mask) - 0.5
     total = 0.0
     for row in (int(np.floor(y)), int(np.floor(y)) + 1):
@@ -25,7 +25,7 @@ def at(mask: np.ndarray, y: float, x: float) -> float:
 def test_each_pixel_reads_the_mask_at_its_middle() -> None:
     random = np.random.default_rng(0)
     masks = random.random((3, 1, 5, 5)).astype(np.float32)
-    # inside the picture; beyond its left and top; beyond its right and bottom
+    # inside the picture; across its left and top; across its right and bottom
     boxes = np.array([[3.2, 4.7, 13.9, 9.1], [-4.5, -2.0, 6.0, 8.5], [15.5, 10.2, 30.0, 22.0]])
     pasted = paste_masks(torch.tensor(masks), torch.tensor(boxes, dtype=torch.float32), (16, 20))
     assert pasted.shape == (3, 1, 16, 20)
@@ -44,7 +44,7 @@ def test_each_pixel_reads_the_mask_at_its_middle() -> None:
 
 
 def ellipses(count: int = 60) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Masks that a perfect head would give, their boxes, and the ellipses' pixels."""
+    """Return the masks of a perfect head, their boxes, and the pixels of the ellipses."""
     random = np.random.default_rng(0)
     masks, boxes, pixels = [], [], []
     fine = (np.arange(CELLS * FINE) + 0.5) / (CELLS * FINE) * 2 - 1
@@ -69,7 +69,7 @@ def mean_iou(pasted: torch.Tensor, pixels: np.ndarray) -> float:
 
 
 def test_small_ellipses_keep_their_outline() -> None:
-    """10 to 32 pixels long, at any place between pixels; torchvision's way is the comparison."""
+    """Ellipses 10 to 32 pixels long at subpixel positions, compared with torchvision's way."""
     masks, boxes, pixels = ellipses()
     ours = mean_iou(paste_masks(masks, boxes, (SIDE, SIDE)), pixels)
     theirs = mean_iou(paste_masks_in_image(masks, boxes, (SIDE, SIDE)), pixels)

@@ -1,4 +1,4 @@
-"""Detection: the network's parts, what is float32 in it, layer4 once a step, two ranks."""
+"""Detection: parts of the network, float32 outputs, one layer4 batch per step, two ranks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +15,12 @@ from train.config import autocast
 from train.encoders import build_encoder, save_encoder
 from train.evaluate.detection import command
 from train.evaluate.detection.data import Picture, Pictures
-from train.evaluate.detection.metric import average_precision, found_in
+from train.evaluate.detection.loader import DetectionBatch, FlipDataset, collate
+from train.evaluate.detection.metric import average_precision, to_coco_format
 from train.evaluate.detection.model import Detector, DetectorConfig
-from train.evaluate.detection.views import DetectionBatch, Flipped, as_lists
-from train.evaluate.export import detectron2_name
+from train.evaluate.export import to_detectron2_name
 from train.methods import Setup
-from train.step import Step
+from train.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -34,14 +34,16 @@ def detector(masks: bool = True, side: int = 64) -> Detector:
 
 
 def batch_of(data: Pictures) -> DetectionBatch:
-    """Its first two pictures."""
-    batch = as_lists([Flipped(data.trainable(), data.masks, 0)[place, place] for place in range(2)])
+    """Return a batch of the first two pictures."""
+    batch = collate(
+        [FlipDataset(data.select_trainable(), data.masks, 0)[place, place] for place in range(2)]
+    )
     assert isinstance(batch, list)
     return DetectionBatch(*map(list, batch))
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
-    """All in nested lists, tuples and dicts."""
+    """Return all tensors in nested lists, tuples and dicts."""
     if isinstance(values, Tensor):
         yield values
     else:
@@ -50,7 +52,7 @@ def tensors(values: Any) -> Iterator[Tensor]:
 
 
 def put_out(network: nn.Module, name: str) -> list[Any]:
-    """Whatever a part puts out from now on."""
+    """Record all outputs of a part from now on."""
     seen: list[Any] = []
     part = network.get_submodule(name)
     part.register_forward_hook(lambda _part, _inputs, output: seen.append(output))
@@ -58,7 +60,7 @@ def put_out(network: nn.Module, name: str) -> list[Any]:
 
 
 def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
-    """What detectron2's R50-C4 expects of the encoder, by its names; and all of it trains."""
+    """The encoder's weights have the names of detectron2's R50-C4, and all of them train."""
     torch.manual_seed(0)
     network, _ = build_encoder("resnet50")
     save_encoder(tmp_path / "encoder.safetensors", network, {"encoder": "resnet50"})
@@ -82,7 +84,7 @@ def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
             for conv in convs:
                 expected |= {f"{stage}.{block}.{conv}.weight"}
                 expected |= {f"{stage}.{block}.{conv}.norm.{x}" for x in NORM}
-    names = {detectron2_name(name) for name in network.state_dict()}
+    names = {to_detectron2_name(name) for name in network.state_dict()}
     assert {name for name in names if not name.endswith("num_batches_tracked")} == expected
     theirs = resnet50().state_dict()
     assert {k: v.shape for k, v in network.state_dict().items()} == {
@@ -105,7 +107,7 @@ def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
     with autocast("bf16", CPU):
         losses = method(batch)
         method.eval()
-        method.network.roi_heads.score_thresh = 0.0  # it knows nothing yet
+        method.network.roi_heads.score_thresh = 0.0  # it is untrained
         found = method.detect(batch.images)
     assert {x.dtype for x in tensors(inside)} == {torch.bfloat16}
     floats = [x for x in tensors([outside, losses, found]) if x.is_floating_point()]
@@ -116,7 +118,7 @@ def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
-    """Small boxes far from the corner, which bf16 would move by up to two pixels."""
+    """Small boxes far from the corner, which bf16 would shift by up to two pixels."""
     boxes = torch.tensor([[601.3, 417.7, 633.9, 441.1], [523.2, 301.4, 570.8, 333.3]])
     method = detector(masks=False, side=120).eval()
     predictor = method.network.roi_heads.box_predictor
@@ -131,12 +133,12 @@ def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
         0, Path("a.png"), (480, 640), boxes.numpy(), np.ones(2, np.int64), np.zeros(2, bool),
         np.ones(2, bool), [],
     )  # fmt: skip
-    scores = average_precision(Pictures("t", [one], ("a", "b"), False), found_in(one, found))
+    scores = average_precision(Pictures("t", [one], ("a", "b"), False), to_coco_format(one, found))
     assert scores["box_AP"] == pytest.approx(1)
 
 
 def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
-    """layer4 and the extra norm see one batch a step: no second one of objects alone."""
+    """layer4 and the extra norm see one batch per step, no second one of objects only."""
     method = detector().train()
     heads = method.network.roi_heads
     maps, asked = put_out(method.network, "roi_heads.box_head"), []
@@ -151,7 +153,7 @@ def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
     method.eval()
     heads.score_thresh = 0.0
     (found,) = method.detect([torch.rand(3, 96, 128)])
-    assert len(maps) == 4  # of proposals, and of the boxes that were made of them
+    assert len(maps) == 4  # proposals, and the boxes predicted from them
     assert torch.equal(asked[-1], maps[-1])
     assert found["masks"].shape == (len(found["boxes"]), 1, 96, 128)
 
@@ -160,10 +162,10 @@ def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
 
 
 def step_of(options: command.DetectionOptions) -> tuple[list[str], dict[str, Tensor]]:
-    """One step of this rank: the pictures that it saw, and its weights and statistics after it."""
-    *_, job = command.prepare(options)
+    """Make a step on this rank; return its pictures, and weights and statistics after it."""
+    *_, job = command.prepare_detection(options)
     batch = next(iter(job.views))
-    Step(job.method, job.config, job.device)([batch], lr=0.01)
+    TrainingStep(job.method, job.config, job.device)([batch], lr=0.01)
     state = {key: x.detach().clone() for key, x in job.method.state_dict().items()}
     return batch.sample_keys, state
 
@@ -177,7 +179,7 @@ def test_two_ranks_make_one_step(tmp_path, two_ranks):
     assert len(keys) == len(other_keys) == 2
     assert not {*keys} & {*other_keys}
     assert all(torch.equal(x, other_state[key]) for key, x in state.items())
-    *_, job = command.prepare(options)
+    *_, job = command.prepare_detection(options)
     before = job.method.state_dict()
     moved = {key for key, x in state.items() if not torch.equal(x, before[key])}
     assert {key for key in before if key.endswith(("running_mean", "conv1.weight"))} <= moved

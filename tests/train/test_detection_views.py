@@ -1,4 +1,4 @@
-"""Detection: batches of pictures."""
+"""Detection: batches of the loader."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from PIL import Image
 from schemas import UserError
 from tests.train.pictures import odd_coco, shapes
 from train.evaluate.detection.data import Pictures
-from train.evaluate.detection.views import DetectionViews, Flipped
+from train.evaluate.detection.loader import DetectionLoader, FlipDataset
 
 CPU = torch.device("cpu")
 
 
-def views_of(data: Pictures, *, size=1, number=0, world=1, workers=0) -> DetectionViews:
-    return DetectionViews(
-        data, batch_size=size, unit=4, workers=workers, device=CPU, rank=number, world_size=world,
-        seed=5,
+def views_of(data: Pictures, *, size=1, number=0, world=1, workers=0) -> DetectionLoader:
+    return DetectionLoader(
+        data, batch_size=size, epoch_steps=4, workers=workers, device=CPU, rank=number,
+        world_size=world, seed=5,
     )  # fmt: skip
 
 
@@ -23,10 +23,10 @@ def test_flips_move_boxes_and_masks_with_the_picture(tmp_path):
     data = odd_coco(tmp_path)
     flipped = 0
     for place in range(12):
-        image, target, _ = Flipped(data.trainable(), True, 0)[place, 1]
+        image, target, _ = FlipDataset(data.select_trainable(), True, 0)[place, 1]
         (box,) = target["boxes"].round().long().tolist()
         inside = image[0, box[1] : box[3], box[0] : box[2]]
-        assert inside.mean() > 0.8  # it is the red one
+        assert inside.mean() > 0.8  # the picture with the red box
         assert target["masks"][0, box[1] : box[3], box[0] : box[2]].float().mean() > 0.9
         flipped += box[0] != shapes(1)[1][0]
     assert 0 < flipped < 12
@@ -52,7 +52,7 @@ def test_ranks_share_each_pass_and_a_state_goes_on_exactly(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_is_not_as_annotated_ends_in_one_line(tmp_path, workers):
-    """Also where another process meets it."""
+    """The error arrives from a worker process too."""
     data = odd_coco(tmp_path)
     path = data.pictures[2].path
     Image.new("RGB", (96, 128)).save(path)

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from schemas import UserError
-from train import distributed, session
-from train.interrupt import Interrupt
+from train import distributed, process_group
+from train.preemption import PreemptionListener
 
 
 def shuffled(rows):
     rank = distributed.rank()
     x = torch.arange(rank * rows, (rank + 1) * rows).view(rows, 1, 1, 1).expand(rows, 3, 2, 2)
     x = x.contiguous(memory_format=torch.channels_last)
-    share, restore = distributed.shuffle(x, torch.Generator().manual_seed(3))
+    share, restore = distributed.shuffle_across_ranks(x, torch.Generator().manual_seed(3))
     back = restore(share[:, :, 0, 0])
     return share[:, 0, 0, 0].tolist(), torch.equal(back, x[:, :, 0, 0]), share.shape
 
@@ -24,14 +24,14 @@ def shuffled(rows):
 def test_shuffle_deals_every_row_once_and_restores_exactly(two_ranks):
     (first, first_back, shape), (second, second_back, _) = two_ranks(shuffled, 8)
     assert sorted(first + second) == list(range(16))
-    assert set(first) != set(range(8))  # rows did cross the ranks
+    assert set(first) != set(range(8))  # rows changed ranks
     assert first_back
     assert second_back
     assert shape == (8, 3, 2, 2)
 
 
 def shuffled_as_a_gather(dtype):
-    """The share of this rank, what an all-gather would give, and the dtype and bytes sent."""
+    """Return this rank's share, the result of an all-gather, and dtype and bytes sent."""
     everything = torch.randn(24, 3, 5, 4, generator=torch.Generator().manual_seed(1))
     mine = everything.chunk(distributed.world_size())[distributed.rank()]
     sent, send = [], torch.distributed.all_to_all_single
@@ -47,7 +47,7 @@ def shuffled_as_a_gather(dtype):
         patch("torch.distributed.all_to_all_single", counting),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
     ):
-        share, _ = distributed.shuffle(
+        share, _ = distributed.shuffle_across_ranks(
             mine.contiguous(memory_format=torch.channels_last), torch.Generator().manual_seed(3)
         )
     order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
@@ -70,7 +70,7 @@ def test_shuffle_sends_each_image_once_in_the_precision_of_the_first_layer(four_
 def test_shuffle_of_one_rank_is_nothing():
     generator = torch.Generator().manual_seed(0)
     x, before = torch.randn(4, 3, 2, 2), generator.get_state()
-    share, restore = distributed.shuffle(x, generator)
+    share, restore = distributed.shuffle_across_ranks(x, generator)
     assert share is x
     assert restore(x) is x
     assert torch.equal(generator.get_state(), before)
@@ -79,7 +79,7 @@ def test_shuffle_of_one_rank_is_nothing():
 def gathered():
     rank = distributed.rank()
     rows = distributed.all_gather(torch.full((2, 3), float(rank)))
-    return rows[:, 0].tolist(), distributed.all_mean(torch.tensor([rank, 4.0 * rank])).tolist()
+    return rows[:, 0].tolist(), distributed.all_mean_(torch.tensor([rank, 4.0 * rank])).tolist()
 
 
 def test_gather_and_mean(two_ranks):
@@ -88,7 +88,7 @@ def test_gather_and_mean(two_ranks):
 
 def failing(rank, error):
     try:
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             if distributed.rank() == rank:
                 raise error
     except SystemExit as exit_:
@@ -106,13 +106,13 @@ def test_failure_of_one_rank_ends_all_and_rank_0_speaks(two_ranks):
 
 
 def interrupted():
-    """Steps until each rank hears of a signal to rank 1 in its third step."""
-    interrupt = Interrupt()
-    with interrupt.listening():
+    """Return the step at which a rank notices a signal sent to rank 1 in its step 3."""
+    interrupt = PreemptionListener()
+    with interrupt.listen():
         for step in range(10):
             if step == 3 and distributed.rank() == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            if interrupt.anywhere():
+            if interrupt.poll_all_ranks():
                 return step
     return None
 
@@ -127,21 +127,21 @@ def test_missing_gpu_is_a_user_error(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", refuse)
-    assert session.pick_device("auto") == torch.device("cpu")
+    assert process_group.pick_device("auto") == torch.device("cpu")
     with pytest.raises(UserError, match=r"no NVIDIA driver .*--device cpu"):
-        session.pick_device("cuda")
+        process_group.pick_device("cuda")
 
 
 def pretend_gpus(monkeypatch, count):
-    """Calls of torch.cuda and torch.distributed in their order, as on a machine with GPUs."""
+    """Record the calls of torch.cuda and torch.distributed as on a machine with GPUs."""
     calls = Mock()
     calls.current_device.side_effect = lambda: calls.set_device.call_args.args[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
     monkeypatch.setattr(torch.cuda, "current_device", calls.current_device)
-    monkeypatch.setattr(session.dist, "init_process_group", calls.init_process_group)
-    monkeypatch.setattr(session.dist, "group", SimpleNamespace(WORLD=calls.world))
+    monkeypatch.setattr(process_group.dist, "init_process_group", calls.init_process_group)
+    monkeypatch.setattr(process_group.dist, "group", SimpleNamespace(WORLD=calls.world))
     return calls
 
 
@@ -149,7 +149,7 @@ def pretend_gpus(monkeypatch, count):
 def test_a_rank_takes_its_own_gpu_before_anything_asks_for_the_current_one(monkeypatch, name):
     calls = pretend_gpus(monkeypatch, 4)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert session.pick_device(name) == torch.device("cuda", 2)
+    assert process_group.pick_device(name) == torch.device("cuda", 2)
     assert calls.mock_calls[0] == call.set_device(2)
 
 
@@ -157,15 +157,15 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
     calls = pretend_gpus(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="local rank 2 has no GPU of its own: this machine has 2"):
-        session.pick_device("auto")
-    assert session.pick_device("cpu") == torch.device("cpu")
+        process_group.pick_device("auto")
+    assert process_group.pick_device("cpu") == torch.device("cpu")
     assert calls.mock_calls == []
 
 
 def test_nccl_is_bound_to_the_gpu_and_waits_longer_than_gloo(monkeypatch):
     calls = pretend_gpus(monkeypatch, 4)
     store, gpu = torch.distributed.HashStore(), torch.device("cuda", 2)
-    session.join(store, 2, 4, timedelta(seconds=600), gpu)
+    process_group.init_process_group(store, 2, 4, timedelta(seconds=600), gpu)
     given = calls.init_process_group.call_args.kwargs
     assert given["device_id"] == gpu
     assert given["timeout"] == timedelta(seconds=600)
@@ -177,15 +177,15 @@ def test_nccl_is_bound_to_the_gpu_and_waits_longer_than_gloo(monkeypatch):
 def test_on_cpus_only_gloo_is_joined(monkeypatch):
     calls = pretend_gpus(monkeypatch, 4)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    gpu = session.own_gpu("cpu")
-    session.join(torch.distributed.HashStore(), 1, 2, timedelta(seconds=9), gpu)
+    gpu = process_group.select_own_gpu("cpu")
+    process_group.init_process_group(torch.distributed.HashStore(), 1, 2, timedelta(seconds=9), gpu)
     assert calls.init_process_group.call_args.args == ("gloo",)
     assert calls.set_device.call_count == 0
 
 
 @pytest.mark.parametrize("name", ["ProcessGroupNCCL", "ProcessGroupGloo"])
 def test_torch_has_what_sets_the_timeout_of_one_backend(name):
-    """It is private; a torch without it must be noticed here and not on a cluster."""
+    """The function is private; its absence must be noticed here and not on a cluster."""
     if not hasattr(torch.distributed, name):
         pytest.skip(f"this torch is built without {name}")
     assert hasattr(getattr(torch.distributed, name), "_set_default_timeout")

@@ -1,4 +1,4 @@
-"""Ranks that come and go: the batches of a run are those of one that nobody disturbed."""
+"""Ranks that come and go: the batches are those of an undisturbed run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 BATCH, EPOCHS = 8, 3
 SECONDS = 400
-"""For one start of a few steps; a fifth of it on an idle machine."""
+"""Seconds for one start with a few steps; an idle machine needs a fifth."""
 OPTIONS = {
     "--encoder": "tiny",
     "--epochs": str(EPOCHS),
@@ -46,7 +46,7 @@ def start(
 
 
 def last_words(process: subprocess.Popen) -> str:
-    """What a process that ends by itself has printed; one that hangs is ended, for its words."""
+    """Return the output of a process that ends by itself; kill one that hangs to see its output."""
     try:
         return process.communicate(timeout=SECONDS)[0]
     except subprocess.TimeoutExpired:
@@ -55,7 +55,7 @@ def last_words(process: subprocess.Popen) -> str:
 
 
 def fed(out: Path) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
-    """(epoch, step) -> world size -> rank -> keys."""
+    """Return (epoch, step) -> world size -> rank -> keys."""
     found: dict = {}
     for path in (out.parent / "notes").glob("*.jsonl"):
         for line in path.read_text().splitlines():
@@ -65,7 +65,7 @@ def fed(out: Path) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
 
 
 def assert_every_batch_was_whole(data: str, out: Path) -> set[int]:
-    """Each global batch was fed by all ranks of some world size; returns the sizes that were."""
+    """Check that all ranks of some world size fed each global batch; return these sizes."""
     dataset = ShardDataset.open(data)
     keys = np.array(dataset.samples["key"].to_pylist())
     order = SampleOrder([row.samples for row in dataset.shards], BATCH)
@@ -75,7 +75,7 @@ def assert_every_batch_was_whole(data: str, out: Path) -> set[int]:
             expected = keys[order.batch(epoch, step)].tolist()
             whole = []
             for size, ranks in found[epoch, step].items():
-                for rank, part in ranks.items():  # also of a batch that not all ranks came to
+                for rank, part in ranks.items():  # also for a batch that not all ranks reached
                     share = BATCH // size
                     assert part == expected[rank * share : (rank + 1) * share]
                 if len(ranks) == size:
@@ -87,7 +87,7 @@ def assert_every_batch_was_whole(data: str, out: Path) -> set[int]:
 
 @pytest.fixture(scope="module")
 def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one process that nobody stopped; its encoder has no batch statistics."""
+    """Return the losses of one undisturbed process; its encoder has no batch statistics."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     process = start(shards, out, 0, "--standalone", "--nproc-per-node", "1")
     said = last_words(process)
@@ -100,9 +100,9 @@ def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> list[f
 def test_a_run_resumes_with_one_and_with_four_ranks(
     shards: str, tmp_path: Path, undisturbed: list[float]
 ) -> None:
-    """Two ranks for 2 steps, one up to step 4, four to the end; epochs have three steps.
+    """Run two ranks for 2 steps, one up to step 4, four to the end; an epoch has three steps.
 
-    The first two read the shards where they are, the four through a cache, as remote ones are read.
+    The two read the shards directly, the four through a cache, as for remote shards.
     """
     out, cache = tmp_path / "run", ("--cache", str(tmp_path / "cache"))
     for size, stop, options in ((2, 2, ()), (1, 4, ()), (4, 0, cache)):
@@ -122,7 +122,7 @@ def test_a_run_resumes_with_one_and_with_four_ranks(
 def test_torchrun_goes_on_when_a_node_is_lost(
     shards: str, tmp_path: Path, undisturbed: list[float]
 ) -> None:
-    """Two agents of two ranks each; one agent is killed, the other goes on by itself."""
+    """Start two agents of two ranks each and kill one; the other continues alone."""
     out = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -132,11 +132,11 @@ def test_torchrun_goes_on_when_a_node_is_lost(
         "--rdzv-backend", "c10d", "--rdzv-id", "elastic",
         "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1",
     )  # fmt: skip
-    # an agent that a loaded machine keeps from running for so long counts as lost
+    # an agent that a busy machine stalls for this long counts as lost
     waits = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=10"
     first, second = (
         start(shards, out, 0, *agent, "--rdzv-conf", f"{waits},is_host={is_host}")
-        for is_host in (1, 0)  # the first agent keeps the store in which agents meet
+        for is_host in (1, 0)  # the first agent hosts the store of the rendezvous
     )
     deadline = time.monotonic() + SECONDS
     while not list((out / "checkpoints").glob("step-*")):

@@ -1,4 +1,4 @@
-"""Evaluations against what can be had otherwise: accuracies by hand, torchvision, a list."""
+"""Evaluations against independent references: accuracies by hand, torchvision, a list."""
 
 import json
 import pickle
@@ -17,37 +17,37 @@ from tests.train.runs import scores, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder
 from train.evaluate import export, linear, results
 from train.evaluate.__main__ import main
-from train.evaluate.features import recipe_of
-from train.evaluate.neighbours import KnnOptions, evaluate, table
+from train.evaluate.knn import KnnOptions, evaluate, format_table
+from train.features import build_eval_recipe
 
 
 def test_evaluation_appends_rows_and_prints_them(shards, run):
     (run / "results.jsonl").unlink(missing_ok=True)
     options = KnnOptions(
-        encoder=str(run), data=shards, baseline=True, neighbours=(1, 5), device="cpu"
+        encoder=str(run), data=shards, baseline=True, neighbors=(1, 5), device="cpu"
     )
     rows = evaluate(options)
     assert [row["weights"] for row in rows] == ["trained", "untrained"]
     assert all(0 <= row["accuracy"]["5"] <= 1 and row["high_pass"] for row in rows)
-    evaluate(replace(options, baseline=False, test_data=shards, neighbours=(1,)))
+    evaluate(replace(options, baseline=False, test_data=shards, neighbors=(1,)))
     written = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     assert written[:2] == rows
     assert written[2]["split"] == "test data"
-    assert written[2]["accuracy"] == {"1": 1.0}  # each image finds itself
-    assert "leave-one-out" in table(rows)
+    assert written[2]["accuracy"] == {"1": 1.0}  # each image is its own neighbor
+    assert "leave-one-out" in format_table(rows)
 
 
 def test_evaluation_refuses_what_it_cannot_do(shards, run, tmp_path):
     options = KnnOptions(encoder=str(run), data=shards, device="cpu")
-    with pytest.raises(UserError, match="neighbours 20 200: each must be between 1 and 25"):
+    with pytest.raises(UserError, match="neighbors 20 200: each must be between 1 and 25"):
         evaluate(options)
     with pytest.raises(UserError, match="no such encoder"):
         evaluate(replace(options, encoder=str(tmp_path)))
-    unlabelled = write_images(tmp_path / "unlabelled", label=-1)
+    unlabeled = write_images(tmp_path / "unlabeled", label=-1)
     with pytest.raises(UserError, match="26 of 26 images have no label"):
-        evaluate(replace(options, data=unlabelled))
+        evaluate(replace(options, data=unlabeled))
     alike = write_images(tmp_path / "alike", label=1)
-    with pytest.raises(UserError, match="images of one class alone"):
+    with pytest.raises(UserError, match="all images have the same class"):
         evaluate(replace(options, data=alike))
 
 
@@ -66,21 +66,21 @@ def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
     encoder, metadata, _ = load_encoder(str(run))
     step = max((tmp_path / "checkpoints").iterdir())
     state = torch.load(step / "state.pt", weights_only=True)["model"]
-    for name, value in encoder.state_dict().items():  # the batch statistics as well
+    for name, value in encoder.state_dict().items():  # the batch statistics too
         assert torch.equal(state[f"encoder.{name}"], value), name
 
-    # the accuracies again, from the files
+    # compute the accuracies again from the files
     classifier = load_file(tmp_path / "classifier.safetensors")
     assert classifier["weight"].shape == (2, 512)
     encoder.eval()
     hits = 0
-    for batch in EvalViews(shards, 5, "cpu", crop_size=28, recipe=recipe_of(metadata)):
+    for batch in EvalViews(shards, 5, "cpu", crop_size=28, recipe=build_eval_recipe(metadata)):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             features = encoder(batch.image).float()
         logits = features @ classifier["weight"].T + classifier["bias"]
         hits += int((logits.argmax(1) == batch.label).sum())
     assert row["accuracy"]["top1"] == pytest.approx(hits / 26, abs=0.5 / 26)
-    assert row["accuracy"]["top5"] == 1.0  # of two classes
+    assert row["accuracy"]["top5"] == 1.0  # two classes
     found = [row["top1"] for row in scores(tmp_path)]
     assert len(found) == 2
     assert row["accuracy"]["best_top1"] == pytest.approx(max(found), abs=1e-6)
@@ -98,12 +98,14 @@ def test_linear_probe_goes_on_with_the_same_encoder_only(shards, run, tmp_path):
 
 
 def test_probe_of_a_high_pass_encoder_sees_high_pass_images(shards, run):
-    """Train and test alike; of a plain one, plain images (D15)."""
+    """Train and test images are filtered; those of other encoders are not (D15)."""
     _, metadata, _ = load_encoder(str(run))
-    assert recipe_of(metadata).high_pass
-    plain = recipe_of({**metadata, "high_pass": "False"})
+    assert build_eval_recipe(metadata).high_pass
+    plain = build_eval_recipe({**metadata, "high_pass": "False"})
     assert not plain.high_pass
-    filtered = next(iter(EvalViews(shards, 26, "cpu", crop_size=28, recipe=recipe_of(metadata))))
+    filtered = next(
+        iter(EvalViews(shards, 26, "cpu", crop_size=28, recipe=build_eval_recipe(metadata)))
+    )
     unfiltered = next(iter(EvalViews(shards, 26, "cpu", crop_size=28, recipe=plain)))
     assert filtered.image.mean(dim=(1, 2, 3)).abs().max() < 0.1
     assert unfiltered.image.mean(dim=(1, 2, 3)).abs().max() > 0.1
@@ -130,7 +132,7 @@ def test_detectron2_names_by_a_list_of_them():
         "layer4.2.bn2.running_mean": "res5.2.conv2.norm.running_mean",
         "layer3.0.downsample.1.weight": "res4.0.shortcut.norm.weight",
     }
-    assert {name: export.detectron2_name(name) for name in names} == names
+    assert {name: export.to_detectron2_name(name) for name in names} == names
 
 
 def test_detectron2_pickle_has_every_weight_bit_for_bit(run, tmp_path):
@@ -143,7 +145,9 @@ def test_detectron2_pickle_has_every_weight_bit_for_bit(run, tmp_path):
     weights = load_encoder(str(run))[0].state_dict()
     assert len(content["model"]) == len(weights)
     for name, value in weights.items():
-        np.testing.assert_array_equal(content["model"][export.detectron2_name(name)], value.numpy())
+        np.testing.assert_array_equal(
+            content["model"][export.to_detectron2_name(name)], value.numpy()
+        )
 
 
 def test_export_refuses_what_detectron2_has_not(tmp_path):
@@ -179,7 +183,7 @@ def written(
 
 
 def test_table_has_the_papers_layout(tmp_path, monkeypatch, capsys):
-    written(tmp_path, "moco", "mean", 0.10)  # an evaluation that was repeated: the last counts
+    written(tmp_path, "moco", "mean", 0.10)  # of a repeated evaluation the last counts
     written(tmp_path, "moco", "mean", 0.50)
     written(tmp_path, "moco", "mean", 0.70, seed=1)
     written(tmp_path, "moco", "mean", 0.9, data="Flowers-102")
@@ -197,7 +201,7 @@ def test_table_has_the_papers_layout(tmp_path, monkeypatch, capsys):
 
 
 def test_tables_average_over_seeds_alone(tmp_path, capsys, monkeypatch):
-    """Other methods, settings of a training or of an evaluation stand apart, and say in what."""
+    """Other methods and settings have separate lines, which name the difference."""
     for method, accuracies in (("moco", (0.1, 0.2)), ("simclr", (0.7,))):
         for seed, score in enumerate(accuracies):
             written(tmp_path, method, "none", score, hard=0, seed=seed)

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped elsewhere."""
+"""Tests that need a GPU; skipped without one."""
 
 import os
 import re
@@ -12,34 +12,36 @@ import torch
 from pipeline import MaskedViews
 from schemas import UserError
 from tests.train.runs import METHOD_STEPS, config, method_step
-from train.feed import Feed
-from train.loop import prepare, train
-from train.session import memory_is_enough
-from train.step import Step, placed
+from train.data import BatchStream
+from train.process_group import translate_out_of_memory
+from train.trainer import prepare_job, train
+from train.training_step import TrainingStep, prepare_model_
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("name", METHOD_STEPS)
 def test_a_step_never_waits_for_the_device(name, shards):
-    """From the loader's batch on, as `test_host_waits.py` has it without a GPU."""
+    """No step waits, from the loader's batch on; `test_host_waits.py` checks it without a GPU."""
     device = torch.device("cuda", 0)
-    settings, setup = method_step(name, "cuda", accumulate=2, clip=1.0)
-    step = Step(placed(settings.method.build(setup), settings, device), settings, device)
-    feed = Feed(MaskedViews(shards, settings.recipe, 8, device="cuda"), memory=4)
-    for _ in range(2):  # cuDNN picks its kernels, the views are compiled
-        step(feed.parts(2), 0.01)
+    settings, setup = method_step(name, "cuda", grad_accum_steps=2, clip=1.0)
+    step = TrainingStep(
+        prepare_model_(settings.method.build(setup), settings, device), settings, device
+    )
+    stream = BatchStream(MaskedViews(shards, settings.recipe, 8, device="cuda"), memory=4)
+    for _ in range(2):  # cuDNN chooses its kernels, and the views are compiled
+        step(stream.next_parts(2), 0.01)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        scalars = [step(feed.parts(2), 0.01) for _ in range(2)]
+        scalars = [step(stream.next_parts(2), 0.01) for _ in range(2)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(one["loss"].isfinite() for one in scalars)
 
 
 def test_images_are_channels_last_as_the_weights_are(shards):
-    """So no layer copies its input."""
-    job = prepare(config(shards, "", device="cuda"))
+    """Layouts match, so no layer copies its input."""
+    job = prepare_job(config(shards, "", device="cuda"))
     batch = next(iter(job.views))
     assert batch.query.is_contiguous(memory_format=torch.channels_last)
     weight = next(p for p in job.method.parameters() if p.ndim == 4)
@@ -51,33 +53,33 @@ def test_the_whole_job_runs(shards, tmp_path):
 
 
 def test_a_full_gpu_is_told_in_one_line():
-    with pytest.raises(UserError) as raised, memory_is_enough():
+    with pytest.raises(UserError) as raised, translate_out_of_memory():
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     assert re.match(
-        r"the GPU is out of memory \(1048576.00 GiB more were asked for\): --accumulate",
+        r"the GPU is out of memory \(1048576.00 GiB more were requested\): --grad-accum-steps",
         str(raised.value),
     )
 
 
 TWO_GPUS = """
 import os, torch
-from train.distributed import all_gather, rank, shuffle
-from train.norm import GlobalBatchNorm
-from train.session import pick_device, session
+from train.distributed import all_gather, rank, shuffle_across_ranks
+from train.sync_bn import GlobalBatchNorm
+from train.process_group import pick_device, join_process_group
 
-with session(60, "cuda"):
+with join_process_group(60, "cuda"):
     device = pick_device("cuda")
     assert device.index == int(os.environ["LOCAL_RANK"])
     assert all_gather(torch.tensor([rank()], device=device)).tolist() == [0, 1]
     x = torch.arange(8.0, device=device).view(8, 1, 1, 1) + 8 * rank()
-    share, restore = shuffle(x, torch.Generator().manual_seed(1))
+    share, restore = shuffle_across_ranks(x, torch.Generator().manual_seed(1))
     assert torch.equal(restore(share.flatten(1)), x.flatten(1))
 
     values = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     own = values.split([1, 7])[rank()].to(device).requires_grad_()
-    norm = GlobalBatchNorm.of(torch.nn.BatchNorm2d(3)).to(device)
-    (norm(own.detach()) ** 3).sum()  # the communicator is there
-    norm = GlobalBatchNorm.of(torch.nn.BatchNorm2d(3)).to(device)
+    norm = GlobalBatchNorm.convert(torch.nn.BatchNorm2d(3)).to(device)
+    (norm(own.detach()) ** 3).sum()  # the communicator exists
+    norm = GlobalBatchNorm.convert(torch.nn.BatchNorm2d(3)).to(device)
     torch.cuda.set_sync_debug_mode("error")
     result = norm(own)
     (result**3).sum().backward()
@@ -94,7 +96,7 @@ with session(60, "cuda"):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_meet_by_nccl(tmp_path):
-    """Ranks have a GPU each; rows come back; batch norm of uneven shares is that of the whole."""
+    """Each rank has a GPU; rows come back; uneven shares are normalized as one batch."""
     script = tmp_path / "ranks.py"
     script.write_text(TWO_GPUS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

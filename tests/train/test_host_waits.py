@@ -19,10 +19,10 @@ from pipeline.rng import BatchRng
 from tests.train.host_waits import COPYING, GPU, HostWaits, pretend_gpu, to_device
 from tests.train.runs import METHOD_STEPS, method_step
 from train.config import TrainConfig
+from train.data import split_batch
 from train.encoders import ENCODERS
-from train.feed import split
 from train.methods import Setup
-from train.step import Step, placed
+from train.training_step import TrainingStep, prepare_model_
 
 IMAGES = 8
 
@@ -57,14 +57,14 @@ def test_the_check_lets_the_rest_pass():
     with pretend_gpu() as waits:
         moved = COPYING[0].to_device(host, GPU)
         assert moved.device == GPU
-        assert (moved * 2 + torch.tensor(1.0)).sum().device == GPU  # a number of the host's
-        assert host.sum().item() == 3  # of the host's own memory
+        assert (moved * 2 + torch.tensor(1.0)).sum().device == GPU  # a number on the host
+        assert host.sum().item() == 3  # from host memory
         assert host[host > 0].tolist() == [1, 1, 1]
         assert waits.operators > 1
 
 
 def made_batch(recipe: Recipe, waits: HostWaits) -> Batch:
-    """Make a batch as the loader does from what DALI hands out: `pipeline.assemble`, and labels."""
+    """Make a batch as the loader does from DALI's output: `pipeline.assemble`, and labels."""
     side, grid = recipe.crop_size, recipe.grid
     corners = np.tile(np.array([0.1, 0.8, 0.9, 0.2], np.float32), (IMAGES, 1))  # flipped
 
@@ -83,14 +83,14 @@ def made_batch(recipe: Recipe, waits: HostWaits) -> Batch:
     return Batch(label=label, **{"key": None, "hard_negative": None, **fields})
 
 
-def built_step(settings: TrainConfig, setup: Setup) -> Step:
-    method = placed(settings.method.build(setup), settings, torch.device("cpu"))
-    return Step(method.to(GPU), settings, GPU)  # fake weights are no longer laid out anew
+def built_step(settings: TrainConfig, setup: Setup) -> TrainingStep:
+    method = prepare_model_(settings.method.build(setup), settings, torch.device("cpu"))
+    return TrainingStep(method.to(GPU), settings, GPU)  # weights on `meta` keep their layout
 
 
 @pytest.fixture(autouse=True)
 def small_encoder(monkeypatch):
-    """Half of a ResNet-18: no other operators, but fewer of them."""
+    """Build half of a ResNet-18: the same operators, but fewer of them."""
     monkeypatch.setitem(ENCODERS, "resnet18", lambda **_: ResNet(BasicBlock, [1, 1, 1, 1]))
 
 
@@ -105,13 +105,13 @@ def test_views_are_made_without_waiting(name, is_compiled):
 
 @pytest.mark.parametrize("name", METHOD_STEPS)
 def test_no_step_waits_for_the_device(name):
-    """From the loader's batch on, with gradients clipped, and for one method in two parts."""
-    settings, setup = method_step(name, "cuda", accumulate=1 + (name == "moco-hp"), clip=1.0)
+    """Check from the loader's batch on, with gradient clipping, and one method in two parts."""
+    settings, setup = method_step(name, "cuda", grad_accum_steps=1 + (name == "moco-hp"), clip=1.0)
     with pretend_gpu(is_compiled=True) as waits:
         with waits.building():
             step = built_step(settings, setup)
         batch = made_batch(settings.recipe, waits)
-        scalars = step(split(batch, settings.accumulate), 0.01)
+        scalars = step(split_batch(batch, settings.grad_accum_steps), 0.01)
         assert all(value.device == GPU for value in scalars.values())
     assert waits.operators > 300
 
@@ -128,4 +128,4 @@ def test_a_step_that_waits_is_noticed(monkeypatch):
             step = built_step(settings, setup)
         batch = made_batch(settings.recipe, waits)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
-            step(split(batch, 1), 0.01)
+            step(split_batch(batch, 1), 0.01)

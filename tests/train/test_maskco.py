@@ -1,4 +1,4 @@
-"""MaskCo against the formula as loops; regions pooled where they are; the head's ablation."""
+"""MaskCo against the formula as loops; pooling of regions; ablation of the head."""
 
 from dataclasses import replace
 
@@ -12,11 +12,11 @@ from pipeline import RECIPES, Batch
 from schemas import UserError
 from tests.train import oracle
 from train.config import TrainConfig
+from train.data import SyntheticViews
 from train.distributed import rank, world_size
-from train.encoders import ENCODERS, build_encoder, feature_map
-from train.feed import SyntheticViews
+from train.encoders import ENCODERS, build_encoder, compute_feature_map
 from train.methods import MaskCoConfig, Setup
-from train.step import Step, placed
+from train.training_step import TrainingStep, prepare_model_
 
 SIDE, TAU = 64, 0.3
 
@@ -49,7 +49,7 @@ def test_feature_map_is_what_the_encoder_pools():
     encoder, _ = build_encoder("resnet18")
     encoder.eval()
     images = torch.randn(2, 3, SIDE, SIDE)
-    maps = feature_map(encoder, images)
+    maps = compute_feature_map(encoder, images)
     assert maps.shape == (2, 512, 2, 2)
     torch.testing.assert_close(maps.mean(dim=(2, 3)), encoder(images))
 
@@ -58,10 +58,10 @@ def test_feature_map_is_what_the_encoder_pools():
 def test_loss_is_the_formula_over_valid_regions(others):
     method, batch = method_of(other_regions=others).eval(), batch_of()
     with torch.no_grad():
-        maps = method.prediction(feature_map(method.encoder, batch.query))
-        q = method.regions(maps, batch.query_regions, batch.query, method.head)
-        maps = feature_map(method.momentum_encoder, batch.key)
-        k = method.regions(maps, batch.key_regions, batch.key, method.momentum_head)
+        maps = method.prediction(compute_feature_map(method.encoder, batch.query))
+        q = method.project_regions(maps, batch.query_regions, batch.query, method.head)
+        maps = compute_feature_map(method.momentum_encoder, batch.key)
+        k = method.project_regions(maps, batch.key_regions, batch.key, method.momentum_head)
     q, k = q.view(4, 3, -1).double().numpy(), k.view(4, 3, -1).double().numpy()
     queue, losses = method.queue.double().numpy(), []
     for i in range(4):
@@ -84,7 +84,7 @@ def test_loss_is_the_formula_over_valid_regions(others):
 
 
 def test_a_region_is_pooled_where_it_is():
-    """One warm cell of a map of 4 x 4: a box around it is warmest."""
+    """With one nonzero cell in a map of 4 x 4, a box around it has the highest value."""
     method = method_of()
     maps = torch.zeros(1, 512, 4, 4)
     maps[0, :, 2, 1] = 1.0  # pixels 16-32 across, 32-48 down of 64
@@ -92,7 +92,7 @@ def test_a_region_is_pooled_where_it_is():
     images = torch.zeros(1, 3, 64, 64)
     pooled = []
     with torch.no_grad():
-        method.regions(maps, boxes, images, Keep(pooled))
+        method.project_regions(maps, boxes, images, Keep(pooled))
     warm, cold, whole = pooled[0].mean(dim=1).tolist()
     assert warm > 0.5
     assert cold < 0.1
@@ -154,13 +154,13 @@ def test_a_recipe_without_regions_is_refused():
 
 
 def test_with_parts_of_a_step_it_says_how_regions_count():
-    setup = Setup(encoder="resnet18", batch_size=4, accumulate=2)
-    assert "part of a step, of which there are 2" in MaskCoConfig(queue=11).build(setup).notes(9)[0]
+    setup = Setup(encoder="resnet18", batch_size=4, grad_accum_steps=2)
+    assert "the 2 parts of a step weigh the same" in MaskCoConfig(queue=11).build(setup).notes(9)[0]
     assert method_of().notes(9) == []
 
 
 def smooth(module: nn.Module) -> nn.Module:
-    """Without kinks: across one, rounding alone would move a gradient."""
+    """Build it without kinks: across a kink, rounding alone would change a gradient."""
     for name, child in module.named_children():
         if isinstance(child, nn.ReLU):
             setattr(module, name, nn.Softplus())
@@ -172,10 +172,10 @@ def smooth(module: nn.Module) -> nn.Module:
 
 
 def gradients():
-    """On a rank: loss and gradients of its part of one batch, with SyncBN."""
+    """Compute loss and gradients of this rank's part of one batch, with SyncBN."""
     torch.manual_seed(0)
     config = TrainConfig(data="", out="", batch_size=4, precision="fp32", sync_bn=True)
-    method = placed(smooth(method_of()), config, torch.device("cpu"))
+    method = prepare_model_(smooth(method_of()), config, torch.device("cpu"))
     whole, share = batch_of(), 4 // world_size()
     rows = slice(rank() * share, (rank() + 1) * share)
     part = Batch(
@@ -184,14 +184,14 @@ def gradients():
             for name, value in vars(whole).items()
         }
     )
-    loss = Step(method, config, torch.device("cpu"))([part], lr=0.0)["loss"].item()
+    loss = TrainingStep(method, config, torch.device("cpu"))([part], lr=0.0)["loss"].item()
     names = ("encoder.conv1.weight", "encoder.layer4.1.conv2.weight", "head.2.weight")
     own = dict(method.named_parameters())
     return loss, {name: own[name].grad.clone() for name in names}, method.queue
 
 
 def test_two_ranks_compute_the_gradients_of_one(two_ranks):
-    """Though the ranks have different numbers of valid regions: each region counts alike."""
+    """Ranks have different numbers of valid regions, but each region weighs the same."""
     loss, expected, queue = gradients()
     answers = two_ranks(gradients)
     assert np.mean([answer[0] for answer in answers]) == pytest.approx(loss, abs=1e-5)
@@ -202,7 +202,7 @@ def test_two_ranks_compute_the_gradients_of_one(two_ranks):
 
 
 def test_compile_reaches_both_encoders_of_maskco(monkeypatch):
-    """Convolutions are counted by a backend that runs the graph as it is: no compiler is needed."""
+    """A backend that runs the graph unchanged counts convolutions, so no compiler is needed."""
     runs, real = [], torch.compile
 
     def count(graph, _):
@@ -224,7 +224,7 @@ def test_compile_reaches_both_encoders_of_maskco(monkeypatch):
     setup = Setup(encoder="resnet18", batch_size=2, crop_size=64)
     method = MaskCoConfig(queue=8).build(setup)
     keys = list(method.state_dict())
-    method = placed(method, settings, torch.device("cpu"))
+    method = prepare_model_(method, settings, torch.device("cpu"))
     recipe = replace(RECIPES["maskco"], crop_size=64)
     batch = SyntheticViews(8, recipe, 2, torch.device("cpu"), 1, 0).batch
     assert method(batch)["loss"].isfinite()

@@ -1,4 +1,4 @@
-"""MaskCo by the real loop: in parts, stopped and resumed, on unlabelled COCO pictures."""
+"""MaskCo with the real trainer: in parts, stopped and resumed, on unlabeled COCO pictures."""
 
 import math
 from dataclasses import replace
@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import train.loop
+import train.trainer
 from pipeline.recipes import RECIPES
 from schemas import Sample, write_dataset
 from tests.conftest import DATA, existing
 from tests.train.runs import config, metrics, stopped_after, told
-from train.encoders import untrained_encoder
+from train.encoders import build_untrained_encoder
 from train.methods import MaskCoConfig
 
 PICTURES = 24
-IN_PARTS = {"batch_size": 6, "accumulate": 2, "epochs": 1}
+IN_PARTS = {"batch_size": 6, "grad_accum_steps": 2, "epochs": 1}
 
 
 def settings_of(data: str, out: Path, **changes):
@@ -32,16 +32,16 @@ def trained(out: Path) -> dict[str, torch.Tensor]:
 
 
 def states_of(out: Path) -> list[dict[str, torch.Tensor]]:
-    """The method's state in each checkpoint, oldest first."""
+    """Return the method's state in each checkpoint, oldest first."""
     files = sorted((out / "checkpoints").glob("*/state.pt"))
     return [torch.load(file, weights_only=True)["model"] for file in files]
 
 
 @pytest.fixture(scope="module")
 def run(shards, tmp_path_factory) -> Path:
-    """Never stopped."""
+    """Train a run that is never stopped."""
     out = tmp_path_factory.mktemp("maskco")
-    train.loop.train(settings_of(shards, out, **IN_PARTS))
+    train.trainer.train(settings_of(shards, out, **IN_PARTS))
     return out
 
 
@@ -50,17 +50,17 @@ def test_a_run_in_parts_leaves_its_record(run):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
     assert all(0.5 < row["regions_valid"] <= 1 for row in rows)
-    start = untrained_encoder({"encoder": "resnet18"}, seed=0).state_dict()
+    start = build_untrained_encoder({"encoder": "resnet18"}, seed=0).state_dict()
     assert all(not torch.equal(value, start[n]) for n, value in trained(run).items() if "conv" in n)
 
 
 def test_stopped_inside_an_epoch_it_goes_on_exactly(shards, run, tmp_path, monkeypatch):
-    """Queue, place in it, both branches and the head: as if never stopped."""
+    """Queue, its position, both branches and the head are those of a run never stopped."""
     settings = settings_of(shards, tmp_path, checkpoint_steps=2, **IN_PARTS)
     with stopped_after(3, monkeypatch):
-        train.loop.train(settings)
+        train.trainer.train(settings)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert told(tmp_path) == told(run)
     first, second = trained(run), trained(tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -71,7 +71,7 @@ def test_stopped_inside_an_epoch_it_goes_on_exactly(shards, run, tmp_path, monke
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> str:
-    """Shards of COCO pictures as they are, without labels; maps made up."""
+    """Write shards of original COCO pictures without labels, with synthetic saliency."""
     folder = existing(DATA / "coco128") / "images" / "train2017"
     random = np.random.default_rng(0)
 
@@ -94,15 +94,15 @@ def pictures(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("head", [True, False])
-def test_it_trains_on_unlabelled_coco_pictures(pictures, tmp_path, head):
-    """With windows so small that some pictures have no region: the queue never hears of those."""
+def test_it_trains_on_unlabeled_coco_pictures(pictures, tmp_path, head):
+    """Crops are so small that some pictures have no region, which the queue never gets."""
     settings = settings_of(
         pictures,
         tmp_path,
         method=MaskCoConfig(queue=1000, prediction_head=head),
         recipe=replace(RECIPES["maskco"], crop_area=(0.1, 0.3)),
     )
-    train.loop.train(settings)
+    train.trainer.train(settings)
     rows, (start, *_, end) = metrics(tmp_path), states_of(tmp_path)
     assert all(math.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
     valid = sum(row["regions_valid"] * 8 * 2 for row in rows)

@@ -12,7 +12,7 @@ from schemas import UserError
 from tests.train import oracle
 from tests.train.ranks import random_batch
 from train.methods import MoCo, MoCoConfig, Setup, SimCLRConfig
-from train.methods.method import balanced_rho
+from train.methods.method import compute_balanced_rho
 from train.methods.moco import contrastive_logits
 
 RHO, TAU = 2.0, 0.2
@@ -23,7 +23,7 @@ def reference_loss(q, key, queue, hard):
 
 
 def reference_gradient(q, key, queue, hard, step=1e-6):
-    """d loss / d q by central differences of the formula."""
+    """Compute d loss / d q by central differences of the formula."""
     gradient = np.zeros_like(q)
     for i in range(q.shape[0]):
         for d in range(q.shape[1]):
@@ -68,7 +68,7 @@ def embed(images, weights):
 
 
 def branch(method, prefix):
-    """The weights of one branch, named without its prefix."""
+    """Return the weights of one branch, named without its prefix."""
     state = {k: v.clone() for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
     return {
         k.removeprefix(prefix): v
@@ -85,9 +85,9 @@ def tiny_moco(encoder="tiny", *, batch_size=4, queue=11, seed=0, **options):
 
 @pytest.mark.parametrize("hard_negatives", [0, 1, 3])
 def test_step_equals_the_formula_from_images_on(hard_negatives):
-    """Own hard negative for each query; momentum weights moved before the keys are made."""
+    """Each query has its own hard negative; momentum weights are updated before the forward."""
     method = tiny_moco(ema_momentum=0.5)
-    with torch.no_grad():  # let the branches differ
+    with torch.no_grad():  # make the branches differ
         for parameter in method.momentum_encoder.parameters():
             parameter.add_(0.3)
     student, teacher = branch(method, ""), branch(method, "momentum_")
@@ -153,7 +153,7 @@ def test_moving_average_changes_parameters_and_no_buffers():
     for name, parameter in method.momentum_encoder.named_parameters():
         target = dict(method.encoder.named_parameters())[name]
         torch.testing.assert_close(parameter.data, 0.9 * before[name] + 0.1 * target.data)
-    # its statistics are of key and hard negative alone, as an encoder with these weights sees them
+    # its statistics are those of key and hard negative only, as an encoder with these weights has
     with torch.no_grad():
         for mine, theirs in zip(
             alone.parameters(), method.momentum_encoder.parameters(), strict=True
@@ -194,7 +194,7 @@ def test_state_dict_holds_queue_and_shuffling():
 
 @pytest.mark.parametrize("hard_negatives", [1, 2])
 def test_shared_hard_negatives_are_those_of_the_first_images_alone(hard_negatives):
-    """D2 and D3 of the released code, by a loop over its logits: image m of the batch for all."""
+    """D2 and D3 of the released code, by a loop over its logits: image m is used for all."""
     torch.manual_seed(0)
     options: dict[str, Any] = dict(
         queue=11, projection=5, rho=RHO, temperature=TAU, shared_hard_negative=True
@@ -210,7 +210,7 @@ def test_shared_hard_negatives_are_those_of_the_first_images_alone(hard_negative
         [ts] * 4,
     )
     assert method(batch)["loss"].item() == pytest.approx(expected, abs=1e-5)
-    # D3: the single images are in the momentum branch's running statistics
+    # D3: the momentum branch's running statistics include the single images
     assert method.momentum_encoder.norm.num_batches_tracked == 1 + hard_negatives
 
 
@@ -219,7 +219,7 @@ def test_shared_hard_negatives_need_more_than_one_cell_and_enough_images():
     with pytest.raises(UserError, match="at --crop-size 32 its last map is one cell"):
         config.build(Setup(encoder="tiny", batch_size=4, crop_size=32))
     method = config.build(Setup(encoder="tiny", batch_size=2))
-    with pytest.raises(UserError, match="3 hard negatives are those of as many images"):
+    with pytest.raises(UserError, match="3 hard negatives need as many images"):
         method(random_batch(2, 3))
 
 
@@ -252,14 +252,14 @@ def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
 
 @pytest.mark.parametrize("queue", [4096, 65_536, 512])
 def test_balanced_rho_gives_the_published_proportion(queue):
-    rho = balanced_rho(0.2, queue)
+    rho = compute_balanced_rho(0.2, queue)
     assert np.exp(rho / 0.2) / queue == pytest.approx(1 / 3)
     config = MoCoConfig(rho=rho, queue=queue)
     assert config.notes(RECIPES["hp"], 256) == []
-    assert balanced_rho(0.2, 65_536) == pytest.approx(2.0, abs=0.002)
+    assert compute_balanced_rho(0.2, 65_536) == pytest.approx(2.0, abs=0.002)
 
 
-def test_hard_negatives_far_from_the_published_proportion_are_told():
+def test_hard_negatives_far_from_the_published_proportion_are_noted():
     def told(**options):
         return MoCoConfig(**options).notes(RECIPES["hp"], 256)
 
@@ -267,7 +267,7 @@ def test_hard_negatives_far_from_the_published_proportion_are_told():
     assert told(queue=16_384) == []  # NNS's
     (line,) = told(queue=512)
     assert "exp(rho / tau) = exp(10), 43 times the queue of 512" in line
-    assert "published setting has 0.34; --rho 1.03 would be as published" in line
+    assert "published setting has 0.34; --rho 1.03 gives the published ratio" in line
     (line,) = told(rho=1.0)
     assert "0.0023 times the queue of 65,536" in line
     assert MoCoConfig(queue=512).notes(replace(RECIPES["hp"], hard_negatives=0), 256) == []

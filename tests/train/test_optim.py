@@ -1,4 +1,4 @@
-"""Rates by their formulas, LARS by the published update, presets by the numbers they cite."""
+"""Rates against formulas, LARS against the published update, presets against cited numbers."""
 
 import math
 from dataclasses import replace
@@ -8,15 +8,16 @@ import torch
 
 from pipeline.recipes import RECIPES
 from schemas import UserError
-from train.config import recipe_name
+from train.config import find_recipe_name
 from train.methods import MoCoConfig, SimCLRConfig
-from train.optim import OptimConfig, build_optimizer, learning_rate
-from train.presets import PRESETS, starting_point
+from train.optim import OptimConfig, build_optimizer, compute_learning_rate
+from train.presets import PRESETS, choose_defaults
 
 
 def rates(config: OptimConfig, steps: int, epoch: int = 1) -> list[float]:
     return [
-        learning_rate(config, step, peak=0.4, total=steps, epoch=epoch) for step in range(steps)
+        compute_learning_rate(config, step, peak=0.4, total=steps, epoch=epoch)
+        for step in range(steps)
     ]
 
 
@@ -34,7 +35,7 @@ def test_warmup_is_linear_and_meets_the_cosine():
 
 
 def test_steps_drop_to_a_tenth_at_their_epochs():
-    found = rates(OptimConfig(schedule="steps", drop_epochs=(2, 3)), 8, epoch=2)
+    found = rates(OptimConfig(schedule="steps", milestones=(2, 3)), 8, epoch=2)
     assert found == pytest.approx([0.4] * 4 + [0.04] * 2 + [0.004] * 2)
 
 
@@ -53,10 +54,12 @@ def test_sgd_leaves_frozen_parameters_alone():
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_lars_scales_layers_and_leaves_norms_and_biases(clip):
-    """Two steps against the update of You et al. (arXiv 1708.03888), in float64."""
+    """Compare two steps with the update of You et al. (arXiv 1708.03888), in float64."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).double()
-    config = OptimConfig(optimizer="lars", weight_decay=0.1, trust=0.02, trust_clip=clip)
+    config = OptimConfig(
+        optimizer="lars", weight_decay=0.1, trust_coefficient=0.02, trust_clip=clip
+    )
     optimizer = build_optimizer(model, config)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     speed = {name: torch.zeros_like(p) for name, p in weights.items()}
@@ -95,14 +98,14 @@ def test_presets_hold_the_numbers_that_they_cite():
 
 def test_recipes_keep_their_name_whatever_branch_and_views():
     hp = RECIPES["hp"]
-    assert recipe_name(replace(hp, branch="key", hard_negatives=0, hue=0.2)) == "hp"
-    assert recipe_name(replace(hp, query_ratio=(0.1, 0.2))) == "custom"
-    assert recipe_name(starting_point(preset=PRESETS["supervised"]).recipe) == "none"
+    assert find_recipe_name(replace(hp, branch="key", hard_negatives=0, hue=0.2)) == "hp"
+    assert find_recipe_name(replace(hp, query_ratio=(0.1, 0.2))) == "custom"
+    assert find_recipe_name(choose_defaults(preset=PRESETS["supervised"]).recipe) == "none"
 
 
 def test_crops_are_resized_as_the_sources_of_a_preset_do():
-    """Bicubic in google-research/simclr, solo-learn and ADIOS; PIL's bilinear in torchvision's."""
-    modes = {name: starting_point(preset=PRESETS[name]).recipe.interpolation for name in PRESETS}
+    """google-research/simclr, solo-learn and ADIOS resize bicubically, torchvision bilinearly."""
+    modes = {name: choose_defaults(preset=PRESETS[name]).recipe.interpolation for name in PRESETS}
     assert {name for name, mode in modes.items() if mode == "bicubic"} == {
         "simclr", "simclr-in100", "adios",
     }  # fmt: skip
@@ -110,13 +113,13 @@ def test_crops_are_resized_as_the_sources_of_a_preset_do():
 
 
 def test_masks_combine_with_the_views_of_a_preset():
-    config = starting_point(method=SimCLRConfig, recipe=RECIPES["blur"])
+    config = choose_defaults(method=SimCLRConfig, recipe=RECIPES["blur"])
     assert (config.recipe.fill, config.recipe.hue, config.recipe.crop_area[0]) == (
         "blur",
         0.2,
         0.08,
     )
-    assert starting_point() == PRESETS["moco"].config
-    assert starting_point(preset=PRESETS["simclr-in100"]).epochs == 400
+    assert choose_defaults() == PRESETS["moco"].config
+    assert choose_defaults(preset=PRESETS["simclr-in100"]).epochs == 400
     with pytest.raises(UserError, match="--preset is of method simclr, --method is moco"):
-        starting_point(preset=PRESETS["simclr"], method=MoCoConfig)
+        choose_defaults(preset=PRESETS["simclr"], method=MoCoConfig)

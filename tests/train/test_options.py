@@ -1,4 +1,4 @@
-"""Options of a training: from the command line, from a file, and those that are refused."""
+"""Options of a training: from the command line, from a file, and refused ones."""
 
 import subprocess
 import sys
@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from pipeline import Cache
 from schemas import UserError
 from tests.train.runs import ARGUMENTS, command, config
-from train.__main__ import main, options
-from train.config import KnnConfig, cache_of, resolved
-from train.describe import notes
+from train.__main__ import main, parse_command_line
+from train.config import KnnConfig, make_cache, resolve_config
+from train.run_info import collect_notes
 
 
 def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
-    """And goes on with that very run; single options change it."""
+    """It resumes the same run; options on the command line override it."""
     argv = ["--config", str(run / "config.yaml")]
-    again = options(argv)
+    again = parse_command_line(argv)
     assert replace(again, knn=KnnConfig()) == config(shards, run)
-    changed = options([*argv, "--rho", "3", "--recipe", "blur", "--seed", "5"])
+    changed = parse_command_line([*argv, "--rho", "3", "--recipe", "blur", "--seed", "5"])
     assert (changed.method.rho, changed.recipe.fill, changed.seed) == (3.0, "blur", 5)
     assert changed.batch_size == 8
     for more, lr, crop in (
@@ -30,7 +30,7 @@ def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, mo
         (["--batch-size", "16"], 0.03 * 16 / 256, 28),
         (["--crop-size", "56"], 0.03 * 8 / 256, 56),
     ):
-        decided = resolved(options([*argv, *more]), torch.device("cpu"))
+        decided = resolve_config(parse_command_line([*argv, *more]), torch.device("cpu"))
         assert decided.optim.lr == pytest.approx(lr)
         assert decided.recipe.crop_size == crop
 
@@ -50,7 +50,7 @@ def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, mo
 def test_files_that_do_not_do_are_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        options(["--config", str(tmp_path / "c.yaml")])
+        parse_command_line(["--config", str(tmp_path / "c.yaml")])
 
 
 def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
@@ -59,7 +59,7 @@ def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
         (KnnConfig(data="/nowhere"), "no dataset here"),
     ):
         with pytest.raises(UserError, match=message):
-            train.loop.train(config(shards, tmp_path, knn=knn))
+            train.trainer.train(config(shards, tmp_path, knn=knn))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
         ("--data", "/nowhere/at/all", "no dataset here"),
         ("--out", "/proc/run", "/proc/run"),
         ("--crop-size", "30", "a multiple of the grid"),
-        ("--batch-size", "1", "one image a process"),
+        ("--batch-size", "1", "one image per process"),
         ("--batch-size", "0", "at least 1"),
         ("--batch-size", "64", "26 samples are too few"),
         ("--queue", "7", "smaller than the batch"),
@@ -93,10 +93,10 @@ def test_user_mistakes_are_user_errors(shards, tmp_path, monkeypatch, option, va
 
 
 def indivisible():
-    from train.config import resolved
+    from train.config import resolve_config
 
     try:
-        resolved(config("data", "out", batch_size=9), torch.device("cpu"))
+        resolve_config(config("data", "out", batch_size=9), torch.device("cpu"))
     except UserError as error:
         return str(error)
     return "accepted"
@@ -120,6 +120,6 @@ def test_command_line_shows_one_line_and_no_traceback(tmp_path):
 
 
 def test_a_store_needs_no_option_of_the_cache(tmp_path):
-    assert notes(config("s3://bucket/data", tmp_path), torch.device("cpu")) == []
-    assert cache_of(None, None) == Cache()
-    assert cache_of("folder", 1.5) == Cache(Path("folder"), 1_500_000_000)
+    assert collect_notes(config("s3://bucket/data", tmp_path), torch.device("cpu")) == []
+    assert make_cache(None, None) == Cache()
+    assert make_cache("folder", 1.5) == Cache(Path("folder"), 1_500_000_000)

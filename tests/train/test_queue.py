@@ -1,4 +1,4 @@
-"""The queue of MoCo and MaskCo against a list: length, wraps, what is not valid, ranks."""
+"""The queue of MoCo and MaskCo against a list: length, wraps, invalid keys, ranks."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import (
 from tests.train.ranks import random_batch
 from train.distributed import rank
 from train.methods import MoCoConfig, Setup
-from train.methods.momentum import renewed
+from train.methods.momentum import replace_first_rows
 
 
 def queue_of(length: int):
-    """A method whose queue's first numbers tell the rows: 0, -1, -2, ..."""
+    """Build a method whose queue rows start with 0, -1, -2, ..., to identify them."""
     setup = Setup(encoder="tiny", batch_size=1)
     method = MoCoConfig(queue=length, projection=2).build(setup)
     method.queue.copy_(-torch.arange(length)[:, None].float().expand(-1, 2))
@@ -28,7 +28,7 @@ def keys_of(first: int, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("length", [1, 5, 8, 13])
 def test_only_valid_keys_are_queued_in_their_order(length):
-    """Also where a part has more of them than the queue has rows, or none."""
+    """A part may have more valid keys than the queue has rows, or none."""
     method, generator = queue_of(length), torch.Generator().manual_seed(length)
     expected, place = method.queue[:, 0].tolist(), 0
     for step in range(12):
@@ -62,7 +62,7 @@ VALID = [[True, False, True], [False, False, False], [False, True, True], [True,
 
 
 def queued_by_ranks():
-    """On a rank: two steps; in each, one of the ranks may have no valid key."""
+    """Make two steps on this rank; in each, one rank may have no valid key."""
     method = queue_of(4)
     for step in range(2):
         row = 2 * step + rank()
@@ -79,7 +79,7 @@ def test_ranks_with_unequal_numbers_of_valid_keys_queue_the_same(two_ranks):
 
 @pytest.mark.parametrize("length", [64, 5])
 def test_the_host_never_asks_how_many_are_valid(length):
-    """Fake tensors have shapes and no values: whoever asks for one fails, as on a GPU he waits."""
+    """Fake tensors have no values: reading one fails, which on a GPU would be a wait."""
     method, mode = queue_of(length), FakeTensorMode()
     method.queue, method.queue_next = map(mode.from_tensor, (method.queue, method.queue_next))
     with mode:
@@ -94,7 +94,7 @@ def test_the_host_never_asks_how_many_are_valid(length):
 
 def test_renewed_leaves_its_arguments_as_they_are():
     rows, keys = keys_of(0, 2).clone(), keys_of(10, 3)
-    new, count = renewed(rows, keys, torch.tensor([False, False, True]))
+    new, count = replace_first_rows(rows, keys, torch.tensor([False, False, True]))
     assert new[:, 0].tolist() == [12, 1]
     assert count == 1
     assert torch.equal(rows, keys_of(0, 2))

@@ -1,4 +1,4 @@
-"""One global batch over 1, 2 and 4 ranks, in one part and in two: the loss of float64 loops.
+"""One global batch over 1, 2 and 4 ranks, in one part and in two, against float64 loops.
 
 The formulas are in `tests.train.oracle`; their gradients are central differences at some entries of
 each weight. Tolerance: 2e-5 absolute and 1e-3 relative, of float32 and its sums in other orders.
@@ -17,9 +17,9 @@ from tests.train.ranks import random_batch
 from train.config import TrainConfig
 from train.distributed import rank, world_size
 from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
-from train.norm import GlobalBatchNorm
 from train.optim import OptimConfig
-from train.step import Step, placed
+from train.sync_bn import GlobalBatchNorm
+from train.training_step import TrainingStep, prepare_model_
 
 SIZE, QUEUE, RHO, TAU, EMA = 8, 11, 1.7, 0.3, 0.5
 CPU = torch.device("cpu")
@@ -31,31 +31,31 @@ METHODS = {
 }
 
 
-def build(name: str, norm: bool, accumulate: int = 1):
-    """A method with SyncBN where it has norms, its momentum branch apart from the encoder."""
+def build(name: str, norm: bool, grad_accum_steps: int = 1):
+    """Build a method, with SyncBN if it has norms; its momentum branch differs from the encoder."""
     encoder = "tiny_norm" if norm else "tiny"
     config = TrainConfig(
-        data="", out="", batch_size=SIZE, accumulate=accumulate, precision="fp32", sync_bn=norm,
-        optim=OptimConfig(lr=0.1),
+        data="", out="", batch_size=SIZE, grad_accum_steps=grad_accum_steps, precision="fp32",
+        sync_bn=norm, optim=OptimConfig(lr=0.1),
     )  # fmt: skip
     torch.manual_seed(0)
     setup = Setup(encoder=encoder, sync_bn=norm, batch_size=SIZE, classes=3)
-    method = placed(METHODS[name].build(setup), config, CPU)
+    method = prepare_model_(METHODS[name].build(setup), config, CPU)
     with torch.no_grad():
         for parameter_name, parameter in method.named_parameters():
             if parameter_name.startswith("momentum_"):
                 parameter.add_(0.1)
-    return method, Step(method, config, CPU)
+    return method, TrainingStep(method, config, CPU)
 
 
-def one_step(name: str, norm: bool, hard: int, accumulate: int = 1):
-    """On a rank: one step on its share. Loss, gradients, queue, statistics, new weights."""
-    method, step = build(name, norm, accumulate)
+def one_step(name: str, norm: bool, hard: int, grad_accum_steps: int = 1):
+    """Make a step on this rank's share; return loss, gradients, queue, statistics, new weights."""
+    method, step = build(name, norm, grad_accum_steps)
     whole, share = random_batch(SIZE, hard), SIZE // world_size()
     mine = slice(rank() * share, (rank() + 1) * share)
     parts = []
-    for first in range(mine.start, mine.stop, share // accumulate):
-        rows = slice(first, first + share // accumulate)
+    for first in range(mine.start, mine.stop, share // grad_accum_steps):
+        rows = slice(first, first + share // grad_accum_steps)
         views = None
         if hard:
             views = torch.cat([view[rows] for view in whole.hard_negative.split(SIZE)])
@@ -73,7 +73,7 @@ def one_step(name: str, norm: bool, hard: int, accumulate: int = 1):
 
 
 def arrays(state, prefix=""):
-    """The weights of a branch, named without its prefix."""
+    """Return the weights of a branch, named without its prefix."""
     found = {
         key.removeprefix(prefix): value.double().numpy().copy()
         for key, value in state.items()
@@ -87,7 +87,7 @@ BRANCH = ("encoder", "head", "classifier")
 
 @cache
 def reference(name: str, norm: bool, hard: int):
-    """Loss and, for some entries of each weight, its slope: (loss, [(name, index, slope)])."""
+    """Return the loss and slopes of some entries of each weight: (loss, [(name, index, slope)])."""
     method, _ = build(name, norm)
     weights, batch = arrays(method.state_dict()), random_batch(SIZE, hard)
     if name == "moco":
@@ -140,10 +140,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "norm", "hard", "accumulate"), CASES)
-def test_any_split_is_the_formula(two_ranks, four_ranks, name, norm, hard, accumulate):
+@pytest.mark.parametrize(("name", "norm", "hard", "grad_accum_steps"), CASES)
+def test_any_split_is_the_formula(two_ranks, four_ranks, name, norm, hard, grad_accum_steps):
     expected, slopes = reference(name, norm, hard)
-    case = (name, norm, hard, accumulate)
+    case = (name, norm, hard, grad_accum_steps)
     runs = {1: [one_step(*case)], 2: two_ranks(one_step, *case), 4: four_ranks(one_step, *case)}
     for size, answers in runs.items():
         assert np.mean([loss for loss, _, _ in answers]) == pytest.approx(expected, abs=1e-5), size
@@ -168,7 +168,7 @@ def shuffling_state():
 
 
 def test_ranks_go_on_drawing_the_same_permutations(four_ranks):
-    """And hold the same queue, to the bit."""
+    """All ranks hold the same queue, bit for bit."""
     first, *others = four_ranks(shuffling_state)
     assert all(torch.equal(first[0], other[0]) for other in others)
     assert all(torch.equal(first[1], other[1]) for other in others)
@@ -176,7 +176,7 @@ def test_ranks_go_on_drawing_the_same_permutations(four_ranks):
 
 
 def with_and_without_a_stop():
-    """Weights after six steps: made in one go, and by a new DDP from the state after the second."""
+    """Return weights after six steps: in one go, and with a new DDP after the second step."""
 
     def go_on(method, step, first):
         for number in range(first, 6):
@@ -195,14 +195,14 @@ def with_and_without_a_stop():
 
 
 def test_where_ddp_keeps_a_gradient_does_not_matter(four_ranks):
-    """It deals them out anew after a process's first step; with two ranks nobody would notice."""
+    """DDP assigns buckets again after the first step; two ranks would not show it."""
     for whole, stopped in four_ranks(with_and_without_a_stop):
         assert torch.equal(whole, stopped)
 
 
-def normalised(values):
+def normalize_share(values):
     share = values.split([1, 3, 2, 2])[rank()].requires_grad_()
-    norm = GlobalBatchNorm.of(torch.nn.BatchNorm2d(3))
+    norm = GlobalBatchNorm.convert(torch.nn.BatchNorm2d(3))
     result = norm(share)
     (result**3).sum().backward()
     norm.eval()
@@ -210,12 +210,12 @@ def normalised(values):
 
 
 def test_sync_bn_on_a_cpu_is_batch_norm_of_the_whole_batch(four_ranks):
-    """Of uneven shares; far from zero, where a variance by squares would have lost its digits."""
+    """Normalize uneven shares far from zero, where a variance by squares would lose its digits."""
     values = 1000 + torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     whole, norm = values.double().clone().requires_grad_(), torch.nn.BatchNorm2d(3).double()
     result = norm(whole)
     (result**3).sum().backward()
-    answers = four_ranks(normalised, values)
+    answers = four_ranks(normalize_share, values)
     found, slopes, _, _, evaluated = (
         torch.cat(part).double() for part in zip(*answers, strict=True)
     )

@@ -1,4 +1,4 @@
-"""The report of a run: what is on it, and what a real browser makes of it."""
+"""The report of a run: its content, and its layout in a real browser."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +11,7 @@ from train.report import ReportOptions, write_report
 
 
 class Page(HTMLParser):
-    """Ids of figures, sources of pictures, and all text."""
+    """Collects ids of figures, sources of pictures, and all text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -42,12 +42,14 @@ def test_curves_views_and_configuration_are_on_one_page_without_a_network(report
         "loss", "accuracy", "similarity", "lr", "images_per_second", "data_wait", "scores",
     ]  # fmt: skip
     pictures = [source for source in page.sources if source.startswith("data:image/png")]
-    assert len(pictures) == 2  # of the first and the last epoch
+    assert len(pictures) == 2  # from the first and the last epoch
     assert all(not source.startswith("http") for source in page.sources)
     assert "epoch-0001" in page.text
     assert "mean cosine similarity to the query" in page.text
     for name in ("key", "hard negative", "queue or batch", "among these and hard negatives"):
-        assert f"<!-- {name} -->" in report.read_text()  # matplotlib notes a legend's texts so
+        assert (
+            f"<!-- {name} -->" in report.read_text()
+        )  # matplotlib writes the texts of a legend as comments
     assert "epoch-0002" in page.text
     assert "ema_momentum: 0.999" in page.text
 

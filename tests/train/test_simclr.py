@@ -11,9 +11,9 @@ from torch import nn
 from schemas import UserError
 from tests.train import oracle
 from tests.train.ranks import random_batch
-from train.encoders import build_encoder, untrained_encoder, zero_residual_gammas_
+from train.encoders import build_encoder, build_untrained_encoder, zero_residual_gammas_
 from train.methods import Setup, SimCLR, SimCLRConfig
-from train.methods.method import projector
+from train.methods.method import build_projector
 from train.methods.simclr import nt_xent
 from train.presets import PRESETS
 
@@ -60,7 +60,7 @@ def tiny(**options) -> SimCLR:
 
 @pytest.mark.parametrize("hard_negatives", [0, 1, 3])
 def test_a_step_is_the_formula_on_the_embeddings(hard_negatives):
-    """Each anchor meets the hard negatives of its own image: row j * N + i is the j-th of i."""
+    """Each anchor uses the hard negatives of its own image: row j * N + i is the j-th of i."""
     method, batch = tiny(), random_batch(4, hard_negatives)
     with torch.no_grad():
         q, k = (method.project(x).double().tolist() for x in (batch.query, batch.key))
@@ -72,32 +72,32 @@ def test_a_step_is_the_formula_on_the_embeddings(hard_negatives):
 
 @pytest.mark.parametrize("flows", [True, False])
 def test_the_gradient_flows_through_hard_negatives_when_asked(flows):
-    """Without it, the hard negatives are numbers: the gradient is that of frozen copies."""
+    """Without the gradient, hard negatives are constants: the gradient is that of frozen copies."""
     batch = random_batch(4, 1)
     method = tiny(hard_gradient=flows)
     method(batch)["loss"].backward()
     other = tiny()
     frozen = tiny().requires_grad_(False)
-    other.hard_negatives = frozen.hard_negatives
+    other.project_hard_negatives = frozen.project_hard_negatives
     other(batch)["loss"].backward()
     same = torch.allclose(method.encoder.conv.weight.grad, other.encoder.conv.weight.grad)
     assert same is not flows
 
 
 def normalized(x, weight, offset):
-    """Batch normalization of (N, D) rows in float64."""
+    """Normalize (N, D) rows over the batch in float64."""
     return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * weight + offset
 
 
 def test_the_released_head_is_three_normalized_layers():
-    """google-research/simclr, model_util.py: no bias before a norm, no offset in the last one."""
+    """As in google-research/simclr, model_util.py: no bias before a norm, no offset in the last."""
     torch.manual_seed(0)
-    head = projector(2048, None, 128, layers=3, norm=True)
+    head = build_projector(2048, None, 128, layers=3, norm=True)
     trainable = sum(p.numel() for p in head.parameters() if p.requires_grad)
     assert trainable == 2 * 2048 * 2048 + 2048 * 128 + 2 * (2048 + 2048) + 128
     assert head[0].weight.std().item() == pytest.approx(0.01, rel=0.01)
 
-    head = projector(6, 5, 4, layers=3, norm=True)
+    head = build_projector(6, 5, 4, layers=3, norm=True)
     with torch.no_grad():
         for p in head.parameters():
             if p.requires_grad:
@@ -115,15 +115,20 @@ def test_the_released_head_is_three_normalized_layers():
 
 
 def test_the_head_of_the_paper_is_what_it_was():
-    """Two layers under the names that checkpoints have; one is a linear head."""
-    assert list(projector(6, None, 4).state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert list(projector(6, None, 4, layers=1).state_dict()) == ["0.weight", "0.bias"]
+    """Two layers have the names in checkpoints; one layer is a linear head."""
+    assert list(build_projector(6, None, 4).state_dict()) == [
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+    ]
+    assert list(build_projector(6, None, 4, layers=1).state_dict()) == ["0.weight", "0.bias"]
     with pytest.raises(UserError, match="--head-layers 0: must be at least 1"):
-        projector(6, None, 4, layers=0)
+        build_projector(6, None, 4, layers=0)
 
 
 def test_summed_directions_are_the_sum_of_both_means():
-    """objective.py: loss_a + loss_b, each a mean over its N anchors."""
+    """As in objective.py: loss_a + loss_b, each a mean over its N anchors."""
     summed, averaged, batch = tiny(sum_directions=True), tiny(), random_batch(4, 0)
     with torch.no_grad():
         q, k = (averaged.project(x).double().numpy() for x in (batch.query, batch.key))
@@ -156,7 +161,7 @@ def test_joint_views_share_batch_statistics(joint):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_blocks_whose_last_gamma_is_0_start_as_identities(name):
-    """torchvision's own `zero_init_residual` is the reference."""
+    """The reference is torchvision's own `zero_init_residual`."""
     torch.manual_seed(0)
     encoder, _ = build_encoder(name)
     zero_residual_gammas_(encoder, name)
@@ -169,7 +174,7 @@ def test_blocks_whose_last_gamma_is_0_start_as_identities(name):
     assert torch.equal(encoder.layer1[1](x), x)
     with pytest.raises(UserError, match="--zero-init-residual: tiny has no residual blocks"):
         zero_residual_gammas_(build_encoder("tiny")[0], "tiny")
-    start = untrained_encoder({"encoder": name, "zero_init_residual": "True"}, 0)
+    start = build_untrained_encoder({"encoder": name, "zero_init_residual": "True"}, 0)
     assert torch.equal(start.layer1[1](x), x)
 
 
@@ -186,7 +191,7 @@ def test_preset_simclr_is_the_released_code():
 @pytest.mark.parametrize("hard_negatives", [0, 2])
 def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
     method, batch = tiny(), random_batch(4, hard_negatives)
-    batch.key[0] = batch.query[0]  # of these two anchors the positive wins
+    batch.key[0] = batch.query[0]  # the positive of these two anchors wins
     with torch.no_grad():
         q, k = (method.project(x).double().tolist() for x in (batch.query, batch.key))
         views = [] if batch.hard_negative is None else batch.hard_negative

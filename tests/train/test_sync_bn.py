@@ -1,4 +1,4 @@
-"""Batch normalization over uneven ranks with the kernels of a GPU, which stand-ins play here."""
+"""Batch normalization over uneven ranks with GPU kernels, replaced by stand-ins here."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.train.host_waits import GPU, pretend_gpu
 from train.distributed import rank, world_size
-from train.norm import FusedGlobalNorm
+from train.sync_bn import FusedGlobalNorm
 
 EPS, MOMENTUM = 1e-5, 0.1
 
@@ -29,7 +29,7 @@ def stats(x, eps):
 
 
 def gather_stats(x, means, scales, running_mean, running_var, momentum, eps, counts):
-    """Merge rank after rank as ATen/native/cuda/Normalization.cuh does."""
+    """Merge the ranks one by one as ATen/native/cuda/Normalization.cuh does."""
     average = squares = total = torch.zeros_like(means[0])
     for mean, scale, count in zip(means, scales, counts, strict=True):
         variance = (1 / scale).square() - eps
@@ -61,7 +61,7 @@ def backward_elemt(gradient, x, mean, scale, weight, sums, products, counts):
 
 @contextlib.contextmanager
 def kernels() -> Iterator[None]:
-    """What exists on GPUs only, as formulas."""
+    """Replace kernels that exist only on GPUs by formulas."""
     with (
         patch.object(torch, "batch_norm_stats", stats),
         patch.object(torch, "batch_norm_gather_stats_with_counts", gather_stats),
@@ -73,7 +73,7 @@ def kernels() -> Iterator[None]:
 
 
 def normalized_share(values, shares):
-    """Normalize this rank's share: result, its gradient, those of the weights, running numbers."""
+    """Normalize this rank's share; return result, gradients and running statistics."""
     assert world_size() == len(shares)
     x = values.split(shares)[rank()].clone().requires_grad_()
     weight, bias = weights(values.shape[1])
@@ -92,7 +92,7 @@ def weights(channels):
 @pytest.mark.parametrize("shares", [[3, 1, 2, 2], [0, 3, 0, 5]])
 @pytest.mark.parametrize("sides", [(5, 4), ()])
 def test_uneven_ranks_normalize_as_one(four_ranks, shares, sides):
-    """Also where a rank has nothing, the first one, whose count would divide 0 by 0."""
+    """The first rank may have no values; its count of 0 would divide 0 by 0."""
     values = 2 + torch.randn(8, 3, *sides, generator=torch.Generator().manual_seed(0))
     whole = values.double().requires_grad_()
     norm = (torch.nn.BatchNorm2d if sides else torch.nn.BatchNorm1d)(3, EPS, MOMENTUM).double()

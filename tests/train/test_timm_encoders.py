@@ -1,4 +1,4 @@
-"""timm's ConvNets: trained, written, read back and exported; what is refused."""
+"""ConvNets of timm: trained, written, read back, exported; refusals."""
 
 from dataclasses import replace
 
@@ -7,21 +7,21 @@ import timm
 import torch
 from torch import nn
 
-import train.loop
+import train.trainer
 from schemas import UserError
 from tests.train.runs import config, metrics
-from train.encoders import build_encoder, feature_map, load_encoder
+from train.encoders import build_encoder, compute_feature_map, load_encoder
 from train.evaluate.detection.model import DetectorConfig
 from train.evaluate.export import ExportOptions, export
 from train.methods import MaskCoConfig, MoCoConfig, Setup
-from train.norm import GlobalBatchNorm, synchronised
+from train.sync_bn import GlobalBatchNorm, convert_sync_bn_
 
 NAME = "timm:test_byobnet"  # 0.5 M parameters, normalization and activation in one layer
 
 
 def test_a_timm_encoder_trains_and_is_what_timm_builds(shards, tmp_path):
     settings = config(shards, tmp_path, encoder=NAME, crop_size=56, epochs=1, sync_bn=True)
-    train.loop.train(replace(settings, method=MoCoConfig(queue=20, projection=8)))
+    train.trainer.train(replace(settings, method=MoCoConfig(queue=20, projection=8)))
     assert len(metrics(tmp_path)) == 3
     encoder, metadata, _ = load_encoder(str(tmp_path))
     assert metadata["encoder"] == NAME
@@ -42,7 +42,7 @@ def test_a_timm_encoder_trains_and_is_what_timm_builds(shards, tmp_path):
 def test_maps_and_features_have_the_encoders_width(name):
     encoder, width = build_encoder(f"timm:{name}")
     images = torch.randn(2, 3, 96, 96)
-    assert feature_map(encoder, images).shape == (2, width, 3, 3)
+    assert compute_feature_map(encoder, images).shape == (2, width, 3, 3)
     assert encoder(images).shape == (2, width)
 
 
@@ -50,9 +50,9 @@ def test_maps_and_features_have_the_encoders_width(name):
     ("name", "message"),
     [
         ("convnext_tinny", "did you mean timm:convnext_tiny"),
-        ("test_vit", r"layers of attention \(Attention\)"),
-        ("swin_tiny_patch4_window7_224", "layers of attention"),
-        ("test_mambaout", "has no map at stride 32: of 64 pixels it makes"),
+        ("test_vit", r"attention layers \(Attention\)"),
+        ("swin_tiny_patch4_window7_224", "attention layers"),
+        ("test_mambaout", "has no map at stride 32: from 64 pixels it makes"),
     ],
 )
 def test_what_is_no_convnet_with_a_map_is_refused(name, message):
@@ -61,20 +61,20 @@ def test_what_is_no_convnet_with_a_map_is_refused(name, message):
 
 
 def test_options_that_fit_torchvisions_alone_are_refused():
-    with pytest.raises(UserError, match="--stem small: is for torchvision's ResNets"):
+    with pytest.raises(UserError, match="--stem small: is for torchvision's ResNets only"):
         build_encoder(NAME, "small")
     setup = Setup(encoder="timm:mobilenetv3_small_050", batch_size=4)
-    with pytest.raises(UserError, match="288 channels in its last map and 1024 behind"):
+    with pytest.raises(UserError, match="288 channels in its last map but 1024 after"):
         MaskCoConfig(queue=8).build(setup)
 
 
 def test_synchronized_norms_keep_their_activation():
-    """timm's layers normalize and activate in one; a norm alone would leave negative values."""
+    """timm's layers normalize and activate at once; a norm alone would leave negative values."""
     torch.manual_seed(0)
     encoder, _ = build_encoder(NAME)
     own, _ = build_encoder(NAME)
     own.load_state_dict(encoder.state_dict())
-    converted = synchronised(encoder)
+    converted = convert_sync_bn_(encoder)
     assert any(isinstance(m, GlobalBatchNorm) for m in converted.modules())
     assert converted.state_dict().keys() == own.state_dict().keys()
     x = torch.randn(4, 3, 64, 64)

@@ -1,4 +1,4 @@
-"""The whole job on real shards, in this process: it runs, it refuses, it goes on where it was."""
+"""The whole job on real shards, in this process: it runs, refuses and resumes."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.models import ResNet
 
-import train.loop
+import train.trainer
 from pipeline import RECIPES
 from schemas import UserError
 from schemas.cli import TerminatedError
 from tests.train.runs import config, metrics, scores, stopped_after, told, write_images
-from train.encoders import build_encoder, load_encoder, save_encoder, untrained_encoder
-from train.evaluate.features import extract, recipe_of, unmasked
-from train.evaluate.knn import knn_accuracy
+from train.encoders import build_encoder, build_untrained_encoder, load_encoder, save_encoder
+from train.features import build_eval_recipe, extract_features, remove_masks
+from train.knn import knn_accuracy
 from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
@@ -56,14 +56,14 @@ def test_run_leaves_its_record(run):
 
 
 def test_knn_of_each_epoch_is_that_of_the_encoder(shards, run):
-    """The last one again, from the exported file."""
+    """Compute the last accuracy again from the exported file."""
     rows = scores(run)
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
     settings = config(shards, run)
     encoder, _, _ = load_encoder(str(run))
-    recipe = unmasked(replace(settings.recipe, crop_size=28))
-    found = extract(encoder, recipe, shards, torch.device("cpu"), 7)
-    accuracy = knn_accuracy(found, None, classes=2, neighbours=(1, 5))
+    recipe = remove_masks(replace(settings.recipe, crop_size=28))
+    found = extract_features(encoder, recipe, shards, torch.device("cpu"), 7)
+    accuracy = knn_accuracy(found, None, classes=2, neighbors=(1, 5))
     assert rows[-1]["knn_1"] == pytest.approx(accuracy[1])
     assert rows[-1]["knn_5"] == pytest.approx(accuracy[5])
 
@@ -76,19 +76,19 @@ def test_encoder_is_torchvisions_and_was_trained(run):
     assert metadata["recipe"] == "hp"
     assert metadata["high_pass"] == "True"
     assert metadata["crop_size"] == "28"
-    start = untrained_encoder({"encoder": "resnet18"}, seed=0)
+    start = build_untrained_encoder({"encoder": "resnet18"}, seed=0)
     assert not torch.equal(encoder.conv1.weight, start.conv1.weight)
     assert encoder.bn1.num_batches_tracked == 6
 
 
 def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypatch):
-    """Stopped after step 5, beyond the last checkpoint (4), which lies inside the second epoch."""
+    """Stop after step 5, one step after the last checkpoint, inside the second epoch."""
 
     settings = config(shards, tmp_path, checkpoint_steps=2, log_steps=1)
     with stopped_after(5, monkeypatch):
-        train.loop.train(settings)
+        train.trainer.train(settings)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert told(tmp_path) == told(run)
     first, second = (load_file(out / "encoder.safetensors") for out in (run, tmp_path))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -100,7 +100,7 @@ def test_an_evaluation_that_fails_costs_no_epoch_and_is_caught_up(shards, tmp_pa
 
     settings = config(shards, tmp_path)
     with pytest.raises(OSError, match="gone"):
-        train.loop.train(settings, fails)
+        train.trainer.train(settings, fails)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     seen = []
@@ -109,8 +109,8 @@ def test_an_evaluation_that_fails_costs_no_epoch_and_is_caught_up(shards, tmp_pa
         seen.append(epoch)
         return {"top1": epoch / 10}
 
-    train.loop.train(settings, evaluation)
-    train.loop.train(settings, evaluation)
+    train.trainer.train(settings, evaluation)
+    train.trainer.train(settings, evaluation)
     assert seen == [1, 2]
     assert [(row["step"], row["top1"]) for row in scores(tmp_path)] == [(3, 0.1), (6, 0.2)]
 
@@ -119,7 +119,7 @@ def test_what_a_killed_save_left_is_removed(shards, tmp_path):
     for name in (".step-00000001.tmp", ".step-00000002.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "state.pt").write_bytes(b"half")
-    train.loop.train(config(shards, tmp_path, epochs=1))
+    train.trainer.train(config(shards, tmp_path, epochs=1))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
@@ -127,8 +127,8 @@ def test_what_a_killed_save_left_is_removed(shards, tmp_path):
 def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
     shards, run, tmp_path, monkeypatch, number
 ):
-    """With the next step, in the middle of an epoch, where no checkpoint was due."""
-    add = train.loop.Meter.add
+    """It saves with the next step, in the middle of an epoch, where no checkpoint was due."""
+    add = train.trainer.MetricsBuffer.add
 
     def interrupted(self, scalars, waited, **known):
         add(self, scalars, waited, **known)
@@ -137,12 +137,12 @@ def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
 
     settings = config(shards, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop.Meter, "add", interrupted)
-        with pytest.raises(TerminatedError, match="stopped and saved after step 2; the same") as up:
-            train.loop.train(settings)
+        patch.setattr(train.trainer.MetricsBuffer, "add", interrupted)
+        with pytest.raises(TerminatedError, match="stopped and saved after step 2; run the") as up:
+            train.trainer.train(settings)
     assert up.value.status == 75
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert told(tmp_path) == told(run)
     first, second = (load_file(out / "encoder.safetensors") for out in (run, tmp_path))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -150,23 +150,23 @@ def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
 
 def test_finished_run_is_left_as_it_is(shards, run, capsys):
     before = told(run)
-    train.loop.train(config(shards, run))
+    train.trainer.train(config(shards, run))
     assert told(run) == before
     assert "resumes after step 6 of 6" in capsys.readouterr().out
 
 
 def test_other_settings_and_resume_never_are_refused(shards, run):
     with pytest.raises(UserError, match=r"method\.rho was 2\.0, is 3\.0"):
-        train.loop.train(config(shards, run, method=MoCoConfig(queue=20, rho=3.0)))
+        train.trainer.train(config(shards, run, method=MoCoConfig(queue=20, rho=3.0)))
     with pytest.raises(UserError, match="holds the checkpoints of a run; choose another --out"):
-        train.loop.train(config(shards, run, resume="never"))
+        train.trainer.train(config(shards, run, resume="never"))
 
 
 def test_loss_that_is_not_finite_stops_before_its_update(shards, tmp_path):
-    """And leaves the keys, the views and the state that bring it back."""
+    """It leaves the keys, the views and the state that reproduce the loss."""
     explodes = config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=1)
     with pytest.raises(UserError, match=r"the loss of step [2-4] is (nan|inf)") as error:
-        train.loop.train(explodes)
+        train.trainer.train(explodes)
     steps = [row["step"] for row in metrics(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     (folder,) = (tmp_path / "failed").iterdir()
@@ -188,7 +188,7 @@ def test_loss_that_is_not_finite_stops_before_its_update(shards, tmp_path):
 
 def test_loss_that_was_not_finite_earlier_is_named_by_its_own_step(shards, tmp_path):
     with pytest.raises(UserError, match=r"(?s)step [23] is .*--log-steps 1 stops right at"):
-        train.loop.train(config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=100))
+        train.trainer.train(config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=100))
     (folder,) = (tmp_path / "failed").iterdir()
     own = torch.load(folder / "rank-0000.pt", weights_only=True)
     assert own["views"] is None
@@ -196,9 +196,9 @@ def test_loss_that_was_not_finite_earlier_is_named_by_its_own_step(shards, tmp_p
 
 
 def test_two_runs_do_not_share_a_folder(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.loop, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(train.trainer, "LOCK_SECONDS", 0.1)
     with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another training is writ"):
-        train.loop.train(config(shards, tmp_path))
+        train.trainer.train(config(shards, tmp_path))
 
 
 def test_supervised_reads_queries_and_labels(shards, tmp_path):
@@ -206,18 +206,18 @@ def test_supervised_reads_queries_and_labels(shards, tmp_path):
         shards, tmp_path, method=SupervisedConfig(), stem="small", optim=OptimConfig(base_lr=0.1)
     )
     views = {**SUPERVISED_VIEWS, "crop_area": (0.9, 1.0)}
-    train.loop.train(replace(settings, recipe=replace(settings.recipe, **views), epochs=8))
+    train.trainer.train(replace(settings, recipe=replace(settings.recipe, **views), epochs=8))
     rows = metrics(tmp_path)
     assert rows[-1]["loss"] < rows[0]["loss"]
     encoder, metadata, _ = load_encoder(str(tmp_path))
     assert metadata["stem"] == "small"
     assert encoder.conv1.weight.shape == (64, 3, 3, 3)
-    unlabelled = write_images(tmp_path / "unlabelled", label=-1, classes=())
+    unlabeled = write_images(tmp_path / "unlabeled", label=-1, classes=())
     some = write_images(tmp_path / "some", label=-1)
     with pytest.raises(UserError, match="26"):
-        train.loop.train(replace(settings, data=some, out=str(tmp_path / "other")))
+        train.trainer.train(replace(settings, data=some, out=str(tmp_path / "other")))
     with pytest.raises(UserError, match="have 0 classes; it needs labels"):
-        train.loop.train(replace(settings, data=unlabelled, out=str(tmp_path / "other")))
+        train.trainer.train(replace(settings, data=unlabeled, out=str(tmp_path / "other")))
 
 
 def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
@@ -235,27 +235,27 @@ def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
 
 
 def test_cifars_own_size_trains_with_the_small_stem(shards, tmp_path):
-    """7 does not divide 32, and without masks nothing asks it to."""
+    """7 does not divide 32, which does not matter without masks."""
     method = SimCLRConfig(projection=8)
     settings = config(shards, tmp_path, method=method, stem="small", crop_size=32, epochs=1)
-    train.loop.train(replace(settings, recipe=RECIPES["none"]))
+    train.trainer.train(replace(settings, recipe=RECIPES["none"]))
     assert len(metrics(tmp_path)) == 3
     metadata = load_encoder(str(tmp_path))[1]
-    assert (metadata["crop_size"], recipe_of(metadata).crop_size) == ("32", 32)
+    assert (metadata["crop_size"], build_eval_recipe(metadata).crop_size) == ("32", 32)
 
 
 def test_synthetic_trains_without_data_and_goes_on(tmp_path):
     settings = config("", tmp_path, synthetic=20, compile=False)
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert [row["epoch"] for row in metrics(tmp_path)] == [1, 1, 2, 2]
-    train.loop.train(settings)
+    train.trainer.train(settings)
 
 
 def test_compile_is_for_the_encoders(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(ResNet, "compile", lambda self: compiled.append(self))  # noqa: PLW0108
-    train.loop.train(config("", tmp_path, synthetic=8, epochs=1, compile=True))
-    assert len(compiled) == 2  # the momentum branch's too
+    train.trainer.train(config("", tmp_path, synthetic=8, epochs=1, compile=True))
+    assert len(compiled) == 2  # the momentum branch is compiled too
 
 
 def test_weights_and_biases_gets_each_step_when_it_is_there(shards, tmp_path, monkeypatch):
@@ -267,10 +267,10 @@ def test_weights_and_biases_gets_each_step_when_it_is_there(shards, tmp_path, mo
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     settings = config(shards, tmp_path, wandb="project", epochs=1)
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert logged == [1, 2, 3]
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert ids[0] == ids[1]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        train.loop.train(config(shards, tmp_path / "other", wandb="project"))
+        train.trainer.train(config(shards, tmp_path / "other", wandb="project"))

@@ -1,6 +1,6 @@
-"""Checkpoints as other projects write them, as saliency backbone and as encoder of an evaluation.
+"""Checkpoints of other projects as saliency backbones and as evaluated encoders.
 
-Each is written with the names and the wrapping of its project, of a ResNet-18 with random weights.
+Each holds a ResNet-18 with random weights under the names and in the nesting of its project.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from precompute.estimators import ScdaOptions
 from precompute.estimators.weights import load_weights
 from schemas import UserError
 from schemas.weights import fit_weights, shapes_of
-from train.encoders import build_encoder, load_encoder, tell
+from train.encoders import build_encoder, load_encoder, print_once
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def trunk() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def other() -> dict[str, torch.Tensor]:
-    """Another copy of the network, such as a key encoder."""
+    """Return another copy of the network, such as a key encoder."""
     torch.manual_seed(4)
     return build_encoder("resnet18")[0].state_dict()
 
@@ -52,7 +52,7 @@ class Logger:
 
 
 def extras() -> dict:
-    """What checkpoints carry beside weights, of classes that weights_only does not know."""
+    """Return what checkpoints hold besides weights, of classes unknown to weights_only."""
     config = Config(lr=0.1)
     config.frozen = True
     return {
@@ -67,7 +67,7 @@ def extras() -> dict:
 
 
 def numbered(state: dict) -> dict:
-    """Names of nn.Sequential(*list(resnet.children())[:-1]), as lightly's examples have it."""
+    """Use names of nn.Sequential(*list(resnet.children())[:-1]), as in lightly's examples."""
     children = [name for name, _ in torchvision.models.resnet18().named_children()]
     return {
         f"{children.index(name.split('.')[0])}.{name.partition('.')[2]}": value
@@ -116,7 +116,7 @@ FILES = {
 
 
 def loaded_backbone(path) -> nn.Module:
-    """Filled as SCDA's estimator fills it; tracing the network each time would take seconds."""
+    """Fill the trunk as the SCDA estimator does; tracing the network each time takes seconds."""
     model = torchvision.models.resnet18()
     backbone = torchvision.models.resnet18()
     backbone.fc = nn.Identity()
@@ -138,7 +138,7 @@ def test_checkpoints_from_elsewhere_are_backbone_and_encoder(name, trunk, other,
         content |= extras()
     path = tmp_path / name
     torch.save(content, path, _use_new_zipfile_serialization=name != "moco.pth.tar")
-    tell.cache_clear()
+    print_once.cache_clear()
     encoder, metadata, _ = load_encoder(str(path))
     told = capsys.readouterr().out
     assert told.count("\n") == 1

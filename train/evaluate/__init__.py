@@ -1,1 +1,1 @@
-"""What a trained encoder is worth."""
+"""Evaluations of a trained encoder; this package imports `train`, never the other way round."""

@@ -6,9 +6,9 @@
     python -m train.evaluate export --encoder RUN --format torchvision | safetensors | detectron2
     python -m train.evaluate table  RUN ... [--protocol linear]
 
-`--help` behind each lists its options. Encoders of a high-pass recipe see high-pass images here
-too. Each evaluation is a line in RUN/results.jsonl; `table` makes a Markdown table of such lines.
-`knn`, `linear` and `detection` run under torchrun as well.
+`--help` after a command lists its options. Encoders that were trained with a high-pass recipe are
+evaluated on high-pass images. Each evaluation adds a line to RUN/results.jsonl; `table` makes a
+Markdown table from such lines. `knn`, `linear` and `detection` also run under torchrun.
 """
 
 import sys
@@ -21,41 +21,43 @@ import tyro
 from schemas import UserError
 from schemas.cli import lookup, parse, run
 from train.distributed import is_main
-from train.evaluate import export, linear, neighbours, results, tables
-from train.session import session
+from train.evaluate import export, knn, linear, results, tables
+from train.process_group import join_process_group
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """A Markdown table of evaluations, and of the masked branch where runs differ in it."""
+    """Print a Markdown table of evaluations, and one by masked branch if runs differ in it."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = tyro.MISSING
-    """Folders of runs, or folders that hold such."""
+    """Folders of runs, or folders that contain runs."""
     protocol: Literal["knn", "linear", "detection"] = "linear"
-    """Which evaluations."""
+    """Kind of evaluation to show."""
 
 
-def evaluated(config: type[Any], evaluate: Callable, sentence: Callable, argv: list[str]) -> None:
-    """Read the options, evaluate on every rank, and say on one what came out."""
-    options = parse(config, argv)
-    with session(device=options.device):
-        found = evaluate(options)
+def run_evaluation(
+    options_class: type[Any], evaluate: Callable, format_result: Callable, argv: list[str]
+) -> None:
+    """Parse the options, evaluate on every rank, and print the result on rank 0."""
+    options = parse(options_class, argv)
+    with join_process_group(device=options.device):
+        result = evaluate(options)
         if is_main():
-            print(sentence(found))
+            print(format_result(result))
 
 
-def knn(argv: list[str]) -> None:
-    evaluated(neighbours.KnnOptions, neighbours.evaluate, neighbours.table, argv)
+def evaluate_knn(argv: list[str]) -> None:
+    run_evaluation(knn.KnnOptions, knn.evaluate, knn.format_table, argv)
 
 
-def linear_probe(argv: list[str]) -> None:
-    evaluated(linear.LinearOptions, linear.evaluate, linear.sentence, argv)
+def evaluate_linear(argv: list[str]) -> None:
+    run_evaluation(linear.LinearOptions, linear.evaluate, linear.format_result, argv)
 
 
-def detection(argv: list[str]) -> None:
+def evaluate_detection(argv: list[str]) -> None:
     from train.evaluate.detection import command  # here: pycocotools and torchvision's detectors
 
-    evaluated(command.DetectionOptions, command.evaluate, command.sentence, argv)
+    run_evaluation(command.DetectionOptions, command.evaluate, command.format_result, argv)
 
 
 def write_export(argv: list[str]) -> None:
@@ -67,20 +69,20 @@ def show_table(argv: list[str]) -> None:
     rows = results.collect(options.runs)
     chosen = [row for row in rows if row["protocol"] == options.protocol]
     if not chosen:
-        raise UserError(f"no evaluation by {options.protocol} in {', '.join(options.runs)}")
+        raise UserError(f"no {options.protocol} evaluation in {', '.join(options.runs)}")
     if options.protocol == "detection":
-        print(tables.detection_table(rows))
+        print(tables.format_detection_table(rows))
         return
-    print(tables.table(rows, options.protocol))
-    if len({tables.setting(row, "recipe.branch") for row in chosen}) > 1:
+    print(tables.format_table(rows, options.protocol))
+    if len({tables.get_setting(row, "recipe.branch") for row in chosen}) > 1:
         for data in dict.fromkeys(row["data"] for row in chosen):
-            print("\n" + tables.branch_table(rows, options.protocol, data))
+            print("\n" + tables.format_branch_table(rows, options.protocol, data))
 
 
 COMMANDS = {
-    "knn": knn,
-    "linear": linear_probe,
-    "detection": detection,
+    "knn": evaluate_knn,
+    "linear": evaluate_linear,
+    "detection": evaluate_detection,
     "export": write_export,
     "table": show_table,
 }

@@ -1,4 +1,4 @@
-"""The command `export`: an encoder in the formats of other libraries."""
+"""The command `export`: write an encoder in the format of another library."""
 
 import pickle
 from dataclasses import dataclass
@@ -27,20 +27,21 @@ class ExportOptions:
     """Write an encoder for another library."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
+    """Folder of a run, or a file of weights: encoder.safetensors or a foreign checkpoint."""
     format: Format = "torchvision"
-    """torchvision: a state_dict without fc, for load_state_dict(..., strict=False). timm: the same
-    of an encoder timm:NAME, for timm.create_model(NAME, num_classes=0). safetensors:
-    the same keys. detectron2: the pickle of MoCo's convert-pretrain.py, for R50-C4 and its like."""
+    """torchvision: a state_dict without fc, for load_state_dict(..., strict=False). timm: the
+    state_dict of an encoder timm:NAME, for timm.create_model(NAME, num_classes=0). safetensors: the
+    same keys in that format. detectron2: the pickle of MoCo's convert-pretrain.py, for R50-C4 and
+    similar models."""
     out: str | None = None
-    """The file; beside the encoder when not given."""
+    """File to write; by default beside the encoder."""
 
 
 def export(options: ExportOptions) -> Path:
     """Write the file and return its path.
 
     Raises:
-        UserError: no such encoder; the format is not for networks of this kind.
+        UserError: no such encoder, or the format does not suit its architecture.
     """
     encoder, metadata, path = load_encoder(options.encoder)
     state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
@@ -56,9 +57,9 @@ def export(options: ExportOptions) -> Path:
         save_file(state, out, metadata)
     else:
         if metadata.get("stem", "imagenet") != "imagenet":
-            raise UserError(f"{path}: has the small stem; detectron2's ResNets have none like it")
+            raise UserError(f"{path}: has the small stem, which detectron2's ResNets do not have")
         content = {
-            "model": {detectron2_name(name): to_numpy(value) for name, value in state.items()},
+            "model": {to_detectron2_name(name): to_numpy(x) for name, x in state.items()},
             "__author__": "saliency-shards",
             "matching_heuristics": True,
         }
@@ -68,20 +69,20 @@ def export(options: ExportOptions) -> Path:
 
 
 def check_family(form: Format, encoder: str, path: str) -> None:
-    """Raises UserError where a network has other key names than the format."""
+    """Raise UserError if the key names of a network are not those of the format."""
     if is_timm(encoder) and form != "timm":
         raise UserError(
-            f"{path}: is {encoder}, whose names {form} does not know; take --format timm or "
+            f"{path}: is {encoder}, whose key names {form} does not know; take --format timm or "
             "safetensors"
         )
     if form == "timm" and not is_timm(encoder):
         raise UserError(f"{path}: is torchvision's {encoder}; take --format torchvision")
 
 
-def detectron2_name(name: str) -> str:
-    """torchvision's name of a weight -> detectron2's (MoCo, detection/convert-pretrain.py).
+def to_detectron2_name(name: str) -> str:
+    """Translate torchvision's name of a weight to detectron2's (MoCo's convert-pretrain.py).
 
-    >>> detectron2_name("layer1.0.downsample.1.running_mean")
+    >>> to_detectron2_name("layer1.0.downsample.1.running_mean")
     'res2.0.shortcut.norm.running_mean'
     """
     if not name.startswith("layer"):

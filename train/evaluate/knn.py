@@ -1,63 +1,109 @@
-"""Weighted k-nearest-neighbour classification of frozen features.
+"""The command `knn`: measure the weighted kNN accuracy of a frozen encoder."""
 
-The rule of Wu et al. (CVPR 2018, instance discrimination), as DINO and others use it: by cosine
-similarity, the k nearest vote with weight exp(similarity / 0.07), and the heaviest class wins.
-"""
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+import tyro
+from torch import nn
 
-from schemas import UserError
-
-TEMPERATURE = 0.07
-NEIGHBOURS = (20, 200)
-CHUNK = 1024  # queries at a time: 1024 x 126,689 similarities of ImageNet-100 are 519 MB
-
-
-def check_neighbours(
-    neighbours: tuple[int, ...], others: int, option: str = "--neighbours"
-) -> None:
-    """Raises UserError, under the option's name, unless each can be had of `others` images."""
-    if not neighbours or not 1 <= min(neighbours) <= max(neighbours) <= others:
-        raise UserError(
-            f"{option} {' '.join(map(str, neighbours))}: each must be between 1 and {others}, "
-            "the number of images to choose from"
-        )
+from train.config import make_cache
+from train.distributed import is_main, raise_on_all_ranks
+from train.encoders import build_untrained_encoder, load_encoder
+from train.evaluate import results
+from train.features import build_eval_recipe, extract_features, open_labeled_pair
+from train.knn import NEIGHBORS, TEMPERATURE, check_neighbors, knn_accuracy
+from train.process_group import pick_device
 
 
-@torch.inference_mode()
-def knn_accuracy(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor] | None,
-    *,
-    classes: int,
-    neighbours: tuple[int, ...] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-) -> dict[int, float]:
-    """Top-1 accuracy for each number of neighbours, 0 to 1.
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions:
+    """Measure the weighted kNN accuracy of a frozen encoder."""
 
-    Args:
-        train: L2-normalised features (N, D) and labels (N,), 0 <= label < classes.
-        test: the same of the images to classify; None for leave-one-out: each training image is
-            classified by all the others.
+    encoder: str = tyro.MISSING
+    """Folder of a run, or a file of weights: encoder.safetensors or a foreign checkpoint."""
+    data: str = tyro.MISSING
+    """Labeled shards whose images are the neighbors."""
+    test_data: str | None = None
+    """Labeled shards to classify; by default `data` itself, leave-one-out."""
+    baseline: bool = False
+    """Also evaluate the same architecture untrained, on the same images."""
+    neighbors: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--neighbours",))] = NEIGHBORS
+    """Numbers of voting neighbors; one accuracy is reported for each."""
+    batch_size: int = 64
+    """Images per forward pass on each process; does not change the result."""
+    seed: int = 0
+    """Random seed for the weights of the untrained encoder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if torch finds a GPU, else cpu."""
+    cache: str | None = None
+    """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
+    a remote dataset and none for a local one."""
+    cache_gb: float | None = None
+    """Size limit of that folder in GB of 10^9 bytes; by default half of the free disk."""
+
+
+def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
+    """Evaluate, append rows to results.jsonl beside the encoder, return them; on all ranks.
 
     Raises:
-        UserError: fewer images than neighbours, or none asked for.
+        UserError: unsuitable encoder, data or options.
     """
-    features, labels = train
-    queries, targets = train if test is None else test
-    check_neighbours(neighbours, len(features) - (test is None))
-    most = max(neighbours)
-    correct = dict.fromkeys(neighbours, 0)
-    for start in range(0, len(queries), CHUNK):
-        similarity = queries[start : start + CHUNK] @ features.T  # (chunk, N)
-        if test is None:
-            similarity.diagonal(offset=start).fill_(-torch.inf)  # not its own neighbour
-        similarity, nearest = similarity.topk(most, dim=1)  # (chunk, most), descending
-        weights, votes = (similarity / temperature).exp(), labels[nearest]
-        for k in neighbours:
-            score = weights.new_zeros(len(weights), classes)
-            score.scatter_add_(1, votes[:, :k], weights[:, :k])
-            hits = score.argmax(dim=1) == targets[start : start + CHUNK]
-            correct[k] += int(hits.sum())
-    return {k: count / len(queries) for k, count in correct.items()}
+    with raise_on_all_ranks():
+        device = pick_device(options.device)
+        torch.backends.cuda.matmul.allow_tf32 = False  # kNN compares close similarities
+        encoder, metadata, path = load_encoder(options.encoder)
+        train, test = open_labeled_pair(options.data, options.test_data)
+        check_neighbors(options.neighbors, len(train) - (test is None))
+
+    encoders: list[tuple[str, nn.Module]] = [("trained", encoder)]
+    if options.baseline:
+        encoders.append(("untrained", build_untrained_encoder(metadata, options.seed)))
+    recipe = build_eval_recipe(metadata)
+    cache = make_cache(options.cache, options.cache_gb)
+
+    def extract(model: nn.Module, url: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return extract_features(model, recipe, url, device, options.batch_size, cache=cache)
+
+    rows: list[dict[str, Any]] = []
+    for weights, model in encoders:
+        train_features = extract(model, options.data)
+        test_features = extract(model, options.test_data) if options.test_data else None
+        accuracy = knn_accuracy(
+            train_features,
+            test_features,
+            classes=len(train.classes),
+            neighbors=options.neighbors,
+        )
+        rows.append(
+            results.build_row(
+                "knn",
+                metadata,
+                train,
+                test,
+                {str(k): value for k, value in accuracy.items()},
+                weights=weights,
+                split="test data" if test else "leave-one-out",
+                temperature=TEMPERATURE,
+                seed=options.seed,
+            )
+        )
+    with raise_on_all_ranks():
+        if is_main():
+            results.append(path.parent, rows)
+    return rows
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Format the rows as a small table for the terminal."""
+    first = rows[0]
+    names = list(first["accuracy"])
+    lines = [
+        f"kNN top-1 of {first['encoder']}, {first['test_images']} images, {first['split']}, "
+        f"{'high-pass' if first['high_pass'] else 'plain'} {first['crop_size']} px",
+        "weights    " + "".join(f"{'k=' + k:>9}" for k in names),
+    ]
+    for row in rows:
+        cells = "".join(f"{100 * row['accuracy'][k]:>8.2f}%" for k in names)
+        lines.append(f"{row['weights']:<11}{cells}")
+    return "\n".join(lines)

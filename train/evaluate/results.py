@@ -1,8 +1,8 @@
-"""Results: one line of JSON for each finished evaluation.
+"""Results of evaluations: one JSON line each in RUN/results.jsonl, beside the encoder.
 
-RUN/results.jsonl lies beside the encoder. A row says what was evaluated (encoder, method, recipe,
-pretraining: the encoder's metadata), on what (data, its digest, numbers of images), how (protocol
-and its settings) and what came out (`accuracy`: name -> share, 0 to 1).
+A row says what was evaluated (encoder, method, recipe, pretraining: the encoder's metadata), on
+what (data, its digest, numbers of images), how (protocol and its settings) and with which result
+(`accuracy`: name -> share, 0 to 1).
 """
 
 import json
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from schemas import UserError
+from train.run_info import RESULTS
 
-RESULTS = "results.jsonl"
 OUTCOMES = {"accuracy", "best_epoch", "time"}
-"""What comes out of an evaluation; all else in a row says what was done."""
+"""Fields of a row that hold its outcome; all others say what was done."""
 
 Row = dict[str, Any]
 
 
-class Measured(Protocol):
-    """A set of images as a row names it; `len` of it is their number."""
+class ImageSet(Protocol):
+    """A set of images with its name, digest and number of images."""
 
     @property
     def name(self) -> str: ...
@@ -30,15 +30,15 @@ class Measured(Protocol):
     def __len__(self) -> int: ...
 
 
-def row_of(
+def build_row(
     protocol: str,
     metadata: dict[str, str],
-    train: Measured,
-    test: Measured | None,
+    train: ImageSet,
+    test: ImageSet | None,
     accuracy: dict[str, float],
     **settings: Any,
 ) -> Row:
-    """One evaluation as a row."""
+    """Build the row of one evaluation; without a test set it is leave-one-out."""
     return {
         "protocol": protocol,
         "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
@@ -59,16 +59,16 @@ def row_of(
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to those of a folder."""
+    """Append rows to the results of a folder."""
     with (folder / RESULTS).open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def collect(folders: Iterable[str]) -> list[Row]:
-    """The rows of runs, or of folders of runs; of equal evaluations of one encoder the last.
+    """Return the rows of all runs in the folders; the last one of equal evaluations counts.
 
     Raises:
-        UserError: a folder has none.
+        UserError: a folder has no results.
     """
     latest: dict[tuple[Path, str], Row] = {}
     for folder in folders:
@@ -78,10 +78,10 @@ def collect(folders: Iterable[str]) -> list[Row]:
         for path in files:
             for line in path.read_text().splitlines():
                 row = json.loads(line)
-                latest[path, what_was_done(row)] = row
+                latest[path, identify(row)] = row
     return list(latest.values())
 
 
-def what_was_done(row: Row) -> str:
-    """A row without what came out of it: equal for equal evaluations."""
+def identify(row: Row) -> str:
+    """Return a row without its outcome, as text: equal for equal evaluations."""
     return json.dumps({key: row[key] for key in row.keys() - OUTCOMES}, sort_keys=True)

@@ -1,7 +1,7 @@
-"""The paper's tables, as Markdown, made of finished evaluations.
+"""Markdown tables of finished evaluations, laid out as in the paper.
 
-A line is a training, whatever its seed: runs that differ in anything else stand in lines of their
-own, and the line says in what. A column is a dataset, and likewise a protocol's settings.
+A line is a training, whatever its seed; runs that differ in anything else have separate lines that
+name the difference. A column is a dataset, divided in the same way by the settings of the protocol.
 """
 
 import json
@@ -10,173 +10,181 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from schemas.settings import filled
-from train.config import default_settings
+from train.config import collect_default_settings, use_current_names
 from train.evaluate.results import OUTCOMES, Row
 from train.methods import METHODS
 
 HEADLINE = {"knn": "20", "linear": "top1"}
-"""The accuracy of a protocol that a table shows."""
+"""Accuracy of each protocol that a table shows."""
 BRANCHES = ("key", "both", "query")
-OF_THE_PROTOCOL = {"seed", "protocol", "data", "pretraining"} | OUTCOMES
-OF_THE_TRAINING = {"encoder", "method", "recipe", "high_pass", "crop_size", "weights"}
+NEUTRAL_FIELDS = {"seed", "protocol", "data", "pretraining"} | OUTCOMES
+"""Fields of a row that never tell columns apart: outcomes, or already part of the heading."""
+TRAINING_FIELDS = {"encoder", "method", "recipe", "high_pass", "crop_size", "weights"}
+"""Fields of a row that describe the training, not the protocol."""
 
 
-def table(rows: Sequence[Row], protocol: str) -> str:
-    """Top-1 by training and dataset; mean ± standard deviation over several seeds."""
+def format_table(rows: Sequence[Row], protocol: str) -> str:
+    """Format top-1 by training and dataset; mean ± standard deviation over several seeds."""
     chosen = [row for row in rows if row["protocol"] == protocol]
-    lines, columns = labels(chosen, training, name_of), labels(chosen, protocol_of, data_of)
+    lines = label_rows(chosen, get_training_settings, name_training)
+    columns = label_rows(chosen, get_protocol_settings, get_data)
     heads = list(dict.fromkeys(columns))
     text = [
         f"| {protocol}, top-1 % | {' | '.join(heads)} | runs |",
         "| --- |" + " ---: |" * (len(heads) + 1),
     ]
     for line in dict.fromkeys(lines):
-        mine = [place for place, other in enumerate(lines) if other == line]
+        members = [index for index, other in enumerate(lines) if other == line]
         cells = [
-            spread([headline(chosen[place]) for place in mine if columns[place] == head])
+            format_spread([get_headline(chosen[i]) for i in members if columns[i] == head])
             for head in heads
         ]
-        runs = {chosen[place]["pretraining"]["seed"] for place in mine}
+        runs = {chosen[index]["pretraining"]["seed"] for index in members}
         text.append(f"| {line} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(text)
 
 
-def detection_table(rows: Sequence[Row]) -> str:
-    """AP, AP50 and AP75 of boxes and masks by training; the paper's second table."""
+def format_detection_table(rows: Sequence[Row]) -> str:
+    """Format AP, AP50 and AP75 of boxes and masks by training; the paper's second table."""
     chosen = [row for row in rows if row["protocol"] == "detection"]
-    lines, columns = labels(chosen, training, name_of), labels(chosen, protocol_of, data_of)
-    found: dict[tuple[str, str, str], list[float]] = {}
+    lines = label_rows(chosen, get_training_settings, name_training)
+    columns = label_rows(chosen, get_protocol_settings, get_data)
+    scores: dict[tuple[str, str, str], list[float]] = {}
     for row, line, column in zip(chosen, lines, columns, strict=True):
         for score, value in row["accuracy"].items():
-            found.setdefault((line, column, score), []).append(100 * value)
-    heads = list(dict.fromkeys((column, score) for _, column, score in found))
-    told = " | ".join(f"{column} {score.replace('_', ' ')}" for column, score in heads)
+            scores.setdefault((line, column, score), []).append(100 * value)
+    heads = list(dict.fromkeys((column, score) for _, column, score in scores))
+    titles = " | ".join(f"{column} {score.replace('_', ' ')}" for column, score in heads)
     text = [
-        f"| detection, % | {told} |",
+        f"| detection, % | {titles} |",
         "| --- |" + " ---: |" * len(heads),
     ]
     for line in dict.fromkeys(lines):
-        cells = [spread(found.get((line, *head), [])) for head in heads]
+        cells = [format_spread(scores.get((line, *head), [])) for head in heads]
         text.append(f"| {line} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-def branch_table(rows: Sequence[Row], protocol: str, data: str) -> str:
-    """The ablation "manipulating variance": trainings against the branch that they mask.
+def format_branch_table(rows: Sequence[Row], protocol: str, data: str) -> str:
+    """Format the ablation "manipulating variance": trainings by the branch that they mask.
 
-    Lines are trainings that were made with several branches and, in the first column as in the
+    Lines are trainings that were made with several branches and, in the first column as on the
     poster, those of the same methods without any mask.
     """
     chosen = [row for row in rows if row["protocol"] == protocol and row["data"] == data]
-    lines = labels(chosen, apart_from_branch, lambda row: name_of(row, branch=False))
+    lines = label_rows(
+        chosen, get_settings_without_branch, lambda row: name_training(row, branch=False)
+    )
     branches: dict[str, set[str]] = {}
     for row, line in zip(chosen, lines, strict=True):
-        branches.setdefault(line, set()).add(branch_of(row))
+        branches.setdefault(line, set()).add(get_branch(row))
     methods = {
-        method_of(row) for row, line in zip(chosen, lines, strict=True) if len(branches[line]) > 1
+        name_method(row) for row, line in zip(chosen, lines, strict=True) if len(branches[line]) > 1
     }
     text = [
         f"| {data}, {protocol}, top-1 % | {' | '.join(BRANCHES)} |",
         "| --- | ---: | ---: | ---: |",
     ]
     for line in dict.fromkeys(lines):
-        mine = [row for row, other in zip(chosen, lines, strict=True) if other == line]
-        plain = fill_of(mine[0]) == "none" and method_of(mine[0]) in methods
-        if len(branches[line]) > 1 or plain:
+        members = [row for row, other in zip(chosen, lines, strict=True) if other == line]
+        is_baseline = get_fill(members[0]) == "none" and name_method(members[0]) in methods
+        if len(branches[line]) > 1 or is_baseline:
             cells = [
-                spread([headline(row) for row in mine if branch_of(row) == branch])
+                format_spread([get_headline(row) for row in members if get_branch(row) == branch])
                 for branch in BRANCHES
             ]
             text.append(f"| {line} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-def labels(
-    rows: Sequence[Row], settings_of: Callable[[Row], dict[str, Any]], name: Callable[[Row], str]
+def label_rows(
+    rows: Sequence[Row], read_settings: Callable[[Row], dict[str, Any]], name: Callable[[Row], str]
 ) -> list[str]:
-    """A name for each row; rows of one name and other settings are told apart by these."""
-    alike: dict[str, list[dict[str, Any]]] = {}
+    """Label each row; rows with the same name but other settings also show those settings."""
+    settings_by_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        alike.setdefault(name(row), []).append(settings_of(row))
-    found = []
+        settings_by_name.setdefault(name(row), []).append(read_settings(row))
+    labels = []
     for row in rows:
-        own, others = settings_of(row), alike[name(row)]
+        own, others = read_settings(row), settings_by_name[name(row)]
         differing = sorted(key for key in own if any(o.get(key) != own[key] for o in others))
-        found.append(", ".join([name(row), *(f"{key} {shown(own[key])}" for key in differing)]))
-    return found
+        values = (f"{key} {format_value(own[key])}" for key in differing)
+        labels.append(", ".join([name(row), *values]))
+    return labels
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)[:12]
 
 
-def training(row: Row) -> dict[str, Any]:
-    """All settings of the encoder's training but its seed; of an untrained one, what it is."""
+def get_training_settings(row: Row) -> dict[str, Any]:
+    """Return the settings of a training except its seed; an untrained encoder has only its name."""
     if row.get("weights") == "untrained":
         return {"encoder": row["encoder"]}
-    return {name: value for name, value in settings(row).items() if name != "seed"}
+    return {name: value for name, value in get_settings(row).items() if name != "seed"}
 
 
-def apart_from_branch(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in training(row).items() if name != "recipe.branch"}
+def get_settings_without_branch(row: Row) -> dict[str, Any]:
+    settings = get_training_settings(row)
+    return {name: value for name, value in settings.items() if name != "recipe.branch"}
 
 
-def protocol_of(row: Row) -> dict[str, Any]:
-    """How a row was evaluated, but for the seed."""
-    return {key: row[key] for key in row.keys() - OF_THE_PROTOCOL - OF_THE_TRAINING}
+def get_protocol_settings(row: Row) -> dict[str, Any]:
+    """Return the settings of an evaluation except its seed."""
+    return {key: row[key] for key in row.keys() - NEUTRAL_FIELDS - TRAINING_FIELDS}
 
 
-def name_of(row: Row, branch: bool = True) -> str:
-    """A line of a table: method, recipe, masked branch and hard negatives."""
+def name_training(row: Row, branch: bool = True) -> str:
+    """Name a training by method, recipe, masked branch and hard negatives."""
     if row.get("weights") == "untrained":
         return f"untrained {row['encoder']}"
-    name = f"{method_of(row)}, {row['recipe']}"
-    if fill_of(row) != "none":
+    name = f"{name_method(row)}, {row['recipe']}"
+    if get_fill(row) != "none":
         name += (
-            f", {branch_of(row)} masked" * branch
-            + f", {setting(row, 'recipe.hard_negatives')} hard"
+            f", {get_branch(row)} masked" * branch
+            + f", {get_setting(row, 'recipe.hard_negatives')} hard"
         )
     return name
 
 
-def method_of(row: Row) -> str:
-    objective = setting(row, "method.objective")
+def name_method(row: Row) -> str:
+    objective = get_setting(row, "method.objective")
     return f"{row['method']} on {objective}" if objective else str(row["method"])
 
 
-def data_of(row: Row) -> str:
+def get_data(row: Row) -> str:
     return str(row["data"])
 
 
-def fill_of(row: Row) -> str:
-    return str(setting(row, "recipe.fill"))
+def get_fill(row: Row) -> str:
+    return str(get_setting(row, "recipe.fill"))
 
 
-def branch_of(row: Row) -> str:
-    """The masked branch; a baseline without masks stands in the first column, as in the poster."""
-    return BRANCHES[0] if fill_of(row) == "none" else str(setting(row, "recipe.branch"))
+def get_branch(row: Row) -> str:
+    """Return the masked branch; a baseline without masks counts as the first, as on the poster."""
+    return BRANCHES[0] if get_fill(row) == "none" else str(get_setting(row, "recipe.branch"))
 
 
-def setting(row: Row, name: str) -> Any:
-    """A setting of the encoder's training."""
-    return settings(row).get(name)
+def get_setting(row: Row, name: str) -> Any:
+    """Return one setting of the encoder's training."""
+    return get_settings(row).get(name)
 
 
-def settings(row: Row) -> dict[str, Any]:
-    """All settings of the encoder's training; those newer than it have their defaults."""
-    saved = json.loads(row["pretraining"].get("settings", "{}"))
+def get_settings(row: Row) -> dict[str, Any]:
+    """Return all settings of the encoder's training; those newer than it have their defaults."""
+    saved = use_current_names(json.loads(row["pretraining"].get("settings", "{}")))
     method = METHODS.get(str(row["method"]))
-    return filled(saved, default_settings(method)) if saved and method else saved
+    return filled(saved, collect_default_settings(method)) if saved and method else saved
 
 
-def headline(row: Row) -> float:
-    """The accuracy that stands for a row, in %; of several neighbourhoods the smallest."""
+def get_headline(row: Row) -> float:
+    """Return the main accuracy of a row in %; for kNN without k = 20, that of the first k."""
     accuracy = row["accuracy"]
     name = HEADLINE[row["protocol"]]
     return 100 * (accuracy[name] if name in accuracy else next(iter(accuracy.values())))
 
 
-def spread(values: Iterable[float]) -> str:
+def format_spread(values: Iterable[float]) -> str:
     values = list(values)
     if not values:
         return ""

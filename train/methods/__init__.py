@@ -1,14 +1,16 @@
-"""Methods by name. A new one: a file with its options and its class, and its place in METHODS;
-or, from elsewhere, `--method FILE.py:Options` or `module:Options`.
+"""Pretraining methods by name.
 
-`LinearProbe` is trained by the same loop and is no way to pretrain, so it has no name there.
+To add one, write a file with its options and its class and list it in METHODS. A method outside
+this project is named `--method FILE.py:Options` or `module:Options`.
+
+`LinearProbe` uses the same trainer but does not pretrain, so it is not in METHODS.
 """
 
 from schemas import UserError
 from schemas.cli import imported, lookup, name_by_import
 from train.methods.adios import ADIOS, ADIOSConfig
 from train.methods.maskco import MaskCo, MaskCoConfig
-from train.methods.method import Method, MethodConfig, Setup
+from train.methods.method import Method, MethodConfig, OptimizationGroup, Setup
 from train.methods.moco import MoCo, MoCoConfig
 from train.methods.probe import LinearProbe, LinearProbeConfig
 from train.methods.simclr import SimCLR, SimCLRConfig
@@ -21,21 +23,21 @@ METHODS: dict[str, type[MethodConfig]] = {
 
 
 def find_method(name: str) -> type[MethodConfig]:
-    """Return the options of the method of that name, of `FILE.py:Options` or `module:Options`.
+    """Return the options class of a method: by name, `FILE.py:Options` or `module:Options`.
 
     Raises:
-        UserError: there are no such options.
+        UserError: there is no such class.
     """
     if ":" not in name:
         return lookup("method", name, METHODS)
-    found = imported("method", name)
-    if not (isinstance(found, type) and issubclass(found, MethodConfig)):
+    options = imported("method", name)
+    if not (isinstance(options, type) and issubclass(options, MethodConfig)):
         raise UserError(f"method {name!r}: is no subclass of train.methods.MethodConfig")
-    return found
+    return options
 
 
-def name_of(method: type[MethodConfig]) -> str:
-    """What `find_method` finds it by."""
+def get_method_name(method: type[MethodConfig]) -> str:
+    """Return the name by which `find_method` finds this class."""
     if METHODS.get(method.name) is method:
         return method.name
     return name_by_import(method)
@@ -53,11 +55,12 @@ __all__ = [
     "MethodConfig",
     "MoCo",
     "MoCoConfig",
+    "OptimizationGroup",
     "Setup",
     "SimCLR",
     "SimCLRConfig",
     "Supervised",
     "SupervisedConfig",
     "find_method",
-    "name_of",
+    "get_method_name",
 ]

@@ -1,25 +1,27 @@
 """ADIOS: masks that are learned against the encoder (Shi et al., ICML 2022; YugeTen/adios).
 
-    b  query view, plain --> occlusion network --> masks m_1 .. m_N, a partition of the image
-    b_n = b (1 - m_n)    masked pixels become 0, the data's mean colour
-    a  key view, plain
+    b  query view, unmasked --> occlusion network --> masks m_1 .. m_N, a partition of the image
+    b_n = b (1 - m_n)    masked pixels become 0, the mean color of the data
+    a  key view, unmasked
 
-    encoder's turn     min  sum_n L(b_n, a)                                       masks as they are
-    occlusion's turn   max  sum_n [ L(b_n, a) - lambda penalty(m_n) ] + lambda_e E   encoder fixed
+    encoder step     min  sum_n L(b_n, a)                                          masks fixed
+    occlusion step   max  sum_n [ L(b_n, a) - lambda penalty(m_n) ] + lambda_e E   encoder fixed
 
     penalty = mean over images of 1 / (sin(pi s_n) + 1e-10),   s_n the share of the image in m_n
     E = sum over images and masks of p_n log p_n,   p = softmax(s)
 
-E is a sum over the images of a step, as the released code has it, not a mean: its weight grows with
-the batch beside the other terms, and a published lambda_e belongs to the published batch. The sum
-is over the images of all ranks and parts, so neither changes it.
+E is a sum over the images of a step, as in the released code, not a mean: relative to the other
+terms it grows with the batch, so a published lambda_e belongs to the published batch. The sum
+covers the images of all ranks and parts, so their numbers do not change it.
 
-L is SimCLR's or MoCo v2's loss; that of MoCo v2 is ours, the released code has none. In ADIOS-s
-(`single`) each image gets one of its masks, drawn uniformly, in place of the sum; the penalty is
-still over all of them. The released code also trains a linear classifier on the labels beside it;
-here `--knn.data` watches the encoder. Its batch statistics move in both turns; here the occlusion
-network's turn leaves the encoder as it is, its statistics too. Its warm-up starts at a learning
-rate of 0.003 for both networks; ours starts near 0, as everywhere in this trainer.
+L is the loss of SimCLR or of MoCo v2 (the latter is ours, the released code has only SimCLR). In
+ADIOS-s (`single`) each image gets one of its masks, drawn uniformly, instead of the sum; the
+penalty still covers all masks.
+
+Differences from the released code: it also trains a linear classifier on the labels, here
+`--knn.data` monitors the encoder; its batch statistics change in both steps, here the occlusion
+step leaves the encoder and its statistics unchanged; its warm-up starts at a learning rate of 0.003
+for both networks, here it starts near 0, as everywhere in this trainer.
 """
 
 import math
@@ -35,7 +37,7 @@ from pipeline import Recipe
 from pipeline.devices import to_device
 from schemas import UserError
 from train.distributed import rank, world_size
-from train.methods.method import Method, MethodConfig, Player, Setup, needs_keys
+from train.methods.method import Method, MethodConfig, OptimizationGroup, Setup, require_keys
 from train.methods.moco import MoCo, MoCoConfig
 from train.methods.occlusion import Norm, OcclusionNet
 from train.methods.simclr import SimCLR, SimCLRConfig
@@ -45,26 +47,29 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True, kw_only=True)
 class ADIOSConfig(MethodConfig):
-    """Numbers of the released run SimCLR + ADIOS-s on ImageNet-100 (bash_files/training)."""
+    """Options with the numbers of the released run SimCLR + ADIOS-s on ImageNet-100.
+
+    Source: bash_files/training.
+    """
 
     name: ClassVar[str] = "adios"
 
     objective: Literal["simclr", "moco"] = "simclr"
-    """Which loss the two play for; moco is ours."""
+    """Loss over which encoder and occlusion network compete; moco is ours."""
     single: bool = True
-    """One mask an image (ADIOS-s); otherwise all of them, one after the other (ADIOS)."""
+    """Apply one randomly drawn mask per image (ADIOS-s) instead of all in turn (ADIOS)."""
     masks: int = 4
-    """N, into which the occlusion network divides an image."""
+    """N: number of masks into which the occlusion network divides an image."""
     channels: int = 8
     """Base width of the occlusion network; a multiple of 8 with group norm."""
     norm: Norm = "group"
     """Normalization in the occlusion network; with none its convolutions have biases."""
     sparsity: float = 0.75
-    """lambda: weight of the penalty on masks that have all of an image or nothing."""
+    """lambda: weight of the penalty on masks that cover all of an image or nothing."""
     entropy: float = 0.0
     """lambda_e: weight of the negative entropy E, a sum over the batch; 0.712 is for 128 images."""
     mask_rate: float = 0.4988 / 0.1896
-    """The occlusion network's learning rate over the encoder's."""
+    """Learning rate of the occlusion network divided by that of the encoder."""
     temperature: float = 0.2
     """tau: similarities are divided by it."""
     hidden: int | None = 2048
@@ -72,15 +77,15 @@ class ADIOSConfig(MethodConfig):
     projection: int = 128
     """Width of the projected embedding."""
     queue: int = 65_536
-    """moco: keys that are remembered."""
+    """moco: number of keys that are remembered as negatives."""
     ema_momentum: float = 0.999
-    """moco: share of its own weights that the momentum encoder keeps at each step."""
+    """moco: share of its own weights that the momentum encoder keeps in each step."""
 
     def check(self, recipe: Recipe) -> None:
-        needs_keys(self, recipe)
-        if recipe.fill != "none":  # which has no hard negatives either
+        require_keys(self, recipe)
+        if recipe.fill != "none":  # without a fill there are no hard negatives either
             raise UserError(
-                f"method adios: learns its own masks, of plain views; the recipe has masks or hard "
+                f"method adios: learns its own masks on plain views; the recipe has masks or hard "
                 f"negatives (fill {recipe.fill}); take --recipe none"
             )
 
@@ -89,7 +94,7 @@ class ADIOSConfig(MethodConfig):
 
 
 class ADIOS(Method):
-    """Reads `query` and `key` of a batch, both unmasked (`--recipe none`); needs no label."""
+    """ADIOS; reads `query` and `key`, both unmasked (`--recipe none`), needs no label."""
 
     def __init__(self, config: ADIOSConfig, setup: Setup) -> None:
         super().__init__()
@@ -108,25 +113,25 @@ class ADIOS(Method):
         )
         self.generator = torch.Generator().manual_seed(setup.seed)
 
-    def players(self) -> list[Player]:
+    def optimization_groups(self) -> list[OptimizationGroup]:
         return [
-            Player(EncoderTurn(self)),
-            Player(OcclusionTurn(self), rate=self.config.mask_rate, prefix="mask_"),
+            OptimizationGroup(EncoderStep(self)),
+            OptimizationGroup(OcclusionStep(self), rate=self.config.mask_rate, prefix="mask_"),
         ]
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """The encoder's turn."""
-        return EncoderTurn(self)(batch)
+        """Compute the loss of the encoder step."""
+        return EncoderStep(self)(batch)
 
-    def masked(self, batch: Any, masks: Tensor) -> Iterator[Any]:
-        """The batch with its query masked: once by a mask drawn for each image, or by each in turn.
+    def apply_masks(self, batch: Any, masks: Tensor) -> Iterator[Any]:
+        """Yield the batch with its query masked: by one mask drawn per image, or by each in turn.
 
         Args:
             masks: (N, masks, H, W).
         """
         if self.config.single:
             size, count = masks.shape[:2]
-            # drawn for all ranks alike, so that the generator's state is one
+            # drawn for all ranks on each rank, so that the generators stay in the same state
             drawn = torch.randint(count, (world_size(), size), generator=self.generator)
             index = to_device(drawn[rank()], masks.device)
             chosen = masks[torch.arange(size, device=masks.device), index]
@@ -159,55 +164,58 @@ class ADIOS(Method):
         self.generator.set_state(state.cpu())
 
 
-class EncoderTurn(nn.Module):
-    """The encoder and its head against masks that do not move."""
+class EncoderStep(nn.Module):
+    """Loss of the encoder and its head with the masks fixed."""
 
-    def __init__(self, game: ADIOS) -> None:
+    def __init__(self, adios: ADIOS) -> None:
         super().__init__()
-        self.inner = game.inner
-        self.hidden = (game,)  # in a tuple: the occlusion network's weights are not this player's
+        self.inner = adios.inner
+        self.hidden = (adios,)  # a tuple hides the occlusion network's weights from this module
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        (game,) = self.hidden
+        (adios,) = self.hidden
         with torch.no_grad():
-            masks = game.occlusion(batch.query)
-        views = game.masked(batch, masks)
-        found = [self.inner(next(views))]
-        found += [self.inner.contrast(view) for view in views]  # the same keys: remembered once
-        return summed(found)
+            masks = adios.occlusion(batch.query)
+        views = adios.apply_masks(batch, masks)
+        scalars = [self.inner(next(views))]
+        scalars += [self.inner.contrast(view) for view in views]  # the same keys: remembered once
+        return combine_scalars(scalars)
 
 
-class OcclusionTurn(nn.Module):
-    """The occlusion network against an encoder that does not move."""
+class OcclusionStep(nn.Module):
+    """Loss of the occlusion network with the encoder fixed."""
 
-    def __init__(self, game: ADIOS) -> None:
+    def __init__(self, adios: ADIOS) -> None:
         super().__init__()
-        self.occlusion = game.occlusion
-        self.hidden = (game,)
+        self.occlusion = adios.occlusion
+        self.hidden = (adios,)
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        (game,) = self.hidden
+        (adios,) = self.hidden
         masks = self.occlusion(batch.query)
-        contrast = Contrast(game.inner)
+        contrast = Contrast(adios.inner)
         frozen = {name: value.detach() for name, value in contrast.named_parameters()}
-        frozen |= {  # copies: the encoder's statistics stay
+        frozen |= {  # copies, so that the encoder's statistics do not change
             name: value.clone() if name.endswith(STATISTICS) else value
             for name, value in contrast.named_buffers()
         }
-        found = summed(
-            [functional_call(contrast, frozen, (each,)) for each in game.masked(batch, masks)]
-        )
+        views = adios.apply_masks(batch, masks)
+        scalars = combine_scalars([functional_call(contrast, frozen, (view,)) for view in views])
         with torch.autocast(masks.device.type, enabled=False):
             penalty = sparsity_penalty(masks)
-            # ranks and parts are averaged afterwards: this makes the mean of their sums a sum
-            balance = negative_entropy(masks) * (game.batch_size / len(masks))
-            objective = found["loss"] - game.config.sparsity * penalty
-            objective = objective + game.config.entropy * balance
-        return {"loss": -objective, "contrast": found["loss"].detach(), "penalty": penalty.detach()}
+            # ranks and parts are averaged later: this turns the mean of their sums into a sum
+            balance = negative_entropy(masks) * (adios.batch_size / len(masks))
+            objective = scalars["loss"] - adios.config.sparsity * penalty
+            objective = objective + adios.config.entropy * balance
+        return {
+            "loss": -objective,
+            "contrast": scalars["loss"].detach(),
+            "penalty": penalty.detach(),
+        }
 
 
 class Contrast(nn.Module):
-    """A method's loss as a module, without what it remembers between steps."""
+    """Wraps the loss of a method as a module that remembers nothing between steps."""
 
     def __init__(self, inner: MoCo | SimCLR) -> None:
         super().__init__()
@@ -218,22 +226,22 @@ class Contrast(nn.Module):
 
 
 def sparsity_penalty(masks: Tensor) -> Tensor:
-    """sum_n mean_i 1 / (sin(pi s_ni) + 1e-10) of masks (images, N, H, W); N at least."""
+    """Compute sum_n mean_i 1 / (sin(pi s_ni) + 1e-10) for masks (images, N, H, W); it is >= N."""
     share = masks.mean(dim=(2, 3))  # (images, N)
-    # the same sine, but in float32 that of pi is below 0: all of an image would be a reward
+    # sin(pi s) = sin(pi (1 - s)), but sin(pi) is below 0 in float32, which would reward s = 1
     nearest = torch.minimum(share, 1 - share).clamp(min=0)
     return (1 / (torch.sin(math.pi * nearest) + 1e-10)).mean(dim=0).sum()
 
 
 def negative_entropy(masks: Tensor) -> Tensor:
-    """Return E: the sum over images and masks of p log p, with p = softmax(s) over the masks."""
+    """Compute E: the sum over images and masks of p log p, with p = softmax(s) over the masks."""
     logs = masks.mean(dim=(2, 3)).log_softmax(dim=1)
     return (logs.exp() * logs).sum()
 
 
-def summed(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Losses as their sum, everything else as its mean."""
-    total = {name: torch.stack([each[name] for each in scalars]) for name in scalars[0]}
+def combine_scalars(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum the losses and average everything else."""
+    stacked = {name: torch.stack([row[name] for row in scalars]) for name in scalars[0]}
     return {
-        name: values.sum() if name == "loss" else values.mean() for name, values in total.items()
+        name: values.sum() if name == "loss" else values.mean() for name, values in stacked.items()
     }

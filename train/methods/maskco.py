@@ -1,23 +1,24 @@
 """MaskCo: contrastive mask prediction (Zhao et al., ICCV 2021).
 
     x_q  query view, its regions masked --> encoder --> mask prediction head --> RoIAlign --> head
-    x_k  key view, whole --> momentum encoder -------------------------------> RoIAlign --> head
+    x_k  key view, unmasked --> momentum encoder ----------------------------> RoIAlign --> head
 
 The feature q_R of a masked region is pulled to the key feature k_R of the same part of the image,
-and pushed from regions of other images (a queue) and, if asked for, from the image's other regions:
+and pushed away from regions of other images (a queue) and, optionally, from the other regions of
+the same image:
 
     loss = - log exp(q_R.k_R / tau) / ( exp(q_R.k_R / tau) + sum_n exp(q_R.n / tau) )
 
-No code was released, and of the paper we could read the abstract and a figure's caption. From
-these: the order of the modules, one masked and one whole view, the positive, most negatives from
-other images. Everything else is our reading: the prediction head on the query's path alone, a
-momentum encoder and a queue as in MoCo v2, boxes for regions, and every number. Choosing regions by
-stored saliency (`--recipe.region-choice salient`) is ours.
+No code was released, and only the abstract and a figure caption of the paper were available to us.
+They give the order of the modules, one masked and one unmasked view, the positive, and that most
+negatives come from other images. Everything else is our reading: the prediction head on the path of
+the query only, a momentum encoder and a queue as in MoCo v2, boxes as regions, and every number.
+Choosing regions by stored saliency (`--recipe.region-choice salient`) is ours.
 
-A region that is not valid (the views' overlap is too small) has no part in the loss, and its key
-none in the queue. The loss is the mean over the valid regions of all ranks. With `--accumulate` it
-is that of each part of a step, and the parts count alike: no part knows how many regions the others
-have, so where it has fewer, each of them weighs more.
+A region that is not valid (the overlap of the views is too small) is left out of the loss, and its
+key out of the queue. The loss is the mean over the valid regions of all ranks. With
+`--grad-accum-steps` it is the mean of the parts' losses: parts weigh the same, so a region of a
+part with fewer regions weighs more.
 """
 
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ from torchvision.ops import roi_align
 
 from pipeline import Recipe
 from schemas import UserError
-from train.distributed import all_mean, world_size
-from train.encoders import feature_map
-from train.methods.method import Setup, needs_keys
+from train.distributed import all_mean_, world_size
+from train.encoders import compute_feature_map
+from train.methods.method import Setup, require_keys
 from train.methods.momentum import MomentumConfig, MomentumMethod
 from train.timm_encoders import is_timm_encoder
 
@@ -41,21 +42,24 @@ ADVICE = "take --recipe maskco"
 
 @dataclass(frozen=True, kw_only=True)
 class MaskCoConfig(MomentumConfig):
-    """Numbers are MoCo v2's or ours; none is published in what we could read. Keys are regions'."""
+    """Options with numbers of MoCo v2 or our own; those of the paper were not available to us.
+
+    The keys in the queue are features of regions.
+    """
 
     name: ClassVar[str] = "maskco"
 
     prediction_head: bool = True
-    """The mask prediction head, between masked and whole features; off to see what it does."""
+    """Use the mask prediction head, between masked and unmasked features; off for an ablation."""
     prediction_depth: int = 2
-    """Its 3 x 3 convolutions, in one residual block (ours)."""
+    """Number of 3 x 3 convolutions of the mask prediction head, in one residual block (ours)."""
     region_size: int = 3
-    """Side of the grid that RoIAlign makes of a region, averaged afterwards (ours)."""
+    """Side of the grid into which RoIAlign divides a region before averaging (ours)."""
     other_regions: bool = False
-    """Whether the image's other regions are negatives too (the paper: "a few may")."""
+    """Use the other regions of the same image as negatives too (the paper: "a few may")."""
 
     def check(self, recipe: Recipe) -> None:
-        needs_keys(self, recipe)
+        require_keys(self, recipe)
         if recipe.query_mask != "regions" or recipe.fill == "none":
             raise UserError(f"method maskco: the recipe masks no regions; {ADVICE}")
         if recipe.hard_negatives:
@@ -66,7 +70,7 @@ class MaskCoConfig(MomentumConfig):
 
 
 class PredictionHead(nn.Module):
-    """A residual block of 3 x 3 convolutions: features around a mask -> features behind it."""
+    """A residual block of 3 x 3 convolutions; predicts features behind a mask from around it."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -85,7 +89,7 @@ class PredictionHead(nn.Module):
 
 
 class MaskCo(MomentumMethod):
-    """Reads `query`, `key`, their regions and `region_valid` of a batch (`--recipe maskco`)."""
+    """MaskCo; reads `query`, `key`, their regions and `region_valid` (`--recipe maskco`)."""
 
     def __init__(self, config: MaskCoConfig, setup: Setup) -> None:
         super().__init__(config, setup)
@@ -93,7 +97,7 @@ class MaskCo(MomentumMethod):
         if is_timm_encoder(self.encoder) and self.encoder.num_features != self.width:
             raise UserError(
                 f"method maskco: {setup.encoder} has {self.encoder.num_features} channels in its "
-                f"last map and {self.width} behind its pooling; choose one that has as many"
+                f"last map but {self.width} after pooling; choose one with equal numbers"
             )
         self.prediction = (
             PredictionHead(self.width, config.prediction_depth)
@@ -105,20 +109,20 @@ class MaskCo(MomentumMethod):
         if batch.query_regions is None:
             raise UserError(f"method maskco: the batch has no regions; {ADVICE}")
         valid = batch.region_valid.flatten()  # (N * R,)
-        maps = self.prediction(feature_map(self.encoder, batch.query))
-        q = self.regions(maps, batch.query_regions, batch.query, self.head)
+        maps = self.prediction(compute_feature_map(self.encoder, batch.query))
+        q = self.project_regions(maps, batch.query_regions, batch.query, self.head)
         with torch.no_grad():
-            maps = feature_map(self.momentum_encoder, batch.key)
-            k = self.regions(maps, batch.key_regions, batch.key, self.momentum_head)
+            maps = compute_feature_map(self.momentum_encoder, batch.key)
+            k = self.project_regions(maps, batch.key_regions, batch.key, self.momentum_head)
         self.remember(k, valid)
         with torch.autocast(q.device.type, enabled=False):
-            logits = self.logits(q, k, batch.region_valid)
+            logits = self.compute_logits(q, k, batch.region_valid)
             losses = cross_entropy(
                 logits, torch.zeros(len(q), dtype=torch.long, device=q.device), reduction="none"
             )
             weight = valid.float()
-            # the ranks' mean, so that each region counts alike wherever it lies
-            count = all_mean(weight.sum()).clamp(min=1 / world_size())
+            # averaged over the ranks, so that a region weighs the same on every rank
+            count = all_mean_(weight.sum()).clamp(min=1 / world_size())
             loss = (losses * weight).sum() / count
         hits = (logits.detach().argmax(dim=1) == 0).float()
         return {
@@ -128,14 +132,16 @@ class MaskCo(MomentumMethod):
         }
 
     def notes(self, samples: int) -> list[str]:
-        if self.setup.accumulate == 1:
+        if self.setup.grad_accum_steps == 1:
             return []
         return [
-            f"a region weighs as the others of its part of a step, of which there are "
-            f"{self.setup.accumulate}: more where its part has fewer"
+            f"the {self.setup.grad_accum_steps} parts of a step weigh the same: a region weighs "
+            "more in a part with fewer regions"
         ]
 
-    def regions(self, maps: Tensor, boxes: Tensor, images: Tensor, head: nn.Module) -> Tensor:
+    def project_regions(
+        self, maps: Tensor, boxes: Tensor, images: Tensor, head: nn.Module
+    ) -> Tensor:
         """Pool and project regions: maps (N, D, h, w), boxes (N, R, 4) -> unit (N * R, P)."""
         size, count = boxes.shape[:2]
         number = torch.arange(size, device=boxes.device).repeat_interleave(count)
@@ -147,14 +153,14 @@ class MaskCo(MomentumMethod):
             pooled = pooled.mean(dim=(2, 3))
         return normalize(head(pooled).float(), dim=1)
 
-    def logits(self, q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
-        """(N * R, 1 + K [+ R]): positive, queue, the image's other regions if asked for."""
+    def compute_logits(self, q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
+        """Compute logits (N * R, 1 + K [+ R]): positive, queue, optionally the other regions."""
         positive = torch.einsum("rd,rd->r", q, k)[:, None]
         parts = [positive, q @ self.queue.T]
         if self.config.other_regions:
             size, count = valid.shape
             own = torch.einsum("nrd,nsd->nrs", q.view(size, count, -1), k.view(size, count, -1))
             itself = torch.eye(count, dtype=torch.bool, device=q.device)
-            left_out = itself | ~valid[:, None, :]
-            parts.append(own.masked_fill(left_out, -torch.inf).flatten(0, 1))
+            excluded = itself | ~valid[:, None, :]
+            parts.append(own.masked_fill(excluded, -torch.inf).flatten(0, 1))
         return torch.cat(parts, dim=1) / self.config.temperature

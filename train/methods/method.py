@@ -1,4 +1,4 @@
-"""What the training loop asks of a method, and no more."""
+"""The interface between the trainer and a method, and what several methods share."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,73 +15,75 @@ from train.encoders import Stem
 
 PUBLISHED_SHARE = math.exp(2 / 0.2) / 65_536
 """exp(rho / tau) over the number of negatives in the published setting (README of the masked
-variant): a third. That is the weight in the denominator of a hard negative as similar as its key,
-over that of all others at similarity 0."""
+variant): a third. It compares the weight in the denominator of a hard negative as similar as its
+key with the weight of all other negatives at similarity 0."""
 FAR = 4.0
-"""Times more or less than that from which a run is told (ours; NNS's queue of 16,384 is at 4)."""
+"""Factor above or below PUBLISHED_SHARE at which the user is warned (ours; NNS's queue of 16,384
+is at 4)."""
 HEAD_STD = 0.01
 """Standard deviation of a normalized head's initial weights (google-research/simclr)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a method is built for, beyond its own options."""
+    """Inputs for building a method, in addition to its own options."""
 
     encoder: str
-    """A name of `train.encoders.ENCODERS`."""
+    """Name in `train.encoders.ENCODERS`."""
     stem: Stem = "imagenet"
-    """The encoder's first layers."""
+    """First layers of the encoder."""
     sync_bn: bool = False
-    """Whether batch normalisation is over the images of all ranks; the loop converts the layers."""
+    """Batch statistics are computed over all ranks; the trainer converts the layers."""
     batch_size: int
-    """Images of a step, over all ranks."""
-    accumulate: int = 1
-    """Parts that a step's images come in, one after the other."""
+    """Images per step over all ranks."""
+    grad_accum_steps: int = 1
+    """Number of parts of a step, processed one after the other."""
     classes: int = 0
-    """Of the labels; 0 where the images have none."""
-    unlabelled: int = 0
-    """Images without a label."""
+    """Number of classes; 0 if the images have no labels."""
+    unlabeled: int = 0
+    """Number of images without a label."""
     crop_size: int = 224
     """Side of a view in pixels."""
     seed: int = 0
-    """Of whatever a method draws by itself. Weights come from torch's global generator."""
+    """Random seed for what a method draws itself. Weights come from torch's global generator."""
 
 
 @dataclass(frozen=True)
-class Player:
-    """Weights that move by one loss. Most methods are one player; opponents take turns."""
+class OptimizationGroup:
+    """Weights that one loss updates. Most methods have one group; adversaries take turns."""
 
     module: nn.Module
-    """`module(batch)` is a dict of scalars, one of them `loss`; its parameters are the player's."""
+    """`module(batch)` returns a dict of scalars, one of them `loss`; its parameters are updated."""
     rate: float = 1.0
-    """Its learning rate over the training's."""
+    """Factor on the learning rate of the training."""
     prefix: str = ""
-    """Before the names of its scalars in the log."""
+    """Prefix of the names of its scalars in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(ABC):
-    """A method's own options, each with a default where the command line is to make one."""
+    """A method's own options; each needs a default if the command line is to set them."""
 
     name: ClassVar[str]
-    """What checkpoints, encoders and tables call the method."""
+    """Name of the method in checkpoints, encoder files and tables."""
 
     @abstractmethod
     def build(self, setup: Setup) -> "Method":
-        """Raises UserError when the options and the setup do not fit each other."""
+        """Build the method. Raise UserError if the options and the setup do not fit together."""
 
     def check(self, recipe: Recipe) -> None:  # noqa: B027 - most recipes suit a method
         """Refuse a recipe whose views make no sense for the method, before anything is built.
 
         Raises:
-            UserError: names the recipe, or the option, to take instead.
+            UserError: names the recipe, or the option, to use instead.
         """
 
     def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
-        """Return what a person should know of these options with this recipe, one line each.
+        """Return notes on these options with this recipe, one line each.
 
         Args:
-            batch_size: images, over all ranks, whose embeddings meet: a step's or one part's.
+            batch_size: number of images, over all ranks, whose embeddings are compared: those of a
+                step or of one of its parts.
         """
         return []
 
@@ -89,114 +91,117 @@ class MethodConfig(ABC):
 class Method(nn.Module, ABC):
     """The modules and the loss of one way to pretrain an encoder.
 
-    All that a method must remember between steps lies in its parameters, buffers and extra state,
-    so that its state_dict alone resumes it. Trainable is whatever requires a gradient.
+    Everything that a method remembers between steps is in its parameters, buffers and extra state,
+    so its state_dict alone resumes it. Parameters that require a gradient are trained.
 
-    A step is `begin_step()`; then for each player its `forward` on every part of the step's images
-    and an update of its weights; then `end_step()`.
+    A step is `begin_step()`; then, for each optimization group, its `forward` on every part of the
+    step's images and an update of its weights; then `end_step()`.
     """
 
     file: ClassVar[str] = "encoder.safetensors"
-    """Where the run's folder has what is exported."""
+    """File of the exported module in the run's folder."""
 
     @abstractmethod
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """The loss of one part of this rank's images.
+        """Compute the loss of one part of this rank's images.
 
-        `batch` is what pipeline.MaskedViews yields; a method names in its docstring the fields
-        that it reads. Returns scalars: `loss`, with gradient, and others to be logged.
+        `batch` comes from pipeline.MaskedViews; the docstring of a method names the fields that it
+        reads. Returns scalars: `loss`, with gradient, and others to be logged.
         """
 
     @abstractmethod
     def exported(self) -> nn.Module:
-        """The encoder that the training is for."""
+        """Return the module that the training produces, usually the encoder."""
 
-    def players(self) -> list[Player]:
-        """Who moves in a step, in this order, each with an optimiser of its own."""
-        return [Player(self)]
+    def optimization_groups(self) -> list[OptimizationGroup]:
+        """Return the groups that a step updates, in this order, each with its own optimizer."""
+        return [OptimizationGroup(self)]
 
     def begin_step(self) -> None:
-        """Called once a step, before the first part; collectives are allowed."""
+        """Prepare a step; called before its first part. Collectives are allowed."""
 
     def end_step(self) -> None:
-        """Called once a step, when all weights have moved; collectives are allowed."""
+        """Finish a step; called after all weights were updated. Collectives are allowed."""
 
     def shown(self, batch: Any) -> dict[str, Tensor]:
-        """Pictures beside the views of a batch: name -> (N, 1 or 3, H, W) in 0 .. 1."""
+        """Return pictures to show beside the views: name -> (N, 1 or 3, H, W) in 0 .. 1."""
         return {}
 
     def sheet(self, batch: Any, recipe: Recipe) -> Image.Image | None:
-        """A picture of what is fed, for a person to look at."""
+        """Return a contact sheet of the batch, or None."""
         return sheet_of_fed(batch, recipe, self.shown(batch))
 
     def notes(self, samples: int) -> list[str]:
-        """What a person should know about these settings on `samples` images; one line each."""
+        """Return notes on these settings with `samples` images, one line each."""
         return []
 
 
-def needs_keys(config: MethodConfig, recipe: Recipe) -> None:
-    """Raises UserError where the recipe gives a query alone."""
+def require_keys(config: MethodConfig, recipe: Recipe) -> None:
+    """Raise UserError if the recipe makes only a query."""
     if not recipe.pair:
         raise UserError(f"method {config.name}: the recipe makes no keys; take --recipe.pair")
 
 
-def balanced_rho(temperature: float, negatives: int) -> float:
-    """Return tau ln(negatives / 3): hard negatives then weigh as in the published setting."""
+def compute_balanced_rho(temperature: float, negatives: int) -> float:
+    """Return tau ln(negatives / 3), which weights hard negatives as in the published setting."""
     return temperature * math.log(negatives / 3)
 
 
-def hard_negative_notes(
+def note_hard_negative_weight(
     rho: float, temperature: float, negatives: int, where: str, recipe: Recipe
 ) -> list[str]:
-    """Say so where hard negatives weigh far more or less than in the published setting.
+    """Return a note if hard negatives weigh far more or less than in the published setting.
 
     Args:
-        negatives: how many others each query meets. where: what they are, in words.
+        negatives: number of other negatives per query.
+        where: description of these negatives.
     """
     if not recipe.hard_negatives:
         return []
-    exponent = rho / temperature  # its exp may be more than a float holds
-    times = exponent - math.log(negatives) - math.log(PUBLISHED_SHARE)
-    if abs(times) <= math.log(FAR) + 1e-6:
+    exponent = rho / temperature  # exp(exponent) may overflow a float
+    log_ratio = exponent - math.log(negatives) - math.log(PUBLISHED_SHARE)
+    if abs(log_ratio) <= math.log(FAR) + 1e-6:
         return []
     share = math.exp(min(exponent - math.log(negatives), 700.0))
     return [
         f"a hard negative as similar as its key weighs exp(rho / tau) = exp({exponent:.3g}), "
         f"{share:.2g} times {where} of {negatives:,}, where the published setting has "
-        f"{PUBLISHED_SHARE:.2g}; --rho {balanced_rho(temperature, negatives):.3g} would be as "
-        "published"
+        f"{PUBLISHED_SHARE:.2g}; --rho {compute_balanced_rho(temperature, negatives):.3g} gives "
+        "the published ratio"
     ]
 
 
-def projector(
+def build_projector(
     width: int, hidden: int | None, out: int, *, layers: int = 2, norm: bool = False
 ) -> nn.Sequential:
     """Build a projection head: linear layers with a ReLU between them.
 
     Args:
-        width: of the features.
-        hidden: width of the layers between; that of the features when None.
+        width: number of input features.
+        hidden: width of the hidden layers; `width` if None.
         out: width of the embedding.
-        layers: linear layers; 2 is the head of MoCo v2 and of SimCLR's paper.
-        norm: batch normalization behind each layer in place of its bias, the last one without an
-            offset, and weights of standard deviation 0.01 (google-research/simclr, model_util.py).
+        layers: number of linear layers; 2 is the head of MoCo v2 and of SimCLR's paper.
+        norm: put batch normalization after each layer instead of a bias, the last one without an
+            offset, and draw weights with standard deviation 0.01 (google-research/simclr,
+            model_util.py).
 
     Raises:
-        UserError: no layer.
+        UserError: `layers` is below 1.
     """
     if layers < 1:
         raise UserError(f"--head-layers {layers}: must be at least 1")
     hidden = width if hidden is None else hidden
     modules: list[nn.Module] = []
     for number in range(layers):
-        last = number == layers - 1
-        linear = nn.Linear(hidden if number else width, out if last else hidden, bias=not norm)
+        is_last = number == layers - 1
+        outputs = out if is_last else hidden
+        linear = nn.Linear(hidden if number else width, outputs, bias=not norm)
         modules.append(linear)
         if norm:
             nn.init.normal_(linear.weight, std=HEAD_STD)
             normalization = nn.BatchNorm1d(linear.out_features)
-            normalization.bias.requires_grad_(not last)  # the last one's stays at 0
+            normalization.bias.requires_grad_(not is_last)  # that of the last layer stays at 0
             modules.append(normalization)
-        if not last:
+        if not is_last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)

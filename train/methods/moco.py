@@ -2,17 +2,19 @@
 
     x_q   masked query view --> encoder + head ------------> q       gradient
     x_k   plain key view -----> momentum encoder + head ---> k+      no gradient, enters the queue
-    x_k-  the key view with most of its foreground masked -> k-      the same, but is never queued
+    x_k-  the key view with most of its foreground masked -> k-      no gradient, is never queued
 
     logits = [ q.k+ , q.n_1 .. q.n_K , rho q.k-_1 .. rho q.k-_H ] / tau     loss = CE(logits, 0)
 
 The loss is that of the released code of saliency-guided masking for ConvNets (WACV 2024; its
-builder.py): the positive stands in the denominator, and rho scales the similarity of a hard
-negative. The form of that logit is from Ge et al., NeurIPS 2021 (arXiv 2110.14189). Unlike that
-code, each query meets the hard negatives of its own image, as the poster has it, and the momentum
-encoder never normalises over a single image (the code indexes the batch axis: it sends one image of
-each batch through batch normalisation alone, and compares all queries with that one);
-`shared_hard_negative` does as that code does.
+builder.py): the denominator includes the positive, and rho scales the similarity of a hard
+negative. The form of that logit is from Ge et al., NeurIPS 2021 (arXiv 2110.14189).
+
+Two things differ from that code, which indexes the batch axis: it sends one image of each batch
+through batch normalization alone and compares all queries with it. Here each query is compared with
+the hard negatives of its own image, as on the poster, and the momentum encoder never normalizes
+over a single image. `shared_hard_negative` restores the behavior of that code (D2 and D3 in
+docs/method.md).
 """
 
 from dataclasses import dataclass
@@ -24,32 +26,32 @@ from torch.nn.functional import cross_entropy, normalize
 
 from pipeline import Recipe
 from schemas import UserError
-from train.distributed import shuffle, world_size
-from train.methods.method import Setup, hard_negative_notes, needs_keys
+from train.distributed import shuffle_across_ranks, world_size
+from train.methods.method import Setup, note_hard_negative_weight, require_keys
 from train.methods.momentum import MomentumConfig, MomentumMethod
 
 STRIDE = 32
-"""Pixels of a crop to one cell of a ResNet's last map."""
+"""Stride of a ResNet's last map in pixels of the crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoConfig(MomentumConfig):
-    """Numbers of MoCo v2 and, for rho, of the masked variant's README."""
+    """Options with the numbers of MoCo v2 and, for rho, of the masked variant's README."""
 
     name: ClassVar[str] = "moco"
 
     rho: float = 2.0
-    """Factor on the similarity of a hard negative; 1 makes it like any other negative."""
+    """Factor on the similarity of a hard negative; 1 treats it as any other negative."""
     shared_hard_negative: bool = False
-    """As the released code does it: all queries of a rank meet the hard negative of its first image
-    (with several, the n-th one is the n-th image's), which is normalized over itself alone."""
+    """Do as the released code: compare all queries of a rank with the hard negative of its first
+    image (the n-th hard negative is that of the n-th image), which is normalized by itself."""
 
     def check(self, recipe: Recipe) -> None:
-        needs_keys(self, recipe)
+        require_keys(self, recipe)
 
     def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
         where = "the queue"
-        return hard_negative_notes(self.rho, self.temperature, self.queue, where, recipe)
+        return note_hard_negative_weight(self.rho, self.temperature, self.queue, where, recipe)
 
     def build(self, setup: Setup) -> "MoCo":
         if self.shared_hard_negative and setup.crop_size <= STRIDE and setup.stem == "imagenet":
@@ -63,13 +65,13 @@ class MoCoConfig(MomentumConfig):
 def contrastive_logits(
     q: Tensor, key: Tensor, queue: Tensor, hard: Tensor, *, rho: float, temperature: float
 ) -> Tensor:
-    """The logits of every query; the positive is column 0.
+    """Compute the logits of every query; the positive is column 0.
 
     Args:
         q: unit queries, (N, D).
-        key: unit keys, row i of the same image as query i, (N, D).
+        key: unit keys, (N, D); row i belongs to the image of query i.
         queue: unit keys of earlier batches, (K, D).
-        hard: unit hard negatives, row i those of query i's image, (N, H, D); H may be 0.
+        hard: unit hard negatives, (N, H, D); row i belongs to the image of query i. H may be 0.
 
     Returns:
         (N, 1 + K + H): positive, queue, hard negatives.
@@ -81,48 +83,48 @@ def contrastive_logits(
 
 
 def contrast_scalars(logits: Tensor, negatives: int) -> dict[str, Tensor]:
-    """Return how often the positive is the most similar.
+    """Compute the share of queries whose positive is the most similar.
 
     Args:
         logits: (N, 1 + negatives + H): positive, negatives, hard negatives.
 
     Returns:
-        `contrastive_accuracy` among all, `negatives_accuracy` without the hard negatives: scalars.
+        Two scalars: `contrastive_accuracy` among all, `negatives_accuracy` without hard negatives.
     """
     positive, hard = logits[:, 0], logits[:, 1 + negatives :]
     wins = positive >= logits[:, 1 : 1 + negatives].amax(dim=1)
-    of_all = wins & (positive[:, None] >= hard).all(dim=1)
+    wins_among_all = wins & (positive[:, None] >= hard).all(dim=1)
     return {
-        "contrastive_accuracy": of_all.float().mean(),
+        "contrastive_accuracy": wins_among_all.float().mean(),
         "negatives_accuracy": wins.float().mean(),
     }
 
 
 class MoCo(MomentumMethod):
-    """Reads `query`, `key` and `hard_negative` of a batch; needs no label."""
+    """MoCo v2 with hard negatives; reads `query`, `key` and `hard_negative`, needs no label."""
 
     def __init__(self, config: MoCoConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self.config = config
-        self.shuffles = not setup.sync_bn  # either hides which images belong together
+        self.shuffles = not setup.sync_bn  # either keeps batch statistics from revealing pairs
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        scalars, key = self.losses(batch)
+        scalars, key = self.compute_loss(batch)
         self.remember(key)
         return scalars
 
     def contrast(self, batch: Any) -> dict[str, Tensor]:
-        """`forward`, but the queue never hears of these keys."""
-        return self.losses(batch)[0]
+        """Compute `forward` without adding the keys to the queue."""
+        return self.compute_loss(batch)[0]
 
-    def losses(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """What is reported, and the keys (N, D)."""
+    def compute_loss(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the loss and other scalars; return them and the keys (N, D)."""
         q = self.project(self.encoder, self.head, batch.query)  # (N, D)
         with torch.no_grad():
             key = self.momentum_project(batch.key)  # (N, D)
-            hard = self.hard_negatives(batch.hard_negative, key)  # (N, H, D)
+            hard = self.project_hard_negatives(batch.hard_negative, key)  # (N, H, D)
 
-        with torch.autocast(q.device.type, enabled=False):  # a softmax over K+1+H wants float32
+        with torch.autocast(q.device.type, enabled=False):  # a softmax over K+1+H needs float32
             logits = contrastive_logits(
                 q,
                 key,
@@ -144,42 +146,43 @@ class MoCo(MomentumMethod):
     def notes(self, samples: int) -> list[str]:
         notes = []
         if world_size() == 1 and self.shuffles:
-            notes.append("one process: shuffling batch normalisation has nothing to shuffle")
+            notes.append("one process: shuffling batch normalization has nothing to shuffle")
         if self.config.queue > samples:
             notes.append(
-                f"the queue of {self.config.queue} keys is longer than the {samples} images: every "
-                "query meets older keys of its own image among its negatives"
+                f"the queue of {self.config.queue} keys is longer than the {samples} images: the "
+                "negatives of every query include older keys of its own image"
             )
         return notes
 
     @staticmethod
     def project(encoder: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> float32 unit vectors (N, D)."""
+        """Embed images (N, 3, H, W) as float32 unit vectors (N, D)."""
         return normalize(head(encoder(images)).float(), dim=1)
 
     def momentum_project(self, images: Tensor) -> Tensor:
-        """`project` through the momentum branch, its batches dealt anew across the ranks.
+        """Embed images with the momentum branch, shuffled across the ranks.
 
-        With SyncBN nothing is dealt: a batch statistic is that of all images either way.
+        With SyncBN they are not shuffled: batch statistics are those of all images anyway.
         """
         if not self.shuffles:
             return self.project(self.momentum_encoder, self.momentum_head, images)
-        images, restore = shuffle(images, self.generator)
+        images, restore = shuffle_across_ranks(images, self.generator)
         return restore(self.project(self.momentum_encoder, self.momentum_head, images))
 
-    def hard_negatives(self, images: Tensor | None, key: Tensor) -> Tensor:
-        """(H * N, 3, h, w), the first N rows one of each sample, and so on -> (N, H, D).
+    def project_hard_negatives(self, images: Tensor | None, key: Tensor) -> Tensor:
+        """Embed hard negatives (H * N, 3, h, w), the first view of all N samples first: (N, H, D).
 
-        One forward a view, so each is normalised over a batch of one kind, as the key is.
+        Each view has its own forward pass, so it is normalized over a batch of one kind of image,
+        as the key is.
         """
         if images is None:
             return key.new_empty(len(key), 0, key.shape[1])
         views = images.split(len(key))
-        if self.config.shared_hard_negative:  # the code indexes the batch: number is its image
+        if self.config.shared_hard_negative:  # the released code indexes the batch: n-th image
             if len(views) > len(key):
                 raise UserError(
-                    f"--shared-hard-negative: {len(views)} hard negatives are those of as many "
-                    f"images, and a part of a step has {len(key)}"
+                    f"--shared-hard-negative: {len(views)} hard negatives need as many images, but "
+                    f"a part of a step has {len(key)}"
                 )
             alone = [self.momentum_project(view[n : n + 1]) for n, view in enumerate(views)]
             return torch.stack(alone, dim=1).expand(len(key), -1, -1)

@@ -1,4 +1,4 @@
-"""What MoCo v2 and MaskCo share: a momentum branch, and a queue of the keys that it made."""
+"""Momentum branch and queue of keys, shared by MoCo v2 and MaskCo."""
 
 import copy
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from schemas import UserError
 from train.distributed import all_gather
 from train.encoders import build_encoder
-from train.methods.method import Method, MethodConfig, Setup, projector
+from train.methods.method import Method, MethodConfig, Setup, build_projector
 
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumConfig(MethodConfig):
-    """Numbers of MoCo v2 (facebookresearch/moco)."""
+    """Options with the numbers of MoCo v2 (facebookresearch/moco)."""
 
     queue: int = 65_536
-    """Keys that are remembered as negatives; at least the global batch, any number."""
+    """Number of keys that are remembered as negatives; at least the global batch."""
     ema_momentum: float = 0.999
-    """Share of its own weights that the momentum branch keeps at each step, 0 to 1."""
+    """Share of its own weights that the momentum branch keeps in each step, 0 to 1."""
     temperature: float = 0.2
     """tau: similarities are divided by it."""
     projection: int = 128
     """Width of the projected embedding."""
     hidden: int | None = None
-    """Width of the head's hidden layer; that of the encoder's features when not given."""
+    """Width of the head's hidden layer; by default that of the encoder's features."""
 
 
 class MomentumMethod(Method):
-    """`forward` has its keys remembered; the end of the step queues them.
+    """A method whose `forward` remembers its keys; the end of the step puts them into the queue.
 
     Raises:
         UserError: the queue is shorter than the global batch.
@@ -47,13 +47,13 @@ class MomentumMethod(Method):
         if config.queue < setup.batch_size:
             raise UserError(
                 f"queue {config.queue}: smaller than the batch of {setup.batch_size}, whose keys "
-                "must all enter it; use a longer --queue or a smaller --batch-size"
+                "must all fit into it; use a longer --queue or a smaller --batch-size"
             )
         self.encoder, self.width = build_encoder(setup.encoder, setup.stem)
-        self.head = projector(self.width, config.hidden, config.projection)
+        self.head = build_projector(self.width, config.hidden, config.projection)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.move_average = get_ema_multi_avg_fn(config.ema_momentum)
+        self.update_average_ = get_ema_multi_avg_fn(config.ema_momentum)
 
         # Drawn from `seed` alone, so equal on all ranks whatever was drawn before.
         self.generator = torch.Generator().manual_seed(setup.seed)
@@ -61,39 +61,39 @@ class MomentumMethod(Method):
         self.register_buffer("queue", normalize(start, dim=1))
         self.register_buffer("queue_next", torch.zeros((), dtype=torch.long))
 
-        self.new_keys: list[tuple[Tensor, Tensor | None]] = []  # of the step under way
+        self.new_keys: list[tuple[Tensor, Tensor | None]] = []  # keys of the current step
 
     @torch.no_grad()
     def begin_step(self) -> None:
-        """p_momentum <- m p_momentum + (1 - m) p; parameters only, once a step.
+        """Update the momentum branch once: p_momentum <- m p_momentum + (1 - m) p, parameters only.
 
-        Buffers stay the momentum branch's own: batch normalisation in it has seen other images.
+        It keeps its own buffers: its batch normalization has seen other images.
         """
         for average, model in (
             (self.momentum_encoder, self.encoder),
             (self.momentum_head, self.head),
         ):
-            self.move_average(list(average.parameters()), list(model.parameters()), None)
+            self.update_average_(list(average.parameters()), list(model.parameters()), None)
 
     def remember(self, keys: Tensor, valid: Tensor | None = None) -> None:
-        """Keep keys for the end of the step: unit rows (N, D), all or those that are `valid`.
+        """Keep keys, unit rows (N, D), for the end of the step: all, or those that are `valid`.
 
         Args:
-            valid: (N,) bool. How many there are stays on the device; a rank may have none.
+            valid: (N,) bool. Their number stays on the device; a rank may have none.
         """
         self.new_keys.append((keys, valid))
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Write the keys of all ranks over the oldest ones; wraps wherever the end falls."""
+        """Overwrite the oldest rows of the queue with the keys of all ranks; wraps at the end."""
         length = len(self.queue)
         for part, part_valid in self.new_keys:
             keys = all_gather(part)
             count: int | Tensor = len(keys)
-            places = torch.arange(min(len(keys), length), device=keys.device)
-            rows = (self.queue_next + places) % length
+            offsets = torch.arange(min(len(keys), length), device=keys.device)
+            rows = (self.queue_next + offsets) % length
             if part_valid is not None:
-                keys, count = renewed(self.queue[rows], keys, all_gather(part_valid))
+                keys, count = replace_first_rows(self.queue[rows], keys, all_gather(part_valid))
             self.queue[rows] = keys
             self.queue_next.add_(count).remainder_(length)
         self.new_keys.clear()
@@ -102,19 +102,20 @@ class MomentumMethod(Method):
         return self.encoder
 
 
-def renewed(rows: Tensor, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows with valid keys in place of the first of them; the host never learns how many.
+def replace_first_rows(rows: Tensor, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rows` with valid keys in place of its first ones, and their number, on the device.
 
     Args:
-        rows: (L, D), oldest first, as many as `keys` at most.
+        rows: (L, D), oldest first, at most as many as `keys`.
         keys: (N, D).
         valid: (N,) bool.
 
     Returns:
-        (L, D): the valid keys in their order, the last L where there are more, then `rows` as they
-        were; and how many were replaced, () int64.
+        (L, D): the valid keys in their order, the last L if there are more, then the remaining
+        `rows`; and the number of replaced rows, () int64.
     """
-    found, place = valid.sum(), torch.arange(len(rows), device=rows.device)
+    total, position = valid.sum(), torch.arange(len(rows), device=rows.device)
     valid_first = (~valid).byte().argsort(stable=True)
-    chosen = valid_first[place + (found - len(rows)).clamp(min=0)]
-    return torch.where((place < found)[:, None], keys[chosen], rows), found.clamp(max=len(rows))
+    chosen = valid_first[position + (total - len(rows)).clamp(min=0)]
+    replaced = torch.where((position < total)[:, None], keys[chosen], rows)
+    return replaced, total.clamp(max=len(rows))

@@ -1,9 +1,9 @@
-"""ADIOS's occlusion network: an image -> N soft masks that share out its pixels.
+"""ADIOS's occlusion network: an image -> N soft masks that partition its pixels.
 
-A U-Net after GENESIS's (YugeTen/adios, unet.py and blocks.py): blocks of a 3 x 3 convolution, a
-norm (or, without one, a bias) and a ReLU, halved between blocks on the way down, an MLP over the
-smallest map, doubled on the way up with the maps of the way down beside it, and a 1 x 1 convolution
-to N maps with a softmax.
+A U-Net after GENESIS's (YugeTen/adios, unet.py and blocks.py). A block is a 3 x 3 convolution, a
+norm (or, without one, a bias) and a ReLU. Maps are halved between blocks on the way down, pass an
+MLP at the smallest size, and are doubled on the way up, concatenated with the maps of the way down.
+A 1 x 1 convolution and a softmax turn them into N masks.
 """
 
 import math
@@ -18,7 +18,7 @@ from schemas import UserError
 Norm = Literal["group", "instance", "none"]
 BOTTLENECK = 128
 GROUPS = 8
-# multiples of the base width, by the number of blocks: down, then up
+# multiples of the base width for each number of blocks: down, then up
 WIDTHS = {
     4: ((1, 2, 2, 2), (2, 2, 1, 1)),
     5: ((1, 1, 2, 2, 2), (2, 2, 1, 1, 1)),
@@ -27,11 +27,11 @@ WIDTHS = {
 
 
 class OcclusionNet(nn.Module):
-    """(N, 3, S, S) -> (N, masks, S, S) float32; over the masks each pixel sums to 1.
+    """Map (N, 3, S, S) to (N, masks, S, S) float32; the masks of each pixel sum to 1.
 
     Raises:
-        UserError: the crop's side is not one that can be halved so often, or the channels cannot
-            be grouped.
+        UserError: the side of the crop cannot be halved often enough, or the channels cannot be
+            grouped.
     """
 
     def __init__(self, side: int, *, masks: int, channels: int, norm: Norm) -> None:
@@ -45,12 +45,13 @@ class OcclusionNet(nn.Module):
             )
         if norm == "group" and channels % GROUPS:
             raise UserError(
-                f"--channels {channels}: group norm wants a multiple of {GROUPS}; "
+                f"--channels {channels}: group norm needs a multiple of {GROUPS}; "
                 "or take --norm instance"
             )
         down, up = ([channels * width for width in widths] for widths in WIDTHS[count])
         self.down = nn.ModuleList(
-            block(before, after, norm) for before, after in zip([3, *down], down, strict=False)
+            build_block(before, after, norm)
+            for before, after in zip([3, *down], down, strict=False)
         )
         flat = down[-1] * smallest**2
         self.bottleneck = nn.Sequential(
@@ -65,8 +66,8 @@ class OcclusionNet(nn.Module):
         )
         below = [down[-1], *up]
         self.up = nn.ModuleList(
-            block(before + beside, after, norm)
-            for before, beside, after in zip(below, reversed(down), up, strict=False)
+            build_block(before + skip, after, norm)
+            for before, skip, after in zip(below, reversed(down), up, strict=False)
         )
         self.head = nn.Conv2d(up[-1], masks, 1)
 
@@ -77,13 +78,13 @@ class OcclusionNet(nn.Module):
             x = layer(x if not maps else interpolate(x, scale_factor=0.5, mode="nearest"))
             maps.append(x)
         x = self.bottleneck(x)
-        for number, (layer, beside) in enumerate(zip(self.up, reversed(maps), strict=True)):
+        for number, (layer, skip) in enumerate(zip(self.up, reversed(maps), strict=True)):
             x = x if number == 0 else interpolate(x, scale_factor=2.0, mode="nearest")
-            x = layer(torch.cat([x, beside], dim=1))
+            x = layer(torch.cat([x, skip], dim=1))
         return self.head(x).float().softmax(dim=1)
 
 
-def block(before: int, after: int, norm: Norm) -> nn.Sequential:
+def build_block(before: int, after: int, norm: Norm) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1, bias=norm == "none")]
     if norm == "group":
         layers.append(nn.GroupNorm(GROUPS, after))

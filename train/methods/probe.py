@@ -1,4 +1,4 @@
-"""A linear classifier on a frozen encoder, trained by the same loop."""
+"""A linear classifier on a frozen encoder, trained by the same trainer."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,26 +10,29 @@ from torch.nn.functional import cross_entropy
 from train.encoders import load_encoder
 from train.methods.method import Method, MethodConfig, Setup
 
-INITIAL_STD = 0.01  # of the classifier's weights (main_lincls.py of MoCo and of the masked variant)
+INITIAL_STD = 0.01
+"""Standard deviation of the classifier's initial weights (main_lincls.py of MoCo and of the masked
+variant)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeConfig(MethodConfig):
-    """Which encoder is probed."""
+    """The encoder to probe."""
 
     name: ClassVar[str] = "linear"
 
     path: str
-    """The encoder's file, or the folder of its run."""
+    """File of the encoder, or folder of its run."""
     sha256: str
-    """Of the file: a probe goes on with no other."""
+    """sha256 of that file; resuming requires the same file."""
 
     def build(self, setup: Setup) -> "LinearProbe":
         return LinearProbe(self, setup)
 
 
 class LinearProbe(Method):
-    """Reads `query` and `label` of a batch. The encoder stays as it is, its statistics too."""
+    """Linear probe; reads `query` and `label` of a batch. The encoder and its statistics are
+    frozen."""
 
     file = "classifier.safetensors"
 
@@ -55,7 +58,7 @@ class LinearProbe(Method):
         return {"loss": loss, "accuracy": accuracy}
 
     def logits(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, classes) float32, of features that are not normalised."""
+        """Classify (N, 3, H, W) -> (N, classes) float32, from features that are not normalized."""
         with torch.no_grad():
             features = self.encoder(images)
         with torch.autocast(features.device.type, enabled=False):

@@ -2,7 +2,7 @@
 
     x_q   masked query view --> encoder + head --> q       gradient
     x_k   plain key view -----> encoder + head --> k       gradient
-    x_k-  the key view with most of its foreground masked -> k-   (gradient as asked for)
+    x_k-  the key view with most of its foreground masked -> k-   gradient unless switched off
 
 NT-Xent over the 2 M unit embeddings of all ranks (google-research/simclr, objective.py; ADIOS's
 losses/simclr.py): for anchor i with its positive p(i)
@@ -10,11 +10,12 @@ losses/simclr.py): for anchor i with its positive p(i)
     l_i = - log exp(z_i.z_p / tau) / D_i
     D_i = sum_{j != i} exp(z_i.z_j / tau) + sum_h exp(rho z_i.k-_h / tau)
 
-and the mean over all anchors; with `sum_directions` the mean over the queries plus that over the
-keys, twice as much, as google-research/simclr has it. The last sum, over the hard negatives of the
-anchor's own image, is derived from the poster's MoCo form, not published: no code and no readable
-text of SimCLR's variant exists (methods 3.3). What it leaves open are fields of `SimCLRConfig`,
-with our defaults.
+and the loss is the mean over all anchors; with `sum_directions` it is the mean over the queries
+plus that over the keys, twice as much, as in google-research/simclr.
+
+The last sum, over the hard negatives of the anchor's own image, is derived from the MoCo form on
+the poster: neither code nor readable text was published for SimCLR. The open choices are fields of
+`SimCLRConfig` with our own defaults.
 """
 
 from dataclasses import dataclass
@@ -31,15 +32,15 @@ from train.methods.method import (
     Method,
     MethodConfig,
     Setup,
-    hard_negative_notes,
-    needs_keys,
-    projector,
+    build_projector,
+    note_hard_negative_weight,
+    require_keys,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig(MethodConfig):
-    """tau and the head are SimCLR's; how hard negatives enter is ours."""
+    """Options: tau and the head as in SimCLR, the use of hard negatives ours."""
 
     name: ClassVar[str] = "simclr"
 
@@ -48,33 +49,34 @@ class SimCLRConfig(MethodConfig):
     projection: int = 128
     """Width of the projected embedding."""
     hidden: int | None = None
-    """Width of the head's hidden layers; that of the encoder's features when not given."""
+    """Width of the head's hidden layers; by default that of the encoder's features."""
     head_layers: int = 2
-    """Linear layers of the head (2 in solo-learn and ADIOS, 3 in google-research/simclr)."""
+    """Number of linear layers of the head (2 in solo-learn and ADIOS, 3 in
+    google-research/simclr)."""
     head_norm: bool = False
-    """Whether batch normalization stands behind each of them (google-research/simclr: yes)."""
+    """Put batch normalization after each layer of the head (google-research/simclr: yes)."""
     sum_directions: bool = False
-    """Whether the losses of queries and keys are summed (google-research/simclr) or averaged (the
-    paper, solo-learn, ADIOS). Under LARS a sum moves norms and biases twice as far, not weights."""
+    """Sum the losses of queries and keys (google-research/simclr) instead of averaging them (the
+    paper, solo-learn, ADIOS). Under LARS a sum doubles the updates of norms and biases only."""
     joint_views: bool = False
-    """Whether query and key go through the network as one batch and share batch statistics
-    (google-research/simclr); here masked and whole views have statistics of their own."""
+    """Send query and key through the network as one batch with common batch statistics
+    (google-research/simclr); by default masked and unmasked views have separate statistics."""
     rho: float = 2.0
     """Factor on the similarity of a hard negative (MoCo's value; unverified for SimCLR)."""
     hard_for_keys: bool = False
-    """Whether the key meets the hard negatives of its image too (ours: only the query)."""
+    """Compare the key with the hard negatives of its image too (our default: only the query)."""
     hard_gradient: bool = True
-    """Whether gradients flow through the hard negatives (ours: yes, no branch is a teacher)."""
+    """Let gradients flow through the hard negatives (our default: no branch is a teacher)."""
     hard_of_others: bool = False
-    """Whether the hard negatives of the rank's other images are negatives as well (ours: no)."""
+    """Use the hard negatives of the rank's other images as negatives too (our default: no)."""
 
     def check(self, recipe: Recipe) -> None:
-        needs_keys(self, recipe)
+        require_keys(self, recipe)
 
     def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
         negatives = 2 * batch_size - 2  # both views of the other images
         where = "the other views"
-        return hard_negative_notes(self.rho, self.temperature, negatives, where, recipe)
+        return note_hard_negative_weight(self.rho, self.temperature, negatives, where, recipe)
 
     def build(self, setup: Setup) -> "SimCLR":
         return SimCLR(self, setup)
@@ -90,7 +92,7 @@ def nt_xent(
     hard_for_keys: bool = False,
     hard_of_others: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss of this rank's anchors.
+    """Compute the mean loss of this rank's anchors.
 
     Args:
         embeddings: unit queries of all ranks and unit keys of all ranks, (2, M, D).
@@ -98,45 +100,47 @@ def nt_xent(
         first: this rank's images are rows `first` .. `first` + N - 1 of the M.
 
     Returns:
-        loss, and scalars: `contrastive_accuracy`, how often an anchor's positive is the most
-        similar of all; `negatives_accuracy`, the same without hard negatives; and the mean
-        similarities of positives, of other images' views and, where there are any, of queries' own
-        hard negatives.
+        The loss, and scalars: `contrastive_accuracy`, the share of anchors whose positive is the
+        most similar of all; `negatives_accuracy`, the same without hard negatives; and the mean
+        similarities of positives, of views of other images and, if there are any, of the queries'
+        own hard negatives.
     """
-    views, everyone, width = embeddings.shape
+    views, images, width = embeddings.shape
     size = len(hard)
     own = torch.arange(first, first + size, device=embeddings.device)
     anchors = embeddings[:, first : first + size].reshape(views * size, width)  # (2N, D)
-    logits = anchors @ embeddings.reshape(views * everyone, width).T  # (2N, 2M)
-    itself = torch.cat([own, everyone + own])
-    positive = torch.cat([everyone + own, own])
+    logits = anchors @ embeddings.reshape(views * images, width).T  # (2N, 2M)
+    itself = torch.cat([own, images + own])
+    positive = torch.cat([images + own, own])
     logits = logits.scatter(1, itself[:, None], float("-inf"))
 
-    similar = torch.einsum("vnd,mhd->vnmh", anchors.view(views, size, width), hard)
-    if not hard_of_others:
-        similar = similar.diagonal(dim1=1, dim2=2).permute(0, 2, 1)  # of the own image: (2, N, H)
-    hard_logits = rho * similar.flatten(2)
+    similarity = torch.einsum("vnd,mhd->vnmh", anchors.view(views, size, width), hard)
+    if not hard_of_others:  # keep those of the anchor's own image: (2, N, H)
+        similarity = similarity.diagonal(dim1=1, dim2=2).permute(0, 2, 1)
+    hard_logits = rho * similarity.flatten(2)
     if not hard_for_keys:
         hard_logits = torch.stack([hard_logits[0], torch.full_like(hard_logits[1], -torch.inf)])
     with torch.no_grad():
-        scalars = similarities(embeddings, anchors, logits, positive, hard)
+        scalars = compute_similarity_scalars(embeddings, anchors, logits, positive, hard)
     logits = torch.cat([logits, hard_logits.flatten(0, 1)], dim=1) / temperature
     accuracy = (logits.detach().argmax(dim=1) == positive).float().mean()
     loss = nn.functional.cross_entropy(logits, positive)
     return loss, {"contrastive_accuracy": accuracy, **scalars}
 
 
-def similarities(
+def compute_similarity_scalars(
     embeddings: Tensor, anchors: Tensor, logits: Tensor, positive: Tensor, hard: Tensor
 ) -> dict[str, Tensor]:
-    """Return what `nt_xent` reports of its similarities before hard negatives join them.
+    """Compute the scalars of `nt_xent` that describe similarities before hard negatives are added.
 
     Args:
-        anchors: (2N, D). logits: (2N, 2M) similarities, -inf to itself. positive: (2N,) columns.
+        anchors: (2N, D) embeddings of this rank.
+        logits: (2N, 2M) similarities, -inf between an anchor and itself.
+        positive: (2N,) column of each anchor's positive.
     """
     own = logits.gather(1, positive[:, None])[:, 0]
     views = embeddings.flatten(0, 1)
-    others = anchors @ views.sum(dim=0) - anchors.square().sum(dim=1) - own  # without itself
+    others = anchors @ views.sum(dim=0) - anchors.square().sum(dim=1) - own  # excludes the anchor
     scalars = {
         "negatives_accuracy": (logits.argmax(dim=1) == positive).float().mean(),
         "key_similarity": own.mean(),
@@ -149,13 +153,13 @@ def similarities(
 
 
 class SimCLR(Method):
-    """Reads `query`, `key` and `hard_negative` of a batch; needs no label."""
+    """SimCLR with hard negatives; reads `query`, `key` and `hard_negative`, needs no label."""
 
     def __init__(self, config: SimCLRConfig, setup: Setup) -> None:
         super().__init__()
         self.config, self.setup = config, setup
         self.encoder, width = build_encoder(setup.encoder, setup.stem)
-        self.head = projector(
+        self.head = build_projector(
             width,
             config.hidden,
             config.projection,
@@ -167,8 +171,8 @@ class SimCLR(Method):
         size, config = len(batch.query), self.config
         q, k = self.project_pair(batch.query, batch.key)  # (N, D) each
         with torch.set_grad_enabled(config.hard_gradient and torch.is_grad_enabled()):
-            hard = self.hard_negatives(batch.hard_negative, k)  # (N, H, D)
-        with torch.autocast(q.device.type, enabled=False):  # a softmax over 2M wants float32
+            hard = self.project_hard_negatives(batch.hard_negative, k)  # (N, H, D)
+        with torch.autocast(q.device.type, enabled=False):  # a softmax over 2M needs float32
             embeddings = torch.stack([gather_with_gradient(q), gather_with_gradient(k)])
             loss, scalars = nt_xent(
                 embeddings,
@@ -183,7 +187,7 @@ class SimCLR(Method):
         return {"loss": loss, **scalars}
 
     def contrast(self, batch: Any) -> dict[str, Tensor]:
-        """`forward`: nothing is remembered between steps."""
+        """Compute `forward`; SimCLR remembers nothing between steps."""
         return self(batch)
 
     def exported(self) -> nn.Module:
@@ -192,25 +196,28 @@ class SimCLR(Method):
     def notes(self, samples: int) -> list[str]:
         notes = []
         if world_size() > 1 and not self.setup.sync_bn:
-            notes.append("batch normalisation is each process's own; SimCLR's is over all of them")
-        if self.setup.accumulate > 1:
-            part = self.setup.batch_size // self.setup.accumulate
-            notes.append(f"negatives are of the same part of a step: {part} images")
+            notes.append(
+                "each process has its own batch statistics; SimCLR computes them over all "
+                "processes: --sync-bn"
+            )
+        if self.setup.grad_accum_steps > 1:
+            part = self.setup.batch_size // self.setup.grad_accum_steps
+            notes.append(f"negatives come from the same part of a step: {part} images")
         return notes
 
     def project(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> float32 unit vectors (N, D)."""
+        """Embed images (N, 3, H, W) as float32 unit vectors (N, D)."""
         return normalize(self.head(self.encoder(images)).float(), dim=1)
 
     def project_pair(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed queries and keys, in one batch or in one each."""
+        """Embed queries and keys, in one batch or in two."""
         if not self.config.joint_views:
             return self.project(query), self.project(key)
         embedded = self.project(torch.cat([query, key]))
         return embedded[: len(query)], embedded[len(query) :]
 
-    def hard_negatives(self, images: Tensor | None, key: Tensor) -> Tensor:
-        """(H * N, 3, h, w), the first N rows one of each sample, and so on -> (N, H, D)."""
+    def project_hard_negatives(self, images: Tensor | None, key: Tensor) -> Tensor:
+        """Embed hard negatives (H * N, 3, h, w), the first view of all samples first: (N, H, D)."""
         if images is None:
             return key.new_empty(len(key), 0, key.shape[1])
         return torch.stack([self.project(view) for view in images.split(len(key))], dim=1)

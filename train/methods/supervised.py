@@ -1,6 +1,6 @@
-"""Supervised training: the same encoder and loader, with labels.
+"""Supervised training with the same encoder and loader.
 
-Reads the queries alone: `--preset supervised` cuts one plain view of each image.
+It reads only the queries: `--preset supervised` makes one unmasked view of each image.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class SupervisedConfig(MethodConfig):
 
 
 class Supervised(Method):
-    """Reads `query` and `label` of a batch."""
+    """Supervised classifier; reads `query` and `label` of a batch."""
 
     def __init__(self, config: SupervisedConfig, setup: Setup) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class Supervised(Method):
                 f"method supervised: the shards have {setup.classes} classes; it needs labels of "
                 "at least 2 (DATASET=folder takes the names of the subfolders)"
             )
-        if setup.unlabelled:
+        if setup.unlabeled:
             raise UserError(
-                f"method supervised: {setup.unlabelled} images of the shards have no label; make "
-                "shards of the labelled ones alone, or take a method that reads no labels"
+                f"method supervised: {setup.unlabeled} images of the shards have no label; make "
+                "shards of labeled images only, or take a method that reads no labels"
             )
         self.config = config
         self.encoder, width = build_encoder(setup.encoder, setup.stem)

@@ -1,7 +1,7 @@
-"""COCO's annotation files, each entry checked.
+"""Read COCO annotation files and check each entry.
 
-pycocotools' own index keeps the last of several entries with one id and takes what an entry lacks
-for a KeyError without its name, so the file is read here.
+pycocotools is not used for this: of several entries with one id its index keeps the last, and for a
+missing field it raises a KeyError that does not name the entry.
 """
 
 import json
@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from schemas import UserError
-from train.evaluate.detection.data import Object, Pictures, picture
+from train.evaluate.detection.data import Object, Pictures, build_picture
 
 Entry = dict[str, Any]
 
 
 def read_coco(root: str, split: str, annotations: str | None = None) -> Pictures:
-    """`root/annotations/instances_SPLIT.json` with pictures in `root/SPLIT` or `root/images/SPLIT`.
+    """Read a split of COCO.
 
     Args:
+        root: folder with annotations/instances_SPLIT.json and pictures in SPLIT or images/SPLIT.
         annotations: another annotation file.
 
     Raises:
-        UserError: the tree or one of its files is not as it should be.
+        UserError: a file is missing or invalid.
     """
     file = Path(annotations or Path(root) / "annotations" / f"instances_{split}.json")
     folders = [Path(root) / split, Path(root) / "images" / split]
@@ -37,127 +38,135 @@ def read_coco(root: str, split: str, annotations: str | None = None) -> Pictures
     except ValueError as error:
         raise UserError(f"{file}: not a COCO annotation file: no JSON ({error})") from error
     try:
-        return pictures_of(content, f"coco {split}", folder)
+        return parse_content(content, f"coco {split}", folder)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
 
 
-def pictures_of(content: Any, name: str, folder: Path) -> Pictures:
-    """What a whole file says. Raises ValueError that names the entry."""
+def parse_content(content: Any, name: str, folder: Path) -> Pictures:
+    """Check and parse the content of a file. Raise ValueError that names the invalid entry."""
     if not isinstance(content, dict):
         raise ValueError("not a COCO annotation file: no JSON object")
-    categories = by_id(content, "categories", "category")
-    images = by_id(content, "images", "image")
-    annotations = by_id(content, "annotations", "annotation")
-    label_of = {number: label for label, number in enumerate(sorted(categories), 1)}
-    masks = any(one.get("segmentation") for one in annotations.values())
+    categories = index_by_id(content, "categories", "category")
+    images = index_by_id(content, "images", "image")
+    annotations = index_by_id(content, "annotations", "annotation")
+    labels = {number: label for label, number in enumerate(sorted(categories), 1)}
+    masks = any(entry.get("segmentation") for entry in annotations.values())
     odd: Counter = Counter()
     objects = defaultdict(list)
     for number in sorted(annotations):
-        one = annotations[number]
-        with_number = f"annotation {number}"
-        image = whole(one, "image_id", with_number)
+        entry = annotations[number]
+        entry_name = f"annotation {number}"
+        image = get_integer(entry, "image_id", entry_name)
         if image not in images:
-            raise ValueError(f"{with_number} is of image {image}, which the file does not list")
-        size = size_of(images[image])
-        objects[image].append(object_of(one, with_number, size, label_of, masks, odd))
-    found = [
-        picture(
+            raise ValueError(f"{entry_name} is of image {image}, which the file does not list")
+        size = get_size(images[image])
+        objects[image].append(parse_object(entry, entry_name, size, labels, masks, odd))
+    pictures = [
+        build_picture(
             number,
-            folder / str(value(images[number], "file_name", f"image {number}")),
-            size_of(images[number]),
+            folder / str(get_value(images[number], "file_name", f"image {number}")),
+            get_size(images[number]),
             objects[number],
             odd,
         )
         for number in sorted(images)
     ]
-    classes = tuple(str(value(categories[k], "name", f"category {k}")) for k in sorted(categories))
-    return Pictures(name, found, classes, masks, odd)
+    classes = tuple(
+        str(get_value(categories[k], "name", f"category {k}")) for k in sorted(categories)
+    )
+    return Pictures(name, pictures, classes, masks, odd)
 
 
-def by_id(content: Entry, kind: str, name: str) -> dict[int, Entry]:
-    """A list of the file by the ids of its entries. Raises ValueError: no list, or an id twice."""
+def index_by_id(content: Entry, kind: str, name: str) -> dict[int, Entry]:
+    """Index a list of the file by id. Raise ValueError if it is missing or an id appears twice."""
     entries = content.get(kind)
-    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"not a COCO annotation file: it has no list of {kind}")
-    found: dict[int, Entry] = {}
-    for one in entries:
-        number = whole(one, "id", f"one of the {kind}")
-        if number in found:
+    indexed: dict[int, Entry] = {}
+    for entry in entries:
+        number = get_integer(entry, "id", f"one of the {kind}")
+        if number in indexed:
             raise ValueError(f"{name} {number} is there twice")
-        found[number] = one
-    return found
+        indexed[number] = entry
+    return indexed
 
 
-def object_of(
-    one: Entry,
+def parse_object(
+    entry: Entry,
     name: str,
     size: tuple[int, int],
-    label_of: dict[int, int],
+    labels: dict[int, int],
     masks: bool,
     odd: Counter,
 ) -> Object:
-    """One annotation; `masks` says whether it must have a segmentation. Raises ValueError."""
-    category = whole(one, "category_id", name)
-    if category not in label_of:
+    """Parse one annotation; with `masks` it must have a segmentation. Raise ValueError if not."""
+    category = get_integer(entry, "category_id", name)
+    if category not in labels:
         raise ValueError(f"{name} is of category {category}, which the file does not list")
-    box = value(one, "bbox", name)
-    if not (numbers(box) and len(box) == 4):
+    box = get_value(entry, "bbox", name)
+    if not (are_finite(box) and len(box) == 4):
         raise ValueError(f"{name}: its bbox is {box!r}, not four finite numbers")
     x, y, width, height = map(float, box)
-    if "iscrowd" not in one:
-        odd["objects without iscrowd, taken for single ones"] += 1
-    crowd = one.get("iscrowd", 0)
+    if "iscrowd" not in entry:
+        odd["objects without iscrowd, treated as single objects"] += 1
+    crowd = entry.get("iscrowd", 0)
     if crowd not in (0, 1):
         raise ValueError(f"{name}: its iscrowd is {crowd!r}, neither 0 nor 1")
-    mask = segmentation(one, name, size) if masks else None
+    mask = check_segmentation(entry, name, size) if masks else None
     corners = x, y, x + width, y + height
-    return Object(corners, label_of[category], ignored=bool(crowd), trains=not crowd, mask=mask)
+    return Object(corners, labels[category], ignored=bool(crowd), trains=not crowd, mask=mask)
 
 
-def segmentation(one: Entry, name: str, size: tuple[int, int]) -> Any:
-    """Polygons of three points and more, or run lengths of this picture. Raises ValueError."""
-    mask = one.get("segmentation")
+def check_segmentation(entry: Entry, name: str, size: tuple[int, int]) -> Any:
+    """Return polygons of at least three points, or run lengths of this picture's size.
+
+    Raises:
+        ValueError: the segmentation is missing or neither of these.
+    """
+    mask = entry.get("segmentation")
     if not mask:
         raise ValueError(f"{name} has no segmentation, while others of the file have one")
     if isinstance(mask, list):
-        if not all(numbers(part) and len(part) >= 6 and len(part) % 2 == 0 for part in mask):
-            raise ValueError(f"{name}: its segmentation holds what is no polygon")
+        if not all(are_finite(part) and len(part) >= 6 and len(part) % 2 == 0 for part in mask):
+            raise ValueError(f"{name}: its segmentation contains an invalid polygon")
     elif not (
         isinstance(mask, dict)
         and mask.get("size") == list(size)
         and isinstance(mask.get("counts"), list | str)
     ):
-        raise ValueError(f"{name}: its segmentation is no run lengths of {size[0]} x {size[1]}")
+        raise ValueError(
+            f"{name}: its segmentation is neither polygons nor run lengths of {size[0]} x {size[1]}"
+        )
     return mask
 
 
-def size_of(image: Entry) -> tuple[int, int]:
-    """Height and width that an image is said to have. Raises ValueError."""
+def get_size(image: Entry) -> tuple[int, int]:
+    """Return the height and width of an image entry. Raise ValueError if they are invalid."""
     name = f"image {image['id']}"
-    size = value(image, "height", name), value(image, "width", name)
-    if not (numbers(size) and min(size) >= 1 and all(side == int(side) for side in size)):
+    size = get_value(image, "height", name), get_value(image, "width", name)
+    if not (are_finite(size) and min(size) >= 1 and all(side == int(side) for side in size)):
         raise ValueError(f"{name}: its size is {size[0]!r} x {size[1]!r}")
     return int(size[0]), int(size[1])
 
 
-def value(one: Entry, key: str, name: str) -> Any:
-    """Raises ValueError where an entry lacks a key."""
-    if key not in one:
+def get_value(entry: Entry, key: str, name: str) -> Any:
+    """Return a field of an entry. Raise ValueError if it is missing."""
+    if key not in entry:
         raise ValueError(f"{name} has no {key}")
-    return one[key]
+    return entry[key]
 
 
-def whole(one: Entry, key: str, name: str) -> int:
-    """Raises ValueError where an entry lacks a key, or it is no whole number."""
-    number = value(one, key, name)
+def get_integer(entry: Entry, key: str, name: str) -> int:
+    """Return an integer field of an entry. Raise ValueError if it is missing or not an integer."""
+    number = get_value(entry, key, name)
     if not isinstance(number, int):
-        raise ValueError(f"{name}: its {key} is {number!r}, no whole number")
+        raise ValueError(f"{name}: its {key} is {number!r}, not an integer")
     return number
 
 
-def numbers(values: Any) -> bool:
-    """Whether these are finite numbers, in a list or tuple."""
+def are_finite(values: Any) -> bool:
+    """Return whether this is a list or tuple of finite numbers."""
     return isinstance(values, list | tuple) and all(
         isinstance(x, int | float) and math.isfinite(x) for x in values
     )

@@ -1,6 +1,6 @@
 """The command `detection`: train a detector from an encoder and test it, as in the paper's table.
 
-The trainer is `train`'s: under torchrun, in bf16, resumed by the same command.
+It uses the trainer of `train`: it runs under torchrun, in bf16, and resumes by the same command.
 """
 
 from dataclasses import dataclass
@@ -12,60 +12,59 @@ import tyro
 
 from pipeline.recipes import RECIPES
 from schemas import UserError
-from train.config import TrainConfig, resolved
-from train.distributed import is_main, rank, together, world_size
-from train.encoders import digest, load_encoder
+from train.config import TrainConfig, resolve_config
+from train.distributed import is_main, raise_on_all_ranks, rank, world_size
+from train.encoders import compute_digest, load_encoder
 from train.evaluate import results
 from train.evaluate.detection.coco import read_coco
+from train.evaluate.detection.contact_sheet import write_sheet
 from train.evaluate.detection.data import Pictures
+from train.evaluate.detection.loader import DetectionLoader
 from train.evaluate.detection.metric import average_precision, detect_all
 from train.evaluate.detection.model import Detector, DetectorConfig
-from train.evaluate.detection.show import write_sheet
-from train.evaluate.detection.views import DetectionViews
 from train.evaluate.detection.voc import read_voc
-from train.job import Job
-from train.loop import train_job
 from train.methods import Method, Setup
 from train.optim import OptimConfig
-from train.session import pick_device
-from train.step import placed
+from train.process_group import pick_device
+from train.trainer import TrainingJob, train_job
+from train.training_step import prepare_model_
 
 REFERENCE_BATCH, REFERENCE_LR = 16, 0.02
-"""detectron2's; the rate grows in proportion to the batch."""
+"""detectron2's batch size and learning rate; the rate scales linearly with the batch."""
 
 WARMUP_UNITS = 1
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Iterations in `units` equal parts, the rate a tenth from each of `drops` on.
+    """Iterations in `units` equal parts; the learning rate is divided by 10 at each milestone.
 
-    A part is what the loop calls an epoch: a checkpoint, and the first one warms up.
+    The trainer treats a part as an epoch: it ends with a checkpoint, and the first one warms up.
     """
 
     iterations: int
     units: int
-    drops: tuple[int, ...]
+    milestones: tuple[int, ...]
 
-    def part(self, iterations: int | None) -> int:
-        """Iterations of a part, where there are so many in all; by default the schedule's own.
+    def compute_part(self, iterations: int | None) -> int:
+        """Return the iterations of one part, for this total or by default the schedule's own.
 
         Raises:
-            UserError: they do not come in equal parts.
+            UserError: the total cannot be divided into equal parts.
         """
-        asked = self.iterations if iterations is None else iterations
-        part, rest = divmod(asked, self.units)
-        if rest or part < 1:
+        total = self.iterations if iterations is None else iterations
+        part, remainder = divmod(total, self.units)
+        if remainder or part < 1:
             nearest = sorted({max(1, part) * self.units, max(1, part + 1) * self.units})
             raise UserError(
-                f"--iterations {asked}: the schedule has {self.units} equal parts; take "
+                f"--iterations {total}: the schedule has {self.units} equal parts; take "
                 f"{' or '.join(map(str, nearest))}"
             )
         return part
 
 
 SCHEDULES = {
-    # MoCo's configurations for detectron2 (methods 4.4): warm-up 100 and 1000 iterations
+    # MoCo's configurations for detectron2 (docs/method.md): warm-up of 100 and 1000 iterations
     "voc24k": Schedule(24_000, 240, (180, 220)),
     "1x": Schedule(90_000, 90, (60, 80)),
     "2x": Schedule(180_000, 180, (120, 160)),
@@ -80,41 +79,43 @@ class DetectionOptions:
     """Train a detector on VOC 07+12 or COCO from an encoder, and test it."""
 
     encoder: str = tyro.MISSING
-    """A run's folder, or a file of weights: encoder.safetensors or a checkpoint from elsewhere."""
+    """Folder of a run, or a file of weights: encoder.safetensors or a foreign checkpoint."""
     dataset: Literal["voc", "coco"] = tyro.MISSING
     """voc: Faster R-CNN, 07+12 trainval to 07 test. coco: Mask R-CNN, train2017 to val2017."""
     root: str = tyro.MISSING
-    """The folder with VOCdevkit, or with annotations/ and train2017/."""
+    """Folder with VOCdevkit, or with annotations/ and train2017/."""
     out: str | None = None
-    """The detector's own folder; detection-DATASET in the encoder's when not given."""
+    """Folder of the detector's own run; by default detection-DATASET in the encoder's folder."""
     schedule: Literal["1x", "2x", "voc24k", "short"] = "short"
-    """Of iterations and rate."""
+    """Number of iterations and learning rate schedule."""
     iterations: int | None = None
-    """Another length for the same schedule; a multiple of its parts."""
+    """Another number of iterations for the same schedule; a multiple of its parts."""
     years: tuple[Literal["2007", "2012"], ...] = ("2007", "2012")
-    """voc: which years are trained on; tests are of 2007."""
+    """voc: years to train on; tests always use 2007."""
     train_annotations: str | None = None
-    """coco: the path of another annotation file for train2017."""
+    """coco: path of another annotation file for train2017."""
     test_annotations: str | None = None
-    """coco: the path of another annotation file for val2017."""
+    """coco: path of another annotation file for val2017."""
     batch_size: int = 16
-    """Pictures a step, of all processes together."""
+    """Global batch: pictures per step over all processes."""
     short_sides: tuple[int, ...] | None = None
-    """Pixels of the short side in training, one drawn for each picture; detectron2's by default."""
+    """Short sides in pixels in training, one drawn for each picture; by default detectron2's."""
     test_side: int = 800
-    """Pixels of the short side in tests."""
+    """Short side in pixels in tests."""
     rois: int = 512
-    """Proposals of a picture that losses are taken on; detectron2's. Fewer cost less."""
+    """Proposals per picture on which losses are computed (detectron2's number); fewer are
+    cheaper."""
     proposals: int = 1000
-    """Proposals of a picture that are classified in tests; likewise."""
+    """Proposals per picture that are classified in tests (detectron2's number); fewer are
+    cheaper."""
     workers: int = 4
-    """Processes that read pictures, for each rank; 0 for none."""
+    """Processes per rank that read pictures; 0 reads them in the rank itself."""
     seed: int = 0
-    """Of new layers, order and flips."""
+    """Random seed for new layers, picture order and flips."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where torch finds a GPU."""
+    """auto: cuda if torch finds a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the networks; losses are fp32."""
+    """Precision of the networks; losses are fp32. auto: bf16 if the device supports it."""
     log_steps: int = 20
     """Steps between two log lines."""
 
@@ -123,26 +124,27 @@ def evaluate(options: DetectionOptions) -> dict[str, Any]:
     """Train, test, append a row to results.jsonl beside the encoder, return it; on all ranks.
 
     Raises:
-        UserError: encoder, data or options do not fit.
+        UserError: unsuitable encoder, data or options.
     """
-    with together():
-        metadata, path, known, asked, job = prepare(options)
+    with raise_on_all_ranks():
+        metadata, path, train_set, test_set, job = prepare_detection(options)
         if is_main():
-            for data in (known, asked):
-                print(f"{data.name}: {len(data.pictures)} pictures, {told(data)}", flush=True)
+            for data in (train_set, test_set):
+                changes = describe_changes(data)
+                print(f"{data.name}: {len(data.pictures)} pictures, {changes}", flush=True)
     train_job(job)
-    cast(DetectionViews, job.views).close()
-    found = detect_all(cast(Detector, job.method), asked, job.config.precision, job.device)
+    cast(DetectionLoader, job.views).close()
+    detections = detect_all(cast(Detector, job.method), test_set, job.config.precision, job.device)
     row: dict[str, Any] = {}
-    with together():
+    with raise_on_all_ranks():
         if is_main():
-            accuracy = average_precision(asked, found)
-            write_sheet(job.out, asked, found)
-            row = results.row_of(
+            accuracy = average_precision(test_set, detections)
+            write_sheet(job.out, test_set, detections)
+            row = results.build_row(
                 "detection",
                 metadata,
-                known,
-                asked,
+                train_set,
+                test_set,
                 accuracy,
                 schedule=options.schedule,
                 iterations=job.total_steps,
@@ -153,54 +155,56 @@ def evaluate(options: DetectionOptions) -> dict[str, Any]:
     return row
 
 
-def prepare(
+def prepare_detection(
     options: DetectionOptions,
-) -> tuple[dict[str, str], Path, Pictures, Pictures, Job]:
-    """Read the sets and build what the loop trains."""
+) -> tuple[dict[str, str], Path, Pictures, Pictures, TrainingJob]:
+    """Return the encoder's metadata and path, the training and test sets, and the training job."""
     device = pick_device(options.device)
     _, metadata, path = load_encoder(options.encoder)
-    known, asked = read_sets(options)
-    check_sets(known, asked)
-    given = training(options, metadata["encoder"], path, known)
-    config = resolved(given, device)
+    train_set, test_set = read_sets(options)
+    check_sets(train_set, test_set)
+    given = build_train_config(options, metadata["encoder"], path, train_set)
+    config = resolve_config(given, device)
     torch.manual_seed(options.seed)
     setup = Setup(
         encoder=config.encoder,
         sync_bn=True,
         batch_size=options.batch_size,
-        classes=len(known.classes),
+        classes=len(train_set.classes),
         seed=options.seed,
     )
-    built: Method = placed(config.method.build(setup), config, device)
-    views = DetectionViews(
-        known,
+    method: Method = prepare_model_(config.method.build(setup), config, device)
+    loader = DetectionLoader(
+        train_set,
         batch_size=options.batch_size // world_size(),
-        unit=SCHEDULES[options.schedule].part(options.iterations),
+        epoch_steps=SCHEDULES[options.schedule].compute_part(options.iterations),
         workers=options.workers,
         device=device,
         rank=rank(),
         world_size=world_size(),
         seed=options.seed,
     )
-    job = Job(
+    job = TrainingJob(
         given=given,
         config=config,
         device=device,
-        data_name=known.name,
-        data_digest=known.digest,
-        method=built,
-        views=views,
+        data_name=train_set.name,
+        data_digest=train_set.digest,
+        method=method,
+        views=loader,
     )
-    return metadata, path, known, asked, job
+    return metadata, path, train_set, test_set, job
 
 
-def training(options: DetectionOptions, encoder: str, path: Path, known: Pictures) -> TrainConfig:
-    """The options of `train` for a detector on `known`, from the encoder's file at `path`."""
+def build_train_config(
+    options: DetectionOptions, encoder: str, path: Path, train_set: Pictures
+) -> TrainConfig:
+    """Build the options of `train` for a detector, from the encoder's file at `path`."""
     schedule = SCHEDULES[options.schedule]
     method = DetectorConfig(
         path=str(path),
-        sha256=digest(path),
-        masks=known.masks,
+        sha256=compute_digest(path),
+        masks=train_set.masks,
         short_sides=options.short_sides or SHORT_SIDES[options.dataset],
         test_side=options.test_side,
         rois=options.rois,
@@ -219,7 +223,7 @@ def training(options: DetectionOptions, encoder: str, path: Path, known: Picture
             lr=REFERENCE_LR * options.batch_size / REFERENCE_BATCH,
             decay_norms=False,
             schedule="steps",
-            drop_epochs=schedule.drops,
+            milestones=schedule.milestones,
             warmup_epochs=WARMUP_UNITS,
         ),
         seed=options.seed,
@@ -231,7 +235,7 @@ def training(options: DetectionOptions, encoder: str, path: Path, known: Picture
 
 
 def read_sets(options: DetectionOptions) -> tuple[Pictures, Pictures]:
-    """What is trained and what is tested on."""
+    """Read the training set and the test set."""
     if options.dataset == "voc":
         return (
             read_voc(options.root, options.years, "trainval"),
@@ -243,27 +247,27 @@ def read_sets(options: DetectionOptions) -> tuple[Pictures, Pictures]:
     )
 
 
-def check_sets(known: Pictures, asked: Pictures) -> None:
-    """Raises UserError where what is tested is not what is trained."""
-    if known.classes != asked.classes:
-        raise UserError(f"{asked.name}: has other classes than {known.name}")
-    if known.masks != asked.masks:
-        having, lacking = (known, asked) if known.masks else (asked, known)
+def check_sets(train_set: Pictures, test_set: Pictures) -> None:
+    """Raise UserError if the test set does not match the training set, or either is unusable."""
+    if train_set.classes != test_set.classes:
+        raise UserError(f"{test_set.name}: has other classes than {train_set.name}")
+    if train_set.masks != test_set.masks:
+        having, lacking = (train_set, test_set) if train_set.masks else (test_set, train_set)
         raise UserError(f"{lacking.name}: has no segmentations, but {having.name} has")
-    if not known.trainable():
-        raise UserError(f"{known.name}: no picture has an object to train on")
-    if not asked.testable():
-        raise UserError(f"{asked.name}: no picture has an object to be found")
+    if not train_set.select_trainable():
+        raise UserError(f"{train_set.name}: no picture has an object to train on")
+    if not test_set.is_testable():
+        raise UserError(f"{test_set.name}: no picture has an object to detect")
 
 
-def sentence(row: dict[str, Any]) -> str:
-    """The row for a person."""
+def format_result(row: dict[str, Any]) -> str:
+    """Format the row as one line for the terminal."""
     scores = ", ".join(f"{name} {value:.2%}" for name, value in row["accuracy"].items())
     return f"trained on {row['data']}, tested on {row['test_images']} pictures: {scores}"
 
 
-def told(data: Pictures) -> str:
-    """What was left out or changed, in words."""
-    left = len(data.pictures) - len(data.trainable())
-    parts = [f"{left} without an object to train on"]
-    return ", ".join(parts + [f"{count} {what}" for what, count in data.odd.items()])
+def describe_changes(data: Pictures) -> str:
+    """Describe what was left out or changed when the set was read."""
+    untrainable = len(data.pictures) - len(data.select_trainable())
+    parts = [f"{untrainable} without an object to train on"]
+    return ", ".join(parts + [f"{count} {change}" for change, count in data.odd.items()])

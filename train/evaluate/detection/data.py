@@ -1,7 +1,7 @@
-"""Sets of pictures with objects, whatever they were read from (`coco.py`, `voc.py`).
+"""Sets of pictures with objects, as `coco.py` and `voc.py` read them.
 
-What cannot be trained on is left out and counted; what nobody could mean is refused with the file's
-name: a missing picture, a category that the set does not have, an annotation that cannot be read.
+Objects that cannot be trained on are left out and counted. Obvious mistakes are refused with the
+name of the file: a missing picture, an unknown category, an annotation that cannot be read.
 """
 
 import hashlib
@@ -16,14 +16,15 @@ import numpy as np
 
 from schemas import UserError
 
-LEAST_SIDE = 1e-2
-"""Of a box, in pixels: torchvision finds none that are smaller, and scaling may leave nothing."""
+MIN_SIDE = 1e-2
+"""Shortest side of a box in pixels: torchvision detects no smaller ones, and scaling down could
+leave nothing."""
 
 Box = tuple[float, float, float, float]
 
 
 class Object(NamedTuple):
-    """One object of a picture, as `Picture` says of its rows."""
+    """One object of a picture; `Picture` explains the fields."""
 
     box: Box
     label: int
@@ -37,14 +38,15 @@ class Picture:
     """One picture and its objects.
 
     Attributes:
-        number: of the picture in its set, unique.
-        path: of its file. size: (height, width).
+        number: unique number of the picture in its set.
+        path: path of its file.
+        size: (height, width) in pixels.
         boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, inside the picture.
         labels: (n,) int64, from 1.
-        ignored: (n,) bool, crowds of COCO and difficult objects of VOC: they count neither way in
-            a test.
-        trains: (n,) bool: all but crowds, as detectron2 has it.
-        masks: n segmentations as COCO has them; empty in a set without.
+        ignored: (n,) bool, True for crowds of COCO and difficult objects of VOC: a test counts them
+            neither as found nor as missed.
+        trains: (n,) bool, True for objects to train on: all but crowds, as in detectron2.
+        masks: n segmentations in COCO's format; empty in a set without masks.
     """
 
     number: int
@@ -59,7 +61,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set of pictures, its classes' names, and how many objects were changed or left out."""
+    """A set of pictures, the names of its classes, and counts of objects changed or left out."""
 
     name: str
     pictures: list[Picture]
@@ -72,57 +74,57 @@ class Pictures:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over all that was read; of the pixels only their number."""
+        """sha256 of the annotations, file names and picture sizes; pixels are not included."""
         content = hashlib.sha256(repr(self.classes).encode())
-        for one in self.pictures:
-            content.update(f"{one.path.name} {one.size}".encode())
-            for values in (one.boxes, one.labels, one.ignored, one.trains):
+        for picture in self.pictures:
+            content.update(f"{picture.path.name} {picture.size}".encode())
+            for values in (picture.boxes, picture.labels, picture.ignored, picture.trains):
                 content.update(values.tobytes())
-            content.update(json.dumps(one.masks, sort_keys=True).encode())
+            content.update(json.dumps(picture.masks, sort_keys=True).encode())
         return content.hexdigest()
 
-    def trainable(self) -> "list[Picture]":
-        """Pictures with an object to train on."""
+    def select_trainable(self) -> "list[Picture]":
+        """Return the pictures that have an object to train on."""
         return [p for p in self.pictures if p.trains.any()]
 
-    def testable(self) -> bool:
-        """Whether there is an object to be found."""
+    def is_testable(self) -> bool:
+        """Return whether there is an object to detect."""
         return any((~p.ignored).any() for p in self.pictures)
 
 
-def clipped(box: Box, size: tuple[int, int], odd: Counter) -> np.ndarray | None:
-    """The part of a box that lies in the picture, (4,) float32; None where that is nothing.
+def clip_box(box: Box, size: tuple[int, int], odd: Counter) -> np.ndarray | None:
+    """Return the part of a box inside the picture, (4,) float32, or None if nothing is left.
 
-    Counts either.
+    Counts boxes that were cut and boxes that are left out in `odd`.
     """
     height, width = size
     x0, y0, x1, y1 = box
     inside = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    kept = np.array(inside, np.float32)
-    if (kept[2:] - kept[:2]).min() < LEAST_SIDE:
+    clipped = np.array(inside, np.float32)
+    if (clipped[2:] - clipped[:2]).min() < MIN_SIDE:
         odd["boxes without area left out"] += 1
         return None
     if inside != box:
         odd["boxes cut to their picture"] += 1
-    return kept
+    return clipped
 
 
-def picture(
+def build_picture(
     number: int, path: Path, size: tuple[int, int], objects: list[Object], odd: Counter
 ) -> Picture:
-    """Raises UserError where there is no such file."""
+    """Build a picture from its objects. Raise UserError if its file does not exist."""
     if not path.is_file():
         raise UserError(f"{path}: no such picture, but it is annotated")
-    inside = [clipped(one.box, size, odd) for one in objects]
-    boxes = [box for box in inside if box is not None]
-    kept = [one for one, box in zip(objects, inside, strict=True) if box is not None]
+    clipped = [clip_box(item.box, size, odd) for item in objects]
+    boxes = [box for box in clipped if box is not None]
+    kept = [item for item, box in zip(objects, clipped, strict=True) if box is not None]
     return Picture(
         number,
         path,
         size,
         np.array(boxes, np.float32).reshape(-1, 4),
-        np.array([one.label for one in kept], np.int64),
-        np.array([one.ignored for one in kept], bool),
-        np.array([one.trains for one in kept], bool),
-        [one.mask for one in kept if one.mask is not None],
+        np.array([item.label for item in kept], np.int64),
+        np.array([item.ignored for item in kept], bool),
+        np.array([item.trains for item in kept], bool),
+        [item.mask for item in kept if item.mask is not None],
     )

@@ -1,4 +1,4 @@
-"""Masks of detected objects as pixels of their pictures."""
+"""Paste the masks of detected objects into their pictures."""
 
 import torch
 from torch import Tensor
@@ -7,24 +7,24 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Read each mask at the middle of each pixel, bilinearly, as detectron2 does.
+    """Sample each mask at the center of each pixel, bilinearly, as detectron2 does.
 
-    torchvision resizes a mask to its box in whole pixels, which moves the outlines of small
-    objects: docs/detection.md has what that costs.
+    torchvision resizes a mask to its box in whole pixels, which shifts the outlines of small
+    objects; docs/detection.md gives the size of that error.
 
     Args:
         masks: (n, 1, m, m) float32 probabilities over the boxes.
-        boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, each of some width and height.
+        boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, of positive width and height.
         size: (height, width) of the picture.
 
     Returns:
-        (n, 1, height, width) float32 probabilities, 0 away from the boxes.
+        (n, 1, height, width) float32 probabilities, 0 outside the boxes.
     """
     height, width = size
     pasted = masks.new_zeros(len(masks), 1, height, width)
     if not len(masks):
         return pasted
-    # a pixel around the box is read too: the outermost cells fade out half a cell beyond it
+    # sample one pixel around the box too: the outermost cells fade out half a cell beyond it
     first = (boxes[:, :2].floor() - 1).clamp(min=0).long().tolist()
     last = (boxes[:, 2:].ceil() + 1).long().tolist()
     for number, ((left, top), (right, bottom)) in enumerate(zip(first, last, strict=True)):
@@ -43,7 +43,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Transform(GeneralizedRCNNTransform):
-    """torchvision's resizing and normalization, with masks pasted by `paste_masks`."""
+    """Resize and normalize as torchvision does, but paste masks by `paste_masks`."""
 
     def postprocess(
         self,
@@ -51,10 +51,10 @@ class Transform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Bring detections back to the pictures' own sizes; in training there are none."""
-        masks = [one.pop("masks", None) for one in result]
+        """Scale detections back to the pictures' own sizes; in training there are none."""
+        masks = [detections.pop("masks", None) for detections in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
-        for one, mask, size in zip(result, masks, original_image_sizes, strict=False):
+        for detections, mask, size in zip(result, masks, original_image_sizes, strict=False):
             if mask is not None:
-                one["masks"] = paste_masks(mask, one["boxes"], size)
+                detections["masks"] = paste_masks(mask, detections["boxes"], size)
         return result

@@ -1,4 +1,4 @@
-"""Average precision by pycocotools, for COCO and for VOC alike."""
+"""Average precision by pycocotools, for both COCO and VOC."""
 
 import io
 from contextlib import redirect_stdout
@@ -12,28 +12,28 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from train.config import autocast
-from train.distributed import gather_objects, is_main, rank, together, world_size
+from train.distributed import gather_objects, is_main, raise_on_all_ranks, rank, world_size
 from train.evaluate.detection.data import Picture, Pictures
+from train.evaluate.detection.loader import decode_masks, load_image
 from train.evaluate.detection.model import Detector
-from train.evaluate.detection.views import image_of, masks_of
 
-Found = dict[str, Any]
-"""One detection as COCO's result files have it; `bbox` is x, y, width, height."""
+Detection = dict[str, Any]
+"""One detection in the format of COCO's result files; `bbox` is x, y, width, height."""
 
 
-def found_in(one: Picture, detections: dict[str, Tensor]) -> list[Found]:
-    """What a detector says of a picture, as plain values; a mask is its pixels above one half."""
+def to_coco_format(picture: Picture, detections: dict[str, Tensor]) -> list[Detection]:
+    """Convert a detector's output for a picture; a mask consists of its pixels above one half."""
     boxes = detections["boxes"].cpu().numpy()
     rows = []
-    for place, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
-        row: Found = {
-            "image_id": one.number,
-            "category_id": int(detections["labels"][place]),
+    for index, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        row: Detection = {
+            "image_id": picture.number,
+            "category_id": int(detections["labels"][index]),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": float(detections["scores"][place]),
+            "score": float(detections["scores"][index]),
         }
         if "masks" in detections:
-            pixels = (detections["masks"][place, 0] > 0.5).cpu().numpy().astype(np.uint8)
+            pixels = (detections["masks"][index, 0] > 0.5).cpu().numpy().astype(np.uint8)
             row["segmentation"] = coco_mask.encode(np.asfortranarray(pixels))
         rows.append(row)
     return rows
@@ -41,38 +41,39 @@ def found_in(one: Picture, detections: dict[str, Tensor]) -> list[Found]:
 
 def detect_all(
     detector: Detector, data: Pictures, precision: str, device: torch.device
-) -> list[Found]:
-    """Detections in every picture, on rank 0; the ranks share the work.
+) -> list[Detection]:
+    """Detect objects in every picture; ranks share the work, rank 0 returns all detections.
 
     Raises:
-        UserError: a picture is not as its annotation says; on rank 0, the others exit.
+        UserError: a picture does not match its annotation; on rank 0, the others exit.
     """
     detector.eval()
-    own: list[Found] = []
-    with together():
-        for one in data.pictures[rank() :: world_size()]:
+    own: list[Detection] = []
+    with raise_on_all_ranks():
+        for picture in data.pictures[rank() :: world_size()]:
             with autocast(precision, device):
-                (detections,) = detector.detect([image_of(one).to(device)])
-            own += found_in(one, detections)
+                (detections,) = detector.detect([load_image(picture).to(device)])
+            own += to_coco_format(picture, detections)
     detector.train()
     parts = gather_objects(own)
     return [row for part in parts for row in part] if is_main() else []
 
 
-def average_precision(data: Pictures, found: list[Found]) -> dict[str, float]:
-    """AP, AP50 and AP75 of boxes, and of masks where the set has them: shares, 0 to 1.
+def average_precision(data: Pictures, detections: list[Detection]) -> dict[str, float]:
+    """Compute AP, AP50 and AP75, 0 to 1, of boxes and, if the set has masks, of masks.
 
-    COCO's metric for VOC too: AP over IoU 0.5 to 0.95 with 101 recalls. Ignored objects are crowds
-    to it. Nothing found is 0.
+    VOC is scored by COCO's metric too: AP over IoU 0.5 to 0.95 with 101 recalls. Ignored objects
+    are passed to it as crowds. Without detections all scores are 0.
     """
-    truth = ground_truth(data)
+    truth = build_ground_truth(data)
     kinds = {"box": "bbox"} | ({"mask": "segm"} if data.masks else {})
     scores: dict[str, float] = {}
     for name, kind in kinds.items():
         values = [0.0, 0.0, 0.0]
-        if found:
-            with redirect_stdout(io.StringIO()):  # it prints its tables
-                evaluation = COCOeval(truth, truth.loadRes([dict(row) for row in found]), kind)
+        if detections:
+            with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
+                loaded = truth.loadRes([dict(row) for row in detections])
+                evaluation = COCOeval(truth, loaded, kind)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
@@ -81,31 +82,32 @@ def average_precision(data: Pictures, found: list[Found]) -> dict[str, float]:
     return scores
 
 
-def ground_truth(data: Pictures) -> COCO:
-    """The set as pycocotools wants it, from what was read: labels are categories."""
+def build_ground_truth(data: Pictures) -> COCO:
+    """Convert a set for pycocotools; labels become categories."""
     annotations: list[dict[str, Any]] = []
-    for one in data.pictures:
-        pixels = masks_of(one) if data.masks else None
-        for place, (x0, y0, x1, y1) in enumerate(one.boxes.tolist()):
+    for picture in data.pictures:
+        pixels = decode_masks(picture) if data.masks else None
+        for index, (x0, y0, x1, y1) in enumerate(picture.boxes.tolist()):
             row = {
                 "id": len(annotations) + 1,
-                "image_id": one.number,
-                "category_id": int(one.labels[place]),
+                "image_id": picture.number,
+                "category_id": int(picture.labels[index]),
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": (x1 - x0) * (y1 - y0),
-                "iscrowd": int(one.ignored[place]),
+                "iscrowd": int(picture.ignored[index]),
             }
             if pixels is not None:
-                row["segmentation"] = coco_mask.encode(np.asfortranarray(pixels[place]))
-                row["area"] = float(pixels[place].sum())
+                row["segmentation"] = coco_mask.encode(np.asfortranarray(pixels[index]))
+                row["area"] = float(pixels[index].sum())
             annotations.append(row)
     truth = COCO()
     truth.dataset = {
         "info": {},
         "images": [
-            {"id": one.number, "height": one.size[0], "width": one.size[1]} for one in data.pictures
+            {"id": picture.number, "height": picture.size[0], "width": picture.size[1]}
+            for picture in data.pictures
         ],
-        "categories": [{"id": place, "name": name} for place, name in enumerate(data.classes, 1)],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(data.classes, 1)],
         "annotations": annotations,
     }
     with redirect_stdout(io.StringIO()):

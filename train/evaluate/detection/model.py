@@ -1,9 +1,9 @@
-"""Faster and Mask R-CNN with a C4 backbone, out of torchvision's parts.
+"""Faster and Mask R-CNN with a C4 backbone, built from torchvision's parts.
 
-    image --> conv1 .. layer3 --> RPN --> RoI heads (`heads.py`)
+    image --> conv1 .. layer3 --> RPN --> RoI heads (`roi_heads.py`)
 
-This is detectron2's R50-C4 with MoCo's extra normalisation behind res5, as far as torchvision has a
-place for it; docs/detection.md lists the differences. All layers train.
+This is detectron2's R50-C4 with MoCo's extra normalization after res5, as far as torchvision's
+parts allow; docs/detection.md lists the differences. All layers are trained.
 """
 
 from dataclasses import dataclass
@@ -19,40 +19,46 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from pipeline.fused import MEAN, STD
 from schemas import UserError
-from train.encoders import build_encoder, load_encoder, stem_of
-from train.evaluate.detection.heads import C4RoIHeads, RoIHead, in_float32, last_width
+from train.encoders import build_encoder, get_stem, load_encoder
 from train.evaluate.detection.masks import Transform
+from train.evaluate.detection.roi_heads import (
+    C4RoIHeads,
+    RoIHead,
+    get_output_channels,
+    return_float32_,
+)
 from train.methods.method import Method, MethodConfig, Setup
 from train.timm_encoders import is_timm_encoder
 
-MASK_WIDTH = 256  # of the mask predictor's hidden layer
+MASK_WIDTH = 256
+"""Width of the mask predictor's hidden layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig(MethodConfig):
-    """What is detected, with which encoder, at which sizes; numbers are detectron2's.
+    """Options of the detector; the numbers are detectron2's.
 
-    No way to pretrain, so no name of `train --method`.
+    It does not pretrain, so it is not a choice of `train --method`.
     """
 
     name: ClassVar[str] = "detection"
 
     path: str
-    """The encoder's file, or the folder of its run; empty for random weights."""
+    """File of the encoder, or folder of its run; empty for random weights."""
     sha256: str
-    """Of the file: a training goes on with no other."""
+    """sha256 of that file; resuming requires the same file."""
     masks: bool
-    """Whether objects have masks too (Mask R-CNN)."""
+    """Predict masks too (Mask R-CNN)."""
     short_sides: tuple[int, ...]
-    """Pixels of the short side in training, one drawn for each image."""
+    """Short sides in pixels in training, one drawn for each image."""
     test_side: int = 800
-    """Pixels of the short side in tests."""
+    """Short side in pixels in tests."""
     long_side: int = 1333
-    """Pixels of the long side at most."""
+    """Maximum long side in pixels."""
     rois: int = 512
-    """Proposals of a picture that losses are taken on."""
+    """Proposals per picture on which losses are computed."""
     proposals: int = 1000
-    """Proposals of a picture that are classified in tests."""
+    """Proposals per picture that are classified in tests."""
 
     def build(self, setup: Setup) -> "Detector":
         return Detector(self, setup)
@@ -65,7 +71,7 @@ class Body(nn.Module):
         super().__init__()
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
             self.add_module(name, getattr(encoder, name))
-        self.out_channels = last_width(encoder.get_submodule("layer3"))
+        self.out_channels = get_output_channels(encoder.get_submodule("layer3"))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.children():
@@ -73,13 +79,13 @@ class Body(nn.Module):
         return x
 
 
-def proposer(width: int, proposals: int) -> RegionProposalNetwork:
-    """The RPN on a map of `width` channels; so many proposals of a picture in tests."""
+def build_rpn(width: int, proposals: int) -> RegionProposalNetwork:
+    """Build the RPN for a map of `width` channels, with this number of proposals in tests."""
     anchors = AnchorGenerator(sizes=((32, 64, 128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),))
     (kinds,) = anchors.num_anchors_per_location()
     return RegionProposalNetwork(
         anchors,
-        in_float32(RPNHead(width, kinds)),
+        return_float32_(RPNHead(width, kinds)),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
@@ -90,14 +96,14 @@ def proposer(width: int, proposals: int) -> RegionProposalNetwork:
     )
 
 
-def roi_heads(head: RoIHead, classes: int, config: DetectorConfig) -> C4RoIHeads:
-    """What classifies proposals into `classes` and the background, and cuts out masks."""
+def build_roi_heads(head: RoIHead, classes: int, config: DetectorConfig) -> C4RoIHeads:
+    """Build the heads that classify proposals (`classes` and background) and predict masks."""
     mask_predictor = None
     if config.masks:
-        mask_predictor = in_float32(MaskRCNNPredictor(head.width, MASK_WIDTH, classes + 1))
+        mask_predictor = return_float32_(MaskRCNNPredictor(head.width, MASK_WIDTH, classes + 1))
     return C4RoIHeads(
         box_head=head,
-        box_predictor=in_float32(FastRCNNPredictor(head.width, classes + 1)),
+        box_predictor=return_float32_(FastRCNNPredictor(head.width, classes + 1)),
         mask_predictor=mask_predictor,
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
@@ -111,7 +117,7 @@ def roi_heads(head: RoIHead, classes: int, config: DetectorConfig) -> C4RoIHeads
 
 
 class Detector(Method):
-    """Reads `images` and `targets` of a batch: lists of tensors, of torchvision's dicts."""
+    """Detector; reads `images`, a list of tensors, and `targets`, a list of torchvision's dicts."""
 
     file = "detector.safetensors"
 
@@ -119,26 +125,26 @@ class Detector(Method):
         super().__init__()
         if config.path:
             encoder, metadata, _ = load_encoder(config.path)
-            if stem_of(metadata) != "imagenet":
+            if get_stem(metadata) != "imagenet":
                 raise UserError(f"{config.path}: has the small stem; detection needs torchvision's")
         else:
             encoder, _ = build_encoder(setup.encoder)
         if is_timm_encoder(encoder):
             raise UserError(
-                f"{config.path or setup.encoder}: is a network of timm; the C4 detector is made of "
-                "the stages of torchvision's ResNets"
+                f"{config.path or setup.encoder}: is a network of timm; the C4 detector is built "
+                "from the stages of torchvision's ResNets"
             )
-        body, head = in_float32(Body(encoder)), RoIHead(encoder.get_submodule("layer4"))
+        body, head = return_float32_(Body(encoder)), RoIHead(encoder.get_submodule("layer4"))
         self.network = GeneralizedRCNN(
             body,
-            proposer(body.out_channels, config.proposals),
-            roi_heads(head, setup.classes, config),
+            build_rpn(body.out_channels, config.proposals),
+            build_roi_heads(head, setup.classes, config),
             Transform(config.short_sides, config.long_side, list(MEAN), list(STD)),
         )
         self.sides = config.short_sides, config.test_side
 
     def train(self, mode: bool = True) -> "Detector":
-        """In training one short side is drawn, in tests there is one."""
+        """Set the mode; the short side is drawn for each image in training and fixed in tests."""
         super().train(mode)
         self.network.transform.min_size = self.sides[0] if mode else (self.sides[1],)
         return self
@@ -149,7 +155,10 @@ class Detector(Method):
 
     @torch.inference_mode()
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """(3, H, W) float32 in 0 .. 1 -> boxes, labels (from 1), scores [and masks] of each."""
+        """Detect objects in images (3, H, W) float32 in 0 .. 1.
+
+        Returns, for each image, boxes, labels (from 1), scores and, for Mask R-CNN, masks.
+        """
         return self.network(images)
 
     def exported(self) -> nn.Module:

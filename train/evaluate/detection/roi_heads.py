@@ -1,10 +1,10 @@
-"""The RoI heads of a C4 detector: detectron2's Res5ROIHeads with MoCo's extra norm.
+"""RoI heads of a C4 detector: detectron2's Res5ROIHeads with MoCo's extra norm.
 
     map of layer3 --> RoIAlign 14 x 14 --> layer4 --> norm --> mean --> class, box
                                                          `--> deconv --> mask
 
-In training the maps are computed once, and masks are taken from the rows of positive proposals:
-layer4 and the norm see one batch a step. In tests masks belong to the final boxes, which are new.
+In training the maps are computed once, and masks use the rows of positive proposals, so layer4 and
+the norm see one batch per step. In tests masks are computed for the final boxes, which are new.
 """
 
 from typing import Any, TypeVar
@@ -19,7 +19,8 @@ from torchvision.models.detection.roi_heads import (
 )
 from torchvision.ops import roi_align
 
-STRIDE = 16  # of layer3's map
+STRIDE = 16
+"""Stride of layer3's map in pixels."""
 ROI_SIZE = 14
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -28,10 +29,10 @@ Shapes = list[tuple[int, int]]
 
 
 class AlignedRoIs(nn.Module):
-    """RoIAlign of one map with the half-pixel offset (detectron2's RoIAlignV2)."""
+    """RoIAlign on one map with the half-pixel offset (detectron2's RoIAlignV2)."""
 
     def forward(self, features: Features, boxes: list[Tensor]) -> Tensor:
-        """A map (N, C, H, W), and for each image its (n, 4) boxes -> (sum of n, C, 14, 14)."""
+        """Pool a map (N, C, H, W) in the (n, 4) boxes of each image -> (sum of n, C, 14, 14)."""
         return roi_align(
             features["0"],
             boxes,
@@ -43,12 +44,12 @@ class AlignedRoIs(nn.Module):
 
 
 class RoIHead(nn.Module):
-    """layer4 and the extra norm on RoI features: (R, C, 14, 14) -> maps (R, D, 7, 7)."""
+    """layer4 and the extra norm for RoI features: (R, C, 14, 14) -> maps (R, D, 7, 7)."""
 
     def __init__(self, layer4: nn.Module) -> None:
         super().__init__()
         self.layer4 = layer4
-        self.width = last_width(layer4)
+        self.width = get_output_channels(layer4)
         self.norm = nn.BatchNorm2d(self.width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,11 +57,11 @@ class RoIHead(nn.Module):
 
 
 class C4RoIHeads(RoIHeads):
-    """torchvision's RoI heads, but boxes and masks share the maps of `box_head`.
+    """torchvision's RoI heads, except that boxes and masks share the maps of `box_head`.
 
     Args:
-        mask_predictor: maps -> (R, classes, 14, 14) logits; None for boxes alone.
-        options: torchvision's.
+        mask_predictor: maps -> (R, classes, 14, 14) logits; None to predict only boxes.
+        options: options of torchvision's class.
     """
 
     def __init__(self, *, mask_predictor: nn.Module | None, **options: Any) -> None:
@@ -74,25 +75,25 @@ class C4RoIHeads(RoIHeads):
         image_shapes: Shapes,
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """As torchvision's: (detections, {}) in tests, ([], losses) in training."""
+        """Return (detections, {}) in tests and ([], losses) in training, as torchvision does."""
         if self.training:
             assert targets is not None
-            return [], self.losses(features, proposals, targets)
-        return self.detections(features, proposals, image_shapes), {}
+            return [], self.compute_losses(features, proposals, targets)
+        return self.detect(features, proposals, image_shapes), {}
 
-    def maps(self, features: Features, boxes: list[Tensor]) -> Tensor:
+    def compute_maps(self, features: Features, boxes: list[Tensor]) -> Tensor:
         return self.box_head(self.box_roi_pool(features, boxes))
 
-    def losses(
+    def compute_losses(
         self, features: Features, proposals: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         chosen, matched, labels, regression = self.select_training_samples(proposals, targets)
-        maps = self.maps(features, chosen)
+        maps = self.compute_maps(features, chosen)
         logits, deltas = self.box_predictor(maps.mean(dim=(2, 3)))
-        of_class, of_box = fastrcnn_loss(logits, deltas, labels, regression)
-        losses = {"loss_classifier": of_class, "loss_box_reg": of_box}
+        class_loss, box_loss = fastrcnn_loss(logits, deltas, labels, regression)
+        losses = {"loss_classifier": class_loss, "loss_box_reg": box_loss}
         if self.mask_predictor is not None:
-            positive = [of_image > 0 for of_image in labels]
+            positive = [image_labels > 0 for image_labels in labels]
             losses["loss_mask"] = maskrcnn_loss(
                 self.mask_predictor(maps[torch.cat(positive)]),
                 [boxes[rows] for boxes, rows in zip(chosen, positive, strict=True)],
@@ -102,39 +103,40 @@ class C4RoIHeads(RoIHeads):
             )
         return losses
 
-    def detections(
+    def detect(
         self, features: Features, proposals: list[Tensor], image_shapes: Shapes
     ) -> list[dict[str, Tensor]]:
-        logits, deltas = self.box_predictor(self.maps(features, proposals).mean(dim=(2, 3)))
+        logits, deltas = self.box_predictor(self.compute_maps(features, proposals).mean(dim=(2, 3)))
         boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-        found = [
+        detections = [
             {"boxes": b, "labels": c, "scores": s}
             for b, c, s in zip(boxes, labels, scores, strict=True)
         ]
         if self.mask_predictor is not None:
-            masks = maskrcnn_inference(self.mask_predictor(self.maps(features, boxes)), labels)
-            for one, of_image in zip(found, masks, strict=True):
-                one["masks"] = of_image
-        return found
+            mask_logits = self.mask_predictor(self.compute_maps(features, boxes))
+            masks = maskrcnn_inference(mask_logits, labels)
+            for detection, image_masks in zip(detections, masks, strict=True):
+                detection["masks"] = image_masks
+        return detections
 
 
-def last_width(layer: nn.Module) -> int:
-    """Channels that a stage of a ResNet puts out."""
+def get_output_channels(layer: nn.Module) -> int:
+    """Return the number of output channels of a ResNet's stage."""
     return [m for m in layer.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
 
 
-def in_float32(module: Network) -> Network:
-    """The module, whose outputs are float32 whatever it computes in.
+def return_float32_(module: Network) -> Network:
+    """Make the module return float32 whatever precision it computes in; return the module.
 
-    Under autocast only what lies inside is bf16: boxes of some hundred pixels would lose whole
-    pixels in it, so anchors, deltas, scores and all that is made of them stay float32.
+    Under autocast only its inner computation is bf16: boxes of some hundred pixels would be off by
+    whole pixels in bf16, so anchors, deltas, scores and all that follows from them stay float32.
     """
-    module.register_forward_hook(lambda _module, _inputs, output: as_float32(output))
+    module.register_forward_hook(lambda _module, _inputs, output: to_float32(output))
     return module
 
 
-def as_float32(output: Any) -> Any:
-    """A tensor, or nested lists and tuples of them."""
+def to_float32(output: Any) -> Any:
+    """Convert a tensor, or nested lists and tuples of tensors, to float32."""
     if isinstance(output, Tensor):
         return output.float()
-    return type(output)(as_float32(part) for part in output)
+    return type(output)(to_float32(part) for part in output)

@@ -1,14 +1,14 @@
-"""Made-up batches have all that a recipe promises."""
+"""Synthetic batches have all fields that a recipe promises."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-import train.loop
+import train.trainer
 from pipeline.recipes import RECIPES
 from tests.train.runs import config, metrics
-from train.feed import SyntheticViews, split
+from train.data import SyntheticViews, split_batch
 from train.methods import MaskCoConfig
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_without_regions_there_are_none():
 
 def test_parts_have_the_regions_of_their_own_images():
     batch = made_up("maskco")
-    for number, part in enumerate(split(batch, 2)):
+    for number, part in enumerate(split_batch(batch, 2)):
         rows = slice(2 * number, 2 * number + 2)
         for name in ("query", "key", "query_regions", "key_regions", "region_valid"):
             assert torch.equal(getattr(part, name), getattr(batch, name)[rows]), name
@@ -52,5 +52,5 @@ def test_maskco_trains_on_made_up_batches(tmp_path):
         "", tmp_path, synthetic=20, recipe=RECIPES["maskco"], method=MaskCoConfig(queue=20),
         crop_size=56, epochs=1, log_steps=1,
     )  # fmt: skip
-    train.loop.train(settings)
+    train.trainer.train(settings)
     assert [row["regions_valid"] for row in metrics(tmp_path)] == [1, 1]

@@ -1,4 +1,4 @@
-"""Batches for the loop: from shards, or made up to time the step alone."""
+"""Batches for the trainer: from shards, or synthetic to time the step alone."""
 
 import time
 from collections import deque
@@ -13,7 +13,7 @@ from pipeline import Batch, Recipe
 
 
 class Views(Protocol):
-    """What the loop asks of a loader; `pipeline.MaskedViews` is one."""
+    """The interface of a loader for the trainer; `pipeline.MaskedViews` implements it."""
 
     samples: int
     dropped: int
@@ -25,32 +25,32 @@ class Views(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Feed:
-    """An endless stream of batches that notes how long each step waited, and its keys.
+class BatchStream:
+    """An endless stream of batches that measures how long each step waited for its data.
 
     Attributes:
-        waited: seconds that the last step waited for its data.
-        last: its batch.
-        keys: for each of the last `memory` steps, the keys of its samples on this rank.
+        waited: seconds that the last step waited.
+        last: the batch of the last step.
+        keys: the keys of this rank's samples, one list for each of the last `memory` steps.
     """
 
     def __init__(self, views: Views, memory: int) -> None:
-        self.stream = chain.from_iterable(repeat(views))
+        self.batches = chain.from_iterable(repeat(views))
         self.waited = 0.0
         self.last: Batch | None = None
         self.keys: deque[list[str]] = deque(maxlen=memory)
 
-    def parts(self, count: int) -> Iterator[Batch]:
-        """The next batch in `count` equal parts."""
+    def next_parts(self, count: int) -> Iterator[Batch]:
+        """Yield the next batch in `count` equal parts."""
         start = time.perf_counter()
-        self.last = next(self.stream)
+        self.last = next(self.batches)
         self.waited = time.perf_counter() - start
         self.keys.append(self.last.sample_keys or [])
-        return split(self.last, count)
+        return split_batch(self.last, count)
 
 
-def split(batch: Batch, count: int) -> Iterator[Batch]:
-    """Images, labels and windows in `count` parts, each with the hard negatives of its own keys."""
+def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
+    """Yield `count` equal parts of a batch, each with the hard negatives of its own keys."""
     if count == 1:
         yield batch
         return
@@ -69,11 +69,11 @@ def split(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 class SyntheticViews:
-    """One made-up batch, over and over: what a step costs when data costs nothing.
+    """One random batch, repeated, to measure a step without the cost of data.
 
     Args:
-        samples: images that an epoch is said to have, over all ranks.
-        batch_size: of this rank.
+        samples: pretended number of images per epoch, over all ranks.
+        batch_size: images per step on this rank.
     """
 
     cache_description = ""
@@ -93,20 +93,20 @@ class SyntheticViews:
         self.step = 0
         generator = torch.Generator(device).manual_seed(seed)
 
-        def images(count: int) -> torch.Tensor:
+        def draw_images(count: int) -> torch.Tensor:
             side = recipe.crop_size
             shape = (count, side, side, 3)
             return torch.randn(shape, generator=generator, device=device).permute(0, 3, 1, 2)
 
-        many = recipe.hard_negatives
+        hard_count = recipe.hard_negatives * batch_size
         self.batch = Batch(
-            query=images(batch_size),
-            key=images(batch_size) if recipe.pair else None,
-            hard_negative=images(many * batch_size) if many else None,
+            query=draw_images(batch_size),
+            key=draw_images(batch_size) if recipe.pair else None,
+            hard_negative=draw_images(hard_count) if hard_count else None,
             label=torch.randint(
                 SYNTHETIC_CLASSES, (batch_size,), generator=generator, device=device
             ),
-            **made_up_regions(recipe, batch_size, generator),
+            **draw_regions(recipe, batch_size, generator),
         )
 
     def __len__(self) -> int:
@@ -129,8 +129,8 @@ class SyntheticViews:
 SYNTHETIC_CLASSES = 1000
 
 
-def made_up_regions(recipe: Recipe, size: int, generator: torch.Generator) -> dict[str, Any]:
-    """The fields of a batch that tell its regions: boxes of half a view's side, all valid."""
+def draw_regions(recipe: Recipe, size: int, generator: torch.Generator) -> dict[str, Any]:
+    """Draw the region fields of a batch: boxes of half a view's side, all valid."""
     if not recipe.regions:
         return {}
     half = recipe.crop_size / 2

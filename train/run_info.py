@@ -1,4 +1,4 @@
-"""What a run says of itself: on the terminal, in its folder, in its encoder's metadata."""
+"""Describe a run: on the terminal, in its folder, in the metadata of its encoder."""
 
 import json
 import os
@@ -13,23 +13,26 @@ from pathlib import Path
 import torch
 
 from pipeline.cache import network_mount
-from train.config import TrainConfig, recipe_name, settings_of
+from train.config import TrainConfig, collect_settings, find_recipe_name
+from train.data import Views
 from train.distributed import world_size
-from train.feed import Views
 from train.methods import Method
 
 PACKAGES = ("saliency-shards", "torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy")
 
+RESULTS = "results.jsonl"
+"""File of a run's folder: one line for each evaluation of its encoder."""
 
-def write_start(
+
+def append_start(
     path: Path, config: TrainConfig, device: torch.device, step: int, data_digest: str
 ) -> None:
-    """Append how the run was started, or started again after `step` steps: one JSON line each."""
+    """Append one JSON line that tells how the run was started, or resumed after `step` steps."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     row = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "after_step": step,
-        "command": command(),
+        "command": reconstruct_command(),
         "data_digest": data_digest,
         "processes": world_size(),
         "device": name,
@@ -37,14 +40,14 @@ def write_start(
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "git": git_revision(),
+        "git": read_git_revision(),
     }
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def command() -> str:
-    """What repeats this run: the program and its options as they were given."""
+def reconstruct_command() -> str:
+    """Return the command that repeats this run: the program and its options as given."""
     given = sys.orig_argv
     if "-m" not in given:
         return shlex.join(given)
@@ -56,12 +59,12 @@ def command() -> str:
     return f"{start} {shlex.join(given[given.index('-m') :])}"
 
 
-def git_revision() -> str | None:
-    """The commit of this code, with `+changes` if files differ; None where it is no checkout."""
+def read_git_revision() -> str | None:
+    """Return the commit of this code, with `+changes` if files differ; None without a checkout."""
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]
     try:
-        found = subprocess.run(
+        head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )
         changes = subprocess.run(
@@ -71,18 +74,18 @@ def git_revision() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return None  # no git here, or installed from a wheel
-    return found.stdout.strip() + ("+changes" if changes.stdout else "")
+        return None  # git is missing, or the code was installed from a wheel
+    return head.stdout.strip() + ("+changes" if changes.stdout else "")
 
 
-def introduction(
+def describe_run(
     config: TrainConfig, method: Method, views: Views, device: torch.device
 ) -> list[str]:
-    """What is about to happen, one line each."""
+    """Return lines that tell what is about to be trained, then notes on unusual options."""
     optim = config.optim
-    of_method = config.method.notes(config.recipe, config.batch_size // config.accumulate)
+    part = config.batch_size // config.grad_accum_steps
     return [
-        f"{config.method.name}, {config.encoder}, recipe {recipe_name(config.recipe)}, "
+        f"{config.method.name}, {config.encoder}, recipe {find_recipe_name(config.recipe)}, "
         f"{config.recipe.crop_size} px, batch {config.batch_size} on {world_size()} x "
         f"{device.type}, {config.precision}",
         f"{optim.optimizer}, lr {optim.peak(config.batch_size):g}, {optim.schedule}, "
@@ -92,44 +95,48 @@ def introduction(
         *filter(None, [views.cache_description]),
         *(
             f"note: {note}"
-            for note in [*notes(config, device), *of_method, *method.notes(views.samples)]
+            for note in [
+                *collect_notes(config, device),
+                *config.method.notes(config.recipe, part),
+                *method.notes(views.samples),
+            ]
         ),
     ]
 
 
-def notes(config: TrainConfig, device: torch.device) -> list[str]:
-    """What a person may not have meant; one line each."""
-    found = []
-    late = [epoch for epoch in config.optim.drop_epochs if epoch >= config.epochs]
+def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
+    """Return notes on options that the user may not have intended, one line each."""
+    notes = []
+    late = [epoch for epoch in config.optim.milestones if epoch >= config.epochs]
     if config.optim.schedule == "steps" and late:
-        found.append(
-            f"the rate is to drop at epoch {', '.join(map(str, late))}, and there are "
-            f"{config.epochs} epochs; see --drop-epochs"
+        notes.append(
+            f"the learning rate is to drop at epoch {', '.join(map(str, late))}, but there are "
+            f"only {config.epochs} epochs; see --milestones"
         )
     if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
-        found.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} takes all")
+        notes.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} uses all")
     kind = network_mount(config.data)
     if kind and config.cache is None and not config.synthetic:
-        found.append(
-            f"{config.data} lies on {kind}: where steps wait for data, --cache FOLDER keeps shards "
-            "on a local disk"
+        notes.append(
+            f"{config.data} lies on {kind}: if steps wait for data, --cache FOLDER keeps shards on "
+            "a local disk"
         )
-    return found
+    return notes
 
 
-def metadata_of(config: TrainConfig, name: str, digest: str) -> dict[str, str]:
-    """What an evaluation must know of an encoder; safetensors holds strings only."""
+def build_metadata(config: TrainConfig, name: str, digest: str) -> dict[str, str]:
+    """Return what evaluations must know about an encoder; safetensors holds only strings."""
     return {
         "encoder": config.encoder,
         "stem": config.stem,
         "zero_init_residual": str(config.zero_init_residual),
         "method": config.method.name,
-        "recipe": recipe_name(config.recipe),
+        "recipe": find_recipe_name(config.recipe),
         "crop_size": str(config.recipe.crop_size),
         "high_pass": str(config.recipe.high_pass),
         "high_pass_kernel": str(config.recipe.high_pass_kernel),
         "high_pass_sigma": str(config.recipe.high_pass_sigma),
-        "settings": json.dumps(settings_of(config, digest)),
+        "settings": json.dumps(collect_settings(config, digest)),
         "epochs": str(config.epochs),
         "seed": str(config.seed),
         "data": name,

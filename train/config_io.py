@@ -1,4 +1,4 @@
-"""Options as a YAML file: what a run writes into its folder, and what `--config` reads."""
+"""Options as YAML: what a run writes to its folder, and what `--config` reads."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,8 +11,8 @@ from pipeline.recipes import Recipe
 from schemas import UserError
 from schemas.cli import lookup
 from schemas.settings import plain
-from train.config import KnnConfig, TrainConfig
-from train.methods import find_method, name_of
+from train.config import KnnConfig, TrainConfig, use_current_names
+from train.methods import find_method, get_method_name
 from train.optim import OptimConfig
 
 Options = TypeVar("Options")
@@ -21,13 +21,14 @@ DECIDED = "decided"
 PARTS: dict[str, Any] = {"recipe": Recipe, "optim": OptimConfig, "knn": KnnConfig}
 
 
-def dump(given: TrainConfig, decided: TrainConfig) -> str:
-    """All options as they were given, those of the method with its name; then what was decided.
+def dump_config(given: TrainConfig, decided: TrainConfig) -> str:
+    """Return all options as they were given, with the method's name, and the decided values.
 
-    What was decided is for people: it is not read back, so that other options change it again.
+    The decided values are for the reader only: they are not read back, so other options change
+    them again.
     """
     content = plain(asdict(given))
-    content["method"] = {"name": name_of(type(given.method)), **content["method"]}
+    content["method"] = {"name": get_method_name(type(given.method)), **content["method"]}
     content[DECIDED] = {
         "crop_size": decided.recipe.crop_size,
         "lr": decided.optim.lr,
@@ -36,11 +37,11 @@ def dump(given: TrainConfig, decided: TrainConfig) -> str:
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def load(path: str) -> TrainConfig:
-    """Read what `dump` wrote, or a part of it: options that are not there have their defaults.
+def load_config(path: str) -> TrainConfig:
+    """Read a file by `dump_config`, or a part of one: missing options have their defaults.
 
     Raises:
-        UserError: no such file, no YAML, an unknown name, a value of another kind.
+        UserError: no such file, invalid YAML, an unknown name, a value of the wrong type.
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
@@ -48,22 +49,23 @@ def load(path: str) -> TrainConfig:
         raise UserError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no options, name: value")
+    content = use_current_names(content)
     content.pop(DECIDED, None)
     method = dict(content.get("method") or {})
     name = method.pop("name", "moco")
-    content["method"] = made(find_method(name), method, f"{path}: method")
+    content["method"] = build_options(find_method(name), method, f"{path}: method")
     for part, kind in PARTS.items():
         if part in content:
-            content[part] = made(kind, content[part] or {}, f"{path}: {part}")
-    return made(TrainConfig, content, path)
+            content[part] = build_options(kind, content[part] or {}, f"{path}: {part}")
+    return build_options(TrainConfig, content, path)
 
 
-def made(kind: type[Options], values: dict[str, Any], where: str) -> Options:
-    """A dataclass of options from plain values."""
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Options:
+    """Build a dataclass of options from plain values; `where` begins the messages of errors."""
+    names = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     for name in values:
         try:
-            lookup("option", name, known)
+            lookup("option", name, names)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     try:

@@ -1,4 +1,4 @@
-"""Joins the processes that `torchrun` started, or stays alone; says why it cannot go on."""
+"""Join the processes that `torchrun` started, or run alone; explain why that cannot be done."""
 
 import ctypes
 import os
@@ -18,54 +18,55 @@ from schemas import UserError
 SILENCE = re.compile(r"gloo|timed? ?out|[Cc]onnection (closed|reset)")
 HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 GRACE = 5.0
-"""Seconds in which every rank that is alive notices that another is not."""
+"""Seconds within which every live rank notices that another one is dead."""
 NCCL_EXTRA = 60
-"""Seconds that NCCL waits longer than gloo (ours). NCCL's watchdog ends the process without a word
-about ranks; gloo raises an error, after which the store tells which rank is silent."""
+"""Seconds that NCCL waits longer than gloo (ours). NCCL's watchdog ends the process without naming
+a rank; gloo raises an error, after which the store tells which rank is silent."""
 
 
 @contextmanager
-def session(timeout: int = 600, device: str = "auto") -> Iterator[None]:
-    """Join the processes of `torchrun` (RANK is set) or stay alone; share out the CPU cores.
+def join_process_group(timeout: int = 600, device: str = "auto") -> Iterator[None]:
+    """Join the processes of `torchrun` (RANK is set) or run alone; share the CPU cores out.
 
-    On GPUs each rank makes its own GPU the current one before anything else touches CUDA. A device
-    that cannot be had is no error here: `pick_device` reports it on every rank at once.
+    On GPUs each rank makes its own GPU the current one before anything else touches CUDA. A
+    missing device is not an error here: `pick_device` reports it on every rank at once.
 
     Args:
-        device: `auto`, `cpu` or `cuda`, as `pick_device` takes it. NCCL is joined unless it is cpu.
-        timeout: seconds after which a rank that does not answer is taken for dead. It must be
-            longer than one epoch's first batch, an evaluation and a checkpoint take.
+        device: `auto`, `cpu` or `cuda`, as for `pick_device`. NCCL is joined unless it is cpu.
+        timeout: seconds after which a rank that does not answer counts as dead. It must exceed the
+            time of an epoch's first batch, of an evaluation and of a checkpoint.
 
     Raises:
         UserError: the processes cannot meet; memory is full; a rank died or was silent for too long
-            (on the lowest of those that are left, the others exit with status 2).
+            (on the lowest of the remaining ranks, the others exit with status 2).
     """
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if "RANK" not in os.environ:
-        refuse_strangers()
-        with memory_is_enough():
+        refuse_bare_srun()
+        with translate_out_of_memory():
             yield
         return
-    end_with_parent()
+    exit_with_parent()
     waits = timedelta(seconds=timeout)
-    store, number, size = meet(waits)
-    join(dist.PrefixStore("ranks", store), number, size, waits, own_gpu(device))
+    store, number, size = rendezvous(waits)
+    ranks_store = dist.PrefixStore("ranks", store)
+    init_process_group(ranks_store, number, size, waits, select_own_gpu(device))
     try:
-        with memory_is_enough():
+        with translate_out_of_memory():
             yield
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors: its own name its source files, those of torch around it
         # say that a wait or an operation timed out
         if not isinstance(error, dist.DistError) and not SILENCE.search(str(error)):
             raise
-        tell_silent_ranks(dist.PrefixStore("alive", store), number, size, timeout, error)
+        exit_naming_silent_ranks(dist.PrefixStore("alive", store), number, size, timeout, error)
     # not in a finally: after an error the group may hang on ranks that have gone
     dist.destroy_process_group()
 
 
-def own_gpu(name: str) -> torch.device | None:
-    """Make GPU number LOCAL_RANK the current one; None where there is none or `name` is cpu."""
+def select_own_gpu(name: str) -> torch.device | None:
+    """Make GPU number LOCAL_RANK the current one; return None without one or if `name` is cpu."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "cpu" or not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
         return None
@@ -73,10 +74,10 @@ def own_gpu(name: str) -> torch.device | None:
     return torch.device("cuda", local_rank)
 
 
-def join(
+def init_process_group(
     store: dist.Store, number: int, size: int, waits: timedelta, gpu: torch.device | None
 ) -> None:
-    """Make the process group: gloo, and NCCL bound to `gpu` where there is one.
+    """Create the process group: gloo, and NCCL bound to `gpu` if there is one.
 
     NCCL waits `NCCL_EXTRA` seconds longer than gloo.
     """
@@ -98,74 +99,74 @@ def join(
     backend._set_default_timeout(waits + timedelta(seconds=NCCL_EXTRA))
 
 
-def meet(waits: timedelta) -> tuple[dist.Store, int, int]:
-    """A store that all processes share, this one's rank, and their number.
+def rendezvous(waits: timedelta) -> tuple[dist.Store, int, int]:
+    """Return a store that all processes share, the rank of this one, and their number.
 
     Raises:
-        UserError: the port is taken, or not all came in time.
+        UserError: the port is taken, or not all processes came in time.
     """
     try:
         return next(dist.rendezvous("env://", timeout=waits))
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         taken = "EADDRINUSE" in str(error)
-        what = "the port is taken by another program" if taken else str(error).splitlines()[0]
+        reason = "the port is taken by another program" if taken else str(error).splitlines()[0]
         raise UserError(
-            f"the processes cannot meet at {place}: {what}; choose another --master-port, or let "
+            f"the processes cannot meet at {place}: {reason}; choose another --master-port, or let "
             "torchrun find one: --standalone, on one machine"
         ) from error
 
 
-def refuse_strangers() -> None:
-    """Raises UserError where srun started several processes, which know nothing of each other."""
+def refuse_bare_srun() -> None:
+    """Raise UserError if srun started several processes, which do not know of each other."""
     count = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if count > 1:
         raise UserError(
             f"srun started {count} processes that do not know of each other: let it start torchrun "
-            "once a node (--ntasks-per-node 1), as examples/slurm.sh does"
+            "once per node (--ntasks-per-node 1), as examples/slurm.sh does"
         )
 
 
 @contextmanager
-def memory_is_enough() -> Iterator[None]:
-    """Turn a full memory, of the GPU or of the host, into a UserError."""
+def translate_out_of_memory() -> Iterator[None]:
+    """Turn an out-of-memory error, of the GPU or of the host, into a UserError."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and HOST_FULL not in str(error):
             raise
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        request = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
         raise UserError(
-            f"{where} is out of memory{f' ({asked[1]} more were asked for)' if asked else ''}: "
-            "--accumulate 2, 4 ... works through the same batch in parts; a smaller --batch-size "
-            "or --crop-size needs less too"
+            f"{where} is out of memory{f' ({request[1]} more were requested)' if request else ''}: "
+            "--grad-accum-steps 2, 4 ... processes the same batch in parts; a smaller --batch-size "
+            "or --crop-size also needs less"
         ) from error
 
 
-def tell_silent_ranks(
+def exit_naming_silent_ranks(
     store: dist.Store, number: int, size: int, timeout: int, error: Exception
 ) -> None:
-    """End this rank; the lowest one alive says which others are not."""
+    """End this rank; the lowest live rank names the others that do not answer."""
     store.set(str(number), "alive")
     time.sleep(GRACE)
     silent = [other for other in range(size) if not store.check([str(other)])]
     lowest = min(other for other in range(size) if other not in silent)
     if number == lowest:
-        whom = f"rank {', '.join(map(str, silent))}" if silent else "the network"
+        culprit = f"rank {', '.join(map(str, silent))}" if silent else "the network"
         raise UserError(
-            f"{whom} of {size} processes died or was silent for {timeout} s (--rank-timeout); the "
-            "same command goes on from the last checkpoint\n"
+            f"{culprit} of {size} processes died or was silent for {timeout} s (--rank-timeout); "
+            "run the same command again to resume from the last checkpoint\n"
             f"({str(error).splitlines()[0]})"
         ) from error
     raise SystemExit(2)
 
 
-def end_with_parent() -> None:
-    """Get SIGTERM when torchrun is killed: without it, its workers would go on for themselves."""
+def exit_with_parent() -> None:
+    """Arrange to get SIGTERM when torchrun is killed; its workers would otherwise continue."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before we asked
+    if os.getppid() != parent:  # torchrun ended before the request
         raise SystemExit(2)
 
 
@@ -173,12 +174,12 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` | `cpu` | `cuda` -> this rank's device: on CUDA, GPU number LOCAL_RANK."""
+    """Return this rank's device for `auto`, `cpu` or `cuda`: on CUDA, GPU number LOCAL_RANK."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if own_gpu(name) is None and name != "cpu" and torch.cuda.is_available():
+    if select_own_gpu(name) is None and name != "cpu" and torch.cuda.is_available():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: this machine has "
             f"{torch.cuda.device_count()}; start no more processes than GPUs"
         )
-    # only now: `device_of` asks for the current GPU, which makes a context there
+    # only now: `device_of` asks for the current GPU, which creates a context there
     return device_of(name)

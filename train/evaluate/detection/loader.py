@@ -1,0 +1,192 @@
+"""Load batches of pictures for a detector, endlessly and exactly resumable."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from schemas import UserError
+from train.evaluate.detection.data import Picture, Pictures
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """Pictures (3, H, W) float32 in 0 .. 1, and torchvision's targets, on the device."""
+
+    images: list[Tensor]
+    targets: list[dict[str, Tensor]]
+    sample_keys: list[str]
+
+
+Sample = tuple[Tensor, dict[str, Tensor], str]
+"""Image, target and key of a picture."""
+
+
+def load_image(picture: Picture) -> Tensor:
+    """Load a picture as (3, H, W) float32 in 0 .. 1.
+
+    EXIF orientation is not applied, because annotations refer to the stored pixels.
+
+    Raises:
+        UserError: the picture cannot be decoded, or its size is not that of its annotation.
+    """
+    try:
+        with Image.open(picture.path) as image:
+            pixels = pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{picture.path}: cannot be decoded ({error})") from error
+    _, height, width = pixels.shape
+    if (height, width) != picture.size:
+        raise UserError(
+            f"{picture.path}: has {height} x {width} pixels, but {picture.size[0]} x "
+            f"{picture.size[1]} by its annotation"
+        )
+    return pixels.float().div_(255)
+
+
+def decode_masks(picture: Picture) -> np.ndarray:
+    """Decode polygons and run lengths to pixels: (n, H, W) uint8."""
+    height, width = picture.size
+    decoded = []
+    for mask in picture.masks:
+        encoded = mask
+        if isinstance(mask, list):
+            encoded = coco_mask.merge(coco_mask.frPyObjects(mask, height, width))
+        elif isinstance(mask["counts"], list):
+            encoded = coco_mask.frPyObjects(mask, height, width)
+        decoded.append(coco_mask.decode(encoded))
+    return np.stack(decoded) if decoded else np.zeros((0, height, width), np.uint8)
+
+
+class FlipDataset(Dataset):
+    """(position in the stream, picture) -> image and target, half of them mirrored.
+
+    The flip depends only on the seed and the position, so workers do not change it.
+    """
+
+    def __init__(self, pictures: list[Picture], masks: bool, seed: int) -> None:
+        self.pictures, self.masks, self.seed = pictures, masks, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample | UserError:
+        """Load a sample, or return the error; a raised one would get a worker's traceback."""
+        try:
+            return self.load_sample(*item)
+        except UserError as error:
+            return error
+
+    def load_sample(self, position: int, index: int) -> Sample:
+        picture = self.pictures[index]
+        image = load_image(picture)
+        kept = picture.trains
+        boxes = torch.from_numpy(picture.boxes[kept])
+        target = {"boxes": boxes, "labels": torch.from_numpy(picture.labels[kept])}
+        if self.masks:
+            target["masks"] = torch.from_numpy(decode_masks(picture)[kept])
+        if random.Random(f"{self.seed} {position}").random() < 0.5:
+            image = image.flip(2)
+            x0, y0, x1, y1 = boxes.unbind(1)
+            width = image.shape[2]
+            target["boxes"] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
+            if self.masks:
+                target["masks"] = target["masks"].flip(2)
+        return image, target, picture.path.stem
+
+
+def collate(batch: list[Sample | UserError]) -> list[tuple[Any, ...]] | UserError:
+    """Collate samples into images, targets and keys; return the first error if there is one."""
+    samples = []
+    for sample in batch:
+        if isinstance(sample, UserError):
+            return sample
+        samples.append(sample)
+    return list(zip(*samples, strict=True))
+
+
+class DetectionLoader:
+    """Loader for the trainer (see `train.data.Views`).
+
+    Pictures are shuffled again in each pass; a batch may span two passes. An epoch of the trainer
+    has `epoch_steps` steps, whatever the number of pictures.
+    """
+
+    cache_description = ""
+
+    def __init__(
+        self,
+        data: Pictures,
+        *,
+        batch_size: int,
+        epoch_steps: int,
+        workers: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        self.pictures = data.select_trainable()
+        self.samples, self.dropped = len(self.pictures), 0
+        self.epoch_steps, self.device, self.seed, self.step = epoch_steps, device, seed, 0
+        self.share = (batch_size, rank, world_size)
+        self.workers = workers
+        self.dataset = FlipDataset(self.pictures, data.masks, seed)
+        self.batches: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return self.epoch_steps
+
+    def iterate_order(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield batches of (position, picture) for this rank, from the current step on."""
+        size, rank, world_size = self.share
+        step, pass_number, permutation = self.step, -1, torch.empty(0)
+        while True:
+            batch = []
+            for number in range(size):
+                position = (step * world_size + rank) * size + number
+                if position // self.samples != pass_number:
+                    pass_number = position // self.samples
+                    generator = torch.Generator().manual_seed(1_000_003 * self.seed + pass_number)
+                    permutation = torch.randperm(self.samples, generator=generator)
+                batch.append((position, int(permutation[position % self.samples])))
+            yield batch
+            step += 1
+
+    def __iter__(self) -> Iterator[DetectionBatch]:
+        if self.batches is None:
+            order: Any = self.iterate_order()
+            loader = DataLoader(
+                self.dataset,
+                batch_sampler=order,
+                num_workers=self.workers,
+                collate_fn=collate,
+                generator=torch.Generator(),  # keeps torch's global generator untouched
+            )
+            self.batches = iter(loader)
+        for _ in range(self.epoch_steps - self.step % self.epoch_steps):
+            batch = next(self.batches)
+            if isinstance(batch, UserError):
+                raise batch
+            images, targets, keys = batch
+            self.step += 1
+            yield DetectionBatch(
+                [image.to(self.device, non_blocking=True) for image in images],
+                [{name: t.to(self.device) for name, t in target.items()} for target in targets],
+                list(keys),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.batches = state["step"], None
+
+    def close(self) -> None:
+        """End the reading processes; otherwise torch waits seconds for them when Python ends."""
+        self.batches = None

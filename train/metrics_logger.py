@@ -1,0 +1,228 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard, pictures of views, a progress bar or log lines."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from schemas import UserError
+from train.distributed import all_mean_
+
+
+class MetricsBuffer:
+    """Collect metrics of steps on the device and bring them to the host in one copy.
+
+    Collecting never waits for the device.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.rows: list[dict[str, Any]] = []
+        self.scalars: list[Tensor] = []  # one per step, (names,) on the device
+        self.waits: list[float] = []
+        self.names: list[str] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Exclude the time until now from the measured rate."""
+        self.since = time.perf_counter()
+
+    def add(self, scalars: dict[str, Tensor], waited: float, **on_host: float) -> None:
+        """Add one step: scalars of the method, seconds waited for data, values on the host."""
+        self.names = list(scalars)
+        self.scalars.append(torch.stack([value.detach() for value in scalars.values()]))
+        self.waits.append(waited)
+        self.rows.append(on_host)
+
+    def take(self) -> tuple[list[dict[str, Any]], float]:
+        """Remove and return the steps, averaged over the ranks, and the seconds that they took."""
+        values = all_mean_(torch.stack(self.scalars)).tolist()
+        waits = all_mean_(torch.tensor(self.waits, dtype=torch.float64)).tolist()
+        seconds = time.perf_counter() - self.since
+        rate = len(self.rows) * self.batch_size / seconds
+        rows = [
+            {
+                **on_host,
+                **dict(zip(self.names, value, strict=True)),
+                "images_per_second": round(rate, 2),
+                "data_wait": round(wait, 6),
+            }
+            for on_host, value, wait in zip(self.rows, values, waits, strict=True)
+        ]
+        self.rows, self.scalars, self.waits = [], [], []
+        self.restart_clock()
+        return rows, seconds
+
+
+class MetricsLogger:
+    """Write the metrics of a run from step `start` on; exists on rank 0 only.
+
+    Lines beyond `start`, written by a process that was killed later, are removed.
+
+    A line of metrics.jsonl is one step: `step` and `epoch` (both from 1), `loss` and what else the
+    method reports and `data_wait` (seconds that the step waited for its batch), both averaged over
+    the ranks, `lr`, and `images_per_second` (over all ranks and the steps since the last log line).
+    Other lines hold the scores of an epoch, such as `knn_20`, with `epoch` and its last `step`.
+
+    Raises:
+        UserError: Weights & Biases is requested but not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        epoch_steps: int,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.wandb = start_wandb_run(wandb_project, folder, config) if wandb_project else None
+        self.total, self.epochs = total, -(-total // epoch_steps)
+        self.path = folder / "metrics.jsonl"
+        drop_lines_after(self.path, start)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        self.started, self.first = time.monotonic(), start
+        self.bar = (
+            tqdm(total=total, initial=start, unit="step", smoothing=0.05)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def log_steps(self, rows: list[dict[str, Any]], seconds: float) -> None:
+        """Log steps that were finished in the last `seconds`; print the last one."""
+        for row in rows:
+            self.write(row)
+        self.file.flush()
+        last = rows[-1]
+        waiting = sum(row["data_wait"] for row in rows) / seconds
+        text = (
+            f"epoch {last['epoch']}/{self.epochs}, loss {last['loss']:.4f}, "
+            f"{last['images_per_second']:.1f} images/s, {waiting:.0%} waiting for data"
+        )
+        if self.bar is None:
+            left = (time.monotonic() - self.started) * (self.total - last["step"])
+            left /= max(1, last["step"] - self.first)
+            self.print(f"step {last['step']}/{self.total}, {text}, {format_duration(left)} left")
+        else:
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(last["step"] - self.bar.n)
+
+    def log_scores(self, scores: dict[str, float], step: int, epoch: int) -> None:
+        """Log and print the evaluation of an epoch after its last step."""
+        self.write({"step": step, "epoch": epoch, **scores})
+        text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
+        self.print(f"epoch {epoch}/{self.epochs}: {text}")
+
+    def has_scores(self, step: int) -> bool:
+        """Return whether the epoch that ended with this step was evaluated."""
+        rows = map(json.loads, self.path.read_text().splitlines())
+        return any(row["step"] == step and not is_step(row) for row in rows)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write one line of metrics.jsonl, and its values to TensorBoard and Weights & Biases."""
+        self.file.write(json.dumps(row) + "\n")
+        for name in row.keys() - {"step", "epoch"}:
+            self.board.add_scalar(name, row[name], row["step"])
+        if self.wandb is not None:
+            self.wandb.log(row, step=row["step"])
+
+    def log_views(self, sheet: Image.Image | None, step: int, epoch: int) -> None:
+        """Save a picture of an epoch's first views to TensorBoard and RUN/views."""
+        if sheet is None:
+            return
+        path = self.folder / "views" / f"epoch-{epoch:04d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet.save(path)
+        self.board.add_image("views", np.asarray(sheet), step, dataformats="HWC")
+
+    def print(self, text: str) -> None:
+        """Print one line, above the progress bar if there is one."""
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text)
+
+    def sync(self) -> None:
+        """Flush all lines to the disk: a checkpoint must not outlive the steps before it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self.file.close()
+        self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def is_step(row: dict[str, Any]) -> bool:
+    """Return True for a line of a step in metrics.jsonl, False for the scores of an epoch."""
+    return "loss" in row
+
+
+@contextmanager
+def translate_write_errors(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into a UserError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader of this program's output has left
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to ({error.strerror or error}); fix it and run the same "
+            "command again to resume from the last checkpoint"
+        ) from error
+
+
+def start_wandb_run(project: str, folder: Path, config: dict[str, Any] | None) -> Any:
+    """Start a run of Weights & Biases, or continue the one of this folder."""
+    try:
+        import wandb  # an extra that most users do without
+    except ImportError as error:
+        raise UserError("--wandb: not installed here; pip install wandb") from error
+    return wandb.init(
+        project=project, dir=folder, id=get_wandb_id(folder), resume="allow", config=config
+    )
+
+
+def get_wandb_id(folder: Path) -> str:
+    """Return the id of this folder's run at Weights & Biases; it is drawn once."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        path.write_text(uuid4().hex[:8])
+    return path.read_text()
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last line that a kill cut short; atomic."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in kept if json.loads(line)["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,339 @@
+"""The trainer: build what one rank trains with, run its steps, save, log and evaluate."""
+
+import errno
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from pipeline import MaskedViews
+from schemas import ShardDataset, UserError
+from schemas.cli import TerminatedError
+from train.checkpoint import Checkpoints
+from train.config import (
+    TrainConfig,
+    collect_default_settings,
+    collect_settings,
+    make_cache,
+    resolve_config,
+)
+from train.config_io import dump_config
+from train.data import SYNTHETIC_CLASSES, BatchStream, SyntheticViews, Views
+from train.distributed import gather_objects, is_main, raise_on_all_ranks, rank, world_size
+from train.encoders import save_encoder, zero_residual_gammas_
+from train.knn import OnlineKnn
+from train.methods import Method, Setup
+from train.metrics_logger import MetricsBuffer, MetricsLogger, translate_write_errors
+from train.nan_guard import NanGuard
+from train.optim import compute_learning_rate
+from train.preemption import STATUS, PreemptionListener
+from train.process_group import pick_device
+from train.run_info import append_start, build_metadata, describe_run
+from train.training_step import TrainingStep, prepare_model_
+
+LOCK_SECONDS = 30
+"""Seconds to wait for another run that is just ending in the same folder."""
+
+Evaluation = Callable[[Method, int], dict[str, float]]
+"""Called on all ranks after each epoch, counted from 1; returns scores for the log by name, if any
+are due. It must leave the method and all random generators unchanged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """Everything that one rank trains with."""
+
+    given: TrainConfig
+    """Options as the user gave them."""
+    config: TrainConfig
+    """Options with everything decided."""
+    device: torch.device
+    data_name: str
+    data_digest: str
+    """Digest of the training data."""
+    method: Method
+    views: Views
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def epoch_steps(self) -> int:
+        return len(self.views)
+
+    @property
+    def total_steps(self) -> int:
+        return self.epoch_steps * self.config.epochs
+
+
+def prepare_job(given: TrainConfig) -> TrainingJob:
+    """Decide open options, build the method, open the loader.
+
+    Raises:
+        UserError: unsuitable data or options.
+    """
+    device = pick_device(given.device)
+    config = resolve_config(given, device)
+    dataset = None if config.synthetic else ShardDataset.open(config.data)
+    torch.manual_seed(config.seed)  # equal weights on every rank
+    torch.backends.cudnn.benchmark = True  # all views have the same size
+    labels = [] if dataset is None else dataset.samples["label"].to_pylist()
+    setup = Setup(
+        encoder=config.encoder,
+        stem=config.stem,
+        sync_bn=config.sync_bn,
+        batch_size=config.batch_size,
+        grad_accum_steps=config.grad_accum_steps,
+        crop_size=config.recipe.crop_size,
+        classes=SYNTHETIC_CLASSES if dataset is None else len(dataset.classes),
+        unlabeled=sum(label < 0 for label in labels),
+        seed=config.seed,
+    )
+    method = config.method.build(setup)
+    if config.zero_init_residual:
+        zero_residual_gammas_(method, config.encoder)
+    method = prepare_model_(method, config, device)
+    return TrainingJob(
+        given=given,
+        config=config,
+        device=device,
+        data_name="synthetic" if dataset is None else dataset.card.name,
+        data_digest="synthetic" if dataset is None else dataset.digest,
+        method=method,
+        views=open_views(config, device),
+    )
+
+
+def open_views(config: TrainConfig, device: torch.device) -> Views:
+    """Open the loader of this rank."""
+    share = config.batch_size // world_size()
+    if config.synthetic:
+        return SyntheticViews(
+            config.synthetic, config.recipe, share, device, world_size(), config.seed
+        )
+    return MaskedViews(
+        config.data,
+        recipe=config.recipe,
+        batch_size=share,
+        device=device.type,
+        rank=rank(),
+        world_size=world_size(),
+        seed=config.seed,
+        report=("keys",),
+        cache=make_cache(config.cache, config.cache_gb),
+        shuffle_shards=config.shuffle_shards,
+        streams=config.streams,
+    )
+
+
+def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
+    """Pretrain with `config`, or resume an earlier run in its folder; called on all ranks.
+
+    Args:
+        config: the options.
+        evaluation: evaluates each epoch; by default kNN accuracy, if `config.knn` names data.
+
+    Returns:
+        The file of the trained encoder.
+
+    Raises:
+        UserError: unsuitable data or options, an earlier run with other settings, a loss that is
+            not finite, or a full disk. On rank 0; the other ranks exit with status 2.
+        TerminatedError: SIGTERM, SIGUSR1 or SIGINT came, and the state is saved. On rank 0.
+    """
+    with raise_on_all_ranks():
+        job = prepare_job(config)
+        if evaluation is None and job.config.knn.data is not None:
+            evaluation = OnlineKnn(job.config, job.device)
+    return train_job(job, evaluation)
+
+
+def train_job(job: TrainingJob, evaluation: Evaluation | None = None) -> Path:
+    """Run `train` for a prepared job."""
+    lock = None
+    with raise_on_all_ranks():
+        if is_main():
+            lock = lock_folder(job.out)
+    try:
+        return train_in_locked_folder(job, evaluation)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def lock_folder(out: Path) -> FileLock:
+    """Keep other runs out of this folder until this process ends, however it ends.
+
+    Raises:
+        UserError: another run holds the lock, or the file system does not support locks.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise UserError(
+            f"{out}: another training is writing here; wait for it, or choose another --out"
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOLCK:
+            raise
+        raise UserError(
+            f"{out}: the file system does not support locks, as NFS without its lock service; "
+            "mount it with locks, or choose another --out"
+        ) from error
+    return lock
+
+
+def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> Path:
+    """Restore, run and export, as the only run in the folder."""
+    config, out = job.config, job.out
+    settings = collect_settings(config, job.data_digest) | {"steps_per_epoch": job.epoch_steps}
+    checkpoints = Checkpoints(
+        folder=out / "checkpoints",
+        keep=config.keep_checkpoints,
+        settings=settings,
+        defaults=collect_default_settings(type(config.method), job.given, config),
+    )
+    step = TrainingStep(job.method, config, job.device)
+    with raise_on_all_ranks():
+        if config.resume == "never" and checkpoints.steps():
+            raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
+        done, saved_by = checkpoints.restore(job.method, step, job.views)
+    logger = None
+    with raise_on_all_ranks():
+        if is_main():
+            checkpoints.remove_unfinished()
+            (out / "config.yaml").write_text(dump_config(job.given, config))
+            append_start(out / "starts.jsonl", config, job.device, done, job.data_digest)
+            logger = MetricsLogger(
+                out,
+                start=done,
+                total=job.total_steps,
+                epoch_steps=job.epoch_steps,
+                wandb_project=config.wandb,
+                config=settings,
+            )
+            for line in describe_run(config, job.method, job.views, job.device):
+                logger.print(line)
+            if done:
+                processes = f", {saved_by} -> {world_size()} processes" * (saved_by != world_size())
+                logger.print(f"resumes after step {done} of {job.total_steps}{processes}")
+
+    trainer = Trainer(job, step, checkpoints, logger, evaluation)
+    with trainer.preemption.listen():
+        if done and done % job.epoch_steps == 0:
+            trainer.catch_up(done)
+        trainer.run(done + 1, job.total_steps)
+
+    path = out / job.method.file
+    with raise_on_all_ranks():
+        if logger is not None:
+            metadata = build_metadata(config, job.data_name, job.data_digest)
+            save_encoder(path, job.method.exported(), metadata)
+            logger.print(f"written: {path}")
+            logger.close()
+    return path
+
+
+class Trainer:
+    """Runs the steps of a job with logging, checkpoints, evaluation and preemption checks.
+
+    `logger` is None on all ranks but rank 0.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        step: TrainingStep,
+        checkpoints: Checkpoints,
+        logger: MetricsLogger | None,
+        evaluation: Evaluation | None = None,
+    ) -> None:
+        self.job, self.step, self.checkpoints = job, step, checkpoints
+        self.logger, self.evaluation = logger, evaluation
+        self.preemption = PreemptionListener()
+        self.stream = BatchStream(job.views, memory=job.config.log_steps)
+        self.metrics = MetricsBuffer(job.config.batch_size)
+        self.nan_guard = NanGuard(step, self.stream, job.out)
+
+    def run(self, first: int, last: int) -> None:
+        """Make the steps `first` to `last`, counted from 1.
+
+        Raises:
+            TerminatedError: a rank was asked to stop; the state is saved.
+        """
+        config, epoch_steps = self.job.config, self.job.epoch_steps
+        peak = config.optim.peak(config.batch_size)
+        for number in range(first, last + 1):
+            epoch = math.ceil(number / epoch_steps)
+            lr = compute_learning_rate(
+                config.optim, number - 1, peak=peak, total=self.job.total_steps, epoch=epoch_steps
+            )
+            stops = self.preemption.poll_all_ranks()
+            ends_epoch = number % epoch_steps == 0
+            saves = stops or ends_epoch or number % (config.checkpoint_steps or epoch_steps) == 0
+            logs = saves or number % config.log_steps == 0
+            check = partial(self.nan_guard.check, number) if logs else None
+            scalars = self.step(self.stream.next_parts(config.grad_accum_steps), lr, check)
+            if check is None:
+                self.nan_guard.add(scalars)
+            self.metrics.add(scalars, self.stream.waited, step=number, epoch=epoch, lr=lr)
+            if (number - 1) % epoch_steps == 0:
+                self.log_views(number, epoch)
+            if logs:
+                self.log()
+            if saves:
+                self.checkpoints.save(number, self.job.method, self.step, self.job.views)
+                self.metrics.restart_clock()
+            if stops and number < self.job.total_steps:
+                exit_preempted(number)
+            if ends_epoch:
+                self.evaluate(number, epoch)
+
+    def log_views(self, number: int, epoch: int) -> None:
+        """Save a picture of the views with which an epoch begins."""
+        if self.logger is not None and self.stream.last is not None:
+            sheet = self.job.method.sheet(self.stream.last, self.job.config.recipe)
+            with translate_write_errors(self.job.out):
+                self.logger.log_views(sheet, number, epoch)
+
+    def log(self) -> None:
+        """Log the steps since the last call, and flush them before a checkpoint is written."""
+        rows, seconds = self.metrics.take()
+        if self.logger is not None:
+            with translate_write_errors(self.job.out):
+                self.logger.log_steps(rows, seconds)
+                self.logger.sync()
+
+    def evaluate(self, number: int, epoch: int) -> None:
+        """Evaluate the epoch that step `number` ended; its checkpoint is already written."""
+        if self.evaluation is None:
+            return
+        scores = self.evaluation(self.job.method, epoch)
+        if scores and self.logger is not None:
+            with translate_write_errors(self.job.out):
+                self.logger.log_scores(scores, number, epoch)
+                self.logger.sync()
+        self.metrics.restart_clock()
+
+    def catch_up(self, done: int) -> None:
+        """Evaluate the last epoch of a run that was stopped after its checkpoint was written."""
+        missing = self.logger is not None and not self.logger.has_scores(done)
+        if gather_objects(missing)[0]:
+            self.evaluate(done, done // self.job.epoch_steps)
+
+
+def exit_preempted(step: int) -> None:
+    """End every rank after a preemption; rank 0 reports it."""
+    if is_main():
+        raise TerminatedError(
+            f"stopped and saved after step {step}; run the same command again to resume",
+            STATUS,
+        )
+    raise SystemExit(STATUS)

@@ -1,0 +1,123 @@
+"""One optimization step of a method; the same code runs on one process and on many."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torchvision.models import ResNet
+
+from train.config import TrainConfig, autocast
+from train.distributed import average_in_rank_order, world_size
+from train.encoders import compile_encoder_
+from train.methods import Method
+from train.optim import build_optimizer
+from train.sync_bn import convert_sync_bn_
+from train.timm_encoders import is_timm_encoder
+
+
+def prepare_model_(method: Method, config: TrainConfig, device: torch.device) -> Method:
+    """Move the method to its device in training mode; convert its norms and compile, if configured.
+
+    Its memory becomes channels_last, the layout of the loader's images.
+    """
+    if config.sync_bn:
+        convert_sync_bn_(method)
+    method.to(device).to(memory_format=torch.channels_last).train()
+    if config.compile:
+        for module in method.modules():
+            if isinstance(module, ResNet) or is_timm_encoder(module):
+                compile_encoder_(module)
+    return method
+
+
+def wrap_in_ddp(module: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap the module in DDP if there are several ranks: gradients are averaged over them.
+
+    On CPUs they are added in the order of the ranks, so a resumed run computes the same bits as
+    one that was never stopped: see `average_in_rank_order`.
+
+    Buffers are not broadcast: the queue is equal on all ranks anyway (at 65,536 x 128 it would be
+    33 MB per step), and the batch normalization of each rank keeps its own running statistics;
+    those of rank 0 are saved.
+    """
+    if world_size() == 1:
+        return module
+    # torch 2.15 renamed the option; the supported range of versions has both names
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
+    if device.type == "cpu":
+        model.register_comm_hook(None, average_in_rank_order)
+    return model
+
+
+Check = Callable[[dict[str, Tensor]], None]
+"""Called with the scalars of an optimization group before its weights move; raises to stop."""
+
+
+class TrainingStep:
+    """`step(parts, lr)` makes one step of the method; its state is that of the optimizers."""
+
+    def __init__(self, method: Method, config: TrainConfig, device: torch.device) -> None:
+        self.method, self.config, self.device = method, config, device
+        self.groups = method.optimization_groups()
+        self.models = [wrap_in_ddp(group.module, device) for group in self.groups]
+        self.optimizers = [build_optimizer(group.module, config.optim) for group in self.groups]
+
+    def __call__(
+        self, parts: Iterable[Any], lr: float, check: Check | None = None
+    ) -> dict[str, Tensor]:
+        """Update the weights of each optimization group by its mean loss over the parts.
+
+        Args:
+            parts: `config.grad_accum_steps` batches.
+            lr: the learning rate of this step.
+
+        Returns:
+            The scalars of all groups, averaged over the parts, on the device.
+        """
+        parts = list(parts)
+        self.method.begin_step()
+        reported: dict[str, Tensor] = {}
+        for group, model, optimizer in zip(self.groups, self.models, self.optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            scalars = self.backward(model, parts)
+            if self.config.optim.clip_gradient is not None:
+                trainable = [p for p in group.module.parameters() if p.requires_grad]
+                norm = clip_grad_norm_(trainable, self.config.optim.clip_gradient)
+                scalars["gradient_norm"] = norm
+            if check is not None:
+                check(scalars)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = lr * group.rate
+            optimizer.step()
+            reported |= {group.prefix + name: value for name, value in scalars.items()}
+        self.method.end_step()
+        return reported
+
+    def backward(self, model: nn.Module, parts: list[Any]) -> dict[str, Tensor]:
+        """Accumulate the gradients of a group's mean loss; ranks exchange them once."""
+        total: dict[str, Tensor] = {}
+        for number, batch in enumerate(parts):
+            is_last = number == len(parts) - 1
+            skips_sync = isinstance(model, DistributedDataParallel) and not is_last
+            with model.no_sync() if skips_sync else nullcontext():  # type: ignore[operator]
+                with autocast(self.config.precision, self.device):
+                    scalars = model(batch)
+                (scalars["loss"] / len(parts)).backward()
+            for name, value in scalars.items():
+                total[name] = total.get(name, 0) + value.detach() / len(parts)
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
