@@ -48,7 +48,7 @@ def step_of(method: ADIOS, **optim) -> Step:
 
 @pytest.mark.parametrize(
     ("channels", "millions"), [(8, 0.24), (16, 0.51), (32, 1.17)]
-)  # methods.md 6.2, counted from the released code
+)  # docs/method.md, ADIOS: counted from the released code
 def test_occlusion_network_has_the_published_size(channels, millions):
     net = OcclusionNet(224, masks=4, channels=channels, norm="group")
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)

@@ -3,8 +3,8 @@
 Encoder frozen, its batch statistics too; SGD, lr 30 at a batch of 256, momentum 0.9, no weight
 decay, 100 epochs, a tenth from epochs 60 and 80 on; random resized crops of 8 % to 100 % and flips
 (main_lincls.py of MoCo and of the masked variant's released code). An encoder of a high-pass recipe
-is trained and tested on high-pass images, as that code does (methods table D15). On other data than
-the pretraining's this is the transfer evaluation; the paper's own protocol there is not published.
+is trained and tested on high-pass images, as that code does (docs/method.md, D15). On other data
+than the pretraining's this is the transfer evaluation; the paper's own protocol is not published.
 
 It is trained by the loop of `train`: under torchrun too, and resumed by the same command.
 """

@@ -13,7 +13,7 @@ losses/simclr.py): for anchor i with its positive p(i)
 and the mean over all anchors; with `sum_directions` the mean over the queries plus that over the
 keys, twice as much, as google-research/simclr has it. The last sum, over the hard negatives of the
 anchor's own image, is derived from the poster's MoCo form, not published: no code and no readable
-text of SimCLR's variant exists (methods 3.3). What it leaves open are fields of `SimCLRConfig`,
+text of SimCLR's variant exists (docs/method.md). What it leaves open are fields of `SimCLRConfig`,
 with our defaults.
 """
 

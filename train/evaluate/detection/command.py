@@ -65,7 +65,7 @@ class Schedule:
 
 
 SCHEDULES = {
-    # MoCo's configurations for detectron2 (methods 4.4): warm-up 100 and 1000 iterations
+    # MoCo's configurations for detectron2 (docs/method.md): warm-up 100 and 1000 iterations
     "voc24k": Schedule(24_000, 240, (180, 220)),
     "1x": Schedule(90_000, 90, (60, 80)),
     "2x": Schedule(180_000, 180, (120, 160)),
