@@ -1,4 +1,4 @@
-"""The demo's parts: what it trains differs in the recipe alone, and what it prints is what was found.
+"""The demo's parts: its trainings differ in the recipe alone, and it prints what was found.
 
 `make demo` itself takes minutes and is not run here.
 """
@@ -98,7 +98,7 @@ def test_equal_results_are_equal_pictures(demo, tmp_path):
 
 def test_a_command_that_is_not_installed_ends_the_demo(demo, monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(SystemExit, match="saliency-train is not installed .* make setup"):
+    with pytest.raises(SystemExit, match=r"saliency-train is not installed .*make setup"):
         demo.run_step("a title", "saliency-train", "--help")
 
 
