@@ -9,7 +9,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /saliency-shards
-COPY pyproject.toml requirements.txt README.md Makefile ./
+COPY pyproject.toml requirements.txt README.md LICENSE Makefile saliency_shards.py ./
 COPY schemas schemas
 COPY precompute precompute
 COPY pipeline pipeline

@@ -63,7 +63,7 @@ lock: $(READY) ## Compile requirements.txt anew from the ranges in pyproject.tom
 		--no-emit-index-url --no-header --no-annotate -o requirements.txt pyproject.toml
 
 .PHONY: demo
-demo: $(READY) ## The whole job on generated scenes: shards, preview, MoCo v2 on 2 processes, kNN
+demo: $(READY) ## Generated scenes -> shards -> plain and masked MoCo v2 -> a table of kNN accuracies
 	$(PY) examples/demo.py --out out/demo $(ARGS)
 
 .PHONY: precompute
@@ -157,6 +157,10 @@ bench-fidelity: $(READY) ## ROOT=...: stored maps against online ones, on crops 
 .PHONY: test
 test: $(READY) ## All tests; one thread each, as two that wait for each other cost four times as much
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+.PHONY: test-fast
+test-fast: $(READY) ## The tests that are not marked slow, for the daily loop
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 .PHONY: lint
 lint: $(READY) ## Format, lint, types, shell scripts, Dockerfile

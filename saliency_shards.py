@@ -8,6 +8,7 @@ path.
 """
 
 import importlib
+import io
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -15,7 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 FOLDER = str(Path(__file__).resolve().parent)
-ROOMS = ("schemas", "precompute", "pipeline", "train", "bench")
+ROOMS = tuple(
+    room
+    for room in ("schemas", "precompute", "pipeline", "train", "bench")
+    if os.path.isdir(os.path.join(FOLDER, room))
+)
+"""The packages of this project that are here: `bench` is in a checkout and is not installed."""
 
 
 def own_rooms_first() -> None:
@@ -68,6 +74,8 @@ def start(module: str) -> None:
     if "--version" in sys.argv[1:]:
         print(f"saliency-shards {version('saliency-shards')}")
         sys.exit(0)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # lines reach a log file as they are printed
     own_rooms_first()
     importlib.import_module(module).start()
 

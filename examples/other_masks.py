@@ -1,9 +1,9 @@
-"""Two loaders for other experiments, of `pipeline`'s parts.
+"""Two loaders for other experiments, made from the parts of `pipeline`.
 
 python examples/other_masks.py out/photos
 
-`mae` masks three quarters of 14 x 14 patches at random, whatever the saliency. `objects` hands out
-crops around the object, found by the stored saliency.
+`mae` masks three quarters of 14 x 14 patches at random and ignores the saliency. `objects` yields
+crops around the object, which the stored saliency finds.
 """
 
 import io
@@ -36,21 +36,21 @@ MAE = Recipe(
 
 
 def mae(url: str, batch_size: int = 32, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (masked images, masks), each (N, 3, 224, 224); masks are True where masked."""
+    """Yield one epoch of (masked images, masks), each (N, 3, 224, 224); True where masked."""
     for batch in MaskedViews(url, MAE, batch_size, device, report=("masks",)):
         assert batch.query_mask is not None
         yield batch.query, batch.query_mask
 
 
 def objects(url: str, side: int = 224, margin: float = 0.1) -> Iterator[tuple[Image.Image, int]]:
-    """Every image cut to the box of its foreground and a margin around it: (image, label)."""
+    """Yield each image cut to the box of its foreground with a margin: (image, label)."""
     for sample in ShardDataset.open(url):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(sample.image))).convert("RGB")
         yield image.resize((side, side), box=object_box(sample, margin)), sample.label
 
 
 def object_box(sample: Sample, margin: float) -> tuple[float, float, float, float]:
-    """x0 y0 x1 y1 in pixels around the most salient third of the map."""
+    """Return x0, y0, x1, y1 in pixels around the most salient third of the map."""
     front = foreground(torch.from_numpy(sample.saliency)[None], margin=-0.5)[0].numpy()
     rows, columns = np.nonzero(front)
     grid = len(front)

@@ -1,4 +1,4 @@
-"""The shards without any of this project: webdataset and torchvision in a DataLoader.
+"""Read the shards without this project: webdataset and torchvision in a DataLoader.
 
 python examples/plain_webdataset.py out/photos
 """
@@ -20,7 +20,7 @@ TYPES = ("jpg", "png", "webp")
 
 
 def view(sample: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A crop (3, CROP, CROP) uint8, its foreground (GRID, GRID) bool, and the label."""
+    """Return a crop (3, CROP, CROP) uint8, its foreground (GRID, GRID) bool, and the label."""
     content = next(sample[name] for name in TYPES if name in sample)
     image = v2.functional.to_image(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     png = v2.functional.to_image(Image.open(io.BytesIO(sample["saliency.png"])))
@@ -32,7 +32,7 @@ def view(sample: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 def loader(folder: str, batch_size: int = 32) -> webdataset.WebLoader:
-    """Batches of what `view` gives, in an order that is shuffled further."""
+    """Load batches of views, in an order that is shuffled further."""
     shards = sorted(glob.glob(f"{folder}/shards/*.tar"))
     data = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(500).map(view)
     return webdataset.WebLoader(data.batched(batch_size), batch_size=None)

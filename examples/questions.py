@@ -1,4 +1,4 @@
-"""Questions to the tables: no image is opened.
+"""Answer questions from the tables; no image is opened.
 
 python examples/questions.py out/photos
 """
@@ -12,7 +12,7 @@ from schemas import ShardDataset
 
 
 def largest_foreground(dataset: ShardDataset, count: int = 5) -> list[tuple[str, float, int]]:
-    """Classes whose images are most covered by foreground: (name, mean share, images)."""
+    """Return the classes with the most foreground: (name, mean share of the cells, images)."""
     found = (
         dataset.samples.filter(pc.field("label") >= 0)
         .group_by("label")
@@ -26,7 +26,7 @@ def largest_foreground(dataset: ShardDataset, count: int = 5) -> list[tuple[str,
 
 
 def wide_images(dataset: ShardDataset, ratio: float = 2.0) -> pa.Table:
-    """Key, width and height of images at least `ratio` times as wide as high."""
+    """Return key, width and height of images that are at least `ratio` times as wide as high."""
     samples = dataset.samples
     shape = pc.divide(pc.cast(samples["width"], pa.float64()), samples["height"])
     return samples.filter(pc.greater_equal(shape, ratio)).select(["key", "width", "height"])

@@ -2,8 +2,8 @@
 # Pretrain on several nodes of a Slurm cluster. From the checkout, with its .venv in place, and with
 # URLs that all nodes see:
 #   sbatch examples/slurm.sh --data s3://bucket/in100 --cache /local/disk --out /shared/runs/hp --recipe hp
-# Before the time limit, or when the job is preempted, the state is saved and the job queued again;
-# it goes on at the very step.
+# Before the time limit, or when the job is preempted, the state is saved and the job is queued again;
+# it resumes at the same step.
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -22,7 +22,7 @@ stopped=no
 srun --kill-on-bad-exit=1 \
     .venv/bin/torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29400" \
-    -m train "$@" &
+    --no-python .venv/bin/saliency-train "$@" &
 step=$!
 # to torchrun on each node, which hands it on to its ranks; srun itself would end them by force
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM

@@ -50,7 +50,7 @@ class EvalViews:
         resize: pixels of the short side before the crop; by default crop_size * 256 / 224.
         crop_size: side of the center crop in pixels.
         recipe: what the encoder was trained with; one with `high_pass` filters these images as
-            well, as the released linear evaluation does (methods table D15).
+            well, as the released linear evaluation does (docs/method.md, D15).
         cache: where the shards of a remote dataset are kept, and how many bytes of them.
 
     Raises:

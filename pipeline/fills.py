@@ -1,6 +1,6 @@
 """What stands in masked pixels: noise, strong blur, mean, or a function of yours.
 
-Against the released code (methods table D8, D9, D14), decided once here:
+Against the released code (docs/method.md, D8, D9, D14), decided once here:
 
 * D8 noise replaces the pixel (the poster says "add"; on high-pass images the mean is near zero);
 * D9 each view of each sample has noise of its own, so no texture is shared over a batch. It is a

@@ -1,7 +1,7 @@
 """Where a view is masked: saliency -> foreground -> counts -> cells, or a window.
 
 Everything is a tensor operation on the batch: no Python loop over samples or cells, no sort, no
-wait for the device. Against the released code (methods table D1, D2, D10-D13), decided once here:
+wait for the device. Against the released code (docs/method.md, D1 .. D13), decided once here:
 
 * D1 the foreground stays where the saliency is (the release sorts each row before thresholding);
 * D2 each sample's hard negative is made of its own key (the release picks one image of the batch);

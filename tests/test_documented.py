@@ -1,7 +1,8 @@
-"""What README and docs tell to type is typed, on a few small pictures.
+"""Run the commands and the Python of README and docs, on a few small pictures.
 
-A block that is not has a comment in front of it with the reason: `<!-- not run by a test: ... -->`.
-Each other one runs as it stands; what is only large is made small by further options.
+A block that is not run has a comment in front of it with the reason:
+`<!-- not run by a test: ... -->`. Every other block runs as it stands; further options make small
+what is only large.
 """
 
 import importlib
@@ -11,6 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,22 @@ SMALL_TRAINING = (
     "--encoder resnet18 --crop-size 56 --batch-size 4 --epochs 1 --device cpu --precision fp32"
 )
 SMALL = {
+    "precompute": "--estimator spectral",
     "train": SMALL_TRAINING,
     "train.evaluate knn": "--neighbors 1 --device cpu",
     "train.evaluate linear": "--epochs 1 --batch-size 4 --device cpu",
     "pipeline preview": "--samples 2 --crop-size 56",
 }
-"""Further options of a command."""
+"""Further options of a command; one that the page gives itself is left as it is."""
+COMMANDS = {
+    "saliency-shards": "schemas",
+    "saliency-precompute": "precompute",
+    "saliency-pipeline": "pipeline",
+    "saliency-train": "train",
+    "saliency-evaluate": "train.evaluate",
+    "saliency-report": "train.report",
+}
+"""The module that an installed command runs."""
 VARIABLES = {
     "precompute": {"ESTIMATOR": "spectral"},
     "pretrain": {"ARGS": f"{SMALL_TRAINING} --queue 8"},
@@ -55,7 +67,7 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 
 @pytest.fixture
 def home(make_sample, tmp_path, monkeypatch) -> Path:
-    """A user's folder: the checkout, photos, shards of some and an encoder."""
+    """Make a user's folder: the checkout, photos, shards of some and an encoder."""
     for name in ("Makefile", "requirements.txt", "pyproject.toml", "examples", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").mkdir()
@@ -80,7 +92,7 @@ def home(make_sample, tmp_path, monkeypatch) -> Path:
 
 
 def prepare(home: Path, page: str) -> None:
-    """What a page of docs takes for granted; its first Python is mine.py."""
+    """Prepare what a page of docs takes for granted; its first Python is mine.py."""
     if page != "README.md":
         (home / "out").mkdir()
         (home / "out/photos").symlink_to(home / "shards")
@@ -101,6 +113,8 @@ def typed(command: str, small: bool = False) -> None:
         for line in expanded(words):
             typed(line, small=True)
         return
+    if words[0] in COMMANDS:
+        words = ["python", "-m", COMMANDS[words[0]], *words[1:]]
     assert words[0].endswith("python"), command
     if words[1].endswith(".py"):
         with pytest.MonkeyPatch.context() as patch:
@@ -112,10 +126,18 @@ def typed(command: str, small: bool = False) -> None:
     name = f"{module} {arguments[0]}" if f"{module} {arguments[0]}" in SMALL else module
     package = module if module == "train.report" else f"{module}.__main__"
     with pytest.MonkeyPatch.context() as patch:
-        more = [] if small else shlex.split(SMALL.get(name, ""))
+        more = [] if small else further(shlex.split(SMALL.get(name, "")), arguments)
         patch.setattr(sys, "argv", [module, *arguments, *more])
         patch.setattr("train.trainer.LOCK_SECONDS", 1)
         assert importlib.import_module(package).main() in (None, 0), command
+
+
+def further(options: list[str], given: list[str]) -> list[str]:
+    """Return `--name value ...` options without those that are given already."""
+    starts = [place for place, word in enumerate(options) if word.startswith("--")]
+    ends = [*starts[1:], len(options)]
+    pairs = [options[start:end] for start, end in zip(starts, ends, strict=True)]
+    return [word for pair in pairs if pair[0] not in given for word in pair]
 
 
 def execute(code: str, home: Path) -> None:
@@ -164,6 +186,16 @@ def test_a_page_does_what_it_says(home, monkeypatch, page):
             own = False  # it is mine.py
         else:
             execute(text, home)
+
+
+def test_every_installed_command_is_known_here():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert COMMANDS.keys() == scripts.keys()
+
+
+def test_further_options_do_not_repeat_those_of_the_page():
+    assert further(["--a", "1", "--b", "2", "3"], ["--a", "9"]) == ["--b", "2", "3"]
+    assert further([], ["--a"]) == []
 
 
 def test_most_blocks_run():

@@ -1,8 +1,10 @@
 """Commands run the project's rooms beside a user's own, and load a user's files by their path."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -105,6 +107,63 @@ def test_an_installed_command_runs_the_projects_own_rooms(repository, path):
         f"note: {repository / 'train'} is passed over: train is this project's" in done.stderr
     )
     assert len(done.stderr.splitlines()) == len(ROOMS)
+
+
+def test_a_program_can_put_the_projects_pipeline_before_its_own(repository):
+    """What docs/troubleshooting.md says of `from pipeline import MaskedViews`."""
+    code = "from importlib.util import find_spec; print(find_spec('pipeline').origin)"
+    path = f".{os.pathsep}{ROOT}"
+    assert run(code, PYTHONPATH=path).stdout == f"{repository}/pipeline/__init__.py\n"
+    first = "import saliency_shards; saliency_shards.own_rooms_first()"
+    done = run(f"{first}; {code}", PYTHONPATH=path)
+    assert done.stdout == f"{ROOT}/pipeline/__init__.py\n"
+    assert f"note: {repository}/pipeline is passed over: pipeline is this project's" in done.stderr
+    failed = run("from pipeline import MaskedViews", PYTHONPATH=path)
+    assert "cannot import name 'MaskedViews' from 'pipeline' (" in failed.stderr
+    assert f"{repository}/pipeline/__init__.py)" in failed.stderr.replace("./", f"{repository}/")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_installed_command_beside_a_users_own_train(repository):
+    """`--no-python saliency-train`, as the docs have it; `-m train` would run the user's file."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = Path(sysconfig.get_path("scripts")) / "saliency-train"
+    done = subprocess.run(
+        [*torchrun, "--local-addr", "127.0.0.1", "--no-python", script, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--recipe.query-ratio" in done.stdout
+    assert "MY OWN" not in done.stdout
+    assert "the pipeline of a user" not in done.stdout
+
+
+def test_lines_of_an_installed_command_reach_a_pipe_at_once(repository):
+    module = repository / "prints.py"
+    module.write_text("import os\ndef start():\n    print('a line')\n    os._exit(0)\n")
+    code = SCRIPT.replace("saliency_shards.shards()", "saliency_shards.start('prints')")
+    assert run(code).stdout == "a line\n"
+
+
+def test_rooms_that_are_not_installed_are_nobodys(tmp_path):
+    """`bench` is not installed: a module of that name is the user's, and nothing is said of it."""
+    shutil.copy(ROOT / "saliency_shards.py", tmp_path)
+    for room in ROOMS:
+        (tmp_path / "elsewhere" / room).mkdir(parents=True)
+        (tmp_path / room).mkdir()
+    (tmp_path / "elsewhere" / "bench.py").write_text("")
+    code = (
+        "import sys, saliency_shards; sys.path.append('elsewhere'); import bench; "
+        "saliency_shards.own_rooms_first(); print(saliency_shards.ROOMS, bench.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith(str(ROOMS))
+    assert "bench" not in done.stderr
 
 
 def test_the_version_is_told_without_any_import(repository):

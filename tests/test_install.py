@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ def test_the_wheel_alone_reads_shards(tmp_path, make_sample):
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "out", "build", "tests"))
     uv("build", "--wheel", "--out-dir", tmp_path / "dist", source, folder=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for package in ("schemas", "precompute", "pipeline", "train"):
+        assert f"{package}/py.typed" in names
+    assert not [name for name in names if name.startswith(("bench/", "tests/", "examples/"))]
+    assert [name for name in names if name.endswith("dist-info/licenses/LICENSE")]
     uv("venv", "--python", sys.executable, tmp_path / "venv", folder=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     uv("pip", "install", "--python", python, wheel, folder=tmp_path)

@@ -30,7 +30,7 @@ from schemas.storage import Store
 from schemas.tables import Reject
 
 CALTECH_TRAIN = 30
-"""Training images a class: the usual protocol (methods.md 4.3); which ones is ours, by a hash."""
+"""Training images a class: the usual protocol; which ones, by a hash, is ours (docs/method.md)."""
 
 CALTECH_BACKGROUND = "BACKGROUND_Google"
 CALTECH_IMAGE = re.compile(r"image_\d{4}\.jpg")

@@ -100,7 +100,7 @@ def foreground(saliency: np.ndarray) -> np.ndarray:
 
 
 def counts(ratio: float, front: int, cells: int, hard_negative: bool, cap: bool) -> tuple[int, int]:
-    """How many cells of foreground and background are masked (section 2.3)."""
+    """How many cells of foreground and background are masked (docs/method.md, Masks)."""
     share = ratio * (front / cells)
     if cap and share >= 0.56:
         share = 0.55
