@@ -183,7 +183,7 @@ class Summary:
     def stats(self) -> dict[str, Any]:
         """What `stats.json` says, of the run and of the dataset."""
         dataset = self.dataset
-        share = pc.mean(dataset.samples["foreground"]).as_py()
+        share = mean_foreground(dataset)
         return {
             "run": {
                 "images": self.images,
@@ -200,6 +200,16 @@ class Summary:
                 "foreground": None if share is None else round(share, 4),
             },
         }
+
+
+def mean_foreground(dataset: ShardDataset) -> float | None:
+    """Return the mean share of foreground cells over all samples; None if no sample has one."""
+    total, count = 0.0, 0
+    for batch in dataset.samples.batches(["foreground"]):
+        shares = batch.column(0)
+        total += pc.sum(shares).as_py() or 0.0
+        count += len(shares) - shares.null_count
+    return total / count if count else None
 
 
 def run_job(job: Job, resources: Resources) -> Summary:
