@@ -16,7 +16,13 @@ import tyro
 from precompute.estimators import ESTIMATORS, EstimatorOptions, FunctionOptions, ScdaOptions
 from precompute.guard import refuse_linked_inputs, refuse_own_inputs
 from precompute.plan import make_plan
-from precompute.sources import Source, SourceImage, list_images, open_source
+from precompute.sources import (
+    Source,
+    SourceImage,
+    list_images,
+    list_source,
+    open_source,
+)
 from schemas.cli import parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
@@ -147,7 +153,7 @@ def resolve(options: Options) -> "Job":
     of_tars = ("image_member", "label_member", "label_text", "keys_with_dots")
     chosen = {name: value for name in of_tars if (value := getattr(options, name))}
     source = open_source(options.dataset, root, options.split, options.download, **chosen)
-    images, rejects = list_images(listed(source.images()))
+    images, rejects = list_images(listed(list_source(source)))
     refuse_linked_inputs(options.out, source)
     if not images:
         raise UserError(no_images(root, rejects))
