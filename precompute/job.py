@@ -1,4 +1,4 @@
-"""The Ray Data job over shard plans: resume, bounded attempts, merge of the tables."""
+"""The Ray Data job over shard plans: resume, bounded attempts, merging of the tables."""
 
 import hashlib
 import json
@@ -22,6 +22,7 @@ from precompute.progress import watch
 from precompute.progress_actor import ProgressActor
 from precompute.resume import missing_shards
 from precompute.sources import Source
+from precompute.stored_plan import PLAN_FOLDER
 from precompute.worker import BuilderFactory, ShardActor
 from schemas.cli import TerminatedError, loaded_files
 from schemas.dataset import ShardDataset
@@ -249,8 +250,9 @@ def run_job(job: Job, resources: Resources) -> Summary:
         rejects=job.rejects,
         packages=(*PACKAGES, "ray", "torch", "torchvision", "nvidia-dali-cuda130"),
     )
-    images = sum(len(job.plan.shards[shard - job.first_shard]) for shard in missing)
+    images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
     summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
+    store.remove_folder(PLAN_FOLDER)  # of this run, and of any that was killed
     store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
     return summary
 
@@ -263,7 +265,8 @@ def build_shards(
     Returns:
         seconds from the first shard's begin to the last one's end.
     """
-    images = {shard: job.plan.shards[shard - job.first_shard] for shard in missing}
+    first, plan = job.first_shard, job.plan
+    images = sum(plan.size(shard - first) for shard in missing)
     store = Store(job.out)
     for module in loaded_files():  # a source of the user's own, named by its file
         cloudpickle.register_pickle_by_value(module)
@@ -287,11 +290,13 @@ def build_shards(
             resize=job.resize,
             settings=settings,
             threads=max(1, int(cpus)),
+            plan=plan.for_workers(),
+            first_shard=first,
         )
         # beside the driver, so that it goes only where the job goes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         progress = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
-        plans = [{"shard": shard, "images": json.dumps(images[shard])} for shard in missing]
+        plans = [{"shard": shard, "images": plan.message(shard - first)} for shard in missing]
         results = ray.data.from_items(plans, override_num_blocks=len(plans)).map(
             ShardActor,
             fn_constructor_args=(factory, progress),
@@ -301,7 +306,7 @@ def build_shards(
         )
 
         try:
-            with watch(progress, sum(map(len, images.values())), len(missing)):
+            with watch(progress, images, len(missing)):
                 for row in results.iter_rows():
                     if row["error"]:
                         raise UserError(f"shard {row['shard']} failed: {row['error']}; {so_far()}")

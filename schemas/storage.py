@@ -222,6 +222,12 @@ class Store:
             with self.writes(name):
                 self.fs.rm_file(self.path(name))
 
+    def remove_folder(self, name: str = "") -> None:
+        """Delete a folder of this one, or this one, with all that is in it. Raises UserError."""
+        if self.exists(name):
+            with self.writes(name):
+                self.fs.rm(self.path(name), recursive=True)
+
     def remove_temporaries(self, folder: str) -> int:
         """Delete what a killed writer left half written; how many files that were."""
         names = [name for name in self.sizes(folder) if name.endswith(TEMPORARY_SUFFIX)]

@@ -17,6 +17,8 @@ from precompute.sources.base import (
     free_key,
     join_parts,
     key_of,
+    list_part,
+    parts_of,
     walk_order,
 )
 from schemas.cli import imported, lookup
@@ -71,14 +73,11 @@ def open_source(name: str, root: str, split: str, download: bool, **options: Any
 
 
 def list_source(source: Source) -> Iterator[SourceImage | Reject]:
-    """List a source as `source.images()` does, several of its parts at a time.
-
-    A class that derives from one of these sources and has an `images` of its own is listed by it.
-    """
-    parts = source.parts()
-    if len(parts) == 1 or type(source).images is not PartedSource.images:
+    """List a source as `source.images()` does, several of its parts at a time."""
+    parts = parts_of(source)
+    if not isinstance(source, PartedSource) or len(parts) == 1:
         return source.images()
-    listed = map_ahead(lambda part: list(source.list_part(part)), parts, count_readers(source))
+    listed = map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
     return join_parts(source, listed)
 
 

@@ -20,6 +20,9 @@ REMOTE_READERS = 64
 """Images, or parts of a source, that are read at a time. An object store answers after about 50 ms,
 so 64 give 1,280 images/s."""
 
+KEY_DIGITS = (8, 16, 32, MAX_KEY_LENGTH - 1)
+"""Digits of a location's sha256 that keep keys apart: the first number that is enough."""
+
 WHOLE = ""
 """The only part of a source that is listed as a whole."""
 
@@ -71,29 +74,6 @@ class Source(ABC):
     def images(self) -> Iterator[SourceImage | Reject]:
         """List every input once, in a fixed order; what cannot be an image comes as a reject."""
 
-    def parts(self) -> Sequence[str]:
-        """Return the names of parts that can be listed at the same time, in the order of `images`.
-
-        A source of one part is listed as a whole, by `images`.
-        """
-        return [WHOLE]
-
-    def list_part(self, part: str) -> Iterator[Entry]:
-        """List every input of a part once, in a fixed order; several threads may do so at a time.
-
-        Args:
-            part: one of `parts`.
-        """
-        yield from self.images()
-
-    def number_labels(self, texts: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
-        """Number the labels that `list_part` gave as text, and set `classes`.
-
-        Returns:
-            the number of each label, and why others are no label.
-        """
-        raise NotImplementedError(f"{type(self).__name__} lists labels as text but numbers none")
-
     @abstractmethod
     def read(self, image: SourceImage) -> bytes:
         """Return the encoded image. Raises OSError."""
@@ -108,7 +88,7 @@ class Source(ABC):
 
 
 class PartedSource(Source):
-    """A source that lists its parts one by one; `images` puts them together."""
+    """A source whose parts can be listed at the same time; `images` puts them together."""
 
     def images(self) -> Iterator[SourceImage | Reject]:
         return join_parts(self, map(self.list_part, self.parts()))
@@ -125,8 +105,35 @@ class PartedSource(Source):
             part: one of `parts`.
         """
 
+    def number_labels(self, texts: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
+        """Number the labels that `list_part` gave as text, and set `classes`.
 
-def join_parts(source: Source, parts: Iterable[Iterable[Entry]]) -> Iterator[SourceImage | Reject]:
+        Returns:
+            the number of each label, and why others are no label.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lists labels as text but numbers none")
+
+
+def parts_of(source: Source) -> Sequence[str]:
+    """Return the parts of a source that can be listed at the same time, [WHOLE] if it has none.
+
+    A class that derives from a PartedSource and has `images` of its own is listed by these.
+    """
+    if isinstance(source, PartedSource) and type(source).images is PartedSource.images:
+        return source.parts()
+    return [WHOLE]
+
+
+def list_part(source: Source, part: str) -> Iterable[Entry]:
+    """List the inputs of a part: one of `parts_of`."""
+    if isinstance(source, PartedSource) and type(source).images is PartedSource.images:
+        return source.list_part(part)
+    return source.images()
+
+
+def join_parts(
+    source: PartedSource, parts: Iterable[Iterable[Entry]]
+) -> Iterator[SourceImage | Reject]:
     """Yield the inputs of the parts in order; those labeled by text come when all are known.
 
     Args:
@@ -150,7 +157,7 @@ def number_label(
     """Return the image with the number of its label, or a reject if it has none.
 
     Args:
-        numbers, bad: as `Source.number_labels` returns them.
+        numbers, bad: as `PartedSource.number_labels` returns them.
     """
     if entry.text in bad:
         return Reject(entry.image.location, "bad-label", bad[entry.text])
@@ -187,7 +194,7 @@ def free_key(key: str, location: str, taken: Container[str]) -> str:
     """Return the key with as many digits as it needs to differ from those that are taken."""
     return next(
         candidate
-        for digits in (8, 16, 32, MAX_KEY_LENGTH - 1)
+        for digits in KEY_DIGITS
         if (candidate := digest_key(key, location, digits)) not in taken
     )
 
