@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 
-CheckShards = Callable[[Sequence[ShardRow]], Iterable[tuple[ShardRow, list[Problem]]]]
+Placed = tuple[ShardRow, tuple[int, int]]
+"""A shard, and where its rows of the table of samples begin and end."""
+CheckShards = Callable[[Sequence[Placed]], Iterable[tuple[ShardRow, list[Problem]]]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def verify_dataset(
 
     Args:
         progress: called with the number of samples of each shard when it is done.
-        check: checks shards elsewhere, by `check_shard`; by default threads of this process do.
+        check: checks shards elsewhere by `check_shard`, and yields them in the order given; by
+            default threads of this process do.
 
     Raises:
         UserError: the record cannot be used.
@@ -123,15 +126,14 @@ def verify_dataset(
             Problem(SAMPLES, f"has samples of shards {sorted(unknown)}, which {SHARDS} lacks")
         )
 
-    def check_here(rows: Sequence[ShardRow]) -> Iterator[tuple[ShardRow, list[Problem]]]:
-        def check_one(row: ShardRow) -> list[Problem]:
-            return list(check_shard(dataset, row, ranges.get(row.shard, (0, 0))))
-
-        return zip(rows, map_ahead(check_one, rows, options.workers), strict=True)
+    def check_here(rows: Sequence[Placed]) -> Iterator[tuple[ShardRow, list[Problem]]]:
+        found = map_ahead(lambda placed: list(check_shard(dataset, *placed)), rows, options.workers)
+        return zip((row for row, _ in rows), found, strict=True)
 
     with VerifyRecord(options.record, dataset.digest) as record:
         rows = [row for row in chosen if row.shard not in record.clean]
-        for row, found in (check or check_here)(rows):
+        placed = [(row, ranges.get(row.shard, (0, 0))) for row in rows]
+        for row, found in (check or check_here)(placed):
             problems += found
             record.add(row, found)
             if progress:
