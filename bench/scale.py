@@ -36,7 +36,7 @@ class Options:
     """Seconds and memory of the parts of a job that touch every image but no pixel."""
 
     rows: tuple[str, ...] = ("list", "plan", "finish")
-    """What to measure: list (tars in a store that waits), plan (in the driver), cluster (the same by
+    """What to measure: list (tars in a store that waits), plan (in this process), cluster (that by
     Ray), finish (tables, info and verify of a dataset with many shards)."""
     images: int = 100_000
     """Images of `plan` and `cluster`."""
