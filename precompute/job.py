@@ -5,8 +5,9 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import ray
@@ -105,6 +106,34 @@ class Job:
         }
 
 
+class Usable(NamedTuple):
+    """The CPU cores and GPUs that workers can have: of all nodes, and cores of the largest one."""
+
+    cores: float
+    devices: float
+    node_cores: float
+
+
+def usable_resources(nodes: Sequence[Mapping[str, Any]]) -> Usable:
+    """Return what workers can have of a cluster.
+
+    Where there are GPUs, workers go to nodes with GPUs only, and each has an even share of cores:
+    that of the node with the fewest cores per GPU, as a worker must fit on any of them.
+
+    Args:
+        nodes: as `ray.nodes` returns them.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    usable = [node for node in alive if node.get("GPU", 0) > 0]
+    devices = sum(node["GPU"] for node in usable)
+    if usable:
+        cores = devices * min(node.get("CPU", 0) / node["GPU"] for node in usable)
+    else:
+        usable = alive
+        cores = sum(node.get("CPU", 0) for node in usable)
+    return Usable(cores or 1, devices, max(node.get("CPU", 0) for node in usable) or 1)
+
+
 MOST_WORKERS_PER_GPU = 3
 CORES_PER_WORKER = 2
 """A worker reads, decodes, estimates and packs in threads of their own (both numbers are ours)."""
@@ -135,19 +164,23 @@ class Resources:
     cpus: float = 0
     gpus: float = 0
 
-    def split(self, cores: float, devices: float, shards: int) -> tuple[int, float, float]:
+    def split(
+        self, cores: float, devices: float, shards: int, node_cores: float = math.inf
+    ) -> tuple[int, float, float]:
         """Return the count of workers, and the cores and GPUs of each.
 
         Args:
-            cores, devices: CPU cores and GPUs of the cluster. shards: how many are to be built.
+            cores, devices: CPU cores and GPUs of the cluster.
+            shards: how many are to be built.
+            node_cores: cores of the largest node; a worker does not reach over two.
 
         Raises:
             UserError: a worker is to have more than the cluster has.
         """
-        if self.gpus > devices or self.cpus > cores:
+        if self.gpus > devices or self.cpus > min(cores, node_cores):
             raise UserError(
                 f"a worker is to have {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has "
-                f"{cores:g} and {devices:g}"
+                f"{cores:g} and {devices:g}, its largest node {min(cores, node_cores):g} CPUs"
             )
         if self.gpus:
             fitting = devices // self.gpus
@@ -161,7 +194,7 @@ class Resources:
         even = math.floor(10_000 / math.ceil(workers / devices)) / 10_000 if devices else 0.0
         # more workers than cores share them
         gpus = min(self.gpus or even, devices / workers if self.gpus else 1.0)
-        return workers, self.cpus or cores / workers, gpus
+        return workers, self.cpus or min(cores / workers, node_cores), gpus
 
 
 @dataclass(frozen=True)
@@ -280,8 +313,8 @@ def build_shards(
         )
 
     with cluster(resources.address):
-        has = ray.cluster_resources()
-        workers, cpus, gpus = resources.split(has.get("CPU", 1), has.get("GPU", 0), len(missing))
+        cores, devices, node_cores = usable_resources(ray.nodes())
+        workers, cpus, gpus = resources.split(cores, devices, len(missing), node_cores)
         factory = BuilderFactory(
             source=job.source,
             estimator=job.estimator,
