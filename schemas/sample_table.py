@@ -61,8 +61,7 @@ class SampleTable:
     schema = SAMPLES_SCHEMA
 
     def __init__(self, store: Store, samples: int, shards: Sequence[ShardRow]):
-        self.store = store
-        self.shards = shards
+        self.store, self.samples, self.shards = store, samples, shards
         self.is_merged = samples <= MERGED_SAMPLES
         self.columns: dict[str, pa.ChunkedArray] = {}
         self.recent: OrderedDict[int, pa.Table] = OrderedDict()
@@ -103,6 +102,9 @@ class SampleTable:
         if name not in self.columns:
             self.columns[name] = self.to_table([name]).column(0)
         return self.columns[name]
+
+    def __reduce__(self) -> tuple:
+        return SampleTable, (self.store, self.samples, self.shards)  # another process reads anew
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

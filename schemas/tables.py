@@ -54,7 +54,7 @@ REJECTS_SCHEMA = pa.schema(
     [("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
 MERGED_SAMPLES = 10**8
-"""A dataset of more samples has no samples.parquet (it would have 13 GB): the shards' own tables
+"""A dataset of more samples has no samples.parquet (it would have 8 GB): the shards' own tables
 hold its rows (ours)."""
 OPTIONAL_COLUMNS: dict[str, Any] = {
     "foreground": None,  # it follows from the map

@@ -1,6 +1,7 @@
 """The table of samples: read in parts, written in parts, in bounded memory, to the same bytes."""
 
 import io
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,6 +91,13 @@ def test_the_dataset_is_whole_however_its_table_lies(dataset: ShardDataset) -> N
     assert dataset.verify().clean
     assert [sample.key for sample in dataset] == whole_table(dataset)["key"].to_pylist()
     assert dataset.unlabeled == 0
+
+
+def test_it_goes_to_another_process(dataset: ShardDataset) -> None:
+    expected = dataset.samples.to_table()
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again.samples.to_table().equals(expected)
+    assert pickle.loads(pickle.dumps(dataset.samples)).to_table().equals(expected)
 
 
 def test_the_columns_that_are_asked_for_are_the_only_ones_read(
