@@ -76,7 +76,9 @@ class RayRunner:
         # as JSON: the name of a file may be no UTF-8
         items = [{"first": first, "parts": json.dumps(parts)} for first, parts in groups]
         rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            ListParts(source, seed, buckets), batch_size=1, batch_format="pyarrow"
+            partial(list_group, source=source, seed=seed, buckets=buckets),
+            batch_size=1,
+            batch_format="pyarrow",
         )
         partitions = min(buckets, max(LEAST_PARTITIONS, PARTITIONS_PER_CORE * self.cores))
         written = rows.groupby("bucket", num_partitions=partitions).map_groups(
@@ -100,13 +102,7 @@ class RayRunner:
             yield ray.get(pending.popleft())
 
 
-class ListParts:
-    """`list_rows` as Ray Data calls it: a group of parts in, tables of rows out."""
-
-    def __init__(self, source: Source, seed: int, buckets: int):
-        self.source, self.seed, self.buckets = source, seed, buckets
-
-    def __call__(self, group: pa.Table) -> Iterator[pa.Table]:
-        for row in group.to_pylist():
-            parts = json.loads(row["parts"])
-            yield from stages.list_rows(self.source, row["first"], parts, self.seed, self.buckets)
+def list_group(group: pa.Table, source: Source, seed: int, buckets: int) -> Iterator[pa.Table]:
+    """`list_rows` as Ray Data calls it: groups of parts in, tables of rows out."""
+    for row in group.to_pylist():
+        yield from stages.list_rows(source, row["first"], json.loads(row["parts"]), seed, buckets)
