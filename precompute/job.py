@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray import cloudpickle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from precompute.cluster import cluster
+from precompute.cluster import cluster, start_beside_driver
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
 from precompute.plan import Plan
@@ -326,9 +325,7 @@ def build_shards(
             plan=plan.for_workers(),
             first_shard=first,
         )
-        # beside the driver, so that it goes only where the job goes
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        progress = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
+        progress = start_beside_driver(ProgressActor)
         plans = [{"shard": shard, "images": plan.message(shard - first)} for shard in missing]
         results = ray.data.from_items(plans, override_num_blocks=len(plans)).map(
             ShardActor,

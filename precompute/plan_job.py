@@ -13,6 +13,9 @@ from ray import cloudpickle
 
 from precompute import plan_stages as stages
 from precompute.bucket_plan import PartGroup, StoredListing, plan_in_buckets
+from precompute.cluster import start_beside_driver
+from precompute.progress import watch_count
+from precompute.progress_actor import CountActor
 from precompute.sources import Source
 from schemas.cli import TerminatedError, loaded_files
 from schemas.errors import UserError
@@ -75,8 +78,9 @@ class RayRunner:
         """See `Runner.shuffle`."""
         # as JSON: the name of a file may be no UTF-8
         items = [{"first": first, "parts": json.dumps(parts)} for first, parts in groups]
+        counter = start_beside_driver(CountActor)
         rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            partial(list_group, source=source, seed=seed, buckets=buckets),
+            partial(list_group, source=source, seed=seed, buckets=buckets, counter=counter),
             batch_size=1,
             batch_format="pyarrow",
         )
@@ -84,7 +88,8 @@ class RayRunner:
         written = rows.groupby("bucket", num_partitions=partitions).map_groups(
             partial(stages.write_rows, place=place), batch_format="pyarrow"
         )
-        return {text for row in written.iter_rows() for text in json.loads(row["texts"])}
+        with watch_count(counter):
+            return {text for row in written.iter_rows() for text in json.loads(row["texts"])}
 
     def map(self, function: Callable[..., R], arguments: Iterable[tuple]) -> Iterator[R]:
         """See `Runner.map`; few calls are in flight, so that results do not gather."""
@@ -102,7 +107,12 @@ class RayRunner:
             yield ray.get(pending.popleft())
 
 
-def list_group(group: pa.Table, source: Source, seed: int, buckets: int) -> Iterator[pa.Table]:
+def list_group(
+    group: pa.Table, source: Source, seed: int, buckets: int, counter: Any
+) -> Iterator[pa.Table]:
     """`list_rows` as Ray Data calls it: groups of parts in, tables of rows out."""
     for row in group.to_pylist():
-        yield from stages.list_rows(source, row["first"], json.loads(row["parts"]), seed, buckets)
+        parts = json.loads(row["parts"])
+        for table in stages.list_rows(source, row["first"], parts, seed, buckets):
+            counter.add.remote(len(table))
+            yield table
