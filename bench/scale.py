@@ -202,10 +202,19 @@ def measure_finish(options: Options) -> list[str]:
             write_shard(store, shard, [small(number, saliency) for number in numbers])
         count = options.shards * options.shard_samples
         what = f"{options.shards:,} shards, {count:,} samples"
-        given = {"name": "bench", "split": "train", "classes": ["a"], "saliency_side": 28}
 
         def finish(place: Store) -> ShardDataset:
-            return finish_dataset(place, options.shards, estimator={}, plan="", seed=0, **given)
+            return finish_dataset(
+                place,
+                options.shards,
+                name="bench",
+                split="train",
+                classes=["a"],
+                saliency_side=28,
+                estimator={},
+                plan="",
+                seed=0,
+            )
 
         def row(name: str, work: Callable[[], Any]) -> None:
             _, seconds, cpu = timed(work)

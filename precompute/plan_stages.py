@@ -14,7 +14,7 @@ Together they give the plan and the rejects of `list_images` and `make_plan`, in
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -129,10 +129,9 @@ def row_of(entry: Entry, order: int, seed: int, buckets: int) -> tuple:
     if isinstance(entry, Reject):
         reason, source, detail = map(to_bytes, (entry.reason, entry.source, entry.detail))
         return rejects_bucket(buckets), order, None, reason, source, 0, detail
-    text = None
-    if isinstance(entry, LabeledText):
-        entry, text = entry.image, to_bytes(entry.text)
-    key, location, label, annotation = entry
+    labeled = entry if isinstance(entry, LabeledText) else None
+    text = to_bytes(labeled.text) if labeled else None
+    key, location, label, annotation = labeled.image if labeled else cast(SourceImage, entry)
     bucket = bucket_of(plan_order(seed, key), buckets)
     return bucket, order, text, to_bytes(key), to_bytes(location), label, to_bytes(annotation)
 

@@ -35,7 +35,7 @@ KEPT_PARTS = 2
 class Part(NamedTuple):
     """A row group of samples.parquet, or a shard's own table: `rows` rows from row `start`."""
 
-    index: int
+    number: int
     start: int
     rows: int
 
@@ -75,7 +75,7 @@ class SampleTable:
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self.starts = starts
         self.parts = [
-            Part(index, int(starts[index]), rows) for index, rows in enumerate(sizes) if rows
+            Part(number, int(starts[number]), rows) for number, rows in enumerate(sizes) if rows
         ]
 
     @property
@@ -179,17 +179,17 @@ class SampleTable:
     def read_recent(self, part: Part) -> pa.Table:
         """Return all columns of a part, which is kept for threads that need it next."""
         with self.lock:
-            if part.index not in self.recent:
-                self.recent[part.index] = self.read(part, SAMPLES_SCHEMA)
+            if part.number not in self.recent:
+                self.recent[part.number] = self.read(part, SAMPLES_SCHEMA)
                 if len(self.recent) > KEPT_PARTS:
                     self.recent.popitem(last=False)
-            return self.recent[part.index]
+            return self.recent[part.number]
 
     def read(self, part: Part, schema: pa.Schema) -> pa.Table:
         if self.is_merged:
-            table = read_columns(self.file, schema, self.location, part.index)
+            table = read_columns(self.file, schema, self.location, part.number)
             return table.replace_schema_metadata(None)
-        shard = self.shards[part.index].shard
+        shard = self.shards[part.number].shard
         name = shard_name(shard, "parquet")
         location = self.store.location(name)
         try:

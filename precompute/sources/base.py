@@ -3,7 +3,7 @@
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -152,7 +152,7 @@ def join_parts(
 
 
 def number_label(
-    entry: LabeledText, numbers: dict[str, int], bad: dict[str, str]
+    entry: LabeledText, numbers: Mapping[str, int], bad: Mapping[str, str]
 ) -> SourceImage | Reject:
     """Return the image with the number of its label, or a reject if it has none.
 
