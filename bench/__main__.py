@@ -7,6 +7,7 @@ python -m bench fidelity --root PHOTOS    stored maps against online ones, on cr
 python -m bench map-sides --root PHOTOS   what the side of stored maps costs, in IoU and bytes
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
 python -m bench order                     seconds and memory to plan a batch of 10^9 samples
+python -m bench scale                     listing, planning, finishing and verifying at scale
 python -m bench kernels                   kernels and bytes of a batch's views on a GPU, counted
 python -m bench.gpu_session               the first session on a GPU: what works, how fast
 python -m bench study --shards FOLDER     arms of the method on real data, a table of their results
@@ -33,6 +34,7 @@ def main() -> int:
         "map-sides": bench_map_sides,
         "train": bench_train,
         "order": bench_order,
+        "scale": bench_scale,
         "kernels": bench_kernels,
         "study": run_study,
     }
@@ -106,6 +108,12 @@ def bench_order(argv: Sequence[str]) -> None:
     from bench import order
 
     print(order.table(parse(order.Options, argv)))
+
+
+def bench_scale(argv: Sequence[str]) -> None:
+    from bench import scale
+
+    print(scale.table(parse(scale.Options, argv)))
 
 
 def bench_kernels(argv: Sequence[str]) -> None:

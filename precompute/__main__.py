@@ -4,29 +4,42 @@ Reads the images of a source, estimates their saliency and writes both into WebD
 it again after an interruption: it does only what is missing, and ends with the same bytes.
 """
 
+import contextlib
 import io
 import os
 import sys
+import uuid
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import tyro
 
 from precompute.estimators import ESTIMATORS, EstimatorOptions, FunctionOptions, ScdaOptions
 from precompute.guard import refuse_linked_inputs, refuse_own_inputs
-from precompute.plan import make_plan
-from precompute.sources import Source, SourceImage, list_images, open_source
+from precompute.plan import Plan, make_plan
+from precompute.sources import (
+    Source,
+    list_images,
+    list_source,
+    open_source,
+)
 from schemas.cli import parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
 from schemas.names import to_stored
 from schemas.sample import UNLABELLED
 from schemas.storage import Store
-from schemas.tables import REJECTS, SAMPLES, SHARDS, Reject
+from schemas.tables import REJECTS, SAMPLES, SHARDS, DatasetCard, Reject
 
 if TYPE_CHECKING:
     from precompute.job import Job, Summary
+
+T = TypeVar("T")
+
+MOST_IN_DRIVER = 2_000_000
+"""Images that this process plans by itself: with 540 bytes each, 1.1 GB (docs/scale.md)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,10 @@ class Options:
     shard_samples: int = 1000
     """Images a shard, at most."""
     seed: int = 0
-    """Of the global shuffle: which image goes into which shard, in which order."""
+    """Random seed of the global shuffle: which image goes into which shard, in which order."""
+    plan: Literal["auto", "driver", "cluster"] = "auto"
+    """Where images are listed and planned: in this process, or by tasks of Ray, which need no node
+    with memory for all of them; `auto` for the cluster above 2 million images. Same shards."""
     limit: int | None = None
     """Take only so many images, the first of the shuffled order."""
     resize: int | None = None
@@ -86,8 +102,8 @@ class Options:
     """GPUs of each worker, also a part of one (0.5: two workers per GPU); 0 for an even share. A
     GPU in exclusive-process mode takes one worker: 1."""
     address: str | None = None
-    """Of a running Ray cluster (`auto` for the one of this machine); by default a local one is
-    started and ended."""
+    """Address of a running Ray cluster (`auto` for the one of this machine); by default a local one
+    is started and ended."""
     estimator: EstimatorOptions = field(default_factory=ScdaOptions)
     """How saliency is estimated."""
 
@@ -106,9 +122,15 @@ def main() -> int:
     options = parse(
         Options, named={"estimator": ESTIMATORS}, by_path={"estimator": FunctionOptions}
     )
+    with contextlib.ExitStack() as stack:  # a cluster that plans goes on to build
+        return run_command(options, stack)
+
+
+def run_command(options: Options, stack: contextlib.ExitStack) -> int:
+    """Do what the options say; clusters are entered into the stack. Raises UserError."""
     from precompute.job import Resources, run_job  # torch, DALI and Ray: not before it is time
 
-    job = resolve(options)
+    job = resolve(options, stack)
     resources = Resources(
         options.address, options.workers, options.cpus_per_worker, options.gpus_per_worker
     )
@@ -130,12 +152,10 @@ def main() -> int:
     return 0
 
 
-def resolve(options: Options) -> "Job":
+def resolve(options: Options, stack: contextlib.ExitStack) -> "Job":
     """List the source and plan the shards. Raises UserError."""
     from precompute.encode import Resize
-    from precompute.extend import only_new
     from precompute.job import Job
-    from precompute.progress import listed
 
     resize = Resize(options.resize, options.resize_quality)
     # workers have another current folder where they run in a cluster that is there already
@@ -147,43 +167,120 @@ def resolve(options: Options) -> "Job":
     of_tars = ("image_member", "label_member", "label_text", "keys_with_dots")
     chosen = {name: value for name in of_tars if (value := getattr(options, name))}
     source = open_source(options.dataset, root, options.split, options.download, **chosen)
-    images, rejects = list_images(listed(source.images()))
-    refuse_linked_inputs(options.out, source)
-    if not images:
-        raise UserError(no_images(root, rejects))
-    print(count_classes(images, source), flush=True)
-    before = None
-    if options.extend:
-        before, images, rejects = only_new(out, images, rejects, list(source.classes))
+    planned = plan_source(options, source, root, out, stack)
     return Job(
         name=options.name or options.dataset,
         split=options.split,
         source=source,
-        plan=make_plan(
-            images, seed=options.seed, shard_samples=options.shard_samples, limit=options.limit
-        ),
-        rejects=rejects,
+        plan=planned.plan,
+        rejects=planned.rejects,
         estimator=options.estimator,
         seed=options.seed,
         out=out,
         batch_size=options.batch_size,
         resize=resize,
-        before=before,
+        before=planned.before,
     )
 
 
-def count_classes(images: list[SourceImage], source: Source) -> str:
-    """Say what was listed: a wrong ROOT shows before the work begins."""
-    labels, classes = {image.label for image in images}, source.classes
+class Planned(NamedTuple):
+    """A plan, what listing rejected, and the dataset that the plan's shards are added to."""
+
+    plan: Plan
+    rejects: list[Reject]
+    before: DatasetCard | None
+
+
+def plan_source(
+    options: Options, source: Source, root: str, out: str, stack: contextlib.ExitStack
+) -> Planned:
+    """List a source and plan its shards, in this process or on the cluster. Raises UserError."""
+    if options.extend and options.plan == "cluster":
+        raise UserError("--extend compares with the dataset that is there: plan it in the driver")
+    if options.plan == "cluster":
+        return plan_there(options, source, root, out, stack)
+    try:
+        most = MOST_IN_DRIVER if options.plan == "auto" and not options.extend else None
+        return plan_here(options, source, root, out, most)
+    except TooManyImagesError:
+        print(f"more than {MOST_IN_DRIVER:,} images: they are listed anew, by Ray", flush=True)
+    return plan_there(options, source, root, out, stack)
+
+
+def plan_here(options: Options, source: Source, root: str, out: str, most: int | None) -> Planned:
+    """Plan in this process. Raises UserError, TooManyImagesError."""
+    from precompute.extend import only_new
+    from precompute.progress import listed
+
+    images, rejects = list_images(at_most(most, listed(list_source(source))))
+    refuse_linked_inputs(options.out, source.linked_folders())
+    if not images:
+        raise UserError(no_images(root, rejects))
+    print(count_classes(Counter(image.label for image in images), source), flush=True)
+    before = None
+    if options.extend:
+        before, images, rejects = only_new(out, images, rejects, list(source.classes))
+    plan = make_plan(
+        images, seed=options.seed, shard_samples=options.shard_samples, limit=options.limit
+    )
+    return Planned(plan, rejects, before)
+
+
+def plan_there(
+    options: Options, source: Source, root: str, out: str, stack: contextlib.ExitStack
+) -> Planned:
+    """Plan on the cluster, which is entered into the stack, as is the removal of the plan's folder.
+
+    Raises:
+        UserError: of the source or the cluster.
+    """
+    from precompute.cluster import cluster
+    from precompute.plan_job import plan_on_cluster
+    from precompute.stored_plan import PLAN_FOLDER
+
+    stack.enter_context(cluster(options.address))
+    place = f"{out.rstrip('/')}/{PLAN_FOLDER}/{uuid.uuid4().hex[:8]}"
+    stack.callback(Store(place).remove_folder)
+    found = plan_on_cluster(
+        source,
+        place,
+        seed=options.seed,
+        shard_samples=options.shard_samples,
+        limit=options.limit,
+    )
+    refuse_linked_inputs(options.out, found.linked)
+    if not found.plan.images:
+        raise UserError(no_images(root, found.rejects))
+    print(count_classes(found.labels, source), flush=True)
+    return Planned(found.plan, found.rejects, None)
+
+
+class TooManyImagesError(Exception):
+    """More images than this process is to plan."""
+
+
+def at_most(most: int | None, entries: Iterable[T]) -> Iterator[T]:
+    """Yield the entries. Raises TooManyImagesError when there are more than `most`."""
+    for count, entry in enumerate(entries, 1):
+        if most is not None and count > most:
+            raise TooManyImagesError
+        yield entry
+
+
+def count_classes(labels: Counter[int], source: Source) -> str:
+    """Say what was listed: a wrong ROOT shows before the work begins.
+
+    Args:
+        labels: number of images of each label.
+    """
+    images, classes = labels.total(), source.classes
     if not classes:
-        return f"{len(images)} images without classes{source.hint()}"
-    if labels <= {UNLABELLED}:
-        return (
-            f"{len(images)} images without a label; their annotations know {len(classes)} classes"
-        )
+        return f"{images} images without classes{source.hint()}"
+    if labels.keys() <= {UNLABELLED}:
+        return f"{images} images without a label; their annotations know {len(classes)} classes"
     empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
     names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
-    return f"{len(images)} images in {len(classes)} classes, {len(empty)} folders empty{names}"
+    return f"{images} images in {len(classes)} classes, {len(empty)} folders empty{names}"
 
 
 def no_images(root: str, rejects: list[Reject]) -> str:

@@ -12,11 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import ray
 import ray.data
 from ray._private import services
 from ray._private.authentication import authentication_token_setup as tokens
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from schemas.cli import TerminatedError
 from schemas.errors import UserError
@@ -224,6 +226,12 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
         thread.join()
         for descriptor in (heard, wakeup):
             os.close(descriptor)
+
+
+def start_beside_driver(actor: type) -> Any:
+    """Start an actor without CPUs on this node, so that it goes only where the job goes."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(actor).remote()
 
 
 def end_with_ray(over: threading.Event) -> None:

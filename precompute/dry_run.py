@@ -1,5 +1,6 @@
 """--dry-run: print the plan, size and time of a job without writing anything."""
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -54,8 +55,8 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
     missing = missing_shards(
         Store(job.out), job.settings(estimator.weights_sha256), job.default_settings
     )
-    plans = [job.plan.shards[shard - job.first_shard] for shard in missing]
-    images = sum(map(len, plans))
+    places = [shard - job.first_shard for shard in missing]
+    images = sum(map(job.plan.size, places))
     lines = [
         f"{job.plan.images} images -> {len(job.plan.shards)} shards in {job.out}; "
         f"{len(job.rejects)} inputs are rejected already",
@@ -67,7 +68,8 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
     threads = max(1, int(cpus))
     torch.set_num_threads(threads)
     ndd.set_num_threads(threads)
-    sample = [image for plan in plans for image in plan][: job.batch_size * BATCHES]
+    planned = (image for place in places for image in job.plan.shards[place])
+    sample = list(itertools.islice(planned, job.batch_size * BATCHES))
     sampled = make_batches(job, estimator, sample)
     rate = sampled.timed / sampled.seconds
     size = sampled.size / max(sampled.written, 1) * images

@@ -5,7 +5,7 @@ from precompute.sources.base import free_key
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.names import to_stored
-from schemas.shard import read_marker
+from schemas.shard import read_markers
 from schemas.storage import Store
 from schemas.tables import CARD, DatasetCard, Reject
 
@@ -13,10 +13,10 @@ from schemas.tables import CARD, DatasetCard, Reject
 def only_new(
     out: str, images: list[SourceImage], rejects: list[Reject], classes: list[str]
 ) -> tuple[DatasetCard, list[SourceImage], list[Reject]]:
-    """The dataset's card, the images that it does not know, and what stands against the others.
+    """Return the card of the dataset, the images that are new to it, and the rejects.
 
-    Known is what was written or rejected before, by its location. Keys that are there stay; a new
-    image whose key is taken gets a digest into its own.
+    An image is new if its location was neither written nor rejected before. Keys that are there
+    stay; a new image whose key is taken gets a digest into its own.
 
     Raises:
         UserError: there is no whole dataset, or its labels would change their meaning.
@@ -31,14 +31,14 @@ def only_new(
             f"source {', '.join(classes[:5])} ...; new classes must come behind the old ones"
         )
     # by the markers: the tables may be those of an extension that was interrupted at its very end
-    markers = [read_marker(dataset.store, shard) for shard in range(dataset.card.shards)]
-    keys: dict[str, str] = {}
-    for marker in markers:
-        rows = marker.samples
-        keys |= zip(rows["key"].to_pylist(), rows["source"].to_pylist(), strict=True)
-    known = {*keys.values(), *(reject.source for marker in markers for reject in marker.rejects)}
+    keys: set[str] = set()
+    known: set[str] = set()
+    for marker in read_markers(dataset.store, range(dataset.card.shards)):
+        keys.update(marker.samples["key"].to_pylist())
+        known.update(marker.samples["source"].to_pylist())
+        known.update(reject.source for reject in marker.rejects)
     new: list[SourceImage] = []
-    taken = keys.keys() | {image.key for image in images}
+    taken = keys | {image.key for image in images}
     for image in images:
         if to_stored(image.location) in known:
             continue

@@ -3,10 +3,11 @@
 import os
 import posixpath
 import re
+from collections.abc import Iterable
 
 from fsspec.utils import glob_translate
 
-from precompute.sources.base import Source, is_pattern
+from precompute.sources.base import is_pattern
 from schemas.errors import UserError
 from schemas.storage import Store
 from schemas.tables import CARD, REJECTS, SAMPLES, SHARD_FOLDER, SHARDS, shard_name
@@ -28,9 +29,9 @@ def refuse_own_inputs(out: str, root: str) -> None:
         raise UserError(f"{out}: lies inside {root}, whose files are the inputs")
 
 
-def refuse_linked_inputs(out: str, source: Source) -> None:
-    """The same for folders that links below ROOT lead to. Raises UserError."""
-    for link in source.linked_folders():
+def refuse_linked_inputs(out: str, links: Iterable[str]) -> None:
+    """Refuse an OUT in a folder that a link below ROOT leads to. Raises UserError."""
+    for link in links:
         if overlap(Store(out), Store(link)):
             raise UserError(
                 f"{out}: lies inside {os.path.realpath(link)}, whose files are inputs by the link "

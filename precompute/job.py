@@ -1,20 +1,20 @@
-"""The Ray Data job over shard plans: resume, bounded attempts, merge of the tables."""
+"""The Ray Data job over shard plans: resume, bounded attempts, merging of the tables."""
 
 import hashlib
 import json
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import ray
 import ray.data
 from ray import cloudpickle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from precompute.cluster import cluster
+from precompute.cluster import cluster, start_beside_driver
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
 from precompute.plan import Plan
@@ -22,6 +22,7 @@ from precompute.progress import watch
 from precompute.progress_actor import ProgressActor
 from precompute.resume import missing_shards
 from precompute.sources import Source
+from precompute.stored_plan import PLAN_FOLDER
 from precompute.worker import BuilderFactory, ShardActor
 from schemas.cli import TerminatedError, loaded_files
 from schemas.dataset import ShardDataset
@@ -104,6 +105,34 @@ class Job:
         }
 
 
+class Usable(NamedTuple):
+    """The CPU cores and GPUs that workers can have: of all nodes, and cores of the largest one."""
+
+    cores: float
+    devices: float
+    node_cores: float
+
+
+def usable_resources(nodes: Sequence[Mapping[str, Any]]) -> Usable:
+    """Return what workers can have of a cluster.
+
+    Where there are GPUs, workers go to nodes with GPUs only, and each has an even share of cores:
+    that of the node with the fewest cores per GPU, as a worker must fit on any of them.
+
+    Args:
+        nodes: as `ray.nodes` returns them.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    usable = [node for node in alive if node.get("GPU", 0) > 0]
+    devices = sum(node["GPU"] for node in usable)
+    if usable:
+        cores = devices * min(node.get("CPU", 0) / node["GPU"] for node in usable)
+    else:
+        usable = alive
+        cores = sum(node.get("CPU", 0) for node in usable)
+    return Usable(cores or 1, devices, max(node.get("CPU", 0) for node in usable) or 1)
+
+
 MOST_WORKERS_PER_GPU = 3
 CORES_PER_WORKER = 2
 """A worker reads, decodes, estimates and packs in threads of their own (both numbers are ours)."""
@@ -134,19 +163,23 @@ class Resources:
     cpus: float = 0
     gpus: float = 0
 
-    def split(self, cores: float, devices: float, shards: int) -> tuple[int, float, float]:
+    def split(
+        self, cores: float, devices: float, shards: int, node_cores: float = math.inf
+    ) -> tuple[int, float, float]:
         """Return the count of workers, and the cores and GPUs of each.
 
         Args:
-            cores, devices: CPU cores and GPUs of the cluster. shards: how many are to be built.
+            cores, devices: CPU cores and GPUs of the cluster.
+            shards: how many are to be built.
+            node_cores: cores of the largest node; a worker does not reach over two.
 
         Raises:
             UserError: a worker is to have more than the cluster has.
         """
-        if self.gpus > devices or self.cpus > cores:
+        if self.gpus > devices or self.cpus > min(cores, node_cores):
             raise UserError(
                 f"a worker is to have {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has "
-                f"{cores:g} and {devices:g}"
+                f"{cores:g} and {devices:g}, its largest node {min(cores, node_cores):g} CPUs"
             )
         if self.gpus:
             fitting = devices // self.gpus
@@ -160,7 +193,7 @@ class Resources:
         even = math.floor(10_000 / math.ceil(workers / devices)) / 10_000 if devices else 0.0
         # more workers than cores share them
         gpus = min(self.gpus or even, devices / workers if self.gpus else 1.0)
-        return workers, self.cpus or cores / workers, gpus
+        return workers, self.cpus or min(cores / workers, node_cores), gpus
 
 
 @dataclass(frozen=True)
@@ -183,7 +216,7 @@ class Summary:
     def stats(self) -> dict[str, Any]:
         """What `stats.json` says, of the run and of the dataset."""
         dataset = self.dataset
-        share = pc.mean(dataset.samples["foreground"]).as_py()
+        share = mean_foreground(dataset)
         return {
             "run": {
                 "images": self.images,
@@ -200,6 +233,16 @@ class Summary:
                 "foreground": None if share is None else round(share, 4),
             },
         }
+
+
+def mean_foreground(dataset: ShardDataset) -> float | None:
+    """Return the mean share of foreground cells over all samples; None if no sample has one."""
+    total, count = 0.0, 0
+    for batch in dataset.samples.batches(["foreground"]):
+        shares = batch.column(0)
+        total += pc.sum(shares).as_py() or 0.0
+        count += len(shares) - shares.null_count
+    return total / count if count else None
 
 
 def run_job(job: Job, resources: Resources) -> Summary:
@@ -239,8 +282,9 @@ def run_job(job: Job, resources: Resources) -> Summary:
         rejects=job.rejects,
         packages=(*PACKAGES, "ray", "torch", "torchvision", "nvidia-dali-cuda130"),
     )
-    images = sum(len(job.plan.shards[shard - job.first_shard]) for shard in missing)
+    images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
     summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
+    store.remove_folder(PLAN_FOLDER)  # of this run, and of any that was killed
     store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
     return summary
 
@@ -253,7 +297,8 @@ def build_shards(
     Returns:
         seconds from the first shard's begin to the last one's end.
     """
-    images = {shard: job.plan.shards[shard - job.first_shard] for shard in missing}
+    first, plan = job.first_shard, job.plan
+    images = sum(plan.size(shard - first) for shard in missing)
     store = Store(job.out)
     for module in loaded_files():  # a source of the user's own, named by its file
         cloudpickle.register_pickle_by_value(module)
@@ -267,8 +312,8 @@ def build_shards(
         )
 
     with cluster(resources.address):
-        has = ray.cluster_resources()
-        workers, cpus, gpus = resources.split(has.get("CPU", 1), has.get("GPU", 0), len(missing))
+        cores, devices, node_cores = usable_resources(ray.nodes())
+        workers, cpus, gpus = resources.split(cores, devices, len(missing), node_cores)
         factory = BuilderFactory(
             source=job.source,
             estimator=job.estimator,
@@ -277,11 +322,11 @@ def build_shards(
             resize=job.resize,
             settings=settings,
             threads=max(1, int(cpus)),
+            plan=plan.for_workers(),
+            first_shard=first,
         )
-        # beside the driver, so that it goes only where the job goes
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        progress = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
-        plans = [{"shard": shard, "images": json.dumps(images[shard])} for shard in missing]
+        progress = start_beside_driver(ProgressActor)
+        plans = [{"shard": shard, "images": plan.message(shard - first)} for shard in missing]
         results = ray.data.from_items(plans, override_num_blocks=len(plans)).map(
             ShardActor,
             fn_constructor_args=(factory, progress),
@@ -291,7 +336,7 @@ def build_shards(
         )
 
         try:
-            with watch(progress, sum(map(len, images.values())), len(missing)):
+            with watch(progress, images, len(missing)):
                 for row in results.iter_rows():
                     if row["error"]:
                         raise UserError(f"shard {row['shard']} failed: {row['error']}; {so_far()}")

@@ -1,4 +1,7 @@
-"""Seeded global shuffle -> shard plans; the same inputs give the same plan."""
+"""Seeded global shuffle -> shard plans; the same inputs give the same plan.
+
+This file plans in memory, with about 540 bytes per image; `plan_job.py` plans on a cluster.
+"""
 
 import hashlib
 import itertools
@@ -14,16 +17,48 @@ class Plan:
     """Which images go into which shard, in which order.
 
     Attributes:
-        shards: the images of shard 0, 1, 2 ...
+        shards: the images of each shard.
         digest: sha256 over all of it.
     """
 
-    shards: list[list[SourceImage]]
+    shards: Sequence[Sequence[SourceImage]]
     digest: str
 
     @property
     def images(self) -> int:
+        """Number of images in all shards."""
         return sum(map(len, self.shards))
+
+    def size(self, shard: int) -> int:
+        """Return the number of images in a shard."""
+        return len(self.shards[shard])
+
+    def message(self, shard: int) -> str:
+        """Return a shard's images as text for a worker; "" where the worker reads the plan."""
+        return json.dumps(self.shards[shard])
+
+    def images_of(self, shard: int, message: str) -> list[SourceImage]:
+        """Return a shard's images from `message`; runs in a worker."""
+        return [SourceImage(*image) for image in json.loads(message)]
+
+    def for_workers(self) -> "Plan":
+        """Return what a worker needs to call `images_of`: not the images themselves."""
+        return Plan([], self.digest)
+
+
+def plan_order(seed: int, key: str) -> bytes:
+    """Return what images are sorted by: 32 bytes, a hash of seed and key."""
+    return hashlib.sha256(f"{seed}:{key}".encode()).digest()
+
+
+def cut_shards(images: int, shard_samples: int) -> list[int]:
+    """Return where shards begin and end in the sorted images; they are of equal size (within one).
+
+    Returns:
+        ascending places, one more than there are shards; empty without images.
+    """
+    count = -(-images // shard_samples)
+    return [images * shard // count for shard in range(count + 1)] if count else []
 
 
 def make_plan(
@@ -36,15 +71,11 @@ def make_plan(
     numbers, and stays what it is on any machine.
 
     Args:
-        shard_samples: images a shard, at most.
+        shard_samples: maximum number of images per shard.
         limit: keep only so many images of the shuffled order.
     """
-    order = sorted(
-        images, key=lambda image: hashlib.sha256(f"{seed}:{image.key}".encode()).digest()
-    )
-    order = order[:limit]
-    count = -(-len(order) // shard_samples)
-    cuts = [len(order) * shard // count for shard in range(count + 1)] if count else []
+    order = sorted(images, key=lambda image: plan_order(seed, image.key))[:limit]
+    cuts = cut_shards(len(order), shard_samples)
     shards = [order[a:b] for a, b in itertools.pairwise(cuts)]
     digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
     return Plan(shards, digest)

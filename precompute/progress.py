@@ -1,4 +1,4 @@
-"""What a person sees while a job lists and runs: a bar on a terminal, plain lines otherwise."""
+"""Show how far listing and a job are: a bar on a terminal, plain lines otherwise."""
 
 import sys
 import threading
@@ -19,7 +19,7 @@ SHOWN = 8
 
 
 def listed(entries: Iterable[T]) -> Iterator[T]:
-    """The entries of a source as they come, and how many so far where that takes long."""
+    """Yield the entries of a source; show their number and rate where that takes long."""
     shown = tqdm(
         entries,
         desc="listing",
@@ -49,6 +49,35 @@ def listed(entries: Iterable[T]) -> Iterator[T]:
             waits[:] = getattr(entry, "location", waits[0]), time.monotonic()
     finally:
         over.set()
+
+
+@contextmanager
+def watch_count(actor: Any) -> Iterator[None]:
+    """Show the number that a CountActor has counted, and its rate, until the block ends."""
+    over = threading.Event()
+    thread = threading.Thread(target=show_count, args=(actor, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def show_count(actor: Any, over: threading.Event) -> None:
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        desc="listing on the cluster",
+        unit=" files",
+        leave=False,
+        mininterval=POLL_SECONDS if terminal else LINE_SECONDS,
+        ascii=not terminal,
+    ) as bar:
+        while not over.wait(POLL_SECONDS):
+            try:
+                bar.update(ray.get(actor.total.remote()) - bar.n)
+            except ray.exceptions.RayError:
+                return  # the job itself meets it, and says so
 
 
 @contextmanager

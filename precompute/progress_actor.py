@@ -1,6 +1,6 @@
-"""What a job has done so far, counted in one actor.
+"""Actors that count what a job has done so far.
 
-Alone in its file: the actor's process need not import torch and DALI.
+Alone in their file: an actor's process need not import torch and DALI.
 """
 
 import time
@@ -55,3 +55,16 @@ class ProgressActor:
         """Shards that are begun and not finished, and for how many seconds."""
         now = time.monotonic()
         return {shard: now - begun for shard, begun in sorted(self.begun.items())}
+
+
+class CountActor:
+    """Counts what tasks have listed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, count: int) -> None:
+        self.count += count
+
+    def total(self) -> int:
+        return self.count

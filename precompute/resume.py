@@ -1,30 +1,28 @@
-"""What of a job is there already, and whether it is the same job."""
+"""Find the missing shards; refuse to resume under other settings."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from schemas.errors import FormatError, UserError
+from schemas.parallel import map_ahead
 from schemas.settings import differences, sentence
-from schemas.shard import ShardMarker, read_marker
+from schemas.shard import MARKERS_AT_A_TIME, ShardMarker, read_marker
 from schemas.storage import Store
 from schemas.tables import SHARD_FOLDER, shard_name
 
 SUFFIXES = ("tar", "idx", "parquet")
 OF_ONE_PLAN = ("images", "shards", "plan", "first_shard")
 """Settings in which a dataset and what it is extended by differ."""
-MARKERS_AT_A_TIME = 16
-"""Read together: enough to hide an object store's latency."""
 
 
 def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, Any]) -> list[int]:
-    """The shards of a job that are not there whole.
+    """Return the shards of a job that are absent or incomplete.
 
     Args:
         settings: `Job.settings`.
         defaults: `Job.default_settings`, for what the markers of an older version do not say.
 
     Raises:
-        UserError: what is there was made with other settings.
+        UserError: the shards that are there were made with other settings.
     """
     first = settings.get("first_shard", 0)
     if first:
@@ -44,11 +42,9 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
             refuse_other_settings(store, marker.settings, settings, defaults)
         return not marker or files.get(tar) != marker.row.bytes or index not in files
 
-    with ThreadPoolExecutor(MARKERS_AT_A_TIME) as pool:
-        shards = range(first, end)
-        missing = [
-            shard for shard, gone in zip(shards, pool.map(is_missing, shards), strict=True) if gone
-        ]
+    shards = range(first, end)
+    gone = map_ahead(is_missing, shards, MARKERS_AT_A_TIME)
+    missing = [shard for shard, is_gone in zip(shards, gone, strict=True) if is_gone]
     if others := sorted(name for name in files if name.endswith(SUFFIXES) and name not in own):
         raise UserError(
             f"{store.url}: has shards of a larger dataset ({others[-1]}); choose another OUT, or "
@@ -58,7 +54,7 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
 
 
 def sound_marker(store: Store, shard: int) -> ShardMarker | None:
-    """A shard's marker, None if it is damaged: then the shard is written again."""
+    """Return a shard's marker, or None if it is damaged: then the shard is written again."""
     try:
         return read_marker(store, shard)
     except FormatError:
@@ -68,7 +64,7 @@ def sound_marker(store: Store, shard: int) -> ShardMarker | None:
 def refuse_other_settings(
     store: Store, there: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]
 ) -> None:
-    """Raises UserError naming what differs."""
+    """Compare two jobs' settings. Raises UserError that names each difference."""
     found = differences(there, now, defaults)
     if not found:
         return

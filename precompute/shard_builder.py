@@ -21,6 +21,7 @@ from precompute.encode import EncodedImage, RejectedError, Resize, check
 from precompute.estimators import Estimator
 from precompute.reads import PendingReads
 from precompute.sources import Source, SourceImage
+from precompute.sources.base import count_readers
 from schemas.errors import UserError
 from schemas.sample import Sample
 from schemas.shard import ShardMarker, write_shard
@@ -31,10 +32,6 @@ T = TypeVar("T")
 
 # called after each batch with how many of its images were written and how many rejected
 Advance = Callable[[int, int], None]
-
-LOCAL_READERS = 8
-REMOTE_READERS = 64
-"""Images read at a time. An object store answers after about 50 ms, so 64 give 1,280 images/s."""
 
 PACKED_LATER = 2
 """Groups of samples that may wait for the packer before the estimator waits for it."""
@@ -312,13 +309,6 @@ class Handover(Iterator[T]):
 
 class AbandonedError(Exception):
     """What the samples come from has failed; the shard must not be written."""
-
-
-def count_readers(source: Source) -> int:
-    """Return how many images to read at a time: more where one of the source's stores is remote."""
-    stores = [value for value in vars(source).values() if isinstance(value, Store)]
-    is_remote = any(not store.is_local for store in stores)
-    return REMOTE_READERS if is_remote else LOCAL_READERS
 
 
 def ahead(items: Generator[T], executor: ThreadPoolExecutor) -> Generator[T]:

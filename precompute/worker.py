@@ -1,6 +1,5 @@
-"""What runs in Ray's workers: a ShardBuilder, and how often a shard is tried."""
+"""Build shards in a worker of Ray: the actor, and how often a shard is tried."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from precompute.crash_bisect import find_crashing_images
 from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
+from precompute.plan import Plan
 from precompute.reads import reported
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
@@ -26,7 +26,12 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class BuilderFactory:
-    """What a worker needs to make its own ShardBuilder: no plan, no model, no open file."""
+    """What a worker needs to make its own ShardBuilder: no images, no model, no open file.
+
+    Attributes:
+        plan: of `Plan.for_workers`; None where the images are handed over.
+        first_shard: number of the plan's first shard.
+    """
 
     source: Source
     estimator: EstimatorOptions
@@ -35,6 +40,8 @@ class BuilderFactory:
     resize: Resize
     settings: dict[str, Any]
     threads: int
+    plan: Plan | None = None
+    first_shard: int = 0
 
     def __call__(self) -> ShardBuilder:
         torch.set_num_threads(self.threads)
@@ -50,7 +57,7 @@ class BuilderFactory:
 
 
 class ShardActor:
-    """A ShardBuilder as Ray Data calls it: a plan in, a line about what happened out."""
+    """A ShardBuilder as Ray Data calls it: a shard's plan in, an error or "" out."""
 
     def __init__(self, make_builder: BuilderFactory, progress: Any):
         self.make_builder = make_builder
@@ -58,8 +65,9 @@ class ShardActor:
         self.progress = progress
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = int(row["shard"])
-        images = [SourceImage(*image) for image in json.loads(row["images"])]
+        shard, factory = int(row["shard"]), self.make_builder
+        assert factory.plan is not None
+        images = factory.plan.images_of(shard - factory.first_shard, row["images"])
         return {"shard": shard, "error": self.build(shard, images)}
 
     def build(self, shard: int, images: list[SourceImage]) -> str:

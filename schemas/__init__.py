@@ -5,7 +5,8 @@ from schemas.errors import FormatError, UserError
 from schemas.saliency import SaliencyMap
 from schemas.sample import Sample
 from schemas.tables import DatasetCard, Reject, ShardRow
-from schemas.verify import Problem, VerifyReport
+from schemas.verify import VerifyReport
+from schemas.verify_record import Problem
 from schemas.writer import write_dataset
 
 __all__ = [

@@ -1,29 +1,43 @@
 """python -m schemas verify|info URL"""
 
+from pathlib import Path
+
 import tyro
 
 from schemas.cli import program, run
 from schemas.dataset import ShardDataset
 from schemas.info import describe
+from schemas.verify import VerifyOptions, verify_dataset
 
 
-def verify(url: tyro.conf.Positional[str], /, workers: int = 4) -> int:
+def verify(
+    url: tyro.conf.Positional[str],
+    /,
+    workers: int = 4,
+    shards: int | None = None,
+    seed: int = 0,
+    record: Path | None = None,
+) -> int:
     """Compare every byte of a dataset with its tables. Exit status 1 when something is wrong.
 
     Args:
-        url: The dataset's folder, a plain path or any fsspec URL.
-        workers: Shards read at a time; each is held in memory whole.
+        url: Folder of the dataset, a plain path or any fsspec URL.
+        workers: Shards read at a time; each is held in memory as a whole.
+        shards: Verify only so many shards, drawn at random; by default all of them.
+        seed: Random seed of --shards: another one draws other shards.
+        record: File that notes the shards without a problem; with it, the same command goes on
+            where an interrupted one stopped.
     """
-    report = ShardDataset.open(url).verify(workers)
+    report = verify_dataset(ShardDataset.open(url), VerifyOptions(workers, shards, seed, record))
     print(report)
     return 0 if report.clean else 1
 
 
 def info(url: tyro.conf.Positional[str], /) -> int:
-    """Print what is in a dataset: counts, classes, bytes, rejects, samples a shard.
+    """Print what is in a dataset: counts, classes, bytes, rejects, samples per shard.
 
     Args:
-        url: The dataset's folder, a plain path or any fsspec URL.
+        url: Folder of the dataset, a plain path or any fsspec URL.
     """
     print(describe(ShardDataset.open(url)))
     return 0

@@ -1,4 +1,4 @@
-"""A dataset of shards: open, iterate, verify. What other experiments import."""
+"""A dataset of shards: open it, iterate over it, verify it."""
 
 import hashlib
 import json
@@ -7,10 +7,12 @@ from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.errors import FormatError, UserError
 from schemas.saliency import SaliencyMap
 from schemas.sample import LABEL_MEMBER, SALIENCY_MEMBER, Sample
+from schemas.sample_table import SampleTable
 from schemas.shard import Member, members_of
 from schemas.storage import Store
 from schemas.tables import (
@@ -18,7 +20,6 @@ from schemas.tables import (
     REJECTS,
     REJECTS_SCHEMA,
     SAMPLES,
-    SAMPLES_SCHEMA,
     SHARD_FOLDER,
     SHARDS,
     SHARDS_SCHEMA,
@@ -27,7 +28,7 @@ from schemas.tables import (
     from_parquet,
     shard_name,
 )
-from schemas.verify import VerifyReport, verify_dataset
+from schemas.verify import VerifyOptions, VerifyReport, verify_dataset
 
 
 class ShardDataset:
@@ -97,9 +98,19 @@ class ShardDataset:
         return [self.store.location(shard_name(row.shard, "idx")) for row in self.shards]
 
     @cached_property
-    def samples(self) -> pa.Table:
-        """samples.parquet: one row a sample, in the order on disk."""
-        return self._table(SAMPLES, SAMPLES_SCHEMA)
+    def samples(self) -> SampleTable:
+        """One row per sample, in the order on disk, read column by column when it is needed.
+
+        Raises:
+            FormatError: samples.parquet is missing, damaged or of another format.
+        """
+        return SampleTable(self.store, self.card.samples, self.shards)
+
+    @cached_property
+    def unlabeled(self) -> int:
+        """Number of samples without a label, counted part by part."""
+        labels = (batch.column(0) for batch in self.samples.batches(["label"]))
+        return sum(pc.sum(pc.less(column, 0)).as_py() or 0 for column in labels)
 
     @cached_property
     def rejects(self) -> pa.Table:
@@ -115,22 +126,33 @@ class ShardDataset:
         return self.card.samples
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yields samples; raises FormatError where a shard does not hold what the tables say."""
+        """Yield the samples. Raises FormatError where a shard does not hold what the tables say."""
         start = 0
         for row in self.shards:
-            yield from self._read_shard(row, self.samples.slice(start, row.samples))
+            yield from self._read_shard(row, self.samples.rows(start, start + row.samples))
             start += row.samples
 
     def verify(
-        self, workers: int = 4, progress: Callable[[int], None] | None = None
+        self,
+        workers: int = 4,
+        progress: Callable[[int], None] | None = None,
+        *,
+        shards: int | None = None,
+        record: Path | None = None,
     ) -> VerifyReport:
         """Compare every byte with the tables.
 
         Args:
-            workers: shards read at a time; each is held in memory whole.
-            progress: called with the number of samples of each shard that is done.
+            workers: shards read at a time; each is held in memory as a whole.
+            progress: called with the number of samples of each shard when it is done.
+            shards: verify only so many shards, drawn at random.
+            record: file that notes which shards were read, so that an interrupted verification goes
+                on from there.
+
+        Raises:
+            UserError: the record is of another dataset.
         """
-        return verify_dataset(self, workers, progress)
+        return verify_dataset(self, VerifyOptions(workers, shards, record=record), progress)
 
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         location = self.store.location(name)

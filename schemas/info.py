@@ -1,34 +1,72 @@
-"""`info`: what is in a dataset, for a person."""
+"""`info`: describe what is in a dataset."""
 
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.dataset import ShardDataset
 
+SUMMARIZED = ("image_bytes", "height", "width", "reencoded", "label")
+
+
+@dataclass
+class Totals:
+    """Sums and limits over all samples, of which one part at a time is in memory.
+
+    Attributes:
+        image_bytes: of the image members.
+        reencoded: number of images that are not the source's own bytes.
+        heights, widths: smallest and largest, in pixels; empty without samples.
+        labels: number of samples by label.
+    """
+
+    image_bytes: int = 0
+    reencoded: int = 0
+    heights: list[int] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+    labels: Counter[int] = field(default_factory=Counter)
+
+    def add(self, batch: pa.Table) -> None:
+        """Add the samples of a table that has the columns SUMMARIZED."""
+        self.image_bytes += pc.sum(batch["image_bytes"]).as_py() or 0
+        self.reencoded += pc.sum(batch["reencoded"]).as_py() or 0
+        self.labels.update(value_counts(batch["label"]))
+        for limits, name in ((self.heights, "height"), (self.widths, "width")):
+            found = pc.min_max(batch[name]).as_py().values()
+            both = [*limits, *(value for value in found if value is not None)]
+            limits[:] = [min(both), max(both)] if both else []
+
 
 def describe(dataset: ShardDataset) -> str:
-    """Counts, classes, bytes, rejects by reason and samples a shard, as lines of text."""
-    card, samples = dataset.card, dataset.samples
+    """Return counts, classes, bytes, rejects by reason and samples per shard, as lines of text."""
+    card, totals = dataset.card, Totals()
+    for batch in dataset.samples.batches(SUMMARIZED):
+        totals.add(batch)
     lines = [
         f"{dataset.url}: {card.name} {card.split}, format version {card.format_version}",
-        f"  samples    {len(samples)} in {len(dataset.shards)} shards, {shard_sizes(dataset)}",
+        f"  samples    {len(dataset.samples)} in {len(dataset.shards)} shards, "
+        f"{shard_sizes(dataset)}",
         f"  bytes      {sum(row.bytes for row in dataset.shards):,} in tars, "
-        f"{pc.sum(samples['image_bytes']).as_py() or 0:,} of them images",
-        f"  images     {image_sizes(dataset)}",
+        f"{totals.image_bytes:,} of them images",
+        f"  images     {image_sizes(totals)}",
         f"  saliency   {card.saliency_side} x {card.saliency_side} by {estimator(dataset)}",
-        f"  labels     {labels(dataset)}",
+        f"  labels     {len(card.classes)} classes, {totals.labels[-1]} samples without a label",
         f"  rejects    {reject_counts(dataset)}",
         f"  plan       seed {card.seed}, digest {card.plan[:16] or 'none'}",
         f"  written by {', '.join(f'{name} {version}' for name, version in card.versions.items())}",
     ]
     if card.classes:
-        numbers = value_counts(samples["label"])
         width = max(map(len, card.classes))
         lines.append("  samples a class:")
-        lines += [f"    {name:{width}} {numbers.get(i, 0)}" for i, name in enumerate(card.classes)]
+        lines += [
+            f"    {name:{width}} {totals.labels[label]}" for label, name in enumerate(card.classes)
+        ]
     return "\n".join(lines)
 
 
-def value_counts(column) -> dict:
+def value_counts(column: pa.ChunkedArray) -> dict:
     return {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
 
 
@@ -37,16 +75,11 @@ def shard_sizes(dataset: ShardDataset) -> str:
     return f"{min(sizes)} to {max(sizes)} a shard" if sizes else "none"
 
 
-def image_sizes(dataset: ShardDataset) -> str:
-    samples = dataset.samples
-    if not len(samples):
+def image_sizes(totals: Totals) -> str:
+    if not totals.heights:
         return "none"
-    height, width = pc.min_max(samples["height"]).as_py(), pc.min_max(samples["width"]).as_py()
-    reencoded = pc.sum(samples["reencoded"]).as_py()
-    return (
-        f"{height['min']} to {height['max']} high, {width['min']} to {width['max']} wide, "
-        f"{reencoded} re-encoded"
-    )
+    heights, widths = (f"{low} to {high}" for low, high in (totals.heights, totals.widths))
+    return f"{heights} high, {widths} wide, {totals.reencoded} re-encoded"
 
 
 def estimator(dataset: ShardDataset) -> str:
@@ -54,11 +87,6 @@ def estimator(dataset: ShardDataset) -> str:
     name = parameters.pop("name", "an unnamed estimator")
     values = ", ".join(f"{key} {value}" for key, value in parameters.items())
     return f"{name} ({values})" if values else name
-
-
-def labels(dataset: ShardDataset) -> str:
-    unlabelled = value_counts(dataset.samples["label"]).get(-1, 0)
-    return f"{len(dataset.classes)} classes, {unlabelled} samples without a label"
 
 
 def reject_counts(dataset: ShardDataset) -> str:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from schemas.errors import FormatError
 from schemas.names import to_stored
+from schemas.parallel import map_ahead
 from schemas.saliency import SaliencyMap
 from schemas.sample import LABEL_MEMBER, SALIENCY_MEMBER, Sample
 from schemas.storage import Store
@@ -33,6 +34,8 @@ from schemas.ustar import BLOCK, UstarWriter
 
 INDEX_VERSION = "v1.2"
 MARKER_METADATA = b"saliency_shards"
+MARKERS_AT_A_TIME = 16
+"""Markers read at a time: enough to hide the latency of an object store."""
 
 
 class Member(NamedTuple):
@@ -177,6 +180,15 @@ def marker_to_parquet(marker: ShardMarker) -> bytes:
     }
     metadata = {MARKER_METADATA: json.dumps(record, sort_keys=True).encode()}
     return to_parquet(marker.samples.replace_schema_metadata(metadata))
+
+
+def read_markers(store: Store, shards: Iterable[int]) -> Iterator[ShardMarker]:
+    """Read the parquet files of many shards, several at a time, and yield them in order.
+
+    Raises:
+        FileNotFoundError, FormatError: see `read_marker`.
+    """
+    return map_ahead(lambda shard: read_marker(store, shard), shards, MARKERS_AT_A_TIME)
 
 
 def read_marker(store: Store, shard: int) -> ShardMarker:

@@ -14,6 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import UserError
+from schemas.streams import RangeReader, StoreWriter, sync_folder
 
 TEMPORARY_SUFFIX = ".tmp"
 OPEN_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
@@ -188,18 +189,44 @@ class Store:
         Raises:
             UserError: no space left, or no permission.
         """
-        with explained(self.location(name)), self.answers():
+        with self.writes(name):
             if self.is_local:
                 write_locally(Path(self.path(name)), content)
             else:
                 self.fs.pipe_file(self.path(name), content)
 
+    def write_stream(self, name: str) -> StoreWriter:
+        """Open a new file to be written piece by piece in a `with` block; see `StoreWriter`."""
+        return StoreWriter(self, name, TEMPORARY_SUFFIX)
+
+    def read_ranges(self, name: str) -> RangeReader:
+        """Open a file of which only parts are needed. Raises FileNotFoundError."""
+        return RangeReader(self, name)
+
+    @contextmanager
+    def writes(self, name: str) -> Iterator[None]:
+        """Turn the reason why a file cannot be written into one line. Raises UserError."""
+        with explained(self.location(name)), self.answers():
+            yield
+
     def make_folder(self, name: str) -> None:
         """Make a folder, and find out early whether it can be written to. Raises UserError."""
-        with explained(self.location(name)), self.answers():
+        with self.writes(name):
             self.fs.makedirs(self.path(name), exist_ok=True)
             if self.is_local and not os.access(self.path(name), os.W_OK):
                 raise PermissionError(self.path(name))
+
+    def remove(self, name: str) -> None:
+        """Delete a file if it is there. Raises UserError."""
+        if self.exists(name):
+            with self.writes(name):
+                self.fs.rm_file(self.path(name))
+
+    def remove_folder(self, name: str = "") -> None:
+        """Delete a folder of this one, or this one, with all that is in it. Raises UserError."""
+        if self.exists(name):
+            with self.writes(name):
+                self.fs.rm(self.path(name), recursive=True)
 
     def remove_temporaries(self, folder: str) -> int:
         """Delete what a killed writer left half written; how many files that were."""
@@ -231,11 +258,7 @@ def write_locally(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 @contextmanager

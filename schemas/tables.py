@@ -53,6 +53,9 @@ SHARDS_SCHEMA = pa.schema(
 REJECTS_SCHEMA = pa.schema(
     [("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
+MERGED_SAMPLES = 10**8
+"""A dataset of more samples has no samples.parquet (it would have 8 GB): the shards' own tables
+hold its rows (ours)."""
 OPTIONAL_COLUMNS: dict[str, Any] = {
     "foreground": None,  # it follows from the map
     "source": "",
@@ -104,42 +107,84 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def from_parquet(content: bytes, schema: pa.Schema, location: str) -> pa.Table:
-    """Read the columns of `schema`, in its order.
+    """Read the columns of `schema`, in its order, from the content of a parquet file.
 
-    Columns that this version does not know are ignored. An absent one of OPTIONAL_COLUMNS has its
+    Raises:
+        FormatError: see `read_columns`.
+    """
+    return read_columns(open_parquet(pa.BufferReader(content), location), schema, location)
+
+
+def open_parquet(source: Any, location: str) -> pq.ParquetFile:
+    """Read the footer of a parquet file. Raises FormatError when it is none.
+
+    Args:
+        source: a `pyarrow.BufferReader` or a `RangeReader`.
+        location: name of the file, for messages.
+    """
+    try:
+        # Without pre_buffer: Arrow would read a Python file in a thread of its own, which aborts
+        # the process (apache/arrow#34314) when it lets go of the file while Python exits.
+        return pq.ParquetFile(source, pre_buffer=False)
+    except pa.ArrowException as error:
+        raise FormatError(f"{location}: not a readable parquet file ({error})") from error
+
+
+def read_columns(
+    file: pq.ParquetFile, schema: pa.Schema, location: str, row_group: int | None = None
+) -> pa.Table:
+    """Read the columns of `schema`, in its order, of a row group or of the whole file.
+
+    Columns that this version does not know are not read. An absent one of OPTIONAL_COLUMNS has its
     default, which is logged. Types of other widths are converted where no value changes.
 
     Raises:
-        FormatError: the content is no parquet file, a column is missing or of another kind.
+        FormatError: the file is damaged, a column is missing or of another kind.
     """
+    names = columns_there(file, schema, location)
+    groups = range(file.num_row_groups) if row_group is None else [row_group]
     try:
-        # Not from a Python file: Arrow reads such a one in a thread of its own, which aborts the
-        # process (apache/arrow#34314) when it lets go of the file while Python exits.
-        source = pa.BufferReader(content)
-        table = pq.ParquetFile(source, pre_buffer=False).read(use_threads=False)
-    except pa.ArrowException as error:
+        table = file.read_row_groups(groups, columns=names, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
         raise FormatError(f"{location}: not a readable parquet file ({error})") from error
-    found = ", ".join(f"{f.name} {f.type}" for f in table.schema)
+    rows = sum(file.metadata.row_group(group).num_rows for group in groups)
     columns = []
     for wanted in schema:
-        places = table.schema.get_all_field_indices(wanted.name)
-        if len(places) == 1:
-            try:
-                columns.append(table.column(places[0]).cast(wanted.type))
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise FormatError(
-                    f"{location}: its column {wanted.name} is not {wanted.type} ({error})"
-                ) from error
-        elif not places and wanted.name in OPTIONAL_COLUMNS:
+        if wanted.name not in names:
+            value = OPTIONAL_COLUMNS[wanted.name]
+            columns.append(pa.array([value] * rows, wanted.type))
+            continue
+        try:
+            columns.append(table.column(wanted.name).cast(wanted.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise FormatError(
+                f"{location}: its column {wanted.name} is not {wanted.type} ({error})"
+            ) from error
+    return pa.Table.from_arrays(columns, schema=schema.with_metadata(file.schema_arrow.metadata))
+
+
+def columns_there(file: pq.ParquetFile, schema: pa.Schema, location: str) -> list[str]:
+    """Return which columns of `schema` a file has; log the defaults of those that it lacks.
+
+    Raises:
+        FormatError: a column that has no default is missing, or there are two of its name.
+    """
+    there = file.schema_arrow
+    names = []
+    for wanted in schema:
+        count = len(there.get_all_field_indices(wanted.name))
+        if count == 1:
+            names.append(wanted.name)
+        elif not count and wanted.name in OPTIONAL_COLUMNS:
             value = OPTIONAL_COLUMNS[wanted.name]
             tell_default(location.rsplit("/", 1)[-1], wanted.name, repr(value))
-            columns.append(pa.array([value] * len(table), wanted.type))
         else:
+            found = ", ".join(f"{f.name} {f.type}" for f in there)
             raise FormatError(
                 f"{location}: its columns are not those of format {FORMAT_VERSION}: "
-                f"{'two named' if places else 'no'} {wanted.name} in {found}"
+                f"{'two named' if count else 'no'} {wanted.name} in {found}"
             )
-    return pa.Table.from_arrays(columns, schema=schema.with_metadata(table.schema.metadata))
+    return names
 
 
 @functools.cache

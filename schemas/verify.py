@@ -1,51 +1,63 @@
-"""Every byte of a dataset against its tables."""
+"""Compare every byte of a dataset with its tables."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from schemas.errors import FormatError
+from schemas.errors import FormatError, UserError
+from schemas.parallel import map_ahead
 from schemas.saliency import SaliencyMap
 from schemas.sample import IMAGE_EXTENSIONS, LABEL_MEMBER, SALIENCY_MEMBER
 from schemas.shard import Member, index_of, members_of, read_marker
+from schemas.table_writer import KeyHashes
 from schemas.tables import CARD, SAMPLES, SHARD_FOLDER, SHARDS, ShardRow, shard_name
+from schemas.verify_record import Problem, VerifyRecord
 
 if TYPE_CHECKING:
     from schemas.dataset import ShardDataset
 
 SHOWN = 20
 
-
-class Problem(NamedTuple):
-    """`where`: a file, or a sample in a file. `what`: what is wrong with it."""
-
-    where: str
-    what: str
+Placed = tuple[ShardRow, tuple[int, int]]
+"""A shard, and where its rows of the table of samples begin and end."""
+CheckShards = Callable[[Sequence[Placed]], Iterable[tuple[ShardRow, list[Problem]]]]
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was read, and every problem found in it."""
+    """What was read, and every problem that was found in it.
+
+    Attributes:
+        shards, samples, bytes: read by this run.
+        skipped: shards that an earlier run of the same record had read.
+        total: shards of the dataset.
+    """
 
     url: str
     shards: int
     samples: int
     bytes: int
     problems: list[Problem]
+    skipped: int = 0
+    total: int = 0
 
     @property
     def clean(self) -> bool:
         return not self.problems
 
     def __str__(self) -> str:
-        read = f"{self.samples} samples, {self.shards} shards, {self.bytes / 1e6:.1f} MB read"
+        shards = f"{self.shards} shards"
+        if self.shards + self.skipped < self.total:
+            shards = f"{self.shards} of {self.total} shards (the others were not looked at)"
+        if self.skipped:
+            shards += f", {self.skipped} more by earlier runs"
+        read = f"{self.samples} samples, {shards}, {self.bytes / 1e6:.1f} MB read"
         if self.clean:
             return f"{self.url}: clean: {read}"
         lines = [f"  {problem.where}: {problem.what}" for problem in self.problems[:SHOWN]]
@@ -54,34 +66,91 @@ class VerifyReport:
         return "\n".join([f"{self.url}: {len(self.problems)} problems: {read}", *lines])
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How much of a dataset is verified, and how.
+
+    Attributes:
+        workers: shards read at a time; each is held in memory as a whole.
+        shards: verify only so many, drawn at random by `seed`; None for all of them. Columns of all
+            rows (keys that come twice, labels without a class) are then not looked at.
+        record: file that notes the shards without a problem, to go on from; None for none.
+    """
+
+    workers: int = 4
+    shards: int | None = None
+    seed: int = 0
+    record: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "shards"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}; at least 1")
+
+    def choose(self, rows: Sequence[ShardRow]) -> list[ShardRow]:
+        """Return the shards to verify, in order."""
+        if self.shards is None or self.shards >= len(rows):
+            return list(rows)
+        places = random.Random(self.seed).sample(range(len(rows)), self.shards)
+        return [rows[place] for place in sorted(places)]
+
+
 def verify_dataset(
-    dataset: ShardDataset, workers: int, progress: Callable[[int], None] | None
+    dataset: ShardDataset,
+    options: VerifyOptions,
+    progress: Callable[[int], None] | None = None,
+    check: CheckShards | None = None,
 ) -> VerifyReport:
-    """See `ShardDataset.verify`."""
-    problems = list(check_tables(dataset))
-    by_shard = rows_by_shard(dataset.samples)
+    """Compare the bytes of a dataset with its tables; see `ShardDataset.verify`.
 
-    def check(row: ShardRow) -> list[Problem]:
-        return list(check_shard(dataset, row, by_shard.get(row.shard, [])))
+    Args:
+        progress: called with the number of samples of each shard when it is done.
+        check: checks shards elsewhere by `check_shard`, and yields them in the order given; by
+            default threads of this process do.
 
-    with ThreadPoolExecutor(workers) as pool:
-        for row, found in zip(dataset.shards, pool.map(check, dataset.shards), strict=True):
+    Raises:
+        UserError: the record cannot be used.
+    """
+    chosen = options.choose(dataset.shards)
+    problems = list(check_counts(dataset))
+    if len(chosen) == len(dataset.shards):
+        problems += check_columns(dataset)
+    ranges: dict[int, tuple[int, int]] = {}
+    try:
+        ranges = dataset.samples.ranges()
+    except FormatError as error:
+        problems.append(Problem(SAMPLES, str(error)))
+    if unknown := ranges.keys() - {row.shard for row in dataset.shards}:
+        problems.append(
+            Problem(SAMPLES, f"has samples of shards {sorted(unknown)}, which {SHARDS} lacks")
+        )
+
+    def check_here(rows: Sequence[Placed]) -> Iterator[tuple[ShardRow, list[Problem]]]:
+        found = map_ahead(lambda placed: list(check_shard(dataset, *placed)), rows, options.workers)
+        return zip((row for row, _ in rows), found, strict=True)
+
+    with VerifyRecord(options.record, dataset.digest) as record:
+        rows = [row for row in chosen if row.shard not in record.clean]
+        placed = [(row, ranges.get(row.shard, (0, 0))) for row in rows]
+        for row, found in (check or check_here)(placed):
             problems += found
+            record.add(row, found)
             if progress:
                 progress(row.samples)
-    total = sum(row.bytes for row in dataset.shards)
-    return VerifyReport(dataset.url, len(dataset.shards), len(dataset.samples), total, problems)
+    return VerifyReport(
+        dataset.url,
+        len(rows),
+        sum(row.samples for row in rows),
+        sum(row.bytes for row in rows),
+        problems,
+        len(chosen) - len(rows),
+        len(dataset.shards),
+    )
 
 
-def rows_by_shard(samples: pa.Table) -> dict[int, list[dict[str, Any]]]:
-    rows: dict[int, list[dict[str, Any]]] = {}
-    for row in samples.to_pylist():
-        rows.setdefault(row["shard"], []).append(row)
-    return rows
-
-
-def check_tables(dataset: ShardDataset) -> Iterator[Problem]:
-    """The card, the tables and the listing of the folder against each other."""
+def check_counts(dataset: ShardDataset) -> Iterator[Problem]:
+    """Compare the card, the lengths of the tables and the listing of the folder."""
     card, samples = dataset.card, dataset.samples
     if card.samples != len(samples):
         yield Problem(CARD, f"counts {card.samples} samples, {SAMPLES} has {len(samples)}")
@@ -90,14 +159,6 @@ def check_tables(dataset: ShardDataset) -> Iterator[Problem]:
     if card.rejects != len(dataset.rejects):
         yield Problem(CARD, f"counts {card.rejects} rejects, the table has {len(dataset.rejects)}")
     known = {row.shard for row in dataset.shards}
-    if unknown := set(samples["shard"].to_pylist()) - known:
-        yield Problem(SAMPLES, f"has samples of shards {sorted(unknown)}, which {SHARDS} lacks")
-    keys = samples["key"].to_pylist()
-    for key in sorted(key for key, count in Counter(keys).items() if count > 1):
-        yield Problem(SAMPLES, f"has the key {key} more than once")
-    labels = {label for label in samples["label"].to_pylist() if label >= len(card.classes)}
-    if labels:
-        yield Problem(SAMPLES, f"has labels {sorted(labels)} of {len(card.classes)} classes")
     expected = {
         shard_name(shard, suffix) for shard in known for suffix in ("tar", "idx", "parquet")
     }
@@ -106,11 +167,35 @@ def check_tables(dataset: ShardDataset) -> Iterator[Problem]:
             yield Problem(f"{SHARD_FOLDER}/{file}", f"not a file of any shard in {SHARDS}")
 
 
-def check_shard(
-    dataset: ShardDataset, row: ShardRow, expected: list[dict[str, Any]]
-) -> Iterator[Problem]:
-    """One shard's tar, index and marker against the tables."""
+def check_columns(dataset: ShardDataset) -> Iterator[Problem]:
+    """Look for keys that come twice and labels without a class, one part of the table at a time."""
+    hashes, labels = KeyHashes(), set()
+    for batch in dataset.samples.batches(["key", "label"]):
+        hashes.add(batch["key"].to_pylist())
+        labels |= set(batch["label"].unique().to_pylist())
+    if repeated := hashes.repeated():
+        counts: Counter[str] = Counter()
+        for batch in dataset.samples.batches(["key"]):
+            counts.update(key for key in batch["key"].to_pylist() if hash(key) in repeated)
+        for key in sorted(key for key, count in counts.items() if count > 1):
+            yield Problem(SAMPLES, f"has the key {key} more than once")
+    classes = len(dataset.card.classes)
+    if wrong := {label for label in labels if label >= classes}:
+        yield Problem(SAMPLES, f"has labels {sorted(wrong)} of {classes} classes")
+
+
+def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) -> Iterator[Problem]:
+    """Compare one shard's tar, index and marker with the tables.
+
+    Args:
+        place: where its rows of the table of samples begin and end.
+    """
     store, name = dataset.store, shard_name(row.shard, "tar")
+    try:
+        expected = dataset.samples.rows(*place).to_pylist()
+    except FormatError as error:
+        yield Problem(name, f"not checked: {error}")
+        return
     if row.samples != len(expected):
         yield Problem(SHARDS, f"{name} has {row.samples} samples, {SAMPLES} {len(expected)}")
     yield from check_marker(dataset, row, expected)

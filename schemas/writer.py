@@ -1,29 +1,32 @@
-"""From written shards to a dataset: the tables are merged, the card comes last."""
+"""From written shards to a dataset: merge the tables, then write the card."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import Any, NamedTuple
 
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.names import to_stored
 from schemas.sample import Sample
-from schemas.shard import ShardMarker, read_marker, write_shard
+from schemas.shard import read_markers, write_shard
 from schemas.storage import Store
+from schemas.table_writer import KeyHashes, TableWriter
 from schemas.tables import (
     CARD,
+    MERGED_SAMPLES,
     REJECTS,
     REJECTS_SCHEMA,
     SAMPLES,
+    SAMPLES_SCHEMA,
     SHARD_FOLDER,
     SHARDS,
     SHARDS_SCHEMA,
     DatasetCard,
     Reject,
+    ShardRow,
     stored_reject,
     table_of,
     to_parquet,
@@ -48,28 +51,25 @@ def finish_dataset(
 ) -> ShardDataset:
     """Merge the markers of shards 0 .. `shards` - 1 into the tables, then write the card.
 
+    Markers are read many at a time, and the tables are written as they come. In memory are one row
+    group of each table and 8 bytes for every key.
+
     Args:
-        rejects: inputs that no shard knows of; each shard's own rejects come behind them.
+        rejects: inputs that no shard knows of; the rejects of the shards come after them.
         packages: whose versions the card names.
         The rest is as in `DatasetCard`.
 
     Raises:
-        UserError: two shards have a sample with the same key.
+        UserError: two samples have the same key.
     """
-    markers = [read_marker(store, shard) for shard in range(shards)]
-    samples = pa.concat_tables([marker.samples for marker in markers])
-    check_unique(samples["key"].to_pylist(), markers)
-    listed = [stored_reject(reject) for reject in rejects]
-    all_rejects = [*listed, *itertools.chain.from_iterable(m.rejects for m in markers)]
-    store.write(SAMPLES, to_parquet(samples))
-    store.write(SHARDS, to_parquet(table_of([m.row for m in markers], SHARDS_SCHEMA)))
-    store.write(REJECTS, to_parquet(table_of(all_rejects, REJECTS_SCHEMA)))
+    merged = merge_markers(store, shards, rejects)
+    store.write(SHARDS, to_parquet(table_of(merged.shards, SHARDS_SCHEMA)))
     card = DatasetCard(
         name=name,
         split=split,
-        samples=len(samples),
+        samples=sum(row.samples for row in merged.shards),
         shards=shards,
-        rejects=len(all_rejects),
+        rejects=merged.rejects,
         classes=[to_stored(name) for name in classes],
         saliency_side=saliency_side,
         estimator=estimator,
@@ -82,15 +82,52 @@ def finish_dataset(
     return ShardDataset.open(store.url)
 
 
-def check_unique(keys: list[str], markers: list[ShardMarker]) -> None:
-    if len(set(keys)) == len(keys):
-        return
+class Merged(NamedTuple):
+    """The rows of shards.parquet, and how many rows rejects.parquet has."""
+
+    shards: list[ShardRow]
+    rejects: int
+
+
+def merge_markers(store: Store, shards: int, rejects: Sequence[Reject]) -> Merged:
+    """Write samples.parquet and rejects.parquet from the markers of the shards.
+
+    A dataset of more than MERGED_SAMPLES samples gets no samples.parquet.
+
+    Raises:
+        UserError: two samples have the same key.
+    """
+    rows: list[ShardRow] = []
+    hashes = KeyHashes()
+    with contextlib.ExitStack() as stack:
+        rejected = stack.enter_context(TableWriter(store, REJECTS, REJECTS_SCHEMA))
+        rejected.add(table_of([stored_reject(reject) for reject in rejects], REJECTS_SCHEMA))
+        samples: TableWriter | None = TableWriter(store, SAMPLES, SAMPLES_SCHEMA)
+        stack.push(lambda *error: samples.__exit__(*error) if samples else None)
+        for marker in read_markers(store, range(shards)):
+            rows.append(marker.row)
+            hashes.add(marker.samples["key"].to_pylist())
+            rejected.add(table_of(marker.rejects, REJECTS_SCHEMA))
+            if samples and samples.rows + len(marker.samples) > MERGED_SAMPLES:
+                samples.discard()
+                samples = None
+                store.remove(SAMPLES)  # of the dataset before it was extended
+            if samples:
+                samples.add(marker.samples)
+        if repeated := hashes.repeated():
+            check_unique(store, shards, repeated)
+    return Merged(rows, rejected.rows)
+
+
+def check_unique(store: Store, shards: int, repeated: set[int]) -> None:
+    """Compare the keys that have one of the hashes as text. Raises UserError naming the first."""
     seen: set[str] = set()
-    for marker in markers:
+    for marker in read_markers(store, range(shards)):
         for key in marker.samples["key"].to_pylist():
-            if key in seen:
-                raise UserError(f"key {key} comes twice, again in shard {marker.row.shard}")
-            seen.add(key)
+            if hash(key) in repeated:
+                if key in seen:
+                    raise UserError(f"key {key} comes twice, again in shard {marker.row.shard}")
+                seen.add(key)
 
 
 def write_dataset(

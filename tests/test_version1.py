@@ -3,6 +3,7 @@
 tests/fixtures/version1/README.md says how it was made.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -62,15 +63,14 @@ def change_json(path: Path, **changes) -> None:
 
 
 def job(out: Path, **changes):
-    return resolve(
-        Options(
-            **{
-                **dict(dataset="demo", out=str(out), estimator=SpectralOptions(), limit=6),
-                **dict(shard_samples=3, resize=28, batch_size=3),
-                **changes,
-            }
-        )
+    options = Options(
+        **{
+            **dict(dataset="demo", out=str(out), estimator=SpectralOptions(), limit=6),
+            **dict(shard_samples=3, resize=28, batch_size=3),
+            **changes,
+        }
     )
+    return resolve(options, contextlib.ExitStack())
 
 
 def missing(job) -> list[int]:

@@ -5,16 +5,36 @@ class and one line in `SOURCES`, or `--dataset FILE.py:Class` or `module:Class`.
 """
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from inspect import signature
 from typing import Any
 
-from precompute.sources.base import Source, SourceImage, free_key, key_of, walk_order
+from precompute.sources.base import (
+    PartedSource,
+    Source,
+    SourceImage,
+    count_readers,
+    free_key,
+    join_parts,
+    key_of,
+    list_part,
+    parts_of,
+    walk_order,
+)
 from schemas.cli import imported, lookup
 from schemas.errors import UserError
+from schemas.parallel import map_ahead
 from schemas.tables import Reject
 
-__all__ = ["SOURCES", "Source", "SourceImage", "key_of", "list_images", "open_source"]
+__all__ = [
+    "SOURCES",
+    "Source",
+    "SourceImage",
+    "key_of",
+    "list_images",
+    "list_source",
+    "open_source",
+]
 
 SOURCES = {
     "imagenet": "precompute.sources.imagenet:ImageNet",
@@ -50,6 +70,15 @@ def open_source(name: str, root: str, split: str, download: bool, **options: Any
         option = unknown[0].replace("_", "-")
         raise UserError(f"--{option} is an option of DATASET=webdataset, not of {name}")
     return make(root, split, download, **options)
+
+
+def list_source(source: Source) -> Iterator[SourceImage | Reject]:
+    """List a source as `source.images()` does, several of its parts at a time."""
+    parts = parts_of(source)
+    if not isinstance(source, PartedSource) or len(parts) == 1:
+        return source.images()
+    listed = map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
+    return join_parts(source, listed)
 
 
 def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceImage], list[Reject]]:

@@ -1,9 +1,9 @@
-"""What every source of images is."""
+"""The interface of a source of images, and what its implementations share."""
 
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -14,6 +14,17 @@ from schemas.storage import Store, check_regular
 from schemas.tables import Reject
 
 T = TypeVar("T")
+
+LOCAL_READERS = 8
+REMOTE_READERS = 64
+"""Images, or parts of a source, that are read at a time. An object store answers after about 50 ms,
+so 64 give 1,280 images/s."""
+
+KEY_DIGITS = (8, 16, 32, MAX_KEY_LENGTH - 1)
+"""Digits of a location's sha256 that keep keys apart: the first number that is enough."""
+
+WHOLE = ""
+"""The only part of a source that is listed as a whole."""
 
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 """What archives, file servers and systems leave behind: no class and no input, as hidden ones."""
@@ -32,6 +43,16 @@ class SourceImage(NamedTuple):
     annotation: str = ""
 
 
+class LabeledText(NamedTuple):
+    """An image whose label is known as text; its number follows when all labels are known."""
+
+    image: SourceImage
+    text: str
+
+
+Entry = SourceImage | LabeledText | Reject
+
+
 class Source(ABC):
     """Images that are somewhere. Pickled to every worker, so it holds no image and no open file.
 
@@ -42,24 +63,112 @@ class Source(ABC):
     classes: Sequence[str] = ()
 
     def hint(self) -> str:
-        """What a user should know where no image has a class, as the end of a sentence."""
+        """Return what a user should know where no image has a class, as the end of a sentence."""
         return ""
 
     def linked_folders(self) -> Sequence[str]:
-        """Local folders outside of ROOT that listing was led to by links."""
+        """Return the local folders outside of ROOT that listing was led to by links."""
         return ()
 
     @abstractmethod
     def images(self) -> Iterator[SourceImage | Reject]:
-        """Lists every input once, in a fixed order; what cannot be an image comes as a reject."""
+        """List every input once, in a fixed order; what cannot be an image comes as a reject."""
 
     @abstractmethod
     def read(self, image: SourceImage) -> bytes:
-        """The encoded image. Raises OSError."""
+        """Return the encoded image. Raises OSError."""
 
     def members(self, image: SourceImage) -> dict[str, bytes]:
-        """What is kept beside the image, by the member's extension. Raises OSError, ValueError."""
+        """Return what is kept beside the image, by the member's extension.
+
+        Raises:
+            OSError, ValueError: it cannot be read, or is damaged.
+        """
         return {}
+
+
+class PartedSource(Source):
+    """A source whose parts can be listed at the same time; `images` puts them together."""
+
+    def images(self) -> Iterator[SourceImage | Reject]:
+        return join_parts(self, map(self.list_part, self.parts()))
+
+    @abstractmethod
+    def parts(self) -> Sequence[str]:
+        """Return the names of parts that can be listed at the same time, in a fixed order."""
+
+    @abstractmethod
+    def list_part(self, part: str) -> Iterator[Entry]:
+        """List every input of a part once, in a fixed order; several threads may do so at a time.
+
+        Args:
+            part: one of `parts`.
+        """
+
+    def number_labels(self, texts: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
+        """Number the labels that `list_part` gave as text, and set `classes`.
+
+        Returns:
+            the number of each label, and why others are no label.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lists labels as text but numbers none")
+
+
+def parts_of(source: Source) -> Sequence[str]:
+    """Return the parts of a source that can be listed at the same time, [WHOLE] if it has none.
+
+    A class that derives from a PartedSource and has `images` of its own is listed by these.
+    """
+    if isinstance(source, PartedSource) and type(source).images is PartedSource.images:
+        return source.parts()
+    return [WHOLE]
+
+
+def list_part(source: Source, part: str) -> Iterable[Entry]:
+    """List the inputs of a part: one of `parts_of`."""
+    if isinstance(source, PartedSource) and type(source).images is PartedSource.images:
+        return source.list_part(part)
+    return source.images()
+
+
+def join_parts(
+    source: PartedSource, parts: Iterable[Iterable[Entry]]
+) -> Iterator[SourceImage | Reject]:
+    """Yield the inputs of the parts in order; those labeled by text come when all are known.
+
+    Args:
+        parts: of each of `source.parts()` what `source.list_part` gives.
+    """
+    waiting: list[LabeledText] = []
+    for part in parts:
+        for entry in part:
+            if isinstance(entry, LabeledText):
+                waiting.append(entry)
+            else:
+                yield entry
+    if waiting:
+        numbers, bad = source.number_labels({entry.text for entry in waiting})
+        yield from (number_label(entry, numbers, bad) for entry in waiting)
+
+
+def number_label(
+    entry: LabeledText, numbers: Mapping[str, int], bad: Mapping[str, str]
+) -> SourceImage | Reject:
+    """Return the image with the number of its label, or a reject if it has none.
+
+    Args:
+        numbers, bad: as `PartedSource.number_labels` returns them.
+    """
+    if entry.text in bad:
+        return Reject(entry.image.location, "bad-label", bad[entry.text])
+    return entry.image._replace(label=numbers[entry.text])
+
+
+def count_readers(source: Source) -> int:
+    """Return how many images to read at a time: more where one of the source's stores is remote."""
+    stores = [value for value in vars(source).values() if isinstance(value, Store)]
+    is_remote = any(not store.is_local for store in stores)
+    return REMOTE_READERS if is_remote else LOCAL_READERS
 
 
 def key_of(location: str) -> str:
@@ -85,7 +194,7 @@ def free_key(key: str, location: str, taken: Container[str]) -> str:
     """Return the key with as many digits as it needs to differ from those that are taken."""
     return next(
         candidate
-        for digits in (8, 16, 32, MAX_KEY_LENGTH - 1)
+        for digits in KEY_DIGITS
         if (candidate := digest_key(key, location, digits)) not in taken
     )
 

@@ -3,11 +3,12 @@
 import csv
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import resources
 
 from precompute.sources.base import (
+    WHOLE,
     SourceImage,
     check_split,
     class_folders,
@@ -56,19 +57,26 @@ class ImageNet(ClassFolders):
             )
         return wnids
 
-    def images(self) -> Iterator[SourceImage | Reject]:
-        if not self.flat:
-            yield from super().images()
+    def parts(self) -> Sequence[str]:
+        return [WHOLE] if self.flat else [*self.folders, WHOLE]
+
+    def list_part(self, part: str) -> Iterator[SourceImage | Reject]:
+        if part != WHOLE:
+            yield from super().list_part(part)
+        elif self.flat:
+            yield from self.list_flat()
+        else:
             for name in self.others:
                 yield Reject(name, "no-class", "a folder that is named by no WordNet id")
-            return
-        labels = {name: label for label, name in enumerate(self.classes)}
+
+    def list_flat(self) -> Iterator[SourceImage | Reject]:
+        """List images that lie in no class folders, as Kaggle has `val`."""
         for location in visible(self.store, ""):
             wnid = self.flat.get(posixpath.splitext(posixpath.basename(location))[0])
             if wnid is None:
                 yield Reject(location, "no-class", f"{KAGGLE_LABELS} does not list it")
-            elif wnid in labels:
-                yield SourceImage(key_of(location), location, labels[wnid])
+            elif wnid in self.labels:
+                yield SourceImage(key_of(location), location, self.labels[wnid])
 
 
 class ImageNet100(ImageNet):

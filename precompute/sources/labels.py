@@ -40,6 +40,16 @@ class LabelReader:
     def __init__(self, member: str, text: bool):
         self.member, self.text = member.lstrip("."), text
 
+    def reads(self, extension: str) -> bool:
+        """Return whether a sample's label may be read from its member of this extension."""
+        if self.member == "none":
+            return False
+        if not self.member:
+            return extension in (LABEL_MEMBER, "json")
+        return extension == self.member or self.member.startswith(
+            (f"{extension}:", f"{extension}.")
+        )
+
     def read(self, members: Members, file: Any) -> tuple[str, str]:
         """Return the label (`-1` without one) and the extension of the member that it is in.
 

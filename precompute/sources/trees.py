@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from precompute.sources.base import (
+    WHOLE,
+    PartedSource,
     Source,
     SourceImage,
     check_split,
@@ -23,7 +25,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 IMAGENETTE_FOLDERS = ("imagenette2", "imagenette2-320", "imagenette2-160")
 
 
-class ClassFolders(Source):
+class ClassFolders(PartedSource):
     """`root/CLASS/**/image`, in the order of the given classes.
 
     Every file that is not hidden is listed; whether it is an image shows when it is read.
@@ -33,11 +35,15 @@ class ClassFolders(Source):
         self.store = store
         self.folders = list(folders)
         self.classes = list(folders)
+        self.labels = {name: label for label, name in enumerate(folders)}
 
-    def images(self) -> Iterator[SourceImage | Reject]:
-        for label, name in enumerate(self.folders):
-            for location in visible(self.store, name):
-                yield SourceImage(key_of(location), location, label)
+    def parts(self) -> Sequence[str]:
+        return self.folders
+
+    def list_part(self, part: str) -> Iterator[SourceImage | Reject]:
+        label = self.labels[part]
+        for location in visible(self.store, part):
+            yield SourceImage(key_of(location), location, label)
 
     def linked_folders(self) -> Sequence[str]:
         return self.store.followed
@@ -67,8 +73,13 @@ class Folder(ClassFolders):
         refuse_splits(store, folders)
         super().__init__(store, folders)
 
-    def images(self) -> Iterator[SourceImage | Reject]:
-        yield from super().images()
+    def parts(self) -> Sequence[str]:
+        return [*self.folders, WHOLE]
+
+    def list_part(self, part: str) -> Iterator[SourceImage | Reject]:
+        if part != WHOLE:
+            yield from super().list_part(part)
+            return
         for location in visible(self.store, "", below=not self.folders):
             if self.folders:
                 yield Reject(location, "no-class", "beside the class folders; move it into one")

@@ -3,11 +3,26 @@
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import BinaryIO, cast
 
-from precompute.sources.base import Source, SourceImage, is_pattern, key_of
+from precompute.sources.base import (
+    LabeledText,
+    PartedSource,
+    SourceImage,
+    is_pattern,
+    key_of,
+)
 from precompute.sources.labels import LabelError, LabelReader, name_classes
+from precompute.sources.tar_members import (
+    BLOCK,
+    BlockReader,
+    TarMember,
+    members_by_headers,
+    members_by_index,
+)
 from schemas.errors import UserError
 from schemas.names import to_stored
 from schemas.sample import (
@@ -16,6 +31,7 @@ from schemas.sample import (
     MEMBER_PATTERN,
     OWN_MEMBERS,
     SALIENCY_MEMBER,
+    UNLABELLED,
 )
 from schemas.storage import NotAFileError, Store
 from schemas.tables import Reject
@@ -42,7 +58,7 @@ class Group:
         return ", ".join(names[:SHOWN]) + more
 
 
-class WebDatasetShards(Source):
+class WebDatasetShards(PartedSource):
     """Tars by a folder or a glob, as `webdataset` writes them.
 
     Members of a sample share the name up to its first dot; they need not lie side by side. The
@@ -77,11 +93,15 @@ class WebDatasetShards(Source):
             raise UserError("--root is missing: a folder with tars, or a glob of tars")
         is_glob = is_pattern(root)
         self.store = Store(posixpath.dirname(root) or "." if is_glob else root)
+        self.sizes: dict[str, int] = {}
+        self.indices: set[str] = set()
         if is_glob:
             self.tars = self.store.glob(root)
         else:
             there = self.store.names("") if self.store.is_folder("") else []
             self.tars = [name for name in there if name.endswith(".tar")]
+        if not self.store.is_local:  # one listing in place of a request for every tar
+            self.look_beside()
         if not self.tars:
             raise UserError(f"{root}: no tars; ROOT is a folder with tars, or a glob of them")
         self.image_member = image_member.lower().lstrip(".")
@@ -90,21 +110,23 @@ class WebDatasetShards(Source):
         self.classes: list[str] = []
         self.others: set[str] = set()
 
-    def images(self) -> Iterator[SourceImage | Reject]:
-        """List all samples; labels get their numbers once all of them are known."""
-        entries: list[tuple[SourceImage, str]] = []
-        for tar in self.tars:
-            for entry in self.list_tar(tar):
-                if isinstance(entry, Reject):
-                    yield entry
-                else:
-                    entries.append(entry)
-        numbers, self.classes, bad = name_classes({label for _, label in entries}, self.labels)
-        for image, label in entries:
-            if label in bad:
-                yield Reject(image.location, "bad-label", bad[label])
-            else:
-                yield image._replace(label=numbers[label])
+    def look_beside(self) -> None:
+        """Find the sizes of the tars and the indices beside them, by one listing of each folder."""
+        tars, indices = set(self.tars), set(map(index_name, self.tars))
+        for folder in sorted({posixpath.dirname(tar) for tar in self.tars}):
+            for name, size in self.store.sizes(folder).items():
+                location = posixpath.join(folder, name)
+                if location in tars:
+                    self.sizes[location] = size
+                elif location in indices:
+                    self.indices.add(location)
+
+    def parts(self) -> Sequence[str]:
+        return self.tars
+
+    def number_labels(self, texts: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
+        numbers, self.classes, bad = name_classes(texts, self.labels)
+        return numbers, bad
 
     def hint(self) -> str:
         names = sorted(self.others)
@@ -112,37 +134,69 @@ class WebDatasetShards(Source):
             return ""
         return f"; they have the members {', '.join(names[:SHOWN])}: --label-member takes a label"
 
-    def list_tar(self, tar: str) -> Iterator[tuple[SourceImage, str] | Reject]:
+    def list_part(self, part: str) -> Iterator[LabeledText | Reject]:
+        """List the samples of a tar: by its headers, or in an object store by its index."""
         try:
-            file = self.store.open(tar)
+            file = self.open_tar(part)
         except NotAFileError as error:
-            yield Reject(tar, "not-a-file", str(error))
+            yield Reject(part, "not-a-file", str(error))
             return
         try:
-            with file, tarfile.open(fileobj=file, mode="r:") as archive:
-                for key, group in self.groups(archive).items():
-                    yield self.entry(tar, key, group, archive)
+            with file:
+                members = self.members_of(part, file)
+                if isinstance(file, BlockReader):
+                    members = self.keep_labels(members, file)
+                for key, group in self.groups(members).items():
+                    yield self.entry(part, key, group, file)
         except tarfile.TarError as error:
             raise UserError(
-                f"{self.store.location(tar)}: not a whole, uncompressed tar ({error})"
+                f"{self.store.location(part)}: not a whole, uncompressed tar ({error})"
             ) from error
 
-    def groups(self, archive: tarfile.TarFile) -> dict[str, Group]:
+    def open_tar(self, tar: str) -> BinaryIO | BlockReader:
+        if self.store.is_local:
+            return self.store.open(tar)
+        size = self.sizes[tar] if tar in self.sizes else self.store.size(tar)
+        return BlockReader(self.store, tar, size)
+
+    def members_of(self, tar: str, file: BinaryIO | BlockReader) -> Iterator[TarMember]:
+        """Yield the members of a tar that are no folders. Raises tarfile.TarError."""
+        if isinstance(file, BlockReader) and (index := index_name(tar)) in self.indices:
+            members = members_by_index(self.store.read(index), file)
+            if members is not None:
+                yield from members
+                return
+        file.seek(0)
+        with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:") as archive:
+            yield from members_by_headers(archive)
+
+    def keep_labels(self, members: Iterable[TarMember], file: BlockReader) -> Iterator[TarMember]:
+        """Yield the members; keep those with a label while their block is in memory."""
+        for member in members:
+            _, extension = self.split_name(posixpath.basename(member.name))
+            if self.labels.reads(extension) and member.size <= BLOCK:
+                file.keep(member.offset, member.size)
+            yield member
+
+    def split_name(self, name: str) -> tuple[str, str]:
+        """Return what a member's name says: of which sample it is, and its extension."""
+        stem, dot, extension = name.rpartition(".") if self.keys_with_dots else name.partition(".")
+        if not dot or not extension:  # no sample's; a sample may bear its name
+            return f"{name} (no extension)", ""
+        return stem, extension
+
+    def groups(self, members: Iterable[TarMember]) -> dict[str, Group]:
         """Gather the members of every sample of a tar, in the order of their first members.
 
         A name that comes again with a member that it had already is another sample of that name.
         """
         groups: dict[str, Group] = {}
         current: dict[str, str] = {}
-        for info in archive:
-            folder, name = posixpath.split(info.name)
-            stem, dot, extension = (
-                name.rpartition(".") if self.keys_with_dots else name.partition(".")
-            )
-            if info.isdir() or name.startswith("."):
+        for member in members:
+            folder, name = posixpath.split(member.name)
+            if name.startswith("."):
                 continue
-            if not dot or not extension:  # no sample's; a sample may bear its name
-                stem, extension = f"{name} (no extension)", ""
+            stem, extension = self.split_name(name)
             key = posixpath.join(folder, stem)
             group = groups.setdefault(current.setdefault(key, key), Group())
             if any(extension == there for there, _, _ in group.members):
@@ -151,15 +205,14 @@ class WebDatasetShards(Source):
                 )
                 current[key] = f"{key} ({again})"
                 group = groups.setdefault(current[key], Group())
-            group.members.append((extension, info.offset_data, info.size))
-            if not info.isreg() or info.issparse():
-                kind = "a link" if info.islnk() or info.issym() else "no plain file"
-                group.wrong = group.wrong or f"its {name} is {kind} in the tar"
+            group.members.append((extension, member.offset, member.size))
+            if member.kind:
+                group.wrong = group.wrong or f"its {name} is {member.kind} in the tar"
         return groups
 
     def entry(
-        self, tar: str, key: str, group: Group, archive: tarfile.TarFile
-    ) -> tuple[SourceImage, str] | Reject:
+        self, tar: str, key: str, group: Group, file: BinaryIO | BlockReader
+    ) -> LabeledText | Reject:
         source = f"{tar}/{key}"
         if group.wrong:
             return Reject(source, "not-a-file", f"{group.wrong}; unpack it and pack the files")
@@ -175,7 +228,7 @@ class WebDatasetShards(Source):
             return Reject(source, "several-images", detail)
         image = images[0]
         try:
-            label, label_name = self.labels.read(group.members, archive.fileobj)
+            label, label_name = self.labels.read(group.members, file)
         except LabelError as error:
             return Reject(source, "bad-label", str(error))
         carried: list[tuple[str, int, int]] = []
@@ -189,7 +242,8 @@ class WebDatasetShards(Source):
             carried.append((own, offset, size))
             self.others.add(name)
         name = key_of(f"{tar.removesuffix('.tar')}/{key}.image")
-        return SourceImage(name, source, 0, json.dumps([image, *carried])), label
+        annotation = json.dumps([image, *carried])
+        return LabeledText(SourceImage(name, source, UNLABELLED, annotation), label)
 
     def candidates(self, group: Group) -> list[tuple[str, int, int]]:
         """Return the members that may be the image: by the option, or by their extension.
@@ -222,7 +276,15 @@ class WebDatasetShards(Source):
 
     def tar_of(self, location: str) -> str:
         """Return the tar that a location begins with; a folder may bear a tar's name too."""
-        tars = set(self.tars)
         parts = location.split("/")
         heads = ("/".join(parts[:count]) for count in range(1, len(parts)))
-        return next(head for head in heads if head in tars)
+        return next(head for head in heads if head in self.known_tars)
+
+    @cached_property
+    def known_tars(self) -> frozenset[str]:
+        return frozenset(self.tars)
+
+
+def index_name(tar: str) -> str:
+    """Return the name of DALI's index of a tar, which lies beside it."""
+    return f"{tar.removesuffix('.tar')}.idx"

@@ -10,7 +10,7 @@ from ray.cluster_utils import Cluster
 
 from precompute.demo import DemoScenes
 from precompute.estimators import SpectralOptions
-from precompute.job import Job, Resources, run_job
+from precompute.job import Job, Resources, run_job, usable_resources
 from precompute.plan import make_plan
 from precompute.sources import SourceImage
 from schemas import ShardDataset, UserError
@@ -104,3 +104,40 @@ def test_workers_that_are_asked_for_spread_over_the_gpus() -> None:
     assert Resources(workers=4).split(cores=16, devices=4, shards=100) == (4, 4, 1)
     assert Resources(workers=8).split(cores=16, devices=4, shards=100) == (8, 2, 0.5)
     assert Resources(workers=1).split(cores=16, devices=1, shards=100) == (1, 16, 1)
+
+
+def node(cpu: float, gpu: float = 0, alive: bool = True) -> dict:
+    return {"Alive": alive, "Resources": {"CPU": cpu, **({"GPU": gpu} if gpu else {})}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([node(8)], (8, 0, 8)),
+        ([node(0), node(8), node(4), node(64, alive=False)], (12, 0, 8)),  # a head without work
+        ([node(16, 2)], (16, 2, 16)),
+        ([node(128), node(8, 1), node(8, 1)], (16, 2, 8)),  # CPU nodes beside GPU nodes
+        ([node(4, 1), node(64, 1)], (8, 2, 64)),  # a worker must fit on either
+        ([node(8, 8), node(96, 4)], (12, 12, 96)),
+        ([node(0)], (1, 0, 1)),
+    ],
+)
+def test_workers_fit_on_every_node_that_they_may_go_to(nodes: list, expected: tuple) -> None:
+    cores, devices, node_cores = usable_resources(nodes)
+    assert (cores, devices, node_cores) == expected
+    workers, cpus, gpus = Resources().split(cores, devices, 1000, node_cores)
+    alive = [n["Resources"] for n in nodes if n["Alive"]]
+    homes = [home for home in alive if bool(home.get("GPU")) == bool(devices)]
+    fitting = sum(
+        min(int(home["CPU"] / cpus + 1e-9), int(home["GPU"] / gpus + 1e-9) if gpus else 10**6)
+        for home in homes
+    )
+    assert fitting >= workers or homes == [{"CPU": 0}]
+
+
+def test_the_last_shard_fits_on_one_node() -> None:
+    """One worker is not to have the cores of all nodes: Ray would wait for such a node for good."""
+    assert Resources().split(*usable_resources([node(2), node(2)])[:2], 1, 2) == (1, 2, 0)
+    assert Resources().split(16, 2, 1, 8) == (1, 8, 1)
+    with pytest.raises(UserError, match="its largest node 2 CPUs"):
+        Resources(cpus=3).split(4, 0, 10, 2)

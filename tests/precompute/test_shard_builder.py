@@ -13,8 +13,9 @@ from precompute import decode as decode_module
 from precompute import shard_builder
 from precompute.encode import Resize
 from precompute.estimators import ScdaOptions, scda
-from precompute.shard_builder import LOCAL_READERS, REMOTE_READERS, ShardBuilder, count_readers
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
+from precompute.sources.base import LOCAL_READERS, REMOTE_READERS, count_readers
 from schemas import UserError
 from schemas.shard import read_marker
 from schemas.storage import Store

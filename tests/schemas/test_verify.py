@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from schemas import Problem, Sample, ShardDataset, write_dataset
+from schemas import Problem, Sample, ShardDataset, UserError, write_dataset
 from schemas.shard import Member, members_of
+from schemas.verify import VerifyOptions, verify_dataset
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,69 @@ def test_a_marker_that_is_not_the_shards(folder: Path, damage: str) -> None:
         shutil.copy(folder / "shards" / "000000.parquet", marker)
     [problem] = problems(folder)
     assert problem.where == "shards/000001.parquet"
+
+
+def test_a_draw_of_shards_reads_those_alone(folder: Path) -> None:
+    dataset = ShardDataset.open(folder)
+    chosen = [VerifyOptions(shards=1, seed=seed).choose(dataset.shards) for seed in range(20)]
+    assert {row.shard for [row] in chosen} == {0, 1, 2}
+    for extension in ("tar", "idx", "parquet"):
+        (folder / "shards" / f"000001.{extension}").write_bytes(b"damaged")
+    for seed, [row] in enumerate(chosen):
+        report = verify_dataset(dataset, VerifyOptions(shards=1, seed=seed))
+        assert report.clean == (row.shard != 1)
+        assert "1 of 3 shards (the others were not looked at)" in str(report)
+    assert len(VerifyOptions(shards=9).choose(dataset.shards)) == 3
+    with pytest.raises(UserError, match="--shards is 0"):
+        VerifyOptions(shards=0)
+
+
+def test_an_interrupted_verification_goes_on(folder: Path, tmp_path: Path) -> None:
+    dataset, record = ShardDataset.open(folder), tmp_path / "record.jsonl"
+    counted: list[int] = []
+
+    def interrupt(samples: int) -> None:
+        counted.append(samples)
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dataset.verify(1, interrupt, record=record)
+    report = dataset.verify(progress=counted.append, record=record)
+    assert (report.clean, report.shards, report.skipped, counted) == (True, 1, 2, [3, 3, 3])
+    assert "1 shards, 2 more by earlier runs" in str(report)
+    assert dataset.verify(record=record).shards == 0
+
+
+def test_shards_with_problems_are_read_again(folder: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    path, where = member(folder, 1, "jpg")
+    flip(path, where.offset)
+    dataset = ShardDataset.open(folder)
+    for _ in range(2):
+        report = dataset.verify(record=record)
+        assert [problem.where for problem in report.problems] == [
+            f"shards/000001.tar: {where.key}.jpg"
+        ]
+    assert (report.shards, report.skipped) == (1, 2)
+
+
+def test_a_record_that_was_cut_short_loses_one_shard(folder: Path, tmp_path: Path) -> None:
+    dataset, record = ShardDataset.open(folder), tmp_path / "record.jsonl"
+    dataset.verify(record=record)
+    record.write_bytes(record.read_bytes()[:-3])
+    assert (dataset.verify(record=record).shards, dataset.verify(record=record).shards) == (1, 0)
+
+
+@pytest.mark.parametrize("content", ['{"dataset": "other"}', "not JSON", "[1]"])
+def test_the_record_of_another_dataset_is_refused(
+    folder: Path, tmp_path: Path, content: str
+) -> None:
+    record = tmp_path / "record.jsonl"
+    record.write_text(content)
+    with pytest.raises(UserError, match=r"record\.jsonl: "):
+        ShardDataset.open(folder).verify(record=record)
+    assert record.read_text() == content
 
 
 def test_the_command_exits_with_1_and_names_the_problem(folder: Path) -> None:

@@ -1,0 +1,155 @@
+"""Plan a source of many images bucket by bucket: no process holds them all.
+
+The steps of `plan_stages.py`, one after the other, by whatever runs them: `plan_job.py` has Ray do
+it. The plan and the rejects are those of `list_images` and `make_plan`, so a dataset may be begun
+one way and completed the other.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
+
+from precompute import plan_stages as stages
+from precompute.sources import Source, SourceImage
+from precompute.sources.base import PartedSource, parts_of
+from precompute.stored_plan import (
+    StoredPlan,
+    StoredShards,
+    digest_of,
+    plan_text,
+    read_bucket,
+    to_images,
+    to_table,
+)
+from schemas.storage import Store
+from schemas.tables import Reject
+
+R = TypeVar("R")
+
+BUCKETS = 256
+"""Buckets of a plan (ours): 40,000 images each of 10^7, 4 million of 10^9, about 1 GB in a task."""
+PARTS_AT_ONCE = 64
+"""Parts of a source that a task lists, several at a time."""
+
+
+class PartGroup(NamedTuple):
+    """Consecutive parts of a source, from place `first` of `parts_of(source)`."""
+
+    first: int
+    parts: list[str]
+
+
+class Runner(Protocol):
+    """Runs the steps of a plan somewhere."""
+
+    def shuffle(
+        self, source: Source, groups: list[PartGroup], place: str, seed: int, buckets: int
+    ) -> set[str]:
+        """Call `list_rows` for each group, and `write_rows` for the rows of each bucket.
+
+        Returns:
+            the different labels that are text.
+        """
+
+    def map(self, function: Callable[..., R], arguments: Iterable[tuple]) -> Iterator[R]:
+        """Yield `function(*argument)` for each argument, in their order."""
+
+
+@dataclass(frozen=True)
+class StoredListing:
+    """A plan and what else the listing of its source has shown.
+
+    Attributes:
+        labels: number of images of each label.
+        linked: local folders outside of ROOT that listing was led to by links.
+    """
+
+    plan: StoredPlan
+    rejects: list[Reject]
+    labels: Counter[int]
+    linked: list[str]
+
+
+def plan_in_buckets(
+    source: Source,
+    place: str,
+    runner: Runner,
+    *,
+    seed: int,
+    shard_samples: int,
+    limit: int | None = None,
+    buckets: int = BUCKETS,
+) -> StoredListing:
+    """List a source and plan its shards; sets `source.classes`.
+
+    Args:
+        place: an empty or new folder for the plan, which every node can read and write.
+        The rest is as in `make_plan`.
+
+    Raises:
+        UserError: of the source.
+    """
+    parts = parts_of(source)
+    groups = [
+        PartGroup(first, list(parts[first : first + PARTS_AT_ONCE]))
+        for first in range(0, max(len(parts), 1), PARTS_AT_ONCE)
+    ]
+    texts = runner.shuffle(source, groups, place, seed, buckets)
+    store = Store(place)
+    facts = stages.read_facts(store, buckets)
+    numbers: dict[str, int] = {}
+    bad: dict[str, str] = {}
+    if texts and isinstance(source, PartedSource):
+        numbers, bad = source.number_labels(texts)
+    else:
+        source.classes = max((fact["classes"] for fact in facts), key=len, default=[])
+
+    every_bucket = ((bucket, seed, numbers, bad) for bucket in range(buckets))
+    settled = list(runner.map(partial(stages.settle, place), every_bucket))
+    counts = [one.images for one in settled]
+    rejects = [*stages.read_rejects(store, buckets), *(r for one in settled for r in one.rejects)]
+    renamed = [image for one in settled for image in one.renamed]
+    for bucket, count in move_renamed(renamed, place, runner, seed, buckets):
+        counts[bucket] = count
+
+    shards = StoredShards(place, counts, shard_samples, limit)
+    texts_in_order = runner.map(partial(bucket_text, shards), ((b,) for b in range(buckets)))
+    plan = StoredPlan(shards, digest_of(texts_in_order, len(shards)))
+    labels: Counter[int] = sum((one.labels for one in settled), Counter())
+    linked = sorted({folder for fact in facts for folder in fact["linked"]})
+    return StoredListing(plan, [entry.reject for entry in sorted(rejects)], labels, linked)
+
+
+def move_renamed(
+    renamed: list[SourceImage], place: str, runner: Runner, seed: int, buckets: int
+) -> Iterator[tuple[int, int]]:
+    """Rename images whose keys were taken, and write them where their new keys belong.
+
+    Yields:
+        each bucket that changed, and how many images it has now.
+    """
+    if not renamed:
+        return
+    keys = [key for image in renamed for key in stages.candidates(image)]
+    asked = stages.by_bucket(keys, str, seed, buckets)
+    found = runner.map(
+        partial(stages.taken_keys, place), ((b, set(some)) for b, some in asked.items())
+    )
+    images = stages.rename(renamed, (key for taken in found for key in taken))
+    moved = stages.by_bucket(images, lambda image: image.key, seed, buckets)
+    added = runner.map(
+        partial(stages.add_images, place),
+        ((b, seed, to_table(some)) for b, some in moved.items()),
+    )
+    yield from zip(moved, added, strict=True)
+
+
+def bucket_text(shards: StoredShards, bucket: int) -> bytes:
+    """Return the text of a bucket's images, see `plan_text`."""
+    first, end = shards.starts[bucket], min(shards.starts[bucket + 1], shards.images)
+    if first >= end:
+        return b""
+    images = to_images(read_bucket(Store(shards.place), bucket, 0, end - first))
+    return plan_text(images, first, shards.cuts)

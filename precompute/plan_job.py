@@ -1,0 +1,118 @@
+"""Plan on a Ray cluster: Ray Data lists and shuffles, tasks settle the buckets."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray import cloudpickle
+
+from precompute import plan_stages as stages
+from precompute.bucket_plan import PartGroup, StoredListing, plan_in_buckets
+from precompute.cluster import start_beside_driver
+from precompute.progress import watch_count
+from precompute.progress_actor import CountActor
+from precompute.sources import Source
+from schemas.cli import TerminatedError, loaded_files
+from schemas.errors import UserError
+
+R = TypeVar("R")
+
+IN_FLIGHT_PER_CORE = 2
+"""Tasks that are submitted and not yet done, for each CPU core."""
+PARTITIONS_PER_CORE = 4
+LEAST_PARTITIONS = 8
+
+
+def plan_on_cluster(
+    source: Source, place: str, *, seed: int, shard_samples: int, limit: int | None = None
+) -> StoredListing:
+    """List a source and plan its shards by tasks of the connected Ray cluster.
+
+    Args:
+        The arguments are as in `plan_in_buckets`.
+
+    Raises:
+        UserError: of the source, or Ray failed.
+        TerminatedError: by SIGTERM.
+    """
+    for module in loaded_files():  # a source of the user's own, named by its file
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return plan_in_buckets(
+            source, place, RayRunner(), seed=seed, shard_samples=shard_samples, limit=limit
+        )
+    except ray.exceptions.RayError as error:
+        if (cause := user_error(error)) is not None:
+            raise UserError(str(cause)) from error
+        raise UserError(f"planning failed: {str(error).splitlines()[-1]}") from error
+    except TerminatedError as error:
+        raise TerminatedError(
+            "terminated while the images were listed; the same command starts again"
+        ) from error
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """Return the UserError that a task raised, out of Ray's own exceptions around it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError) and not isinstance(seen, ray.exceptions.RayError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return None
+
+
+class RayRunner:
+    """Runs the steps of a plan on the connected cluster."""
+
+    def __init__(self) -> None:
+        self.cores = int(ray.cluster_resources().get("CPU", 1))
+
+    def shuffle(
+        self, source: Source, groups: list[PartGroup], place: str, seed: int, buckets: int
+    ) -> set[str]:
+        """See `Runner.shuffle`."""
+        # as JSON: the name of a file may be no UTF-8
+        items = [{"first": first, "parts": json.dumps(parts)} for first, parts in groups]
+        counter = start_beside_driver(CountActor)
+        rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            partial(list_group, source=source, seed=seed, buckets=buckets, counter=counter),
+            batch_size=1,
+            batch_format="pyarrow",
+        )
+        partitions = min(buckets, max(LEAST_PARTITIONS, PARTITIONS_PER_CORE * self.cores))
+        written = rows.groupby("bucket", num_partitions=partitions).map_groups(
+            partial(stages.write_rows, place=place), batch_format="pyarrow"
+        )
+        with watch_count(counter):
+            return {text for row in written.iter_rows() for text in json.loads(row["texts"])}
+
+    def map(self, function: Callable[..., R], arguments: Iterable[tuple]) -> Iterator[R]:
+        """See `Runner.map`; few calls are in flight, so that results do not gather."""
+
+        def call_function(*argument: Any) -> R:
+            return function(*argument)
+
+        call = ray.remote(num_cpus=1)(call_function)
+        pending: deque[Any] = deque()
+        for argument in arguments:
+            pending.append(call.remote(*argument))
+            if len(pending) >= IN_FLIGHT_PER_CORE * self.cores:
+                yield ray.get(pending.popleft())
+        while pending:
+            yield ray.get(pending.popleft())
+
+
+def list_group(
+    group: pa.Table, source: Source, seed: int, buckets: int, counter: Any
+) -> Iterator[pa.Table]:
+    """`list_rows` as Ray Data calls it: groups of parts in, tables of rows out."""
+    for row in group.to_pylist():
+        parts = json.loads(row["parts"])
+        for table in stages.list_rows(source, row["first"], parts, seed, buckets):
+            counter.add.remote(len(table))
+            yield table

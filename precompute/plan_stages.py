@@ -1,0 +1,264 @@
+"""The steps of a plan that is made on a cluster, each for one bucket. They know no Ray.
+
+1. `list_rows`: inputs of some parts of a source, as rows that name their bucket
+2. `write_rows`: the rows of one bucket, as the shuffle brings them together, into a file
+3. `settle`: one bucket: labels are numbered, keys that come twice are found, images are sorted
+4. `rename`: the images whose keys were taken get others, on the driver
+5. `add_images`: these move into the bucket of their new key
+
+`place` is the folder of the plan, which every node can read and write.
+
+Together they give the plan and the rejects of `list_images` and `make_plan`, in the same order.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import pyarrow as pa
+
+from precompute.plan import plan_order
+from precompute.sources import Source, SourceImage
+from precompute.sources.base import (
+    KEY_DIGITS,
+    Entry,
+    LabeledText,
+    count_readers,
+    digest_key,
+    free_key,
+    list_part,
+    number_label,
+    walk_order,
+)
+from precompute.stored_plan import (
+    PLAN_SCHEMA,
+    bucket_of,
+    from_bytes,
+    read_bucket,
+    to_images,
+    write_bucket,
+)
+from schemas.names import to_bytes
+from schemas.parallel import map_ahead
+from schemas.storage import Store
+from schemas.tables import Reject, from_parquet, to_parquet
+
+ROWS_AT_ONCE = 20_000
+LISTED = "listed"
+ROWS_SCHEMA = pa.schema(
+    [
+        ("bucket", pa.int32()),
+        ("order", pa.int64()),  # place in the listing: part << 32 | place within the part
+        ("text", pa.binary()),  # the label of a LabeledText, else null
+        *PLAN_SCHEMA,  # of a reject: reason, source, 0, detail; of facts: "", "", 0, JSON
+    ]
+)
+
+
+class Ordered(NamedTuple):
+    """A reject and where it stands: those found while listing, then those found among images."""
+
+    phase: int
+    order: int
+    reject: Reject
+
+
+class Settled(NamedTuple):
+    """What step 3 found in a bucket.
+
+    Attributes:
+        images: how many were written; they keep their keys.
+        labels: how many images have each label, with those that are to be renamed.
+        rejects: images that were listed twice or have a label that is none.
+        renamed: images whose key another one keeps.
+    """
+
+    images: int
+    labels: Counter[int]
+    rejects: list[Ordered]
+    renamed: list[SourceImage]
+
+
+def rejects_bucket(buckets: int) -> int:
+    """Return the number that rejects bear in place of a bucket's."""
+    return buckets
+
+
+def facts_bucket(buckets: int) -> int:
+    """Return the number of the rows that say what a source knows when it is listed."""
+    return buckets + 1
+
+
+def rows_name(bucket: int) -> str:
+    return f"{LISTED}/{bucket:05d}.parquet"
+
+
+def list_rows(
+    source: Source, first: int, parts: Sequence[str], seed: int, buckets: int
+) -> Iterator[pa.Table]:
+    """List some parts of a source, several at a time, as tables of ROWS_SCHEMA.
+
+    Args:
+        first: place of the first of these parts in `parts_of(source)`.
+    """
+    rows: list[tuple] = []
+    for order, entry in ordered_entries(source, first, parts):
+        rows.append(row_of(entry, order, seed, buckets))
+        if len(rows) == ROWS_AT_ONCE:
+            yield rows_table(rows)
+            rows = []
+    facts = json.dumps({"classes": list(source.classes), "linked": list(source.linked_folders())})
+    rows.append((facts_bucket(buckets), first << 32, None, b"", b"", 0, facts.encode()))
+    yield rows_table(rows)
+
+
+def ordered_entries(
+    source: Source, first: int, parts: Sequence[str]
+) -> Iterator[tuple[int, Entry]]:
+    listed: Iterable[Iterable[Entry]]
+    if len(parts) == 1:  # of any length: it is not gathered in memory
+        listed = [list_part(source, parts[0])]
+    else:
+        listed = map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
+    for number, entries in enumerate(listed, first):
+        yield from ((number << 32 | place, entry) for place, entry in enumerate(entries))
+
+
+def row_of(entry: Entry, order: int, seed: int, buckets: int) -> tuple:
+    if isinstance(entry, Reject):
+        reason, source, detail = map(to_bytes, (entry.reason, entry.source, entry.detail))
+        return rejects_bucket(buckets), order, None, reason, source, 0, detail
+    labeled = entry if isinstance(entry, LabeledText) else None
+    text = to_bytes(labeled.text) if labeled else None
+    key, location, label, annotation = labeled.image if labeled else cast(SourceImage, entry)
+    bucket = bucket_of(plan_order(seed, key), buckets)
+    return bucket, order, text, to_bytes(key), to_bytes(location), label, to_bytes(annotation)
+
+
+def rows_table(rows: Sequence[tuple]) -> pa.Table:
+    columns = zip(*rows, strict=True)
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, ROWS_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=ROWS_SCHEMA)
+
+
+def write_rows(table: pa.Table, place: str) -> pa.Table:
+    """Write the rows of one bucket, all that there are of it.
+
+    Returns:
+        its number, how many rows it has, and the different labels that are text, as JSON.
+    """
+    bucket = table.column("bucket")[0].as_py()
+    table = table.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA).sort_by("order")
+    Store(place).write(rows_name(bucket), to_parquet(table))
+    texts = table.column("text").unique().drop_null().to_pylist()
+    said = json.dumps([from_bytes(text) for text in texts])
+    return pa.table({"bucket": [bucket], "rows": [len(table)], "texts": [said]})
+
+
+def read_rows(store: Store, bucket: int) -> pa.Table:
+    """Return the rows of a bucket in the order of listing; none if nothing was listed for it."""
+    name = rows_name(bucket)
+    try:
+        return from_parquet(store.read(name), ROWS_SCHEMA, store.location(name))
+    except FileNotFoundError:
+        return ROWS_SCHEMA.empty_table()
+
+
+def read_rejects(store: Store, buckets: int) -> list[Ordered]:
+    """Return what the source rejected while it was listed."""
+    table = read_rows(store, rejects_bucket(buckets))
+    orders = table.column("order").to_pylist()
+    return [
+        Ordered(0, order, Reject(entry.location, entry.key, entry.annotation))
+        for order, entry in zip(orders, to_images(table.select(PLAN_SCHEMA.names)), strict=True)
+    ]
+
+
+def read_facts(store: Store, buckets: int) -> list[dict[str, Any]]:
+    """Return what the source knew after each of its parts was listed."""
+    table = read_rows(store, facts_bucket(buckets))
+    return [json.loads(fact) for fact in table.column("annotation").to_pylist()]
+
+
+def settle(
+    place: str, bucket: int, seed: int, numbers: Mapping[str, int], bad: Mapping[str, str]
+) -> Settled:
+    """Number the labels of a bucket, keep one image of each key, and write them in order.
+
+    Args:
+        numbers, bad: as `PartedSource.number_labels` returns them.
+    """
+    store = Store(place)
+    table = read_rows(store, bucket)
+    images = to_images(table.select(PLAN_SCHEMA.names))
+    texts = table.column("text").to_pylist()
+    labels: Counter[int] = Counter()
+    rejects: list[Ordered] = []
+    groups: dict[str, dict[str, SourceImage]] = defaultdict(dict)
+    for order, image, text in zip(table.column("order").to_pylist(), images, texts, strict=True):
+        entry: SourceImage | Reject = image
+        phase = 0
+        if text is not None:
+            entry, phase = number_label(LabeledText(image, from_bytes(text)), numbers, bad), 1
+        if not isinstance(entry, Reject) and entry.location in groups.get(entry.key, {}):
+            entry = Reject(entry.location, "duplicate", "listed more than once")
+        if isinstance(entry, Reject):
+            rejects.append(Ordered(phase, order, entry))
+        else:
+            groups[entry.key][entry.location] = entry
+            labels[entry.label] += 1
+    kept: list[SourceImage] = []
+    renamed: list[SourceImage] = []
+    for group in groups.values():
+        first, *others = sorted(group.values(), key=lambda image: walk_order(image.location))
+        kept.append(first)
+        renamed += others
+    return Settled(write_bucket(store, bucket, seed, kept), labels, rejects, renamed)
+
+
+def candidates(image: SourceImage) -> list[str]:
+    """Return the keys that `free_key` may give an image."""
+    return [digest_key(image.key, image.location, digits) for digits in KEY_DIGITS]
+
+
+def taken_keys(place: str, bucket: int, keys: Container[str]) -> list[str]:
+    """Return which of the keys an image of the bucket has."""
+    there = read_bucket(Store(place), bucket).column("key").to_pylist()
+    return [key for key in map(from_bytes, there) if key in keys]
+
+
+def rename(renamed: Iterable[SourceImage], taken: Iterable[str]) -> list[SourceImage]:
+    """Give images keys of their own, as `list_images` does.
+
+    Args:
+        taken: which of their `candidates` other images have.
+    """
+    keys = set(taken)
+    images = []
+    for image in sorted(renamed, key=lambda image: (image.key, walk_order(image.location))):
+        own = free_key(image.key, image.location, keys)
+        keys.add(own)
+        images.append(image._replace(key=own))
+    return images
+
+
+def by_bucket(
+    items: Iterable[Any], key: Callable[[Any], str], seed: int, buckets: int
+) -> dict[int, list[Any]]:
+    """Group items by the bucket of their keys."""
+    groups: dict[int, list[Any]] = defaultdict(list)
+    for item in items:
+        groups[bucket_of(plan_order(seed, key(item)), buckets)].append(item)
+    return groups
+
+
+def add_images(place: str, bucket: int, seed: int, table: pa.Table) -> int:
+    """Add images to a bucket that is written; return how many it has then.
+
+    Args:
+        table: of `to_table`.
+    """
+    store = Store(place)
+    there = to_images(read_bucket(store, bucket))
+    return write_bucket(store, bucket, seed, [*there, *to_images(table)])

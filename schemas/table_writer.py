@@ -1,0 +1,96 @@
+"""Write the merged tables of a dataset as their rows come, and look for keys that come twice."""
+
+import contextlib
+from array import array
+from collections.abc import Iterable
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.storage import Store
+
+ROW_GROUP = 1024 * 1024
+"""Rows of a row group: what `pyarrow.parquet.write_table` takes when it is given a whole table, so
+that both ways give the same bytes. As many rows are held in memory, about 200 MB of samples."""
+
+
+class TableWriter:
+    """A parquet file of a store that grows by tables; readers see all of it or nothing.
+
+    The file appears when the `with` block ends, and has the bytes that `to_parquet` gives for all
+    its rows together.
+
+    Raises:
+        UserError: no space left, or no permission; from every method.
+    """
+
+    def __init__(self, store: Store, name: str, schema: pa.Schema):
+        self.schema = schema
+        self.rows = 0
+        self.waiting: list[pa.Table] = []
+        self.waiting_rows = 0
+        self.groups = 0
+        self.stream = store.write_stream(name)
+        self.parquet = pq.ParquetWriter(self.stream, schema, compression="zstd")
+
+    def add(self, table: pa.Table) -> None:
+        """Append the rows of a table of this schema."""
+        self.waiting.append(table)
+        self.waiting_rows += len(table)
+        self.rows += len(table)
+        while self.waiting_rows >= ROW_GROUP:
+            whole = pa.concat_tables(self.waiting)
+            self.write_group(whole.slice(0, ROW_GROUP))
+            self.waiting = [whole.slice(ROW_GROUP)]
+            self.waiting_rows -= ROW_GROUP
+
+    def write_group(self, table: pa.Table) -> None:
+        self.parquet.write_table(table, ROW_GROUP)
+        self.groups += 1
+
+    def discard(self) -> None:
+        """End without a file."""
+        # An open writer would write its footer when it is collected. No file appears, so it does
+        # not matter whether that can be written.
+        with contextlib.suppress(Exception):
+            self.parquet.close()
+        self.stream.discard()
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        with self.stream:
+            if self.waiting_rows or not self.groups:
+                self.write_group(pa.concat_tables([self.schema.empty_table(), *self.waiting]))
+            self.parquet.close()
+
+
+class KeyHashes:
+    """Find keys that come twice among any number of them, in 8 bytes of memory for each.
+
+    A set of strings takes more than 100 bytes for each. Keys that differ may have one hash, so
+    `repeated` gives the hashes of candidates, which must then be compared as text.
+    """
+
+    def __init__(self) -> None:
+        self.hashes = array("q")
+
+    def add(self, keys: Iterable[str]) -> None:
+        self.hashes.extend(map(hash, keys))
+
+    def repeated(self) -> set[int]:
+        """Return the hashes that came more than once; no key can be added after that."""
+        hashes = np.frombuffer(self.hashes, np.int64)
+        hashes.sort()
+        return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())

@@ -1,0 +1,244 @@
+"""The table of samples: read in parts, written in parts, in bounded memory, to the same bytes."""
+
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from schemas import (
+    FormatError,
+    Reject,
+    Sample,
+    ShardDataset,
+    UserError,
+    table_writer,
+    write_dataset,
+    writer,
+)
+from schemas import sample_table as sample_table_module
+from schemas.shard import read_marker
+from schemas.storage import Store
+from schemas.table_writer import KeyHashes, TableWriter
+from schemas.tables import REJECTS_SCHEMA, SAMPLES, SAMPLES_SCHEMA, table_of, to_parquet
+
+Make = Callable[..., Sample]
+COUNT = 25
+
+
+def write(url: str | Path, make_sample: Make) -> ShardDataset:
+    samples = [make_sample(index) for index in range(COUNT)]
+    return write_dataset(url, samples, name="test", classes=["a", "b", "c"], shard_samples=10)
+
+
+@pytest.fixture(params=["path", "memory", "row groups", "no samples.parquet"])
+def dataset(
+    request: pytest.FixtureRequest,
+    make_sample: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> ShardDataset:
+    if request.param == "row groups":
+        monkeypatch.setattr(table_writer, "ROW_GROUP", 7)
+    if request.param == "no samples.parquet":
+        for module in (writer, sample_table_module):
+            monkeypatch.setattr(module, "MERGED_SAMPLES", 12)
+    url = f"memory://table/{tmp_path.name}" if request.param == "memory" else str(tmp_path / "set")
+    dataset = write(url, make_sample)
+    assert dataset.store.exists(SAMPLES) == (request.param != "no samples.parquet")
+    return dataset
+
+
+def whole_table(dataset: ShardDataset) -> pa.Table:
+    """The rows by the markers alone, read with no code of the table."""
+    shards = range(len(dataset.shards))
+    return pa.concat_tables([read_marker(dataset.store, shard).samples for shard in shards])
+
+
+def test_every_way_to_read_gives_the_same_rows(dataset: ShardDataset) -> None:
+    expected, samples = whole_table(dataset), dataset.samples
+    assert len(samples) == samples.num_rows == COUNT
+    for name in SAMPLES_SCHEMA.names:
+        assert samples[name].to_pylist() == expected[name].to_pylist()
+    assert samples.to_table().equals(expected)
+    assert pa.concat_tables(samples.batches()).equals(expected)
+    for start, stop in [(0, COUNT), (8, 22), (0, 1), (24, 25), (10, 10), (20, 99)]:
+        assert (
+            samples.rows(start, stop).to_pylist() == expected.slice(start, stop - start).to_pylist()
+        )
+    assert samples.ranges() == {0: (0, 10), 1: (10, 20), 2: (20, 25)}
+    assert samples.to_table(["label", "key"]).column_names == ["label", "key"]
+
+
+def test_what_a_table_of_arrow_can_do_works(dataset: ShardDataset) -> None:
+    expected, samples = whole_table(dataset), dataset.samples
+    assert samples.schema.equals(SAMPLES_SCHEMA)
+    assert samples.to_pylist() == expected.to_pylist()
+    assert samples.slice(5)["key"].to_pylist() == expected.slice(5)["key"].to_pylist()
+    assert samples.filter(pc.field("label") == 1).num_rows == 8
+    assert pa.table(samples).equals(expected)  # as Polars and DuckDB take it
+    with pytest.raises(AttributeError):
+        _ = samples.no_such_method
+
+
+def test_the_dataset_is_whole_however_its_table_lies(dataset: ShardDataset) -> None:
+    assert dataset.verify().clean
+    assert [sample.key for sample in dataset] == whole_table(dataset)["key"].to_pylist()
+    assert dataset.unlabeled == 0
+
+
+def test_it_goes_to_another_process(dataset: ShardDataset) -> None:
+    expected = dataset.samples.to_table()
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again.samples.to_table().equals(expected)
+    assert pickle.loads(pickle.dumps(dataset.samples)).to_table().equals(expected)
+
+
+def test_the_columns_that_are_asked_for_are_the_only_ones_read(
+    make_sample: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = write(tmp_path, make_sample)
+    content = (tmp_path / SAMPLES).read_bytes()
+    column = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(3)
+    assert column.path_in_schema == "label"
+    samples, read = dataset.samples, []
+    plain = Store.read
+
+    def spy(store: Store, name: str, *ends: int) -> bytes:
+        read.append((name, *ends))
+        return plain(store, name, *ends)
+
+    monkeypatch.setattr(Store, "read", spy)
+    assert len(samples["label"]) == COUNT
+    start = column.dictionary_page_offset or column.data_page_offset
+    assert read == [(SAMPLES, start, start + column.total_compressed_size)]
+    assert len(samples["label"]) == COUNT
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other rows"])
+def test_damage_is_a_format_error(damage: str, make_sample: Make, tmp_path: Path) -> None:
+    dataset = write(tmp_path, make_sample)
+    path = tmp_path / SAMPLES
+    if damage == "missing":
+        path.unlink()
+        with pytest.raises(FormatError, match=r"samples\.parquet: missing"):
+            _ = dataset.samples
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+        with pytest.raises(FormatError, match="not a readable parquet file"):
+            _ = dataset.samples
+    else:
+        table = pq.read_table(path)
+        pq.write_table(pa.concat_tables([table.slice(5), table.slice(0, 5)]), path)
+        with pytest.raises(FormatError, match="the rows of shard 0 lie apart"):
+            dataset.samples.ranges()
+        found = dataset.verify().problems
+        assert any("lie apart" in problem.what for problem in found)
+
+
+def test_a_shards_table_of_another_length_is_named(
+    make_sample: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (writer, sample_table_module):
+        monkeypatch.setattr(module, "MERGED_SAMPLES", 12)
+    dataset = write(tmp_path, make_sample)
+    marker = tmp_path / "shards" / "000001.parquet"
+    pq.write_table(pq.read_table(marker).slice(1), marker)
+    with pytest.raises(FormatError, match=r"000001\.parquet: 9 rows, .* says 10"):
+        dataset.samples.to_table()
+    marker.unlink()
+    with pytest.raises(FormatError, match=r"000001\.parquet: missing"):
+        dataset.samples.to_table()
+
+
+def test_reading_a_part_starts_no_thread(make_sample: Make, tmp_path: Path) -> None:
+    """A thread of Arrow's that holds a Python object when Python exits aborts the process."""
+    write(tmp_path, make_sample)
+    code = (
+        "import os, sys, schemas\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "dataset = schemas.ShardDataset.open(sys.argv[1])\n"
+        "assert len(dataset.samples['label']) == 25 and dataset.samples.to_pylist()\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"0\n"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 6, 7, 20, 21, 50])
+@pytest.mark.parametrize("at_once", [1, 3, 50])
+def test_the_bytes_are_those_of_one_whole_table(
+    rows: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_writer, "ROW_GROUP", 7)
+    rejects = [Reject(f"source {i}", "ab"[i % 2], "x" * i) for i in range(rows)]
+    store = Store(tmp_path)
+    with TableWriter(store, "t.parquet", REJECTS_SCHEMA) as parts:
+        for start in range(0, rows, at_once):
+            parts.add(table_of(rejects[start : start + at_once], REJECTS_SCHEMA))
+            assert parts.waiting_rows < 7
+    buffer = io.BytesIO()
+    table = table_of(rejects, REJECTS_SCHEMA)
+    pq.write_table(table, buffer, compression="zstd", row_group_size=7)
+    assert store.read("t.parquet") == buffer.getvalue()
+    if rows <= 7:
+        assert buffer.getvalue() == to_parquet(table)
+
+
+@pytest.mark.parametrize("where", ["path", "memory"])
+def test_a_table_that_fails_leaves_nothing(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    store = Store(tmp_path / "out" if where == "path" else f"memory://failing/{tmp_path.name}")
+
+    def write_half() -> None:
+        with TableWriter(store, "t.parquet", REJECTS_SCHEMA) as parts:
+            parts.add(table_of([Reject("a", "b")], REJECTS_SCHEMA))
+            raise KeyError("in the middle")
+
+    with pytest.raises(KeyError, match="in the middle"):
+        write_half()
+    assert not store.exists("t.parquet")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    stream = store.write_stream("t.parquet")
+    stream.file.close()
+    stream.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  closed by the stream
+    with pytest.raises(UserError, match=r"t\.parquet: no space left"), stream:
+        stream.write(b"x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_are_compared_by_their_text_where_hashes_collide(
+    make_sample: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = KeyHashes()
+    hashes.add(["a", "b", "c"])
+    hashes.add(["d", "b"])
+    assert hashes.repeated() == {hash("b")}
+    # every key a candidate: none of them comes twice
+    monkeypatch.setattr(
+        KeyHashes, "repeated", lambda self: {hash(f"sample-{i:04d}") for i in range(99)}
+    )
+    dataset = write(tmp_path / "set", make_sample)
+    assert dataset.verify().clean
+    with pytest.raises(UserError, match="sample-0001 comes twice, again in shard 1"):
+        write_dataset(
+            tmp_path / "twice",
+            [make_sample(index) for index in (0, 1, 2, 1)],
+            name="test",
+            shard_samples=2,
+        )
+    assert not (tmp_path / "twice" / SAMPLES).exists()
