@@ -101,7 +101,7 @@ def test_pages_and_paragraphs_are_short(page):
 def test_files_that_pages_name_exist():
     folders = "|".join([*PACKAGES, "examples", "docs", "tests"])
     for page in PAGES:
-        for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text()):
+        for name in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text()):
             assert (ROOT / name).exists(), (page.name, name)
 
 
