@@ -30,6 +30,8 @@ R = TypeVar("R")
 
 BUCKETS = 256
 """Buckets of a plan (ours): 40,000 images each of 10^7, 4 million of 10^9, about 1 GB in a task."""
+TEXTS_AT_ONCE = 8
+"""Buckets whose texts are on their way to the driver: 0.5 GB each of 10^9 images."""
 PARTS_AT_ONCE = 64
 """Parts of a source that a task lists, several at a time."""
 
@@ -53,8 +55,14 @@ class Runner(Protocol):
             the different labels that are text.
         """
 
-    def map(self, function: Callable[..., R], arguments: Iterable[tuple]) -> Iterator[R]:
-        """Yield `function(*argument)` for each argument, in their order."""
+    def map(
+        self, function: Callable[..., R], arguments: Iterable[tuple], most: int | None = None
+    ) -> Iterator[R]:
+        """Yield `function(*argument)` for each argument, in their order.
+
+        Args:
+            most: calls that may be in progress, or done and not yet yielded.
+        """
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,8 @@ def plan_in_buckets(
         counts[bucket] = count
 
     shards = StoredShards(place, counts, shard_samples, limit)
-    texts_in_order = runner.map(partial(bucket_text, shards), ((b,) for b in range(buckets)))
+    every_bucket_text = ((bucket,) for bucket in range(buckets))
+    texts_in_order = runner.map(partial(bucket_text, shards), every_bucket_text, TEXTS_AT_ONCE)
     plan = StoredPlan(shards, digest_of(texts_in_order, len(shards)))
     labels: Counter[int] = sum((one.labels for one in settled), Counter())
     linked = sorted({folder for fact in facts for folder in fact["linked"]})

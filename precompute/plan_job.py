@@ -1,6 +1,7 @@
 """Plan on a Ray cluster: Ray Data lists and shuffles, tasks settle the buckets."""
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -91,17 +92,20 @@ class RayRunner:
         with watch_count(counter):
             return {text for row in written.iter_rows() for text in json.loads(row["texts"])}
 
-    def map(self, function: Callable[..., R], arguments: Iterable[tuple]) -> Iterator[R]:
-        """See `Runner.map`; few calls are in flight, so that results do not gather."""
+    def map(
+        self, function: Callable[..., R], arguments: Iterable[tuple], most: int | None = None
+    ) -> Iterator[R]:
+        """See `Runner.map`."""
 
         def call_function(*argument: Any) -> R:
             return function(*argument)
 
         call = ray.remote(num_cpus=1)(call_function)
+        at_once = min(most or math.inf, IN_FLIGHT_PER_CORE * self.cores)
         pending: deque[Any] = deque()
         for argument in arguments:
             pending.append(call.remote(*argument))
-            if len(pending) >= IN_FLIGHT_PER_CORE * self.cores:
+            if len(pending) >= at_once:
                 yield ray.get(pending.popleft())
         while pending:
             yield ray.get(pending.popleft())

@@ -49,7 +49,9 @@ class LocalRunner:
             texts |= set(json.loads(written.column("texts")[0].as_py()))
         return texts
 
-    def map(self, function: Callable[..., Any], arguments: Iterable[tuple]) -> Iterator[Any]:
+    def map(
+        self, function: Callable[..., Any], arguments: Iterable[tuple], most: int | None = None
+    ) -> Iterator[Any]:
         return (function(*argument) for argument in arguments)
 
 
