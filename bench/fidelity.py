@@ -18,7 +18,7 @@ from nvidia.dali import types
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
-from pipeline.crop import cut_on_host
+from pipeline.crop import crop_on_host
 from pipeline.masks import foreground
 from pipeline.recipes import RECIPES
 from precompute import demo
@@ -151,7 +151,7 @@ class Study:
                 )
                 window = (top / height, left / width, (top + h) / height, (left + w) / width)
                 self.crops.append(Crop(index, window))
-                views.append(cut_on_host(image, torch.tensor(window), side))
+                views.append(crop_on_host(image, torch.tensor(window), side))
             plain.append(online.aggregation_map(torch.stack(views).permute(0, 2, 3, 1)))
             moved = torch.stack([jitter(view) for view in views])
             jittered.append(online.aggregation_map(moved.permute(0, 2, 3, 1)))
@@ -168,7 +168,7 @@ class Study:
         images = list(self.images())
         for crop in self.crops:
             window = torch.tensor(crop.window)
-            view = cut_on_host(images[crop.image], window, self.recipe.crop_size)
+            view = crop_on_host(images[crop.image], window, self.recipe.crop_size)
             yield view.permute(1, 2, 0)
 
     def front(self, maps: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline import devices, photometric, regions
 from pipeline.batch import Extra
-from pipeline.crop import cut_on_host
+from pipeline.crop import crop_on_host
 from pipeline.fills import FILLS
 from pipeline.masks import Masks, draw
 from pipeline.pixels import Masking, make_views
@@ -151,7 +151,7 @@ def parts(size: int) -> list[slice]:
 @cache
 def workers() -> ThreadPoolExecutor:
     """Threads for the parts of a batch on a CPU, each with one core: they need no barriers."""
-    return ThreadPoolExecutor(devices.cpu_threads(), "views", torch.set_num_threads, (1,))
+    return ThreadPoolExecutor(devices.count_cpu_threads(), "views", torch.set_num_threads, (1,))
 
 
 def cut_all(images: list[Tensor], windows: Tensor, recipe: Recipe) -> Tensor:
@@ -161,7 +161,7 @@ def cut_all(images: list[Tensor], windows: Tensor, recipe: Recipe) -> Tensor:
 
     def work(rows: slice) -> None:
         for row in range(rows.start, rows.stop):
-            cut[row] = cut_on_host(images[row], windows[row], side, recipe.interpolation)
+            cut[row] = crop_on_host(images[row], windows[row], side, recipe.interpolation)
 
     list(workers().map(work, parts(len(images))))
     return cut.permute(0, 2, 3, 1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.blur import reflect, shared_kernel, soft_blur_kernel
+from pipeline.blur import build_shared_kernel, build_soft_blur_kernel, reflect
 from pipeline.photometric import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, Photometric
 from pipeline.recipes import Recipe
 
@@ -94,7 +94,7 @@ def pack(look: Photometric, recipe: Recipe) -> Tensor:
     taps[:, radius] = 1
     rows = look.sigma > 0
     if rows.any():
-        kernel = soft_blur_kernel(look.sigma[rows])
+        kernel = build_soft_blur_kernel(look.sigma[rows])
         margin = radius - kernel.shape[1] // 2
         taps[rows] = torch.nn.functional.pad(kernel, (margin, margin))
     return torch.cat([stages.flatten(1).float(), look.gray.float().unsqueeze(1), taps], 1)
@@ -105,8 +105,8 @@ def build_chain(recipe: Recipe) -> Chain:
     radius = soft_blur_radius(recipe)
     jitters, grays = recipe.jitter_probability > 0, recipe.grayscale_probability > 0
     fill, filters = recipe.fill, recipe.high_pass
-    high_pass = shared_kernel(recipe.high_pass_kernel, recipe.high_pass_sigma)[0].tolist()
-    strong = shared_kernel(recipe.blur_kernel, recipe.blur_sigma)[0].tolist()
+    high_pass = build_shared_kernel(recipe.high_pass_kernel, recipe.high_pass_sigma)[0].tolist()
+    strong = build_shared_kernel(recipe.blur_kernel, recipe.blur_sigma)[0].tolist()
 
     def chain(image: Tensor, table: Tensor, covers: Sequence[Cover | None]) -> list[Tensor]:
         planes = normalize(color(image, table, jitters, grays))

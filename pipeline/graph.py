@@ -13,7 +13,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from pipeline.devices import cpu_threads
+from pipeline.devices import count_cpu_threads
 from pipeline.failures import translate_dali_errors
 from pipeline.recipes import Interpolation
 from pipeline.shards import EncodedBatch
@@ -34,7 +34,7 @@ class Cut:
         grid: side of a view's saliency in cells; None for no saliency.
         interpolation: how a view is resized; its saliency always bilinearly.
         on_device: whether the graph cuts the views; otherwise it hands out the decoded images, and
-            PyTorch cuts them, which is faster on a CPU (`crop.cut_on_host`).
+            PyTorch cuts them, which is faster on a CPU (`crop.crop_on_host`).
     """
 
     crop_size: int
@@ -103,7 +103,7 @@ class Decoder:
             cut,
             device,
             batch_size=batch_size,
-            num_threads=cpu_threads(),
+            num_threads=count_cpu_threads(),
             device_id=device.index,
             prefetch_queue_depth=IN_FLIGHT,
         )

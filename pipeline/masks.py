@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.compiling import compiled_on_gpu
+from pipeline.compiling import compile_on_gpu
 from pipeline.recipes import Recipe
 from pipeline.registry import find, register
 from pipeline.rng import Rng
@@ -44,7 +44,7 @@ BLOCK_ASPECT = (0.3, 3.3)
 """Height over width of a block (the block masks among ADIOS's controls; log-uniform is ours)."""
 
 
-@compiled_on_gpu
+@compile_on_gpu
 def foreground(saliency: Tensor, margin: float) -> Tensor:
     """Relaxed SCDA: A >= mean - margin * std, with the view's own mean and population std.
 
@@ -59,7 +59,7 @@ def foreground(saliency: Tensor, margin: float) -> Tensor:
     return (cells >= mean - margin * deviation).view(saliency.shape)
 
 
-@compiled_on_gpu
+@compile_on_gpu
 def pick(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
     """`count` members of each group, uniformly and without replacement.
 
@@ -77,7 +77,7 @@ def pick(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
     return group & (rank < count.unsqueeze(1))
 
 
-@compiled_on_gpu
+@compile_on_gpu
 def foreground_count(ratio: Tensor, front: Tensor, recipe: Recipe) -> Tensor:
     """round(ratio * foreground share * cells), ties to even, under the recipe's cap.
 
@@ -137,7 +137,7 @@ def block(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
     return rectangle(height, width, side, rng.uniform(len(ratio), 2))
 
 
-@compiled_on_gpu
+@compile_on_gpu
 def rectangle(height: Tensor, width: Tensor, side: int, position: Tensor) -> Tensor:
     """A rectangle in each view of `side` pixels, every place as likely.
 

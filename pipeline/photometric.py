@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pipeline.blur import gaussian_blur, soft_blur_kernel
+from pipeline.blur import build_soft_blur_kernel, gaussian_blur
 from pipeline.devices import to_device
 from pipeline.recipes import Range, Recipe
 from pipeline.rng import Rng
@@ -105,7 +105,7 @@ def apply_to_one(view: Tensor, drawn: Photometric, row: int) -> Tensor:
     if drawn.gray[row]:
         image = gray_of(image).expand_as(image).contiguous()
     if (sigma := drawn.sigma[row : row + 1]) > 0:
-        image = gaussian_blur(image, soft_blur_kernel(sigma))
+        image = gaussian_blur(image, build_soft_blur_kernel(sigma))
     return image
 
 
@@ -124,7 +124,7 @@ def apply_to_batch(view: Tensor, drawn: Photometric) -> Tensor:
     rows = (drawn.sigma > 0).nonzero().squeeze(1)
     if len(rows):
         places = to_device(rows, image.device)
-        image[places] = gaussian_blur(image[places], soft_blur_kernel(drawn.sigma[rows]))
+        image[places] = gaussian_blur(image[places], build_soft_blur_kernel(drawn.sigma[rows]))
     return image
 
 

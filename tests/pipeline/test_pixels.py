@@ -110,7 +110,7 @@ def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.Mon
     expected = make_views(image, look, maskings, recipe)
     device = torch.device("cuda", torch.cuda.current_device())
     if not compiles:
-        monkeypatch.setattr(compiling, "why_not_compiled", lambda _: "the test says so")
+        monkeypatch.setattr(compiling, "explain_missing_compiler", lambda _: "the test says so")
     moved = []
     for one in maskings:
         if one is None:
@@ -126,5 +126,5 @@ def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.Mon
     found = make_views(image.to(device), look, moved, recipe)
     for one, other in zip(found, expected, strict=True):
         assert (one.cpu() - other).abs().max() < 2e-5  # sums in another order
-    if compiles and compiling.why_not_compiled(device) is None:
+    if compiles and compiling.explain_missing_compiler(device) is None:
         assert pixels.compiled_chain(recipe)._compiled is not None, "compiling failed: see the log"
