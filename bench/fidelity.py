@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
 from pipeline.crop import crop_on_host
-from pipeline.masks import foreground
+from pipeline.masks import find_foreground
 from pipeline.recipes import RECIPES
 from precompute import demo
 from precompute.decode import decode
@@ -172,7 +172,7 @@ class Study:
             yield view.permute(1, 2, 0)
 
     def front(self, maps: Tensor) -> Tensor:
-        return foreground(maps, self.recipe.foreground_margin).flatten(1)
+        return find_foreground(maps, self.recipe.foreground_margin).flatten(1)
 
     def rows(self, options: Options) -> Iterator[str]:
         """The table's rows, one after the other."""
@@ -242,7 +242,7 @@ def on_objects(options: Options) -> Iterator[str]:
         for start in range(0, SCENES, BATCH):
             part = scenes[start : start + BATCH]
             maps = estimator(ndd.as_batch([scene.image for scene in part]).evaluate())
-            front = foreground(torch.from_numpy(maps), RECIPES["hp"].foreground_margin)
+            front = find_foreground(torch.from_numpy(maps), RECIPES["hp"].foreground_margin)
             for scene, cells in zip(part, front, strict=True):
                 mask = torch.from_numpy(scene.mask).float()[None, None]
                 share = torch.nn.functional.adaptive_avg_pool2d(mask, cells.shape)[0, 0]

@@ -377,8 +377,9 @@ class ShardCache:
             self._is_warned |= must_warn
         if must_warn:
             log.warning(
-                f"cache {self.folder.folder}: {format_gigabytes(self.folder.limit)} are too few for "
-                "all shards that are open at once; evicted shards take disk space until they are closed"
+                f"cache {self.folder.folder}: {format_gigabytes(self.folder.limit)} are too few "
+                "for all shards that are open at once; evicted shards take disk space until they "
+                "are closed"
             )
 
 
