@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline import devices
 from pipeline.cache import Cache
 from pipeline.crop import center_windows
-from pipeline.graph import Cut, Decoder, PreparedBatch
+from pipeline.graph import Decoder, PreparedBatch, ViewSpec
 from pipeline.order import DiskOrder
 from pipeline.pixels import encoder_input_
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
@@ -84,7 +84,7 @@ class EvalViews:
         self.crop_size = crop_size
         self.dataset = ShardDataset.open(url)
         self.order = DiskOrder([row.samples for row in self.dataset.shards], batch_size)
-        first, end = self.order.part(rank, world_size)
+        first, end = self.order.find_part(rank, world_size)
         self.samples = end - first
         if self.order.samples < world_size:
             raise UserError(
@@ -99,8 +99,8 @@ class EvalViews:
     def __iter__(self) -> Iterator[EvalBatch]:
         reader = ShardReader(self.dataset, self._source, self.order, self.rank, self.world_size)
         with closing(ReadAhead(self._prepare(reader), BATCHES_AHEAD)) as ahead:
-            cut = Cut(self.crop_size)
-            for decoded in Decoder(ahead, cut, self.device, self.batch_size, self.dataset.url):
+            spec = ViewSpec(self.crop_size)
+            for decoded in Decoder(ahead, spec, self.device, self.batch_size, self.dataset.url):
                 labels = torch.from_numpy(decoded.prepared.encoded.labels)
                 image = decoded.views[0].permute(0, 3, 1, 2).float().div_(255)
                 yield EvalBatch(

@@ -130,7 +130,7 @@ def mask_at_random(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) ->
 
 @mask("block")
 def mask_block(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """Mask a place_rectangle that covers this ratio of the view, independently of the saliency."""
+    """Mask a rectangle that covers this ratio of the view, independently of the saliency."""
     low, high = torch.tensor(BLOCK_ASPECT, dtype=torch.float64).log().tolist()
     aspect = (low + (high - low) * rng.uniform(len(ratio))).exp()
     side = recipe.crop_size
@@ -151,11 +151,13 @@ def place_rectangle(height: Tensor, width: Tensor, side: int, position: Tensor) 
     """
     axis = torch.arange(side, device=position.device)
 
-    def inside(extent: Tensor, fraction: Tensor) -> Tensor:
+    def is_inside(extent: Tensor, fraction: Tensor) -> Tensor:
         start = (fraction * (side - extent + 1)).floor().unsqueeze(1)
         return (axis >= start) & (axis < start + extent.unsqueeze(1))
 
-    return inside(height, position[:, 0]).unsqueeze(2) & inside(width, position[:, 1]).unsqueeze(1)
+    return is_inside(height, position[:, 0]).unsqueeze(2) & is_inside(
+        width, position[:, 1]
+    ).unsqueeze(1)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_a_stream_serves_two_views_with_ten_tries_each() -> None:
     draw_windows(square, wide, recipe, rng)
     second = draw_windows(square, square, recipe, rng)
     other = rng_of(5, purpose="crop")
-    other.raw(2 * ATTEMPTS + 3)
+    other.draw_words(2 * ATTEMPTS + 3)
     assert np.array_equal(second, draw_windows(square, square, recipe, other))
 
 
