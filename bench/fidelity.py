@@ -18,8 +18,8 @@ from nvidia.dali import types
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
-from pipeline.crop import cut_on_host
-from pipeline.masks import foreground
+from pipeline.crop import crop_on_host
+from pipeline.masks import find_foreground
 from pipeline.recipes import RECIPES
 from precompute import demo
 from precompute.decode import decode
@@ -151,7 +151,7 @@ class Study:
                 )
                 window = (top / height, left / width, (top + h) / height, (left + w) / width)
                 self.crops.append(Crop(index, window))
-                views.append(cut_on_host(image, torch.tensor(window), side))
+                views.append(crop_on_host(image, torch.tensor(window), side))
             plain.append(online.aggregation_map(torch.stack(views).permute(0, 2, 3, 1)))
             moved = torch.stack([jitter(view) for view in views])
             jittered.append(online.aggregation_map(moved.permute(0, 2, 3, 1)))
@@ -168,11 +168,11 @@ class Study:
         images = list(self.images())
         for crop in self.crops:
             window = torch.tensor(crop.window)
-            view = cut_on_host(images[crop.image], window, self.recipe.crop_size)
+            view = crop_on_host(images[crop.image], window, self.recipe.crop_size)
             yield view.permute(1, 2, 0)
 
     def front(self, maps: Tensor) -> Tensor:
-        return foreground(maps, self.recipe.foreground_margin).flatten(1)
+        return find_foreground(maps, self.recipe.foreground_margin).flatten(1)
 
     def rows(self, options: Options) -> Iterator[str]:
         """The table's rows, one after the other."""
@@ -242,7 +242,7 @@ def on_objects(options: Options) -> Iterator[str]:
         for start in range(0, SCENES, BATCH):
             part = scenes[start : start + BATCH]
             maps = estimator(ndd.as_batch([scene.image for scene in part]).evaluate())
-            front = foreground(torch.from_numpy(maps), RECIPES["hp"].foreground_margin)
+            front = find_foreground(torch.from_numpy(maps), RECIPES["hp"].foreground_margin)
             for scene, cells in zip(part, front, strict=True):
                 mask = torch.from_numpy(scene.mask).float()[None, None]
                 share = torch.nn.functional.adaptive_avg_pool2d(mask, cells.shape)[0, 0]

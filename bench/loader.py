@@ -261,7 +261,7 @@ def run_graph(
 ) -> Iterator[Any]:
     @pipeline_def(
         batch_size=options.batch_size,
-        num_threads=devices.cpu_threads(),
+        num_threads=devices.count_cpu_threads(),
         device_id=device.index,
     )
     def graph() -> Any:

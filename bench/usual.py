@@ -246,10 +246,10 @@ def vectorised(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
         shape = (len(image), recipe.grid, recipe.grid)
         own = rng.stream(role)
         saliency = views.get(f"{name}_saliency", own.uniform(*shape).float())
-        drawn = masks.draw(saliency, recipe, role, own)
+        drawn = masks.draw_masks(saliency, recipe, role, own)
         std = recipe.noise_query if role == "query" else recipe.noise_hard_negative
         blur = views.get(f"{name}_blur")
         fill = rng.stream("fill", 0 if role == "query" else 2)
         content = fills.FILLS[recipe.fill](image, recipe, std, fill) if blur is None else blur
-        found.append(torch.lerp(image, content, drawn.pixels(slice(None), recipe.crop_size)))
+        found.append(torch.lerp(image, content, drawn.to_pixels(slice(None), recipe.crop_size)))
     return [found[0], views["key"], found[1]]

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pipeline import MaskedViews, Recipe
-from pipeline.masks import foreground
+from pipeline.masks import find_foreground
 from schemas import Sample, ShardDataset
 
 MAE = Recipe(
@@ -51,7 +51,7 @@ def objects(url: str, side: int = 224, margin: float = 0.1) -> Iterator[tuple[Im
 
 def object_box(sample: Sample, margin: float) -> tuple[float, float, float, float]:
     """Return x0, y0, x1, y1 in pixels around the most salient third of the map."""
-    front = foreground(torch.from_numpy(sample.saliency)[None], margin=-0.5)[0].numpy()
+    front = find_foreground(torch.from_numpy(sample.saliency)[None], margin=-0.5)[0].numpy()
     rows, columns = np.nonzero(front)
     grid = len(front)
     x0, x1 = columns.min() / grid - margin, (columns.max() + 1) / grid + margin

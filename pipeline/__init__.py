@@ -1,9 +1,9 @@
-"""Shards -> masked views on the device."""
+"""Turn shards into masked views on the device."""
 
-import saliency_shards  # noqa: F401  under `python -m` it puts the project's own folder first
+import saliency_shards  # noqa: F401  puts the project's own folder first under `python -m`
 
 # isort: split
-import pipeline.released  # noqa: F401  adds its masks, fill and recipes to the registries
+import pipeline.released  # noqa: F401  registers the masks, fill and recipes of the released code
 from pipeline.batch import Batch
 from pipeline.cache import Cache
 from pipeline.eval_loader import EvalBatch, EvalViews

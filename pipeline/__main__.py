@@ -1,4 +1,4 @@
-"""Look at what the encoder is fed.
+"""Inspect the views and the order of samples that a training run gets.
 
 python -m pipeline preview --data URL --recipe hp --out preview.png
 python -m pipeline order --data URL --batch-size 256
@@ -13,43 +13,43 @@ import tyro
 
 from pipeline.preview import write_preview
 from pipeline.recipes import RECIPES, Recipe
-from pipeline.shuffle_quality import describe
+from pipeline.shuffle_quality import describe_shuffle
 from schemas import ShardDataset, UserError
 from schemas.cli import parse, run
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Write a contact sheet: a row a sample, with its image, its saliency and its views as fed."""
+    """Write a contact sheet: one row per sample with its image, saliency and augmented views."""
 
     data: str = tyro.MISSING
-    """The dataset's folder: a plain path or s3://."""
+    """Dataset folder: a local path or an s3:// URL."""
     recipe: Recipe = field(default_factory=lambda: RECIPES["hp"])
-    """Single values of the recipe, on top of the named one."""
+    """Recipe by name; single fields can be overridden."""
     out: Path = Path("preview.png")
-    """The PNG to write; the same as a web page lies beside it, .html."""
+    """PNG file to write; an HTML page of the same name is written beside it."""
     samples: int = 12
-    """Rows."""
+    """Number of samples to show, one per row."""
     crop_size: int | None = None
-    """Side of a view in pixels; short for --recipe.crop-size."""
+    """Side of a view in pixels; the same as --recipe.crop-size."""
     seed: int = 0
-    """Of everything drawn, as in training."""
+    """Random seed for sample order, crops and masks, as in training."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Device that makes the views: cpu or cuda."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """Print how well an epoch is shuffled, beside a perfect shuffle."""
+    """Print how well an epoch is shuffled, compared with a perfect shuffle."""
 
     data: str = tyro.MISSING
-    """The dataset's folder: a plain path or s3://."""
+    """Dataset folder: a local path or an s3:// URL."""
     batch_size: int = 256
-    """Samples a batch; all of a smaller dataset."""
+    """Samples per batch; reduced to the size of the dataset if that is smaller."""
     samples: int = 100_000
-    """How much of the epoch is looked at."""
+    """Number of samples to analyze, from the start of the epoch."""
     seed: int = 0
-    """Of the order, as in training."""
+    """Random seed for the sample order, as in training."""
 
 
 def main() -> int:
@@ -77,8 +77,8 @@ def preview(argv: list[str]) -> int:
 
 def order(argv: list[str]) -> int:
     options = parse(Order, argv)
-    size = min(options.batch_size, len(ShardDataset.open(options.data)))
-    print(describe(options.data, size, options.samples, options.seed))
+    batch_size = min(options.batch_size, len(ShardDataset.open(options.data)))
+    print(describe_shuffle(options.data, batch_size, options.samples, options.seed))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a step of `MaskedViews` hands out."""
+"""The batch that `MaskedViews` yields at each step."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,31 +13,32 @@ EXTRAS: tuple[Extra, ...] = get_args(Extra)
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """N samples on the device. Images are float32, normalised, channels_last; H = W = crop_size.
+    """N samples on the device. Images are float32, normalized, channels_last; H = W = crop_size.
 
-    With n hard negatives a key, row j * N + i of `hard_negative` is the j-th of sample i.
+    With n hard negatives per key, row j * N + i of `hard_negative` is the j-th one of sample i.
 
     Attributes:
-        query, key: (N, 3, H, W). key: None where the recipe makes no pairs.
-        hard_negative: (n * N, 3, H, W), or None where the recipe has none.
-        label: (N,) int64; -1 for none.
-        query_regions, key_regions: (N, R, 4) float32, x0 y0 x1 y1 in pixels of the view: the same
-            part of the image in both; None where the recipe has no regions.
-        region_valid: (N, R) bool, False where the views' overlap is too small for a region; its box
-            is then the whole view, and nothing of it is masked.
-        query_mask, key_mask, hard_negative_mask: extra "masks": bool, as their images, True where
-            filled; None where nothing is masked.
-        query_ratio, key_ratio, hard_negative_ratio: extra "masks": float64, the drawn mask ratio of
-            each row; focal windows do not follow it. None where nothing is masked.
-        query_focal, key_focal, hard_negative_focal: extra "masks": bool, rows with a window in
-            place of cells; likewise.
-        query_saliency, key_saliency: extra "saliency": (N, grid, grid) float32 in 0 .. 255, what
-            the masks were drawn from.
+        query, key: (N, 3, H, W). `key` is None if the recipe makes no pairs.
+        hard_negative: (n * N, 3, H, W), or None if the recipe has none.
+        label: (N,) int64; -1 for samples without a label.
+        query_regions, key_regions: (N, R, 4) float32, x0 y0 x1 y1 in pixels of the view; both
+            show the same part of the image. None if the recipe has no regions.
+        region_valid: (N, R) bool, False where the views' overlap is too small for a region; the box
+            is then the entire view, and none of it is masked.
+        query_mask, key_mask, hard_negative_mask: extra "masks": bool, the shape of their images,
+            True where filled; None if these views are not masked.
+        query_ratio, key_ratio, hard_negative_ratio: extra "masks": (rows,) float64, the drawn mask
+            ratio, which focal windows do not follow. None if these views are not masked.
+        query_focal, key_focal, hard_negative_focal: extra "masks": (rows,) bool, True for a focal
+            window instead of grid cells. None if these views are not masked.
+        query_saliency, key_saliency: extra "saliency": (N, grid, grid) float32 in 0 .. 255, from
+            which the masks were drawn.
         query_window, key_window: extra "windows": (N, 4) float32 on the CPU, y0 x0 y1 x1 as shares
             of the image; x0 > x1 when flipped.
-        query_crop, key_crop: extra "crops": (N, 3, H, W) uint8, cut and not yet changed.
-        query_photometric, key_photometric: extra "photometric": what changed the colours.
-        sample_keys: extra "keys": N sample keys.
+        query_crop, key_crop: extra "crops": (N, 3, H, W) uint8, before any augmentation.
+        query_photometric, key_photometric: extra "photometric": the parameters of color
+            jitter, grayscale and blur.
+        sample_keys: extra "keys": the N sample keys.
     """
 
     query: Tensor

@@ -1,8 +1,8 @@
-"""Shards of a remote dataset, fetched ahead into a bounded folder on a local disk.
+"""Prefetch the shards of a remote dataset into a bounded folder on a local disk.
 
-The order in which shards are needed is known, so several of them are fetched at a time before they
-are. The folder and its eviction are in `pipeline.cache_folder`, requests, checks and further
-attempts in `pipeline.cache_download`.
+The order in which shards are needed is known, so several are fetched at a time before they are
+needed. The folder and its eviction are in `pipeline.cache_folder`; requests, checks and retries are
+in `pipeline.cache_download`.
 """
 
 import logging
@@ -23,29 +23,38 @@ from schemas import ShardDataset, ShardRow, UserError
 log = logging.getLogger(__name__)
 
 MOUNTS = Path("/proc/mounts")
-NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
-"""File systems that fetch over a network and keep nothing on the local disk."""
+NETWORK_FILE_SYSTEMS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "9p",
+    "fuse.sshfs",
+    "fuse.s3fs",
+    "fuse.gcsfuse",
+}
+"""Types of file systems that fetch data over a network and keep nothing on the local disk."""
 
 DISK_SHARE = 0.5
-"""Default limit: this share of what the disk has free and the folder holds already (ours)."""
+"""Default limit, as a share of the disk's free space plus what is in the folder already (ours)."""
 
-FETCHES_AT_A_TIME = 8
-"""Shards that a process fetches at a time (ours): one request of S3 brings about 90 MB/s."""
+CONCURRENT_FETCHES = 8
+"""Shards that a process fetches concurrently (ours): one S3 request gives about 90 MB/s."""
 
-POLL = 0.1
-"""Seconds after which it is looked again for room, or for what another process fetches."""
+POLL_SECONDS = 0.1
+"""Seconds between two checks for free room, or for a shard that another process fetches."""
 
 SIDE_BYTES = 1024
-"""Reserved for the index and the table: this per sample and 64 times this per shard (ours)."""
+"""Bytes reserved for index and table: this per sample, and 64 times this per shard (ours)."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Where fetched shards are kept and how many bytes they may take.
+    """Folder and maximum size of the cache.
 
     Attributes:
-        folder: on a local disk; made when it is missing. None: see `default_folder`.
-        limit: bytes of all datasets together. None: half of what the disk has free for it.
+        folder: folder on a local disk, created if missing. None: see `default_folder`.
+        limit: maximum bytes of all datasets together. None: half of the free disk space.
     """
 
     folder: Path | None = None
@@ -53,73 +62,79 @@ class Cache:
 
 
 def network_mount(url: str) -> str | None:
-    """Return the kind of network file system that a local path lies on; None elsewhere."""
+    """Return the type of the network file system that a path lies on; None if it is local."""
     if "://" in url or not MOUNTS.exists():
         return None
     path = Path(url).resolve()
     mounts = (line.split() for line in MOUNTS.read_text().splitlines())
     kinds = {Path(point.replace("\\040", " ")): kind for _, point, kind, *_ in mounts}
-    above = [point for point in (path, *path.parents) if point in kinds]
-    return kinds[above[0]] if above and kinds[above[0]] in NETWORK else None
+    mounts_above = [point for point in (path, *path.parents) if point in kinds]
+    return (
+        kinds[mounts_above[0]]
+        if mounts_above and kinds[mounts_above[0]] in NETWORK_FILE_SYSTEMS
+        else None
+    )
 
 
 def default_folder() -> Path:
     """Return the default folder of the cache.
 
-    It is `saliency-shards` in $XDG_CACHE_HOME or ~/.cache. Where that is no local folder that may
-    be written to, as with a home on NFS, it is `saliency-shards-UID` in the folder for temporary
-    files ($TMPDIR or /tmp).
+    It is `saliency-shards` in $XDG_CACHE_HOME or ~/.cache. If that is not local or not writable,
+    for example because the home directory is on NFS, it is `saliency-shards-UID` in the folder for
+    temporary files ($TMPDIR or /tmp).
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    above = next((path for path in (caches, *caches.parents) if path.exists()), caches)
-    if caches.is_absolute() and network_mount(str(caches)) is None and os.access(above, os.W_OK):
+    existing = next((path for path in (caches, *caches.parents) if path.exists()), caches)
+    if caches.is_absolute() and network_mount(str(caches)) is None and os.access(existing, os.W_OK):
         return caches / "saliency-shards"
     return Path(tempfile.gettempdir()) / f"saliency-shards-{os.getuid()}"
 
 
 def open_folder(cache: Cache) -> CacheFolder:
-    """Make the folder of a cache and check it.
+    """Create and check the folder of a cache.
 
     Raises:
-        UserError: it cannot be written to, lies on a network file system, or has no locks.
+        UserError: the folder is not writable, is on a network file system, or does not support
+            locks.
     """
     folder = cache.folder or default_folder()
     if kind := network_mount(str(folder)):
         raise UserError(
-            f"cache {folder}: lies on {kind}, a network file system; choose a folder on a local "
-            "disk by --cache"
+            f"cache {folder}: is on {kind}, a network file system; choose a folder on a local "
+            "disk with --cache"
         )
     if cache.limit is not None and cache.limit <= 0:
         raise UserError(f"cache {folder}: its limit is {cache.limit} bytes; it must be above 0")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = CacheFolder(folder, cache.limit or 0)
-        held = opened.held()
+        size = opened.count_bytes()
         if cache.limit is None:
             disk = os.statvfs(folder)
-            opened.limit = int(DISK_SHARE * (disk.f_bavail * disk.f_frsize + held))
+            opened.limit = int(DISK_SHARE * (disk.f_bavail * disk.f_frsize + size))
     except OSError as error:
         raise UserError(
-            f"cache {folder}: cannot be used ({error.strerror or error}); choose a local folder "
-            "that may be written to by --cache"
+            f"cache {folder}: cannot be used ({error.strerror or error}); choose a writable "
+            "local folder with --cache"
         ) from error
     return opened
 
 
 class ShardCache:
-    """Fetches the shards of a dataset ahead and opens them from the local disk.
+    """Prefetches the shards of a dataset and opens them from the local disk.
 
-    Threads begin with `prefetch` and end when its list is done; none of them keeps the process
-    from exiting.
+    `prefetch` starts threads, which end when its list is done; they are daemon threads and never
+    keep the process from exiting.
 
     Args:
-        dataset: behind any URL that fsspec knows.
+        dataset: a dataset at any URL that fsspec supports.
         cache: folder and limit.
-        attempts, backoff: how often a shard is tried, and the seconds before the second attempt.
+        attempts, backoff: number of attempts per shard, and the seconds before the second one.
 
     Attributes:
-        counts: "fetched" shards, their "bytes", and shards "found" there when they were opened.
-        downloader: has `retries`, the attempts after the first of each shard.
+        counts: number of "fetched" shards, their "bytes", and the shards that were "found" in the
+            folder when they were opened.
+        downloader: counts the retries in `retries`.
 
     Raises:
         UserError: the folder cannot be used.
@@ -139,54 +154,55 @@ class ShardCache:
         log.info(self.description)
         self.counts: Counter[str] = Counter()
         self._rows = {row.shard: row for row in dataset.shards}
-        self._side_bytes: dict[int, int] = {}  # where more than was reserved
-        self._state = threading.Condition()  # guards what follows
-        self._queue: list[int] = []  # shards to fetch, the next one first
+        self._side_bytes: dict[int, int] = {}  # of shards that take more than was reserved
+        self._state = threading.Condition()  # guards the attributes below
+        self._queue: list[int] = []  # shards to fetch, in order
         self._needed: dict[str, int] = {}  # sha256 -> position in the list of `prefetch`
         self._fetching: set[int] = set()
-        self._unreserved: set[int] = set()  # picked by a thread that looks for room
+        self._unreserved: set[int] = set()  # shards whose threads are looking for room
         self._errors: dict[int, BaseException] = {}
         self._threads = 0
-        self._elsewhere = 0  # fetches by other processes that threads met one after the other
+        self._elsewhere = 0  # consecutive shards that other processes were fetching
         self._is_warned = False
-        self._turn = threading.Lock()  # held by the one thread that waits to look again
+        self._turn = threading.Lock()  # held by the one thread that is waiting to check again
 
     @property
     def description(self) -> str:
-        """Say in one line where shards are kept and how many bytes they may take."""
+        """One line that says where shards are kept and how many bytes they may take."""
         return (
             f"{self.dataset.url}: shards are kept in {self.folder.folder}, at most "
-            f"{gigabytes(self.folder.limit)} ({gigabytes(self.folder.held())} are there now); "
-            "--cache and --cache-gb change it"
+            f"{format_gigabytes(self.folder.limit)} "
+            f"({format_gigabytes(self.folder.count_bytes())} now); "
+            "--cache and --cache-gb change this"
         )
 
     def bytes_of(self, row: ShardRow) -> int:
-        """Return the bytes that are reserved for a shard: tar, index and table."""
-        sides = self._side_bytes.get(row.shard, SIDE_BYTES * (row.samples + 64))
-        return row.bytes + sides
+        """Return the bytes to reserve for a shard: tar, index and table."""
+        side_bytes = self._side_bytes.get(row.shard, SIDE_BYTES * (row.samples + 64))
+        return row.bytes + side_bytes
 
     def require(self, count: int) -> None:
-        """Check that shards which have to be open at once fit.
+        """Check that the shards that must be open at the same time fit.
 
         Args:
-            count: how many they are; the largest ones are assumed.
+            count: their number; the largest shards are assumed.
 
         Raises:
-            UserError: they do not fit; it says how much they take.
+            UserError: they do not fit; the message says how much they take.
         """
         largest = sorted(self.dataset.shards, key=self.bytes_of, reverse=True)[:count]
         if sum(map(self.bytes_of, largest)) > self.folder.limit:
             raise UserError(self._too_small(largest))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Fetch these shards in the background, in this order; replaces the earlier list."""
+        """Fetch these shards in the background, in this order; replace the previous list."""
         with self._state:
             self._queue = [shard for shard in dict.fromkeys(shards) if shard in self._rows]
             self._needed = {
                 self._rows[shard].sha256: position for position, shard in enumerate(self._queue)
             }
             self._errors.clear()
-            for _ in range(self._threads, min(FETCHES_AT_A_TIME, len(self._queue))):
+            for _ in range(self._threads, min(CONCURRENT_FETCHES, len(self._queue))):
                 self._threads += 1
                 threading.Thread(
                     target=run_fetcher,
@@ -196,10 +212,10 @@ class ShardCache:
                 ).start()
 
     def open(self, shard: int) -> ShardFiles:
-        """Return the files of a shard, waiting until it is local.
+        """Open the files of a shard, waiting until they are local.
 
         Raises:
-            UserError: it cannot be fetched, or does not fit; the message names it.
+            UserError: the shard cannot be fetched or does not fit; the message names it.
         """
         row, is_found = self._rows[shard], True
         while (files := self._open_local(row)) is None:
@@ -217,14 +233,14 @@ class ShardCache:
             if outcome is Refusal.FETCHED_ELSEWHERE:
                 self.folder.wait_for_fetch(row)
             elif outcome is Refusal.FULL:
-                time.sleep(POLL)  # all room is reserved by fetches, each of which will end
+                time.sleep(POLL_SECONDS)  # all room is reserved by fetches, which will end
         with self._state:
             self.counts["found"] += is_found
             self._needed.pop(row.sha256, None)
         return files
 
     def close(self) -> None:
-        """Fetch nothing more; a fetch that has begun ends by itself."""
+        """Start no more fetches; those that have begun end by themselves."""
         self._closed.set()
         with self._state:
             self._queue.clear()
@@ -236,7 +252,7 @@ class ShardCache:
             raise self._local_error(row, error) from error
 
     def _fetch_next(self) -> float | None:
-        """Fetch the next shard of the list, if it can be fetched now.
+        """Fetch the next shard of the list, if that is possible now.
 
         Returns:
             Seconds to wait before the next call; None when the list is done.
@@ -251,9 +267,9 @@ class ShardCache:
             self._unreserved.add(shard)
         outcome, error = self._try_fetch(shard, is_urgent=False)
         with self._state:
-            is_listed = shard in self._queue  # or the list was replaced meanwhile
+            is_listed = shard in self._queue  # False if the list was replaced meanwhile
             if error is None and outcome is Refusal.FETCHED_ELSEWHERE:
-                # the others go first: ranks with one order fetch different shards side by side
+                # try the others first, so that ranks with the same order fetch different shards
                 self._elsewhere += 1
                 if is_listed:
                     self._queue.append(self._queue.pop(self._queue.index(shard)))
@@ -263,21 +279,21 @@ class ShardCache:
                 must_wait = error is None and outcome is Refusal.FULL
                 if is_listed and not must_wait:
                     self._queue.remove(shard)
-        return POLL if must_wait else 0.0
+        return POLL_SECONDS if must_wait else 0.0
 
     def _is_next(self, shard: int) -> bool:
-        """Tell whether no shard before this one in the list still has to find its room."""
+        """Tell whether all shards before this one in the list have their room reserved."""
         before = self._queue[: self._queue.index(shard)] if shard in self._queue else []
         return self._unreserved.isdisjoint(before)
 
     def _try_fetch(
         self, shard: int, is_urgent: bool
     ) -> tuple[Refusal | None, BaseException | None]:
-        """Fetch a shard that is in `_fetching`, and take it out of there.
+        """Fetch a shard that is in `_fetching`, and remove it from there.
 
         Returns:
-            Why it was not fetched, if it was not, and the error that ended it. A background
-            thread's error is kept for whoever opens the shard.
+            The reason if it was not fetched, and the error if there was one. An error in the
+            background is stored until the shard is opened.
         """
         outcome, failure = None, None
         try:
@@ -293,10 +309,10 @@ class ShardCache:
         return outcome, failure
 
     def _fetch(self, row: ShardRow, is_urgent: bool) -> Refusal | None:
-        """Fetch a shard into the folder; None when that is done.
+        """Fetch a shard into the folder; return None, or the reason if it was not fetched.
 
         Raises:
-            UserError: the store stays broken, the disk is full, or the shard does not fit.
+            UserError: the store keeps failing, the disk is full, or the shard does not fit.
         """
         size = self.bytes_of(row)
         if size > self.folder.limit:
@@ -304,7 +320,7 @@ class ShardCache:
         try:
             with self._state:
                 needed = dict(self._needed)
-                # a shard that is needed later may not take the room of one that is needed sooner
+                # a shard must not take the room of one that is needed sooner
                 self._state.wait_for(lambda: is_urgent or self._is_next(row.shard))
             try:
                 part = self.folder.reserve(row, size, needed, is_urgent)
@@ -319,11 +335,11 @@ class ShardCache:
             self._warn_of_eviction_in_use()
             try:
                 idx, parquet = self.downloader.download(row, part.path)
-                sides = len(idx) + len(parquet)
-                if row.bytes + sides > part.reserved:
-                    self._side_bytes[row.shard] = sides
+                side_bytes = len(idx) + len(parquet)
+                if row.bytes + side_bytes > part.reserved:
+                    self._side_bytes[row.shard] = side_bytes
                     self.folder.abandon(part)
-                    return Refusal.FULL  # for now: it is tried again with what it really takes
+                    return Refusal.FULL  # for now: the next attempt reserves its actual size
             except BaseException:
                 self.folder.abandon(part)
                 raise
@@ -335,48 +351,50 @@ class ShardCache:
         return None
 
     def _too_small(self, rows: Sequence[ShardRow]) -> str:
-        what = (
+        name = (
             f"shard {rows[0].shard}" if len(rows) == 1 else f"the {len(rows)} shards open at once"
         )
         total = sum(map(self.bytes_of, rows))
         return (
-            f"cache {self.folder.folder}: too small: {what} of {self.dataset.url} can take "
-            f"{gigabytes(total)} ({total} bytes), and its limit is "
-            f"{gigabytes(self.folder.limit)}; raise it by --cache-gb"
+            f"cache {self.folder.folder}: too small: {name} of {self.dataset.url} can take "
+            f"{format_gigabytes(total)} ({total} bytes), and its limit is "
+            f"{format_gigabytes(self.folder.limit)}; raise it with --cache-gb"
         )
 
     def _local_error(self, row: ShardRow, error: OSError) -> UserError:
         if error.errno in DISK_FULL:
             reason = (
                 f"no space left on the disk; free some, lower --cache-gb (now "
-                f"{self.folder.limit / 1e9:g}) or choose another folder by --cache"
+                f"{self.folder.limit / 1e9:g}) or choose another folder with --cache"
             )
         else:
-            reason = f"{error.strerror or error}; choose another local folder by --cache"
+            reason = f"{error.strerror or error}; choose another local folder with --cache"
         return UserError(f"cache {self.folder.folder}: shard {row.shard}: {reason}")
 
     def _warn_of_eviction_in_use(self) -> None:
         with self._state:
-            is_news = self.folder.evicted_in_use > 0 and not self._is_warned
-            self._is_warned |= is_news
-        if is_news:
+            must_warn = self.folder.evicted_in_use > 0 and not self._is_warned
+            self._is_warned |= must_warn
+        if must_warn:
             log.warning(
-                f"cache {self.folder.folder}: {gigabytes(self.folder.limit)} are too few for all "
-                "shards that are open at once; evicted ones take disk space until they are closed"
+                f"cache {self.folder.folder}: {format_gigabytes(self.folder.limit)} are too few "
+                "for all shards that are open at once; evicted shards take disk space until they "
+                "are closed"
             )
 
 
 def run_fetcher(reference: "weakref.ref[ShardCache]", turn: threading.Lock) -> None:
-    """Fetch until the list is done, or nobody holds the cache any more."""
+    """Fetch shards until the list is done or the cache has been garbage-collected."""
     while (cache := reference()) is not None:
         seconds = cache._fetch_next()
         del cache
         if seconds is None:
             return
         if seconds:
-            with turn:  # one after the other, so that waiting threads cost next to nothing
+            with turn:  # one thread at a time, so that waiting threads cost next to nothing
                 time.sleep(seconds)
 
 
-def gigabytes(count: int) -> str:
+def format_gigabytes(count: int) -> str:
+    """Format a number of bytes in gigabytes."""
     return f"{count / 1e9:.3g} GB"

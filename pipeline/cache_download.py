@@ -1,4 +1,4 @@
-"""Downloads of a shard: each file as one request, compared with the tables, tried again."""
+"""Download shards: one request per file, verification against the tables, and retries."""
 
 import errno
 import logging
@@ -18,38 +18,39 @@ from schemas.tables import shard_name
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-"""How often a shard is tried before the store counts as broken (ours)."""
+"""Attempts per shard before the store counts as broken (ours)."""
 
 BACKOFF = 1.0
 LONGEST_WAIT = 30.0
-"""Seconds before the second attempt, doubled for each further one, and their bound (ours)."""
+"""Seconds before the second attempt, doubled for each further one, and the maximum (ours)."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 TRANSIENT_4XX = (408, 425, 429)
-"""Client errors of HTTP that another attempt may mend: timeout, too early, too many requests."""
+"""HTTP client errors that may not recur: timeout, too early, too many requests."""
 
-SILENCE = 60.0
+SILENCE_SECONDS = 60.0
 """Seconds without a byte after which an HTTP request counts as broken."""
 
 PARQUET_MAGIC = b"PAR1"
 
-JITTER = random.Random()
-"""Apart from the global generator, whose seed and state are the user's."""
+JITTER_RNG = random.Random()
+"""A separate generator, because the seed and state of the global one belong to the user."""
 
 BUGS = (ArithmeticError, AssertionError, AttributeError, NameError, TypeError)
+"""Errors of our own code, which are not retried."""
 
 
 class Downloader:
-    """Downloads shards of a dataset.
+    """Downloads the shards of a dataset.
 
     Args:
-        attempts, backoff: how often a shard is tried, and the seconds before the second attempt,
+        closed: set when shards are no longer needed; ends the retries.
+        attempts, backoff: number of attempts per shard, and the seconds before the second one,
             doubled for each further one.
-        closed: set when nobody waits for a shard any more; ends the attempts.
 
     Attributes:
-        retries: number of attempts after the first of each shard.
+        retries: number of retries of all shards.
     """
 
     def __init__(
@@ -61,15 +62,15 @@ class Downloader:
     ) -> None:
         self.dataset, self.store, self.closed = dataset, dataset.store, closed
         self.attempts, self.backoff = attempts, backoff
-        self.fs = whole_file_system(dataset.store)
+        self.fs = configure_file_system(dataset.store)
         self.retries = 0
 
     def download(self, row: ShardRow, target: Path) -> tuple[bytes, bytes]:
-        """Download a tar into `target`; return index and table.
+        """Download the tar of a shard into `target`; return its index and table.
 
         Raises:
-            UserError: the store refuses, or stays broken.
-            OSError: the local disk is full or refuses.
+            UserError: the store refuses the request, or keeps failing.
+            OSError: the local file cannot be written, for example because the disk is full.
         """
         tar = self.store.location(shard_name(row.shard, "tar"))
         for attempt in range(1, self.attempts + 1):
@@ -78,9 +79,9 @@ class Downloader:
             except (UserError, *BUGS):
                 raise
             except Exception as error:
-                if is_local(error, target):
+                if is_disk_error(error, target):
                     raise
-                reason = first_line(error)
+                reason = summarize_error(error)
                 if not is_transient(error):
                     raise UserError(f"{tar}: shard {row.shard} is refused: {reason}") from error
                 if attempt == self.attempts or self.closed.is_set():
@@ -89,7 +90,7 @@ class Downloader:
                         f"the last one: {reason}"
                     ) from error
                 self.retries += 1
-                delay = min(LONGEST_WAIT, self.backoff * 2 ** (attempt - 1)) * JITTER.uniform(
+                delay = min(LONGEST_WAIT, self.backoff * 2 ** (attempt - 1)) * JITTER_RNG.uniform(
                     0.5, 1.5
                 )
                 log.warning(
@@ -100,24 +101,24 @@ class Downloader:
         raise AssertionError("unreachable")
 
     def _download_once(self, row: ShardRow, target: Path) -> tuple[bytes, bytes]:
-        """Download a shard once and compare it with the tables. Raises what the store raises."""
-        store, sides, name = self.store, [], ""
+        """Download a shard once and compare it with the tables; errors of the store propagate."""
+        store, side_files, name = self.store, [], ""
         try:
             for suffix in ("idx", "parquet"):
                 name = shard_name(row.shard, suffix)
-                sides.append(self.fs.cat_file(store.path(name)))
+                side_files.append(self.fs.cat_file(store.path(name)))
             name = shard_name(row.shard, "tar")
             self.fs.get_file(store.path(name), str(target), callback=SizeLimit(row.bytes))
         except FileNotFoundError as error:
-            if is_local(error, target):
+            if is_disk_error(error, target):
                 raise
             raise UserError(f"{store.location(name)}: shard {row.shard} is missing") from error
-        idx, parquet = sides
+        idx, parquet = side_files
         head, *lines = idx.split(b"\n")
         if head != f"{INDEX_VERSION} {row.samples}".encode() or len(lines) != row.samples + 1:
             raise WrongBytes(f"its index is not one of {row.samples} samples")
         if not (parquet.startswith(PARQUET_MAGIC) and parquet.endswith(PARQUET_MAGIC)):
-            raise WrongBytes("its table is not a whole parquet file")
+            raise WrongBytes("its table is not a complete parquet file")
         size = target.stat().st_size
         if size != row.bytes:
             raise WrongBytes(f"{size} bytes came, the table says {row.bytes}")
@@ -132,11 +133,11 @@ class Downloader:
 
 
 class WrongBytes(Exception):
-    """What the store sent is not what the tables say."""
+    """The store sent a file that does not match the tables."""
 
 
 class SizeLimit(Callback):
-    """Ends a download that brings more bytes than the table says: there is no room for them."""
+    """Aborts a download that exceeds the size in the table, for which room was reserved."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -148,11 +149,11 @@ class SizeLimit(Callback):
             raise WrongBytes(f"more than the {self.limit} bytes that the table says came")
 
 
-def whole_file_system(store: Store) -> Any:
-    """Return the file system of a store, set to bring a large file by one request.
+def configure_file_system(store: Store) -> Any:
+    """Return the file system of a store, configured to fetch a large file with one request.
 
-    s3fs would make ranges of 50 MB and hold ten of them in memory, and botocore would retry by its
-    own rules; over HTTP, fsspec gives up a request that lasts five minutes.
+    By default, s3fs requests ranges of 50 MB and holds ten of them in memory, botocore retries by
+    its own rules, and fsspec aborts HTTP requests after five minutes.
     """
     protocol = store.fs.protocol
     protocols = {protocol} if isinstance(protocol, str) else set(protocol)
@@ -161,17 +162,17 @@ def whole_file_system(store: Store) -> Any:
         config = {"retries": {"total_max_attempts": 1}} | options.get("config_kwargs", {})
         options |= {"max_concurrency": 1, "config_kwargs": config}
     elif "http" in protocols:
-        from aiohttp import ClientTimeout  # here: fsspec needs it for HTTP only
+        from aiohttp import ClientTimeout  # fsspec needs it for HTTP only
 
-        timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        timeout = ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
         options["client_kwargs"] = {"timeout": timeout} | options.get("client_kwargs", {})
     else:
         return store.fs
     return type(store.fs)(**options)
 
 
-def is_local(error: Exception, target: Path) -> bool:
-    """Tell whether an error is the local disk's, not the store's."""
+def is_disk_error(error: Exception, target: Path) -> bool:
+    """Tell whether an error comes from the local disk, not from the store."""
     if not isinstance(error, OSError):
         return False
     name = error.filename
@@ -179,12 +180,13 @@ def is_local(error: Exception, target: Path) -> bool:
 
 
 def is_transient(error: Exception) -> bool:
-    """Tell whether another attempt may help: not where the store refuses the request itself."""
+    """Tell whether a retry may help; it does not if the store refuses the request itself."""
     status = getattr(error, "status", None)
     is_refused = isinstance(status, int) and 400 <= status < 500
     return not isinstance(error, PermissionError) and (not is_refused or status in TRANSIENT_4XX)
 
 
-def first_line(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
     text = (getattr(error, "strerror", None) or str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__

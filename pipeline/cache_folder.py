@@ -1,13 +1,14 @@
-"""A folder of shards of bounded size, shared by the processes of a host.
+"""A folder of shards with a bounded size, shared by the processes of a host.
 
-    FOLDER/lock                  held while files are counted, added, renamed or removed
-    FOLDER/SHA256.tar            a shard, named by its content; .idx and .parquet lie beside it
+    FOLDER/lock                  locked while files are counted, added, renamed or removed
+    FOLDER/SHA256.tar            a shard, named by its content, with its .idx and .parquet files
     FOLDER/SHA256.BYTES.part     a shard that is being fetched, with the bytes reserved for it
 
-All locks are the kernel's (flock), so those of a process that is killed vanish with it, and what it
-left half done is removed by whoever counts next. A fetcher holds its `.part` exclusively. Whoever
-reads a tar holds it shared, by the very descriptor that it reads from: so eviction knows what is in
-use. Evicting a file in use harms no reader, because an open file can be read after it is unlinked.
+All locks are kernel locks (flock): those of a killed process vanish with it, and the next process
+that counts the files removes its incomplete ones. A fetcher locks its `.part` try_lock. A reader
+holds a shared lock on the descriptor from which it reads the tar, so eviction can see which shards
+are in use. Evicting one of them harms no reader, because an unlinked file can be read until it is
+closed.
 """
 
 import fcntl
@@ -28,7 +29,7 @@ class ShardFiles(NamedTuple):
     """The three files of a shard.
 
     Attributes:
-        tar: an open file descriptor of the whole tar, read-only; whoever gets it closes it.
+        tar: open read-only file descriptor of the tar; the caller closes it.
         idx, parquet: contents of the DALI index and of the shard's table.
     """
 
@@ -38,7 +39,7 @@ class ShardFiles(NamedTuple):
 
 
 class Refusal(Enum):
-    """Why a shard need not or cannot be fetched now."""
+    """Reasons why a shard need not or cannot be fetched now."""
 
     PRESENT = "the shard is in the folder"
     FETCHED_ELSEWHERE = "another thread or process is fetching it"
@@ -47,11 +48,11 @@ class Refusal(Enum):
 
 @dataclass(frozen=True)
 class Part:
-    """A file that a shard is fetched into.
+    """The file into which a shard is fetched.
 
     Attributes:
-        lock: descriptor that holds the file exclusively.
-        reserved: bytes that are counted for the shard's three files.
+        lock: descriptor with an exclusive lock on the file.
+        reserved: bytes reserved for the shard's three files.
     """
 
     path: Path
@@ -60,7 +61,12 @@ class Part:
 
 
 class StoredShard(NamedTuple):
-    """A shard in the folder: its name, the bytes of its three files and its last use in ns."""
+    """A shard in the folder.
+
+    Attributes:
+        size: bytes of its three files.
+        used: time of its last use, in ns since the epoch.
+    """
 
     sha256: str
     size: int
@@ -68,11 +74,11 @@ class StoredShard(NamedTuple):
 
 
 class CacheFolder:
-    """Adds, opens and evicts shards such that the files never take more than `limit` bytes.
+    """Adds, opens and evicts shards so that the files never take more than `limit` bytes.
 
     Attributes:
         evicted: number of shards that this object removed to make room.
-        evicted_in_use: those of them that some process still had open.
+        evicted_in_use: number of those that some process still had open.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -81,7 +87,7 @@ class CacheFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder alone, waiting for whoever holds it."""
+        """Lock the folder, waiting until it is free."""
         with (self.folder / "lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -92,17 +98,17 @@ class CacheFolder:
     def is_present(self, row: ShardRow) -> bool:
         return self.path(row.sha256, "tar").exists()
 
-    def held(self) -> int:
-        """Return the bytes of everything in the folder, reservations included."""
+    def count_bytes(self) -> int:
+        """Return the bytes of all shards in the folder, including reservations."""
         with self.lock():
             shards, reserved = self._scan()
         return sum(shard.size for shard in shards) + reserved
 
     def open(self, row: ShardRow) -> ShardFiles | None:
-        """Open a shard and note its use; None where it is not in the folder (any more).
+        """Open a shard and record its use; return None if it is not (or no longer) in the folder.
 
-        A file of another size, or one from before this machine started that is not what its name
-        says (its content may not have reached the disk), is removed.
+        A file of the wrong size is removed. So is a file from before the last boot whose content
+        does not match its name, because not all of it may have reached the disk.
         """
         try:
             tar = os.open(self.path(row.sha256, "tar"), os.O_RDONLY | os.O_CLOEXEC)
@@ -118,7 +124,7 @@ class CacheFolder:
             with self.lock():
                 self._remove(row.sha256)
         except FileNotFoundError:
-            pass  # evicted just now
+            pass  # evicted in this moment
         except BaseException:
             os.close(tar)
             raise
@@ -126,22 +132,24 @@ class CacheFolder:
         return None
 
     def note_use(self, row: ShardRow) -> None:
-        """Make a shard that will be needed soon the last one to be evicted by others."""
-        with suppress(FileNotFoundError):  # evicted since: whoever opens it fetches it again
+        """Mark a shard as just used, so that other processes evict it last."""
+        with suppress(FileNotFoundError):  # evicted since; opening it fetches it again
             os.utime(self.path(row.sha256, "tar"))
 
     def reserve(
         self, row: ShardRow, size: int, needed: Mapping[str, int], is_urgent: bool
     ) -> Part | Refusal:
-        """Make room for a shard and begin its file.
+        """Make room for a shard and create its file.
 
-        Shards that are not in `needed` go first, oldest use first, then those needed latest. What
-        is needed sooner or is in use stays, unless the shard is urgent.
+        Shards that are not in `needed` are evicted first, least recently used first; then those
+        that are needed last. Shards that are needed sooner than this one stay, and so do those in
+        use, unless this one is urgent.
 
         Args:
-            size: bytes of its three files, at most.
-            needed: sha256 of the shards that this process will need -> position in that order.
-            is_urgent: somebody waits for this very shard.
+            size: maximum bytes of the shard's three files.
+            needed: maps the sha256 of each shard that this process will need to its position in
+                the candidates of need.
+            is_urgent: whether a caller is waiting for this shard.
         """
         with self.lock():
             if self.is_present(row):
@@ -158,7 +166,7 @@ class CacheFolder:
             return Part(path, lock, size)
 
     def commit(self, part: Part, row: ShardRow, idx: bytes, parquet: bytes) -> None:
-        """Turn a part whose tar is whole into a shard of the folder; the tar's name comes last."""
+        """Turn a completed part into a shard of the folder; the tar gets its name last."""
         try:
             with self.lock():
                 self.path(row.sha256, "idx").write_bytes(idx)
@@ -168,24 +176,27 @@ class CacheFolder:
             self.abandon(part)
 
     def abandon(self, part: Part) -> None:
-        """Remove a part, if it was not committed, and let those who wait for it go on."""
+        """Remove a part unless it was committed, and wake those who wait for it."""
         with self.lock():
             part.path.unlink(missing_ok=True)
             os.close(part.lock)
 
     def wait_for_fetch(self, row: ShardRow) -> None:
-        """Wait until nobody fetches a shard any more."""
+        """Wait until no process is fetching a shard."""
         for path in self._parts(row.sha256):
-            with suppress(FileNotFoundError), path.open("rb") as file:  # it may end just now
+            with (
+                suppress(FileNotFoundError),
+                path.open("rb") as file,
+            ):  # the fetch may end in this moment
                 fcntl.flock(file, fcntl.LOCK_SH)
 
     def _parts(self, sha256: str) -> list[Path]:
         return list(self.folder.glob(f"{sha256}.*.part"))
 
     def _scan(self) -> tuple[list[StoredShard], int]:
-        """Return the shards and the reserved bytes; remove what killed processes left.
+        """Return the shards and the reserved bytes; remove the files that killed processes left.
 
-        Called with the lock held.
+        The caller holds the lock.
         """
         with os.scandir(self.folder) as entries:
             files = {entry.name: entry.stat() for entry in entries if entry.is_file()}
@@ -193,13 +204,13 @@ class CacheFolder:
         for name, status in files.items():
             sha256, _, suffix = name.partition(".")
             if suffix == "tar":
-                beside = (files.get(f"{sha256}.{other}") for other in ("idx", "parquet"))
-                size = status.st_size + sum(file.st_size for file in beside if file is not None)
+                side_files = (files.get(f"{sha256}.{other}") for other in ("idx", "parquet"))
+                size = status.st_size + sum(file.st_size for file in side_files if file is not None)
                 shards.append(StoredShard(sha256, size, status.st_mtime_ns))
             elif suffix in ("idx", "parquet") and f"{sha256}.tar" not in files:
                 (self.folder / name).unlink()
             elif suffix.endswith(".part"):
-                with exclusively(self.folder / name) as is_abandoned:
+                with try_lock(self.folder / name) as is_abandoned:
                     if is_abandoned:
                         (self.folder / name).unlink()
                     else:
@@ -214,17 +225,17 @@ class CacheFolder:
         needed: Mapping[str, int],
         is_urgent: bool,
     ) -> bool:
-        """Evict until `excess` bytes are gone; False where too little may go."""
+        """Evict shards until `excess` bytes are freed; return False if too few may be evicted."""
         position = -1 if is_urgent else needed.get(row.sha256, len(needed))
-        order = sorted(
+        candidates = sorted(
             (shard for shard in shards if needed.get(shard.sha256, position + 1) > position),
             key=lambda shard: (shard.sha256 in needed, -needed.get(shard.sha256, 0), shard.used),
         )
         in_use = []
-        for shard in order:
+        for shard in candidates:
             if excess <= 0:
                 return True
-            with exclusively(self.path(shard.sha256, "tar")) as is_free:
+            with try_lock(self.path(shard.sha256, "tar")) as is_free:
                 if not is_free:
                     in_use.append(shard)
                     continue
@@ -241,14 +252,14 @@ class CacheFolder:
         return excess <= 0
 
     def _remove(self, sha256: str) -> None:
-        """Remove a shard, its tar first: without it the other two files count as left over."""
+        """Remove a shard, its tar first: without it the other two files count as leftovers."""
         for suffix in ("tar", "idx", "parquet"):
             self.path(sha256, suffix).unlink(missing_ok=True)
 
 
 @contextmanager
-def exclusively(path: Path) -> Iterator[bool]:
-    """Try to hold a file alone, without waiting; yields whether that is so."""
+def try_lock(path: Path) -> Iterator[bool]:
+    """Try to lock a file try_lock, without waiting; yield whether that succeeded."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -259,10 +270,10 @@ def exclusively(path: Path) -> Iterator[bool]:
 
 
 def is_intact(tar: int, row: ShardRow) -> bool:
-    """Compare an open tar with its row: its size, and its bytes unless written since the boot."""
+    """Compare an open tar with its row: its size, and its bytes if older than the boot."""
     status = os.fstat(tar)
-    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    if status.st_size != row.bytes or status.st_ctime > booted:
+    boot_time = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    if status.st_size != row.bytes or status.st_ctime > boot_time:
         return status.st_size == row.bytes
     with os.fdopen(os.dup(tar), "rb") as file:
         return file_digest(file, "sha256").hexdigest() == row.sha256

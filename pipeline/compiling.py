@@ -1,4 +1,4 @@
-"""Functions of tensors that are compiled for a GPU, and what happens where they cannot be."""
+"""Compile tensor functions for a GPU, and fall back to eager PyTorch where that is impossible."""
 
 import functools
 import logging
@@ -15,18 +15,18 @@ from torch.utils._pytree import tree_leaves
 log = logging.getLogger(__name__)
 
 RECOMPILE_LIMIT = 64
-"""Compiled forms of one function in one process: one per recipe, batch size and branch (PyTorch's
-default is 8)."""
+"""Maximum number of compiled variants of one function in a process; there is one per recipe, batch
+size and branch (PyTorch's default is 8)."""
 
 OLDEST_CAPABILITY = (7, 0)
-"""The oldest GPU that Inductor's kernels run on (torch/_inductor/scheduler.py)."""
+"""Lowest compute capability that Inductor's kernels run on (torch/_inductor/scheduler.py)."""
 
 P = ParamSpec("P")
 
 
 @functools.cache
-def why_not_compiled(device: torch.device) -> str | None:
-    """Return what keeps this machine from compiling for its GPU, None if nothing does; log it."""
+def explain_missing_compiler(device: torch.device) -> str | None:
+    """Return why this machine cannot compile for its GPU, or None if it can; log the reason."""
     reason = find_reason(device)
     if reason is not None:
         log.warning(
@@ -37,25 +37,26 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 def find_reason(device: torch.device) -> str | None:
+    """Return why PyTorch cannot compile for this GPU, or None if it can."""
     if torch._dynamo.config.disable:
         return "TORCH_COMPILE_DISABLE is set"
     if find_spec("triton") is None:
         return "the package triton is missing"
-    # what Triton builds its launchers with
+    # Triton builds its launchers with a C compiler
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "there is no C compiler: install gcc or clang, or name one by CC"
+        return "there is no C compiler: install gcc or clang, or set CC"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
-        return f"Triton knows no GPU of compute capability {capability[0]}.{capability[1]}"
+        return f"Triton does not support GPUs of compute capability {capability[0]}.{capability[1]}"
     return None
 
 
 class Compiled:
-    """A function that is compiled for a GPU.
+    """A function that is compiled when its tensors are on a GPU.
 
     Args:
-        function: of tensors and constants; without side effects.
-        options: Inductor's settings (torch/_inductor/config.py).
+        function: takes tensors and constants and has no side effects.
+        options: Inductor settings (torch/_inductor/config.py).
     """
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any] | None = None) -> None:
@@ -65,10 +66,10 @@ class Compiled:
         )
 
     def try_call(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the function's result, or None where it cannot be compiled.
+        """Return the function's result, or None if it cannot be compiled.
 
-        That is so for tensors on a CPU, without a compiler, and after compiling failed, which a
-        warning says once.
+        This is the case for tensors on a CPU, without a compiler, and after a failed compilation,
+        which is reported by one warning.
         """
         if self._compiled is None or not is_compilable((args, kwargs)):
             return None
@@ -77,20 +78,20 @@ class Compiled:
                 return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             log.warning(
-                f"{self.function.__qualname__} could not be compiled and runs without: {error}"
+                f"{self.function.__qualname__} could not be compiled and runs uncompiled: {error}"
             )
             self._compiled = None
             return None
 
 
 def is_compilable(arguments: Any) -> bool:
-    """Whether the first tensor among the arguments is on a GPU that we can compile for."""
+    """Tell whether the first tensor among the arguments is on a GPU that we can compile for."""
     first = next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
-    return first.device.type == "cuda" and why_not_compiled(first.device) is None
+    return first.device.type == "cuda" and explain_missing_compiler(first.device) is None
 
 
-def compiled_on_gpu(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Decorate a function of tensors so that it runs compiled where they are on a GPU."""
+def compile_on_gpu(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Decorate a tensor function so that it runs compiled when its tensors are on a GPU."""
     compiled = Compiled(function)
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""The device by its name, and what keeps PyTorch from it."""
+"""Select a device by name, and explain why PyTorch cannot use it."""
 
 import os
 
@@ -7,25 +7,27 @@ from torch import Tensor
 
 from schemas import UserError
 
-ABSENT = ("Found no NVIDIA driver", "No CUDA GPUs are available", "not compiled with CUDA")
-"""What PyTorch says where there is no GPU to be had; anything else is a GPU that does not work."""
+NO_GPU_MESSAGES = ("Found no NVIDIA driver", "No CUDA GPUs are available", "not compiled with CUDA")
+"""PyTorch's messages on a machine without a GPU; any other message means that the GPU is broken."""
 
 
 def device_of(name: str) -> torch.device:
-    """`cpu`, `cuda` (the current GPU), `cuda:N`, or `auto`: cuda where there is a GPU.
+    """Return the device called `cpu`, `cuda` (the current GPU), `cuda:N` or `auto`.
+
+    `auto` is `cuda` on a machine with a GPU and `cpu` on one without.
 
     Raises:
-        UserError: no such device. Also for `auto` where there is a GPU that PyTorch cannot use,
-            say, because its driver is too old: a CPU would take its place for days.
+        UserError: there is no such device, or `auto` meets a GPU that PyTorch cannot use, for
+            example because the driver is too old: training on the CPU instead would take days.
     """
     if name == "auto":
-        reason = why_no_gpu()
+        reason = explain_missing_gpu()
         if reason is None:
             name = "cuda"
-        elif any(known in reason for known in ABSENT):
+        elif any(message in reason for message in NO_GPU_MESSAGES):
             name = "cpu"
         else:
-            raise UserError(f"device auto: {reason}; mend that, or choose --device cpu")
+            raise UserError(f"device auto: {reason}; fix that, or choose --device cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -34,7 +36,7 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"device {name!r}: choose cpu or cuda")
     if device.type == "cpu":
         return device
-    if reason := why_no_gpu():
+    if reason := explain_missing_gpu():
         raise UserError(f"device {name!r}: PyTorch sees no GPU here: {reason}; choose --device cpu")
     if device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -43,8 +45,8 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def why_no_gpu() -> str | None:
-    """Why PyTorch sees no GPU, in its own words; None where it sees one."""
+def explain_missing_gpu() -> str | None:
+    """Return PyTorch's own reason for seeing no GPU, or None if it sees one."""
     if torch.cuda.is_available():
         return None
     try:
@@ -55,13 +57,13 @@ def why_no_gpu() -> str | None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy host memory to the device without waiting for what the device does now."""
+    """Copy a host tensor to the device without waiting for work that runs there."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def cpu_threads() -> int:
-    """Return this process's share of the cores: torchrun's ranks on this machine share them."""
+def count_cpu_threads() -> int:
+    """Return this process's share of the cores, which torchrun's ranks on one machine divide."""
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

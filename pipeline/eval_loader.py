@@ -1,4 +1,4 @@
-"""EvalViews: every image once, its center crop, nothing drawn. For the evaluation of an encoder."""
+"""EvalViews: the center crop of every image, once and without randomness, to evaluate encoders."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline import devices
 from pipeline.cache import Cache
 from pipeline.crop import center_windows
-from pipeline.graph import Cut, Decoder, PreparedBatch
+from pipeline.graph import Decoder, PreparedBatch, ViewSpec
 from pipeline.order import DiskOrder
 from pipeline.pixels import encoder_input_
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
@@ -20,7 +20,7 @@ from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
 
 RESIZE_OVER_CROP = 256 / 224
-"""Short side over crop, as in MoCo's and torchvision's evaluation."""
+"""Ratio of the resized short side to the crop in MoCo's and torchvision's evaluation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class EvalBatch:
 
     Attributes:
         image: (N, 3, crop_size, crop_size) float32, normalized, channels_last.
-        label: (N,) int64; -1 for none.
+        label: (N,) int64; -1 for samples without a label.
     """
 
     image: Tensor
@@ -37,25 +37,26 @@ class EvalBatch:
 
 
 class EvalViews:
-    """One pass over a dataset in its order on disk; over all ranks each sample comes exactly once.
+    """One pass over a dataset in its order on disk; all ranks together yield each sample once.
 
-    The last batch of a rank may be smaller, ranks may differ by one sample, and nothing is padded
-    or left out. Each iteration starts from the first sample.
+    The last batch of a rank may be smaller and ranks may differ by one sample; nothing is padded or
+    dropped. Each iteration starts from the first sample.
 
     Args:
-        url: the dataset's folder: a plain path or any fsspec URL.
-        batch_size: samples in a batch, at most.
+        url: dataset folder: a local path or any fsspec URL.
+        batch_size: maximum number of samples in a batch.
         device: `cuda` or `cpu`.
-        rank, world_size: this process among all.
-        resize: pixels of the short side before the crop; by default crop_size * 256 / 224.
+        rank, world_size: global rank of this process and the number of processes.
+        resize: length of the short side in pixels before the crop; by default
+            crop_size * 256 / 224.
         crop_size: side of the center crop in pixels.
-        recipe: what the encoder was trained with; one with `high_pass` filters these images as
-            well, as the released linear evaluation does (docs/method.md, D15).
-        cache: where the shards of a remote dataset are kept, and how many bytes of them.
+        recipe: the recipe that the encoder was trained with; `high_pass` applies to these images
+            too, as in the released linear evaluation (docs/method.md, D15).
+        cache: folder and maximum size of the cache for the shards of a remote dataset.
 
     Raises:
-        UserError: the dataset, the recipe or the device does not allow it; and from iterating: a
-            shard or a sample that is not what the tables say, by its name.
+        UserError: the dataset, the recipe or the device is unsuitable; while iterating, a shard or
+            a sample does not match the tables. The message names it.
     """
 
     def __init__(
@@ -77,13 +78,13 @@ class EvalViews:
             raise UserError(
                 f"batch size {batch_size}, rank {rank} of {world_size}, crop {crop_size} of "
                 f"{self.resize} pixels: a batch has at least 1 sample, ranks are 0 .. world size - "
-                "1 and the crop fits the resized image"
+                "1 and the crop fits into the resized image"
             )
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.crop_size = crop_size
         self.dataset = ShardDataset.open(url)
         self.order = DiskOrder([row.samples for row in self.dataset.shards], batch_size)
-        first, end = self.order.part(rank, world_size)
+        first, end = self.order.find_part(rank, world_size)
         self.samples = end - first
         if self.order.samples < world_size:
             raise UserError(
@@ -98,8 +99,8 @@ class EvalViews:
     def __iter__(self) -> Iterator[EvalBatch]:
         reader = ShardReader(self.dataset, self._source, self.order, self.rank, self.world_size)
         with closing(ReadAhead(self._prepare(reader), BATCHES_AHEAD)) as ahead:
-            cut = Cut(self.crop_size)
-            for decoded in Decoder(ahead, cut, self.device, self.batch_size, self.dataset.url):
+            spec = ViewSpec(self.crop_size)
+            for decoded in Decoder(ahead, spec, self.device, self.batch_size, self.dataset.url):
                 labels = torch.from_numpy(decoded.prepared.encoded.labels)
                 image = decoded.views[0].permute(0, 3, 1, 2).float().div_(255)
                 yield EvalBatch(
@@ -111,6 +112,6 @@ class EvalViews:
         with closing(reader):
             for step in range(len(self)):
                 encoded = reader.read(0, step)
-                # the center's share of the short side: resize and crop in one, nothing is rounded
+                # the crop as a fraction of the short side: resize and crop in one, without rounding
                 window = center_windows(encoded.height, encoded.width, self.crop_size / self.resize)
                 yield PreparedBatch(encoded, [window])

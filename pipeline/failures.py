@@ -1,4 +1,4 @@
-"""What DALI says when it cannot go on, in a line that names the sample and what to do."""
+"""Translate DALI's errors into one line that names the sample and says what to do."""
 
 import io
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +15,10 @@ from schemas.device_errors import classify_error, first_line
 def translate_dali_errors(
     url: str, in_flight: Callable[[], Iterable[EncodedBatch]] = tuple
 ) -> Iterator[None]:
-    """Turn an error of DALI's about the dataset at `url` into a UserError of one line.
+    """Turn a DALI error about the dataset at `url` into a UserError of one line.
 
     Args:
-        in_flight: returns the batches that DALI works on; one of them has the sample.
+        in_flight: returns the batches that DALI is working on; one of them has the sample.
     """
     try:
         yield
@@ -27,25 +27,25 @@ def translate_dali_errors(
 
 
 def explain(message: str, url: str, in_flight: Iterable[EncodedBatch]) -> str:
-    """Return one line that says what happened, where, and what to do."""
+    """Say in one line what happened, where, and what to do."""
     reason, kind = first_line(message), classify_error(message)
     if kind == "memory":
         return f"{url}: DALI is out of memory ({reason}); a smaller batch or crop needs less"
     if kind == "device":
         return (
-            f"the GPU fails ({reason}), no shard is to blame: look at `nvidia-smi` and the "
+            f"the GPU failed ({reason}); no shard is to blame: check `nvidia-smi` and the "
             "system's log, then run the same command again to resume"
         )
     where = find_unreadable(in_flight) if "decoders.image" in message else None
     return (
         f"{where or url}: {reason}; `python -m schemas verify {url}` "
-        "shows what is not as it was written: copy that shard anew, or write the dataset again "
-        "without the sample"
+        "shows what has changed since it was written: copy that shard again, or write the "
+        "dataset again without the sample"
     )
 
 
 def find_unreadable(in_flight: Iterable[EncodedBatch]) -> str | None:
-    """Name shard and key of the first image or map that Pillow cannot decode either, if any."""
+    """Name the shard and key of the first image or map that Pillow cannot decode either, if any."""
     for batch in in_flight:
         for row, contents in enumerate(zip(batch.images, batch.maps, strict=True)):
             try:

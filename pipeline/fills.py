@@ -1,14 +1,14 @@
-"""What stands in masked pixels: noise, strong blur, mean, or a function of yours.
+"""The content of masked pixels: noise, strong blur, mean, or a user's function.
 
-Against the released code (docs/method.md, D8, D9, D14), decided once here:
+Differences from the released code (docs/method.md, D8, D9 and D14):
 
-* D8 noise replaces the pixel (the poster says "add"; on high-pass images the mean is near zero);
-* D9 each view of each sample has noise of its own, so no texture is shared over a batch. It is a
-  tile of one cell, repeated over the view (also outside focal windows): a full field of normal
-  numbers costs more than all the rest of masking on a CPU;
-* D14 the mean is each view's own, per channel, over all its pixels before masking.
+* D8: noise replaces the pixel (the poster says "add"; on high-pass images the mean is near zero).
+* D9: each view of each sample has its own noise, so a batch shares no texture. The noise is a tile
+  of one cell that is repeated over the view, also outside focal windows: drawing a normal number
+  for every pixel costs more on a CPU than all other masking work.
+* D14: the mean is each view's own, per channel, over all its pixels before masking.
 
-A fill of your own is one function: docs/pipeline.md has an example.
+A custom fill is one function: docs/pipeline.md has an example.
 """
 
 from collections.abc import Callable
@@ -22,36 +22,36 @@ from pipeline.registry import register
 from pipeline.rng import Rng
 
 Fill = Callable[[Tensor, Recipe, float, Rng], Tensor]
-"""(image, recipe, std, rng) -> what stands in masked pixels, broadcastable to the image.
+"""Signature of a fill: (image, recipe, std, rng) -> content, broadcastable to the image.
 
-image: (N, 3, H, W) float32, normalised, as the encoder would see it unmasked. std: the recipe's
-noise for this view, in normalised units. rng: for all randomness. On a CPU a batch comes
-in parts.
+image: (N, 3, H, W) float32, normalized, as the encoder would see it unmasked. std: standard
+deviation of the recipe's noise for this view, in normalized units. rng: source of all randomness.
+On a CPU a batch is passed in parts.
 """
 
 FILLS: dict[str, Fill] = {}
 fill = partial(register, "fill", registry=FILLS)
-"""`@fill("name")` makes a function a fill that a recipe can name."""
+"""The decorator `@fill("name")` registers a function as a fill that a recipe can name."""
 
 
 @fill("noise")
-def noise(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
-    """N(0, std^2)."""
+def fill_with_noise(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
+    """Return noise from N(0, std^2)."""
     return repeat_tile(rng.normal(len(image), 3, recipe.cell, recipe.cell) * std, recipe)
 
 
 @fill("blur")
-def blur(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
-    """The view's own strong blur."""
+def fill_with_blur(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
+    """Return the strongly blurred view."""
     return shared_blur(image, recipe.blur_kernel, recipe.blur_sigma)
 
 
 @fill("mean")
-def mean(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
-    """The view's own mean of each channel."""
+def fill_with_mean(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
+    """Return the mean of each channel of the view."""
     return image.mean((2, 3), keepdim=True)
 
 
 def repeat_tile(tile: Tensor, recipe: Recipe) -> Tensor:
-    """Repeat a tile of one cell (N, 3, cell, cell) over the view."""
+    """Repeat tiles of one cell, (N, 3, cell, cell), over the views."""
     return tile.repeat(1, 1, recipe.grid, recipe.grid)

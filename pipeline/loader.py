@@ -1,14 +1,14 @@
-"""MaskedViews: shards -> masked views as one iterable of batches, with exact state.
+"""MaskedViews: an iterable of batches of masked views from shards, with exact resume.
 
-    order       which samples make the batch, from (seed, epoch, step)
-    shards      their encoded bytes                                         } in a thread, ahead
-    crop        a window and a flip for each view                           }
-    graph       DALI decodes and cuts                                       } on the device, ahead
-    assemble    color jitter, filters, masks and fills, as tensor operations
+    order       selects the samples of a batch from (seed, epoch, step)
+    shards      reads their encoded bytes                                   } in a thread, ahead
+    crop        draws a window and a flip for each view                     }
+    graph       decodes and crops with DALI                                 } on the device, ahead
+    assemble    applies color jitter, filters, masks and fills
 
-Everything drawn comes from `rng`: a sample looks the same in an epoch whatever batch, rank, world
-size or device it is in. So the loader's state is two integers, epoch and step, and ranks may come
-and go between any two steps as long as the global batch stays.
+All random numbers come from `rng`, so in one epoch a sample gets the same views whatever batch,
+rank, world size or device it is in. The loader's state is therefore two integers, epoch and step,
+and the number of ranks may change between any two steps if the global batch stays the same.
 """
 
 import ast
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from pipeline import devices
-from pipeline.assemble import View, assemble, cut_all
+from pipeline.assemble import View, assemble, crop_all_on_host
 from pipeline.batch import EXTRAS, Batch, Extra
 from pipeline.cache import Cache
 from pipeline.crop import draw_windows
 from pipeline.fills import FILLS
-from pipeline.graph import Cut, DecodedBatch, Decoder, PreparedBatch
+from pipeline.graph import DecodedBatch, Decoder, PreparedBatch, ViewSpec
 from pipeline.masks import MASKS
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
@@ -44,32 +44,34 @@ STATE_VERSION = 2
 
 
 class MaskedViews:
-    """Masked query, key and hard-negative views of a dataset; iterating yields a `Batch` a step.
+    """Masked query, key and hard-negative views of a dataset; each step yields a `Batch`.
 
-    An iteration ends with the epoch; iterating again is the next one. After an iteration that was
-    left early, or a state that was loaded, the rest of that epoch comes first.
+    An iteration ends with the epoch, and iterating again starts the next one. After an iteration
+    that was left early, or after `load_state_dict`, iterating first completes that epoch.
 
     Args:
-        url: the dataset's folder: a plain path or any fsspec URL.
-        recipe: a name of `RECIPES` or a recipe.
-        batch_size: samples a step on this rank; the global batch is batch_size * world_size.
-        device: `cuda` or `cpu`, where the graph runs and the batches are.
-        rank, world_size: this process among all (the global rank).
-        seed: of the order and of everything drawn, 0 or more.
-        report: extras to put into each batch, any of "masks", "saliency", "windows",
-            "crops", "photometric", "keys".
-        cache: where the shards of a remote dataset are kept, and how many bytes of them.
-        shuffle_shards: shards whose samples are shuffled together (`order.SampleOrder`).
-        streams: parts that the shards are dealt to, so that each of so many nodes reads its own.
+        url: dataset folder: a local path or any fsspec URL.
+        recipe: a name in `RECIPES` or a recipe.
+        batch_size: samples per step on this rank; the global batch is batch_size * world_size.
+        device: `cuda` or `cpu`; the graph runs there and the batches are there.
+        rank, world_size: global rank of this process and the number of processes.
+        seed: random seed for sample order, crops and masks, 0 or more.
+        report: extras to add to each batch: any of "masks", "saliency", "windows", "crops",
+            "photometric" and "keys".
+        cache: folder and maximum size of the cache for the shards of a remote dataset.
+        shuffle_shards: number of shards whose samples are shuffled together (`order.SampleOrder`).
+        streams: number of sequences that the shards are dealt to; with as many as there are nodes,
+            each node reads only its own shards.
 
     Attributes:
-        epoch, step: of the batch that comes next, from 0.
-        samples: in the dataset. dropped: how many of them an epoch leaves out, over all ranks.
+        epoch, step: position of the next batch, both from 0.
+        samples: number of samples in the dataset.
+        dropped: number of samples that an epoch leaves out, over all ranks.
         cache_description: one line about where shards are kept; empty for a local dataset.
 
     Raises:
-        UserError: the dataset, its size, the recipe or the device does not allow it; and from
-            iterating: a shard or a sample that is not what the tables say, by its name.
+        UserError: the dataset, its size, the recipe or the device is unsuitable; while iterating,
+            a shard or a sample does not match the tables. The message names it.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class MaskedViews:
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.device = devices.device_of(device)
-        check_functions(self.recipe)
+        check_masks_and_fills(self.recipe)
         for extra in report:
             if extra not in EXTRAS:
                 raise UserError(f"unknown extra {extra!r} in report: there are {', '.join(EXTRAS)}")
@@ -99,7 +101,7 @@ class MaskedViews:
             )
         self.report = frozenset(report)
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
-        self._cut = Cut(
+        self._spec = ViewSpec(
             self.recipe.crop_size,
             views=1 + self.recipe.pair,
             grid=self.recipe.grid
@@ -116,7 +118,7 @@ class MaskedViews:
             shuffle_shards,
             streams,
         )
-        self.order.slice_of(rank, world_size)
+        self.order.find_slice(rank, world_size)
         self.samples, self.dropped = self.order.samples, self.order.dropped
         if self.order.steps == 0:
             raise UserError(
@@ -124,8 +126,8 @@ class MaskedViews:
                 f"{batch_size} = {world_size * batch_size} from {streams} streams; choose a "
                 "smaller batch"
             )
-        own_streams = max(1, streams // world_size)
-        self._source = open_source(self.dataset, cache, own_streams * shuffle_shards)
+        streams_per_rank = max(1, streams // world_size)
+        self._source = open_source(self.dataset, cache, streams_per_rank * shuffle_shards)
         self.cache_description = self._source.description
         if rank == 0:
             log.info(
@@ -138,7 +140,7 @@ class MaskedViews:
         self._ahead: ReadAhead[PreparedBatch] | None = None
 
     def __len__(self) -> int:
-        """Return the steps per epoch, the same on every rank and in every epoch."""
+        """Return the number of steps per epoch, the same on every rank and in every epoch."""
         return self.order.steps
 
     def __iter__(self) -> Iterator[Batch]:
@@ -149,17 +151,17 @@ class MaskedViews:
                 return
 
     def close(self) -> None:
-        """End the threads and close the shards; iterating again opens them anew."""
+        """End the threads and close the shards; iterating again reopens them."""
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = self._batches = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch stands; it is the same on every rank.
+        """Return the position of the next batch, which is the same on every rank.
 
         Returns:
-            version (int), fingerprint (dict of plain values), epoch and step (int, of the next
-            batch).
+            version (int), fingerprint (dict of plain values), and epoch and step (int) of the next
+            batch.
         """
         return {
             "version": STATE_VERSION,
@@ -169,26 +171,26 @@ class MaskedViews:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`: the batches that follow are those that would have followed.
+        """Resume from a `state_dict()`: the next batches are those that would have followed.
 
-        The rank, the world size and the device may be others than those of the state. The global
-        batch may be another where an epoch ended.
+        Rank, world size and device may differ from those of the saved state. The global batch may
+        differ only if the state is at the end of an epoch.
 
         Raises:
-            UserError: the state is of a later version, or of other settings; it names which differ.
+            UserError: the state has a later version or other settings; the message names those that
+                differ.
         """
         if state["version"] > STATE_VERSION:
             raise UserError(
                 f"loader state of version {state['version']}, this code reads up to {STATE_VERSION}"
             )
-        own = self._fingerprint()
-        saved = as_current(state)
-        differ = differences(saved, own, default_fingerprint())
-        inside = [one.name for one in differ] == ["batch_size"]
-        if differ and not (inside and state["step"] == 0):
-            where = " inside an epoch" if inside else ""
+        saved = convert_fingerprint(state)
+        changes = differences(saved, self._fingerprint(), build_default_fingerprint())
+        is_batch_size_only = [change.name for change in changes] == ["batch_size"]
+        if changes and not (is_batch_size_only and state["step"] == 0):
+            where = " inside an epoch" if is_batch_size_only else ""
             raise UserError(
-                f"the loader cannot resume{where} under other settings: {sentence(differ)}"
+                f"the loader cannot resume{where} under other settings: {sentence(changes)}"
             )
         self.close()
         self.epoch, self.step = state["epoch"], state["step"]
@@ -196,12 +198,12 @@ class MaskedViews:
             log.warning(
                 f"the state of an earlier version is inside epoch {self.epoch}, whose order of "
                 f"samples no longer exists: its last {len(self) - self.step} steps follow the new "
-                f"order, so up to {min(self.step, len(self) - self.step)} batches of samples come "
-                "twice in this epoch and as many are missing; later epochs are whole"
+                f"order, so up to {min(self.step, len(self) - self.step)} batches of samples "
+                "repeat in this epoch and as many are missing; later epochs are complete"
             )
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Return what the order and everything drawn depend on."""
+        """Return the settings that sample order and random numbers depend on."""
         return {
             "dataset": self.dataset.digest,
             "recipe": plain(fields_of(self.recipe)),
@@ -214,12 +216,12 @@ class MaskedViews:
     def _next(self) -> Batch:
         if self._batches is None:
             reader = ShardReader(self.dataset, self._source, self.order, self.rank, self.world_size)
-            batches = prepare(
-                reader, self.order, self.recipe, self._cut.views, self.epoch, self.step
+            batches = prepare_batches(
+                reader, self.order, self.recipe, self._spec.views, self.epoch, self.step
             )
             self._ahead = ReadAhead(batches, BATCHES_AHEAD)
             self._batches = Decoder(
-                self._ahead, self._cut, self.device, self.batch_size, self.dataset.url
+                self._ahead, self._spec, self.device, self.batch_size, self.dataset.url
             )
         batch = self._assemble(next(self._batches))
         self.step += 1
@@ -245,26 +247,26 @@ class MaskedViews:
         saliency: Tensor | None = decoded.saliency[number] if decoded.saliency else None
         if decoded.images is None:
             return View(decoded.views[number], saliency, window)
-        return View(cut_all(decoded.images, window, self.recipe), saliency, window)
+        return View(crop_all_on_host(decoded.images, window, self.recipe), saliency, window)
 
 
-def default_fingerprint() -> dict[str, Any]:
-    """Return what a setting counts as that an older state does not know."""
+def build_default_fingerprint() -> dict[str, Any]:
+    """Return the values of settings that an older state does not contain."""
     return {"recipe": fields_of(Recipe()), "shuffle_shards": SHUFFLE_SHARDS, "streams": 1}
 
 
-def as_current(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the fingerprint of a state in today's form.
+def convert_fingerprint(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of a state in the current format.
 
-    States of version 1 were those of another order of samples, which depended on the world size;
-    values of the recipe were strings.
+    In version 1, the order of samples was another one, which depended on the world size, and recipe
+    values were strings.
     """
     saved = state["fingerprint"]
     if state["version"] > 1:
         return saved
-    named = fields_of(Recipe())
+    current_fields = fields_of(Recipe())
     recipe = {
-        name: value if isinstance(named.get(name), str) else ast.literal_eval(value)
+        name: value if isinstance(current_fields.get(name), str) else ast.literal_eval(value)
         for name, value in (
             (key.removeprefix("recipe."), value)
             for key, value in saved.items()
@@ -272,14 +274,14 @@ def as_current(state: dict[str, Any]) -> dict[str, Any]:
         )
     }
     batch_size = saved["batch_size"] * saved["world_size"]
-    kept = {name: saved[name] for name in ("dataset", "seed")}
-    return {**kept, "recipe": recipe, "batch_size": batch_size}
+    unchanged = {name: saved[name] for name in ("dataset", "seed")}
+    return {**unchanged, "recipe": recipe, "batch_size": batch_size}
 
 
-def prepare(
+def prepare_batches(
     reader: ShardReader, order: SampleOrder, recipe: Recipe, views: int, epoch: int, step: int
 ) -> Iterator[PreparedBatch]:
-    """Read a rank's batches from a step on and draw the windows of each view, without end."""
+    """Read a rank's batches from a step on, without end, and draw the windows of each view."""
     with closing(reader):
         while True:
             encoded = reader.read(epoch, step)
@@ -293,11 +295,11 @@ def prepare(
                 epoch, step = epoch + 1, 0
 
 
-def check_functions(recipe: Recipe) -> None:
-    """Raise UserError where the recipe names a mask or a fill that there is not."""
+def check_masks_and_fills(recipe: Recipe) -> None:
+    """Raise UserError if the recipe names a mask or a fill that does not exist."""
     if recipe.fill == "none":
         return
     find("fill", recipe.fill, FILLS)
     for name in (recipe.query_mask, recipe.hard_negative_mask):
-        if name != "regions":  # drawn from both windows: see `pipeline.regions`
+        if name != "regions":  # `regions` is not in the registry: it needs both windows
             find("mask", name, MASKS)

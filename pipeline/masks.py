@@ -1,16 +1,16 @@
-"""Where a view is masked: saliency -> foreground -> counts -> cells, or a window.
+"""Choose the masked pixels of a view: saliency -> foreground -> counts -> cells, or a window.
 
-Everything is a tensor operation on the batch: no Python loop over samples or cells, no sort, no
-wait for the device. Against the released code (docs/method.md, D1 .. D13), decided once here:
+Everything is a tensor operation on the batch, without Python loops over samples or cells, sorting
+or waiting for the device. Relation to the released code (docs/method.md, D1, D2 and D10 to D13):
 
-* D1 the foreground stays where the saliency is (the release sorts each row before thresholding);
-* D2 each sample's hard negative is made of its own key (the release picks one image of the batch);
-* D10 the cap belongs to `hp` alone, as released;
-* D11 focal windows ignore saliency, as released and as in the poster's figure;
-* D12 a background count is never negative (the release then masks all but one cell);
-* D13 a group of a single cell can be masked (the release drops it).
+* D1: the foreground is where the saliency is (the release sorts each row before thresholding).
+* D2: each sample's hard negative is made from its own key (the release uses one image per batch).
+* D10: only `hp` has the cap, as released.
+* D11: focal windows ignore saliency, as released and as in the poster's figure.
+* D12: the background count is never negative (if it is, the release masks all but one cell).
+* D13: a group of one cell can be masked (the release never masks it).
 
-A mask of your own is one function: docs/pipeline.md has an example.
+A custom mask is one function: docs/pipeline.md has an example.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.compiling import compiled_on_gpu
+from pipeline.compiling import compile_on_gpu
 from pipeline.recipes import Recipe
 from pipeline.registry import find, register
 from pipeline.rng import Rng
@@ -29,44 +29,46 @@ from pipeline.rng import Rng
 Role = Literal["query", "hard_negative"]
 
 Mask = Callable[[Tensor, Tensor, Recipe, Rng], Tensor]
-"""(saliency, ratio, recipe, rng) -> (N, h, w) bool, True where filled; h and w divide the crop.
+"""Signature of a mask: (saliency, ratio, recipe, rng) -> (N, h, w) bool, True where filled.
 
-saliency: (N, grid, grid) float32, each view's own, any scale. ratio: (N,) float64, the drawn mask
-ratio. rng: for all randomness, so that a mask depends on its sample alone. For channel-wise masks
-a view comes three times in a row.
+h and w divide the crop. saliency: (N, grid, grid) float32 of the views, at any scale. ratio: (N,)
+float64, the drawn mask ratios. rng: source of all randomness, so that a mask depends on its sample
+only. For channel-wise masks each view is passed three times in a row.
 """
 
 MASKS: dict[str, Mask] = {}
 mask = partial(register, "mask", registry=MASKS)
-"""`@mask("name")` makes a function a mask that a recipe can name."""
+"""The decorator `@mask("name")` registers a function as a mask that a recipe can name."""
 
 BLOCK_ASPECT = (0.3, 3.3)
-"""Height over width of a block (the block masks among ADIOS's controls; log-uniform is ours)."""
+"""Range of a block's height over width (block masks of the ADIOS paper; log-uniform is ours)."""
 
 
-@compiled_on_gpu
-def foreground(saliency: Tensor, margin: float) -> Tensor:
-    """Relaxed SCDA: A >= mean - margin * std, with the view's own mean and population std.
+@compile_on_gpu
+def find_foreground(saliency: Tensor, margin: float) -> Tensor:
+    """Find the foreground by relaxed SCDA: A >= mean - margin * std.
+
+    Mean and population standard deviation are the view's own.
 
     Args:
         saliency: (N, G, G), any scale.
 
     Returns:
-        (N, G, G) bool; all True where the saliency is constant.
+        (N, G, G) bool; all True if the saliency is constant.
     """
-    cells = saliency.double().flatten(1)  # so that the mean of equal values is that value
+    cells = saliency.double().flatten(1)  # float64: the mean of equal values is exact
     deviation, mean = torch.std_mean(cells, dim=1, correction=0, keepdim=True)
     return (cells >= mean - margin * deviation).view(saliency.shape)
 
 
-@compiled_on_gpu
-def pick(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
-    """`count` members of each group, uniformly and without replacement.
+@compile_on_gpu
+def pick_cells(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
+    """Pick `count` cells of each group uniformly, without replacement.
 
-    Every cell has a uniform score; those whose rank within the group is below the count are picked.
+    Every cell has a uniform score; cells whose rank in their group is below the count are picked.
 
     Args:
-        group: (N, C) bool. count: (N,) integer; above the group's size it takes all of it.
+        group: (N, C) bool. count: (N,) integer; a count above the group's size picks all of it.
         score: (N, C) float64 in 0 .. 1 (float32 has so few values that two of them would tie).
 
     Returns:
@@ -77,9 +79,9 @@ def pick(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
     return group & (rank < count.unsqueeze(1))
 
 
-@compiled_on_gpu
-def foreground_count(ratio: Tensor, front: Tensor, recipe: Recipe) -> Tensor:
-    """round(ratio * foreground share * cells), ties to even, under the recipe's cap.
+@compile_on_gpu
+def count_masked_foreground(ratio: Tensor, front: Tensor, recipe: Recipe) -> Tensor:
+    """Return round(ratio * foreground share * cells), ties to even, under the recipe's cap.
 
     Args:
         ratio: (N,) float64. front: (N, cells) bool.
@@ -92,79 +94,81 @@ def foreground_count(ratio: Tensor, front: Tensor, recipe: Recipe) -> Tensor:
 
 
 @mask("spread")
-def spread(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """floor(ratio * cells) in all, spread evenly over foreground and background (the method's)."""
-    front = foreground(saliency, recipe.foreground_margin).flatten(1)
-    of_front = foreground_count(ratio, front, recipe)
-    of_back = ((ratio * front.shape[1]).floor().long() - of_front).clamp(min=0)
+def mask_evenly(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
+    """Mask floor(ratio * cells), with equal shares of foreground and background (the method's)."""
+    front = find_foreground(saliency, recipe.foreground_margin).flatten(1)
+    front_count = count_masked_foreground(ratio, front, recipe)
+    back_count = ((ratio * front.shape[1]).floor().long() - front_count).clamp(min=0)
     score = rng.uniform(*front.shape)
-    picked = pick(front, of_front, score) | pick(~front, of_back, score)
+    picked = pick_cells(front, front_count, score) | pick_cells(~front, back_count, score)
     return picked.view(saliency.shape)
 
 
 @mask("foreground")
-def of_foreground(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """That ratio of the foreground's cells, under the recipe's cap (the method's hard negative)."""
-    front = foreground(saliency, recipe.foreground_margin).flatten(1)
-    count = foreground_count(ratio, front, recipe)
-    return pick(front, count, rng.uniform(*front.shape)).view(saliency.shape)
+def mask_foreground(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
+    """Mask this ratio of the foreground cells, under the cap (the method's hard negative)."""
+    front = find_foreground(saliency, recipe.foreground_margin).flatten(1)
+    count = count_masked_foreground(ratio, front, recipe)
+    return pick_cells(front, count, rng.uniform(*front.shape)).view(saliency.shape)
 
 
 @mask("background")
-def of_background(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """That ratio of the background's cells, rounded to even."""
-    back = ~foreground(saliency, recipe.foreground_margin).flatten(1)
+def mask_background(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
+    """Mask this ratio of the background cells, ties rounded to even."""
+    back = ~find_foreground(saliency, recipe.foreground_margin).flatten(1)
     count = (ratio * back.sum(1)).round().long()
-    return pick(back, count, rng.uniform(*back.shape)).view(saliency.shape)
+    return pick_cells(back, count, rng.uniform(*back.shape)).view(saliency.shape)
 
 
 @mask("random")
-def at_random(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """floor(ratio * cells) of all cells, whatever the saliency."""
+def mask_at_random(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
+    """Mask floor(ratio * cells) cells, independently of the saliency."""
     cells = torch.ones_like(saliency, dtype=torch.bool).flatten(1)
     count = (ratio * cells.shape[1]).floor().long()
-    return pick(cells, count, rng.uniform(*cells.shape)).view(saliency.shape)
+    return pick_cells(cells, count, rng.uniform(*cells.shape)).view(saliency.shape)
 
 
 @mask("block")
-def block(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """One rectangle of that ratio's area anywhere in the view, whatever the saliency."""
+def mask_block(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
+    """Mask a rectangle that covers this ratio of the view, independently of the saliency."""
     low, high = torch.tensor(BLOCK_ASPECT, dtype=torch.float64).log().tolist()
     aspect = (low + (high - low) * rng.uniform(len(ratio))).exp()
     side = recipe.crop_size
     height = (side * (ratio * aspect).sqrt()).round().clamp(max=side)
     width = (side * (ratio / aspect).sqrt()).round().clamp(max=side)
-    return rectangle(height, width, side, rng.uniform(len(ratio), 2))
+    return place_rectangle(height, width, side, rng.uniform(len(ratio), 2))
 
 
-@compiled_on_gpu
-def rectangle(height: Tensor, width: Tensor, side: int, position: Tensor) -> Tensor:
-    """A rectangle in each view of `side` pixels, every place as likely.
+@compile_on_gpu
+def place_rectangle(height: Tensor, width: Tensor, side: int, position: Tensor) -> Tensor:
+    """Place a rectangle in each view of `side` pixels; all positions are equally likely.
 
     Args:
-        height, width: (N,) whole numbers up to `side`. position: (N, 2) uniform in 0 .. 1.
+        height, width: (N,) integers up to `side`, of any dtype. position: (N, 2) uniform in 0 .. 1.
 
     Returns:
         (N, side, side) bool, True inside.
     """
     axis = torch.arange(side, device=position.device)
 
-    def inside(extent: Tensor, place: Tensor) -> Tensor:
-        start = (place * (side - extent + 1)).floor().unsqueeze(1)
+    def is_inside(extent: Tensor, fraction: Tensor) -> Tensor:
+        start = (fraction * (side - extent + 1)).floor().unsqueeze(1)
         return (axis >= start) & (axis < start + extent.unsqueeze(1))
 
-    return inside(height, position[:, 0]).unsqueeze(2) & inside(width, position[:, 1]).unsqueeze(1)
+    return is_inside(height, position[:, 0]).unsqueeze(2) & is_inside(
+        width, position[:, 1]
+    ).unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """What was drawn for a batch of views.
+    """The masks of a batch of views.
 
     Attributes:
-        cells: (N, C, h, w) bool, C 1 or 3, True where filled; h and w divide the crop.
-        window: (N, crop, crop) bool, True where filled; None in a recipe without windows.
-        ratio: (N,) float64; the drawn mask ratio.
-        focal: (N,) bool; True where the window holds in place of the cells.
+        cells: (N, C, h, w) bool, C is 1 or 3, True where filled; h and w divide the crop.
+        window: (N, crop, crop) bool, True where filled; None if the recipe has no focal windows.
+        ratio: (N,) float64, the drawn mask ratio.
+        focal: (N,) bool, True if the window applies instead of the cells.
     """
 
     cells: Tensor
@@ -174,22 +178,22 @@ class Masks:
 
     @classmethod
     def concatenate(cls, masks: Sequence["Masks"]) -> "Masks":
-        """Return the masks of several batches as those of one, of one recipe."""
-        windows = [one.window for one in masks if one.window is not None]
+        """Concatenate the masks of several batches that share a recipe."""
+        windows = [part.window for part in masks if part.window is not None]
         return cls(
-            torch.cat([one.cells for one in masks]),
+            torch.cat([part.cells for part in masks]),
             torch.cat(windows) if windows else None,
-            torch.cat([one.ratio for one in masks]),
-            torch.cat([one.focal for one in masks]),
+            torch.cat([part.ratio for part in masks]),
+            torch.cat([part.focal for part in masks]),
         )
 
-    def of(self, rows: slice) -> "Masks":
+    def select(self, rows: slice) -> "Masks":
         """Return the masks of these rows."""
         window = None if self.window is None else self.window[rows]
         return Masks(self.cells[rows], window, self.ratio[rows], self.focal[rows])
 
-    def pixels(self, rows: slice, side: int) -> Tensor:
-        """Return (n, C, side, side) float32 of these rows, 1 where filled and 0 elsewhere."""
+    def to_pixels(self, rows: slice, side: int) -> Tensor:
+        """Return these rows as (n, C, side, side) float32, 1 where filled and 0 elsewhere."""
         cells = self.cells[rows].float()
         pixels = cells.repeat_interleave(side // cells.shape[3], 3)
         pixels = pixels.repeat_interleave(side // cells.shape[2], 2)
@@ -199,21 +203,21 @@ class Masks:
         return pixels
 
 
-def draw(saliency: Tensor, recipe: Recipe, role: Role, rng: Rng) -> Masks:
+def draw_masks(saliency: Tensor, recipe: Recipe, role: Role, rng: Rng) -> Masks:
     """Draw the masks of a batch of views.
 
     Args:
-        saliency: (N, G, G) float32, each view's own.
-        role: which mask and which ratio of the recipe; a focal `query` keeps what is inside the
-            window, a `hard_negative` loses it.
+        saliency: (N, G, G) float32 of the views.
+        role: selects the mask and the ratio of the recipe. A focal window is kept in a `query` and
+            filled in a `hard_negative`.
     """
     size = len(saliency)
     low, high = recipe.query_ratio if role == "query" else recipe.hard_negative_ratio
     ratio = low + (high - low) * rng.uniform(size)
     function = find("mask", getattr(recipe, f"{role}_mask"), MASKS)
     if recipe.channel_probability > 0:
-        thrice, ratios = saliency.repeat_interleave(3, 0), ratio.repeat_interleave(3)
-        cells = function(thrice, ratios, recipe, rng).unflatten(0, (size, 3))
+        saliencies, ratios = saliency.repeat_interleave(3, 0), ratio.repeat_interleave(3)
+        cells = function(saliencies, ratios, recipe, rng).unflatten(0, (size, 3))
         by_channel = rng.uniform(size, 1, 1, 1) < recipe.channel_probability
         cells = torch.where(by_channel, cells, cells[:, :1])
     else:
@@ -222,9 +226,9 @@ def draw(saliency: Tensor, recipe: Recipe, role: Role, rng: Rng) -> Masks:
     focal, window = torch.zeros_like(ratio, dtype=torch.bool), None
     if recipe.focal_probability > 0:
         focal = rng.uniform(size) < recipe.focal_probability
-        kept = role == "query"
-        side = recipe.focal_side(recipe.focal_kept if kept else recipe.focal_filled)
+        keeps_window = role == "query"
+        side = recipe.focal_side(recipe.focal_kept if keeps_window else recipe.focal_filled)
         extent = torch.full_like(ratio, side)
-        window = rectangle(extent, extent, recipe.crop_size, rng.uniform(size, 2))
-        window = ~window if kept else window
+        window = place_rectangle(extent, extent, recipe.crop_size, rng.uniform(size, 2))
+        window = ~window if keeps_window else window
     return Masks(cells, window, ratio, focal)

@@ -1,16 +1,17 @@
-"""Which samples make which global batch: a pure function of (shard sizes, seed, epoch, step).
+"""Sample order: the samples of a global batch as a function of (shard sizes, seed, epoch, step).
 
     shards of the dataset
-      -> dealt to `streams` streams, once for the whole training
-      -> permuted within their stream, anew in each epoch
-      -> windows of `shuffle_shards` shards; inside a window all samples are permuted
+      -> dealt to `streams` streams, once for the entire training
+      -> permuted within their stream, differently in each epoch
+      -> windows of `shuffle_shards` shards; all samples of a window are permuted
 
 A global batch of B samples takes the next B / streams samples of each stream, and rank r of n takes
-the r-th of n equal slices of it, so any n that divides B gives the same global batches. With as
-many streams as nodes, each shard is read by one node only.
+the r-th of n equal slices of it, so the global batches are the same for any n that divides B. With
+as many streams as nodes, each shard is read by one node only.
 
-No state and no I/O: memory is O(shards) plus the windows in use. Permutations are stable sorts of
-Philox words (`rng` says why), so they are the same on every platform and with every NumPy.
+There is no state and no I/O, and memory is O(shards) plus the windows in use. Permutations are
+stable sorts of Philox words (see `rng`), so they are the same on every platform and with every
+version of NumPy.
 """
 
 import heapq
@@ -24,19 +25,19 @@ from numpy.random import Philox
 from schemas import UserError
 
 SHUFFLE_SHARDS = 16
-"""Shards in a window (ours): 16,000 samples of shards of 1,000."""
+"""Shards per window (ours): 16,000 samples if shards have 1,000."""
 
 ORDER_KEY = 2**64 - 1
-"""Second word of the Philox key of all permutations; no sample has this number."""
+"""Second word of the Philox key of all permutations; no sample number equals it."""
 
 
-def permute(count: int, seed: int, *place: int) -> np.ndarray:
-    """Return a permutation of 0 .. count - 1 that depends on the seed and at most three integers.
+def permute(count: int, seed: int, *position_words: int) -> np.ndarray:
+    """Return a permutation of 0 .. count - 1, a function of the seed and up to three integers.
 
     Returns:
         (count,) int64.
     """
-    counter = np.array([0, *place, *[0] * (3 - len(place))], np.uint64)
+    counter = np.array([0, *position_words, *[0] * (3 - len(position_words))], np.uint64)
     bits = Philox(key=np.array([seed, ORDER_KEY], np.uint64), counter=counter)
     return np.argsort(bits.random_raw(count), kind="stable")
 
@@ -45,7 +46,8 @@ class Window(NamedTuple):
     """Shards whose samples are shuffled together.
 
     Attributes:
-        epoch, start: the epoch, and the position in the stream of the window's first sample.
+        epoch: the epoch that the window belongs to.
+        start: position of the window's first sample in its stream.
         shards: shard numbers.
     """
 
@@ -55,25 +57,25 @@ class Window(NamedTuple):
 
 
 class Order(Protocol):
-    """Which samples make which batch of a rank; samples are numbered through the dataset."""
+    """An order of samples, which are numbered throughout the dataset."""
 
     def batch(self, epoch: int, step: int, rank: int, world_size: int) -> np.ndarray:
-        """Return the (N,) int64 sample numbers of a rank's batch."""
+        """Return the sample numbers of a rank's batch, (N,) int64."""
 
     def windows(self, epoch: int, step: int, rank: int, world_size: int) -> Iterator[Window]:
-        """Yield the shards that a rank reads from a step on, in the order of need."""
+        """Yield the windows that a rank reads from a step on, in the order of need."""
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard of each sample and its place within the shard, both (N,) int64."""
+        """Return the shard of each sample and its index in that shard, both (N,) int64."""
 
 
-class Numbered:
-    """Samples numbered in the order of their shards: `starts[s] + i` is the i-th of shard s.
+class NumberedSamples:
+    """Numbers samples in the order of their shards: `starts[s] + i` is the i-th of shard s.
 
     Attributes:
-        sizes: (shards,) int64, samples in each shard.
-        starts: (shards + 1,) int64, the number of each shard's first sample.
-        samples: in all shards.
+        sizes: (shards,) int64, number of samples in each shard.
+        starts: (shards + 1,) int64, number of each shard's first sample, and the total.
+        samples: total number of samples.
     """
 
     def __init__(self, sizes: Sequence[int] | np.ndarray) -> None:
@@ -82,38 +84,38 @@ class Numbered:
         self.samples = int(self.starts[-1])
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard of each sample and its place within the shard, both (N,) int64."""
+        """Return the shard of each sample and its index in that shard, both (N,) int64."""
         shards = np.searchsorted(self.starts, samples, side="right") - 1
         return shards, samples - self.starts[shards]
 
 
-class DiskOrder(Numbered):
-    """Every sample once, as it lies on disk; ranks have contiguous parts that differ by one sample.
+class DiskOrder(NumberedSamples):
+    """All samples once, in their order on disk; ranks get contiguous, almost equal parts.
 
     Args:
-        sizes: samples in each shard.
-        batch_size: samples in a batch of one rank; its last batch may be smaller.
+        sizes: number of samples in each shard.
+        batch_size: samples per batch of one rank; its last batch may be smaller.
     """
 
     def __init__(self, sizes: Sequence[int] | np.ndarray, batch_size: int) -> None:
         super().__init__(sizes)
         self.batch_size = batch_size
 
-    def part(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Return the first sample of a rank, and the one behind its last."""
+    def find_part(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Return the first sample of a rank's part, and the one after its last."""
         return self.samples * rank // world_size, self.samples * (rank + 1) // world_size
 
     def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Return (at most batch_size,) int64 sample numbers; the same in every epoch."""
-        first, end = self.part(rank, world_size)
+        """Return at most batch_size int64 sample numbers; they are the same in every epoch."""
+        first, end = self.find_part(rank, world_size)
         first += step * self.batch_size
         return np.arange(first, min(end, first + self.batch_size))
 
     def windows(
         self, epoch: int, step: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[Window]:
-        """Yield a rank's shards from a step on, one by one, to the last."""
-        first, end = self.part(rank, world_size)
+        """Yield a rank's shards from a step on, as windows of one shard."""
+        first, end = self.find_part(rank, world_size)
         position = first + step * self.batch_size
         if position < end:
             shards, _ = self.locate(np.array([position, end - 1]))
@@ -121,23 +123,24 @@ class DiskOrder(Numbered):
                 yield Window(epoch, int(self.starts[shard]) - first, np.array([shard]))
 
 
-class SampleOrder(Numbered):
-    """The order of samples of every epoch.
+class SampleOrder(NumberedSamples):
+    """The shuffled order of samples in every epoch.
 
     Args:
-        sizes: samples in each shard; shards may be empty.
-        batch_size: samples in a global batch, over all ranks.
-        seed: 0 .. 2^64 - 1.
-        shuffle_shards: shards in a window.
-        streams: parts that shards are dealt to; divides the batch size.
+        sizes: number of samples in each shard; shards may be empty.
+        batch_size: samples per global batch, over all ranks.
+        seed: random seed, 0 .. 2^64 - 1.
+        shuffle_shards: number of shards per window.
+        streams: number of sequences that shards are dealt to; it must divide the batch size.
 
     Attributes:
-        steps: global batches an epoch, the same in every epoch.
-        dropped: samples that an epoch leaves out, other ones in each epoch: with one stream those
-            that do not fill a batch; with more, also what longer streams have over the shortest.
+        steps: global batches per epoch, the same in every epoch.
+        dropped: number of samples that an epoch drops, different ones in each epoch. With one
+            stream, these are the samples that do not fill a batch; with several streams, also
+            those that longer streams have in excess of the shortest one.
 
     Raises:
-        UserError: a number that makes no sense; the message names it.
+        UserError: an argument is invalid; the message names it.
     """
 
     def __init__(
@@ -165,23 +168,24 @@ class SampleOrder(Numbered):
         shortest = min(int(self.sizes[shards].sum()) for shards in self._dealt)
         self.steps = shortest // (batch_size // streams)
         self.dropped = self.samples - self.steps * batch_size
-        # of a small dataset the windows that are announced reach into later epochs
+        # with a small dataset, the windows that are announced reach into later epochs
         self._epoch_windows = lru_cache(4 * streams)(self._plan_windows)
         self._window_samples = lru_cache(2 * streams)(self._permute_window)
 
     def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Return the samples of one rank's slice of a global batch.
+        """Return the samples of a rank's slice of a global batch.
 
         Args:
-            step: 0 .. steps - 1.
+            step: step in the epoch, 0 .. steps - 1.
 
         Returns:
             (batch_size / world_size,) int64 sample numbers.
 
         Raises:
-            UserError: the world size does not divide the batch, or does not fit the streams.
+            UserError: the world size does not divide the batch, or neither the world size nor the
+                number of streams divides the other.
         """
-        first, last = self.slice_of(rank, world_size)
+        first, last = self.find_slice(rank, world_size)
         share = self.batch_size // self.streams
         parts = []
         for stream in range(first // share, (last - 1) // share + 1):
@@ -190,11 +194,11 @@ class SampleOrder(Numbered):
             parts.append(self._take(epoch, stream, begin + offset, end + offset))
         return np.concatenate(parts)
 
-    def slice_of(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Return where a rank's slice of a global batch begins and ends.
+    def find_slice(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Return the bounds of a rank's slice of a global batch.
 
         Raises:
-            UserError: as `batch`.
+            UserError: see `batch`.
         """
         if self.batch_size % world_size:
             raise UserError(
@@ -212,14 +216,14 @@ class SampleOrder(Numbered):
     def windows(
         self, epoch: int, step: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[Window]:
-        """Yield the windows that a rank reads from a step on, in the order of need, without end."""
-        first, last = self.slice_of(rank, world_size)
+        """Yield the windows that a rank reads from a step on, without end, in the order of need."""
+        first, last = self.find_slice(rank, world_size)
         share = self.batch_size // self.streams
         streams = range(first // share, (last - 1) // share + 1)
         position = step * share
         while True:
-            ahead = (self._windows_from(epoch, stream, position) for stream in streams)
-            yield from heapq.merge(*ahead, key=lambda window: window.start)
+            windows_by_stream = (self._windows_from(epoch, stream, position) for stream in streams)
+            yield from heapq.merge(*windows_by_stream, key=lambda window: window.start)
             epoch, position = epoch + 1, 0
 
     def _windows_from(self, epoch: int, stream: int, position: int) -> Iterator[Window]:
@@ -244,20 +248,21 @@ class SampleOrder(Numbered):
         return np.concatenate(parts)
 
     def _window(self, epoch: int, stream: int, number: int) -> Window:
+        """Return a window of a stream by its number in the epoch."""
         shards, bounds = self._epoch_windows(epoch, stream)
         first = number * self.shuffle_shards
         return Window(epoch, int(bounds[number]), shards[first : first + self.shuffle_shards])
 
     def _plan_windows(self, epoch: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
-        """Permute a stream's shards; return them, and the position where each window begins."""
+        """Permute a stream's shards; return them, and the positions of the window boundaries."""
         dealt = self._dealt[stream]
         shards = dealt[permute(len(dealt), self.seed, epoch + 1, stream)]
-        filled = np.concatenate([[0], np.cumsum(self.sizes[shards])])
-        bounds = filled[:: self.shuffle_shards]
-        return shards, bounds if bounds[-1] == filled[-1] else np.append(bounds, filled[-1])
+        ends = np.concatenate([[0], np.cumsum(self.sizes[shards])])
+        bounds = ends[:: self.shuffle_shards]
+        return shards, bounds if bounds[-1] == ends[-1] else np.append(bounds, ends[-1])
 
     def _permute_window(self, epoch: int, stream: int, number: int) -> np.ndarray:
-        """Return the samples of a window in their order."""
+        """Return the permuted samples of a window."""
         shards = self._window(epoch, stream, number).shards
         samples = np.concatenate(
             [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in shards]
@@ -266,13 +271,13 @@ class SampleOrder(Numbered):
 
 
 def deal(sizes: np.ndarray, streams: int, seed: int) -> list[np.ndarray]:
-    """Deal shards to streams in an order that the seed decides, each to the shortest stream so far.
+    """Deal shards to streams in a random order, each to the stream that is shortest so far.
 
-    A shard stays in its stream for the whole training: an epoch has equally many steps as any
-    other, and a node that reads one stream finds its shards in its cache again.
+    A shard stays in its stream for the entire training, so all epochs have the same number of
+    steps, and a node that reads one stream finds its shards in its cache again.
 
     Returns:
-        The shard numbers of each stream, (S_i,) int64; shards without samples are in none.
+        The shard numbers of each stream, (S_i,) int64, without the empty shards.
     """
     shards = np.flatnonzero(sizes)
     shards = shards[permute(len(shards), seed)]

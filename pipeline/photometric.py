@@ -1,9 +1,9 @@
 """Photometric augmentation of MoCo v2 and SimCLR: color jitter, grayscale, soft blur.
 
-The formulas are those of torchvision's ColorJitter (each sample with its own factors, in an order
-of its own, clamped after each adjustment), on floats: torchvision rounds PIL images to 8 bits in
-between. The blur is a Gaussian cut at three sigma on either side; PIL's, which
-MoCo v2 uses, is a threefold box that comes near it.
+The formulas are those of torchvision's ColorJitter (each sample has its own factors and its own
+order of adjustments, and is clamped after each of them), but on floats: torchvision rounds PIL
+images to 8 bits in between. The blur is a Gaussian truncated at three sigma on either side; MoCo v2
+uses PIL's, which approximates it by three box blurs.
 """
 
 from dataclasses import dataclass, fields
@@ -11,27 +11,27 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pipeline.blur import gaussian_blur, soft_blur_kernel
+from pipeline.blur import build_soft_blur_kernel, gaussian_blur
 from pipeline.devices import to_device
 from pipeline.recipes import Range, Recipe
 from pipeline.rng import Rng
 
 GRAY = (0.299, 0.587, 0.114)
-"""Weights of R, G, B in gray (ITU-R BT.601, as in PIL)."""
+"""Weights of R, G and B in gray (ITU-R BT.601, as in PIL)."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
 class Photometric:
-    """What was drawn for N views, on the CPU.
+    """Photometric parameters of N views, on the CPU.
 
     Attributes:
-        order: (N, 4) int64; the adjustments from first to last: 0 brightness, 1 contrast,
+        order: (N, 4) int64, the adjustments from first to last: 0 brightness, 1 contrast,
             2 saturation, 3 hue.
         brightness, contrast, saturation: (N,) float64 factors; 1 changes nothing.
         hue: (N,) float64, turns of the color circle; 0 changes nothing.
-        gray: (N,) bool.
+        gray: (N,) bool, True for views that become gray.
         sigma: (N,) float64 pixels of the soft blur; 0 for none.
     """
 
@@ -43,134 +43,140 @@ class Photometric:
     gray: Tensor
     sigma: Tensor
 
-    def of(self, rows: slice) -> "Photometric":
-        """What was drawn for these rows."""
+    def select(self, rows: slice) -> "Photometric":
+        """Return the parameters of these rows."""
         return Photometric(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def draw(size: int, recipe: Recipe, rng: Rng) -> Photometric:
-    """Draw the parameters of `size` views."""
+def draw_photometric(size: int, recipe: Recipe, rng: Rng) -> Photometric:
+    """Draw the photometric parameters of `size` views."""
 
-    def coin(probability: float) -> Tensor:
+    def flip_coin(probability: float) -> Tensor:
         return rng.on_host(size) < probability
 
-    def between(limits: Range) -> Tensor:
+    def draw_between(limits: Range) -> Tensor:
         low, high = limits
         return low + (high - low) * rng.on_host(size)
 
-    jittered = coin(recipe.jitter_probability)
+    is_jittered = flip_coin(recipe.jitter_probability)
 
-    def factor(change: float) -> Tensor:
-        return torch.where(jittered, between((1 - change, 1 + change)), 1.0)
+    def draw_factor(change: float) -> Tensor:
+        return torch.where(is_jittered, draw_between((1 - change, 1 + change)), 1.0)
 
     return Photometric(
         order=rng.on_host(size, 4).argsort(1),
-        brightness=factor(recipe.brightness),
-        contrast=factor(recipe.contrast),
-        saturation=factor(recipe.saturation),
-        hue=torch.where(jittered, between((-recipe.hue, recipe.hue)), 0.0),
-        gray=coin(recipe.grayscale_probability),
-        sigma=torch.where(coin(recipe.soft_blur_probability), between(recipe.soft_blur_sigma), 0.0),
+        brightness=draw_factor(recipe.brightness),
+        contrast=draw_factor(recipe.contrast),
+        saturation=draw_factor(recipe.saturation),
+        hue=torch.where(is_jittered, draw_between((-recipe.hue, recipe.hue)), 0.0),
+        gray=flip_coin(recipe.grayscale_probability),
+        sigma=torch.where(
+            flip_coin(recipe.soft_blur_probability), draw_between(recipe.soft_blur_sigma), 0.0
+        ),
     )
 
 
-def apply(view: Tensor, drawn: Photometric) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in 0 .. 1."""
+def apply(view: Tensor, parameters: Photometric) -> Tensor:
+    """Augment the colors of views: (N, H, W, 3) uint8 -> (N, 3, H, W) float32 in 0 .. 1."""
     if view.device.type == "cpu":
-        return torch.cat([apply_to_one(view[row], drawn, row) for row in range(len(view))])
-    return apply_to_batch(view, drawn)
+        return torch.cat([apply_to_one(view[row], parameters, row) for row in range(len(view))])
+    return apply_to_batch(view, parameters)
 
 
-def apply_to_one(view: Tensor, drawn: Photometric, row: int) -> Tensor:
-    """Change the colors of one view on a CPU: (H, W, 3) uint8 -> (1, 3, H, W) float32 in 0 .. 1.
+def apply_to_one(view: Tensor, parameters: Photometric, row: int) -> Tensor:
+    """Augment the colors of one view on a CPU: (H, W, 3) uint8 -> (1, 3, H, W) float32 in 0 .. 1.
 
-    It takes the passes over memory that this view needs, and no batch changes its rounding.
+    Only the operations that this view needs are run, and its rounding does not depend on a batch.
     """
     image = view.permute(2, 0, 1).contiguous().float().div_(255).unsqueeze(0)
-    for kind in drawn.order[row].tolist():
+    for kind in parameters.order[row].tolist():
         if kind == HUE:
-            if (turns := drawn.hue[row : row + 1]) != 0:
-                image = turn_hue(image, turns)
+            if (turns := parameters.hue[row : row + 1]) != 0:
+                image = rotate_hue(image, turns)
             continue
-        factor = float((drawn.brightness, drawn.contrast, drawn.saturation)[kind][row])
+        factor = float(
+            (parameters.brightness, parameters.contrast, parameters.saturation)[kind][row]
+        )
         if factor == 1:
             continue
         if kind == BRIGHTNESS:
             image.mul_(factor)
         elif kind == CONTRAST:
-            image.lerp_(gray_of(image).mean(), 1 - factor)
+            image.lerp_(convert_to_gray(image).mean(), 1 - factor)
         else:
-            image.lerp_(gray_of(image), 1 - factor)
+            image.lerp_(convert_to_gray(image), 1 - factor)
         image.clamp_(0, 1)
-    if drawn.gray[row]:
-        image = gray_of(image).expand_as(image).contiguous()
-    if (sigma := drawn.sigma[row : row + 1]) > 0:
-        image = gaussian_blur(image, soft_blur_kernel(sigma))
+    if parameters.gray[row]:
+        image = convert_to_gray(image).expand_as(image).contiguous()
+    if (sigma := parameters.sigma[row : row + 1]) > 0:
+        image = gaussian_blur(image, build_soft_blur_kernel(sigma))
     return image
 
 
-def apply_to_batch(view: Tensor, drawn: Photometric) -> Tensor:
-    """Do the same to a batch at once, for a GPU whose machine has no compiler."""
+def apply_to_batch(view: Tensor, parameters: Photometric) -> Tensor:
+    """Augment the colors of a batch at once, on a GPU whose machine has no compiler."""
     image = view.permute(0, 3, 1, 2).contiguous().float().div_(255)
-    for kind in drawn.order.unbind(1):
-        blend_(image, kind, drawn)
-        rows = ((kind == HUE) & (drawn.hue != 0)).nonzero().squeeze(1)
+    for kind in parameters.order.unbind(1):
+        blend_(image, kind, parameters)
+        rows = ((kind == HUE) & (parameters.hue != 0)).nonzero().squeeze(1)
         if len(rows):
-            turns, places = (to_device(x, image.device) for x in (drawn.hue[rows], rows))
-            image[places] = turn_hue(image[places], turns)
-    if drawn.gray.any():
-        weight = to_device(drawn.gray.float(), image.device).view(-1, 1, 1, 1)
-        image.lerp_(gray_of(image), weight)
-    rows = (drawn.sigma > 0).nonzero().squeeze(1)
+            turns, places = (to_device(x, image.device) for x in (parameters.hue[rows], rows))
+            image[places] = rotate_hue(image[places], turns)
+    if parameters.gray.any():
+        weight = to_device(parameters.gray.float(), image.device).view(-1, 1, 1, 1)
+        image.lerp_(convert_to_gray(image), weight)
+    rows = (parameters.sigma > 0).nonzero().squeeze(1)
     if len(rows):
         places = to_device(rows, image.device)
-        image[places] = gaussian_blur(image[places], soft_blur_kernel(drawn.sigma[rows]))
+        image[places] = gaussian_blur(image[places], build_soft_blur_kernel(parameters.sigma[rows]))
     return image
 
 
-def blend_(image: Tensor, kind: Tensor, drawn: Photometric) -> None:
-    """Adjust brightness, contrast or saturation in place, whichever `kind` (N,) says.
+def blend_(image: Tensor, kind: Tensor, parameters: Photometric) -> None:
+    """Adjust brightness, contrast or saturation in place, as `kind` (N,) says for each view.
 
-    Each is f x + (1 - f) other, where the other is black, the view's mean gray or the pixel's gray.
+    The result is f x + (1 - f) y, where y is black, the view's mean gray or the pixel's gray.
     """
     factor = torch.ones(len(kind), dtype=torch.float64)
     for name, values in (
-        (BRIGHTNESS, drawn.brightness),
-        (CONTRAST, drawn.contrast),
-        (SATURATION, drawn.saturation),
+        (BRIGHTNESS, parameters.brightness),
+        (CONTRAST, parameters.contrast),
+        (SATURATION, parameters.saturation),
     ):
         factor = torch.where(kind == name, values, factor)
     if (factor == 1).all():
         return
     parts = torch.stack([1 - factor, kind == CONTRAST, kind == SATURATION])
     weight, of_mean, of_pixel = to_device(parts.float(), image.device).view(3, -1, 1, 1, 1)
-    gray = gray_of(image)
+    gray = convert_to_gray(image)
     mean = of_mean * gray.mean((1, 2, 3), keepdim=True)
     image.lerp_(gray.mul_(of_pixel).add_(mean), weight).clamp_(0, 1)
 
 
-def gray_of(image: Tensor) -> Tensor:
-    """Return the gray of (N, 3, H, W): (N, 1, H, W)."""
+def convert_to_gray(image: Tensor) -> Tensor:
+    """Convert (N, 3, H, W) to gray, (N, 1, H, W)."""
     red, green, blue = image.split(1, dim=1)
     return (GRAY[0] * red).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
 
 
-def turn_hue(image: Tensor, turns: Tensor) -> Tensor:
-    """Turn each image's hues in HSV, its saturation and value staying. (N, 3, H, W) in 0 .. 1."""
+def rotate_hue(image: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the hues of (N, 3, H, W) in 0 .. 1; saturation and value (HSV) stay the same."""
     red, green, blue = image.unbind(1)
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     span = high - low
-    scale = span.clamp(min=1e-8).reciprocal_()  # a gray pixel has no hue, and no span to show one
-    # the hue in sixths of a turn: 0 red, 2 green, 4 blue. Here lerp with a weight of 0 or 1
-    # chooses: PyTorch's `where` takes fifteen times as long on a CPU
+    scale = span.clamp(
+        min=1e-8
+    ).reciprocal_()  # any finite value does for gray pixels: their span is 0
+    # the hue in sixths of a turn: 0 red, 2 green, 4 blue. A lerp with a weight of 0 or 1 selects,
+    # because PyTorch's `where` takes fifteen times as long on a CPU
     sixths = (red - green).mul_(scale).add_(4)
     of_green, of_red = (blue - red).mul_(scale).add_(2), (green - blue).mul_(scale)
-    chosen = torch.empty_like(sixths)
-    sixths.lerp_(of_green, torch.eq(high, green, out=chosen))
-    sixths.lerp_(of_red, torch.eq(high, red, out=chosen))
+    scratch = torch.empty_like(sixths)
+    sixths.lerp_(of_green, torch.eq(high, green, out=scratch))
+    sixths.lerp_(of_red, torch.eq(high, red, out=scratch))
     sixths.add_(6 * turns.float().view(-1, 1, 1))
-    sixths.sub_(6 * torch.mul(sixths, 1 / 6, out=chosen).floor_())  # into 0 .. 6
+    sixths.sub_(6 * torch.mul(sixths, 1 / 6, out=scratch).floor_())  # into 0 .. 6
     result = torch.empty_like(image)
     for channel, middle in zip(result.unbind(1), (3, 2, 4), strict=True):
         share = torch.sub(sixths, middle, out=channel).abs_()

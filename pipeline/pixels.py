@@ -1,13 +1,13 @@
-"""Cut views -> what the encoder sees: jitter, blur, normalization, high-pass, masks and fills.
+"""Turn crops into the encoder's input: jitter, blur, normalization, high-pass, masks and fills.
 
-`make_views` draws nothing: parameters in, tensors out. It runs in one of three ways that agree to
-rounding:
+`make_views` has no randomness of its own: it takes parameters and returns tensors. It has three
+implementations, which agree up to rounding:
 
-* on a CPU image by image with PyTorch's own operators, so that a view is the same bit for bit
-  whatever the batch and the part of it that a thread works on: the last elements of a tensor, which
-  do not fill a vector register, may be rounded differently from the others;
-* on a GPU as a few compiled kernels (`pipeline.fused`);
-* on a GPU whose machine has no compiler, with PyTorch's own operators on the whole batch.
+* On a CPU, PyTorch's operators are applied image by image. So a view is the same bit for bit
+  whatever the batch or the part of it that a thread works on; otherwise the last elements of a
+  tensor, which do not fill a vector register, could be rounded differently from the others.
+* On a GPU, a few compiled kernels process the batch (`pipeline.fused`).
+* On a GPU whose machine has no compiler, PyTorch's operators are applied to the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,26 +28,26 @@ from pipeline.photometric import Photometric
 from pipeline.recipes import Recipe
 
 COMPILER_OPTIONS: dict[str, str | int | bool] = {
-    # one kernel per blur axis: by default Inductor writes a sum of so many reads to memory midway
+    # one kernel per blur axis: by default Inductor writes a sum of that many reads to memory midway
     "realize_acc_reads_threshold": 128,
     "realize_opcount_threshold": 1000,
     # the three channels of a pixel are written by the kernel that computes them
     "max_pointwise_cat_inputs": 0,
 }
-"""Inductor's settings (torch/_inductor/config.py) for `pipeline.fused`."""
+"""Inductor settings (torch/_inductor/config.py) for `pipeline.fused`."""
 
 
 @dataclass(frozen=True)
 class Masking:
-    """How one copy of a view is masked.
+    """The masks and the fill of one copy of N views.
 
     Attributes:
-        masks: where; as many rows as the view has, on its device.
+        masks: masks with N rows, on the device of the views.
         std: standard deviation of the noise, in normalized units.
-        noise: (N, 3, cell, cell) float32, standard normal, on the device: each view's tile, which
-            is repeated over its grid. None where the fill is not `noise`.
-        content: for any other fill, the function from unmasked images (n, 3, H, W) to what
-            replaces their masked pixels, broadcastable to them.
+        noise: (N, 3, cell, cell) float32, standard normal, on the device: the tile of each view,
+            which is repeated over its grid. None unless the fill is `noise`.
+        content: for any other fill, a function from unmasked images (n, 3, H, W) to the
+            content of their masked pixels, broadcastable to them.
     """
 
     masks: Masks
@@ -55,133 +55,139 @@ class Masking:
     noise: Tensor | None
     content: Callable[[Tensor], Tensor] | None
 
-    def row(self, row: int) -> "Masking":
+    def select_row(self, row: int) -> "Masking":
         """Return the masking of one view."""
         noise = None if self.noise is None else self.noise[row : row + 1]
-        return replace(self, masks=self.masks.of(slice(row, row + 1)), noise=noise)
+        return replace(self, masks=self.masks.select(slice(row, row + 1)), noise=noise)
 
 
 def make_views(
     image: Tensor,
-    look: Photometric,
+    parameters: Photometric,
     maskings: Sequence[Masking | None],
     recipe: Recipe,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Make the copies of N views that the encoder sees; the work before the masks is done once.
+    """Make all copies of N views for the encoder; the work before masking is done only once.
 
     Args:
-        image: (N, H, W, 3) uint8, cut; on the device where the views are made.
-        look: their photometric parameters, on the host.
-        maskings: one for each copy; None for a copy without a mask.
-        recipe: the filters and the fill.
-        out: on a CPU, where to write the copies; new memory if None.
+        image: (N, H, W, 3) uint8 crops, on the device where the views are made.
+        parameters: photometric parameters of the views, on the host.
+        maskings: one per copy; None for a copy without a mask.
+        recipe: determines the high-pass filter and the fill.
+        out: tensors for the copies, on a CPU only; new ones are allocated if None.
 
     Returns:
-        For each copy (N, 3, H, W) float32, normalized, channels_last.
+        One tensor per copy: (N, 3, H, W) float32, normalized, channels_last.
     """
     if image.device.type == "cpu":
         shape = (len(image), 3, *image.shape[1:3])
-        new = [torch.empty(shape, memory_format=torch.channels_last) for _ in maskings]
-        return make_on_cpu(image, look, maskings, recipe, new if out is None else list(out))
-    assert out is None, "memory is given on a CPU only"
-    return make_on_gpu(image, look, maskings, recipe)
+        allocated = [torch.empty(shape, memory_format=torch.channels_last) for _ in maskings]
+        return make_on_cpu(
+            image, parameters, maskings, recipe, allocated if out is None else list(out)
+        )
+    assert out is None, "`out` is for a CPU only"
+    return make_on_gpu(image, parameters, maskings, recipe)
 
 
 def make_on_cpu(
     image: Tensor,
-    look: Photometric,
+    parameters: Photometric,
     maskings: Sequence[Masking | None],
     recipe: Recipe,
     out: list[Tensor],
 ) -> list[Tensor]:
-    """Make the views one by one: see the top of this file for why."""
+    """Make the views one by one (the docstring of this module says why)."""
     rows = [slice(row, row + 1) for row in range(len(image))]
-    views = (unmasked(image[row], look.of(row), recipe) for row in rows)
+    views = (make_unmasked(image[row], parameters.select(row), recipe) for row in rows)
     contents: list[Tensor | None] = [None] * len(maskings)
-    if recipe.fill not in FUSED_FILLS:  # a user's fill sees all views that we were given
-        every = torch.cat(list(views))
+    if recipe.fill not in FUSED_FILLS:  # a user's fill gets all views at once
+        all_views = torch.cat(list(views))
         contents = [
-            None if one is None or one.content is None else one.content(every).expand_as(every)
-            for one in maskings
+            None
+            if masking is None or masking.content is None
+            else masking.content(all_views).expand_as(all_views)
+            for masking in maskings
         ]
-        views = (every[row] for row in rows)
+        views = (all_views[row] for row in rows)
     for row, view in zip(rows, views, strict=True):
         for masking, target, content in zip(maskings, out, contents, strict=True):
             if masking is None:
                 target[row] = view
             else:
-                own = masking.row(row.start)
-                mix(view, own, recipe, None if content is None else content[row], target[row])
+                masking_of_row = masking.select_row(row.start)
+                content_of_row = None if content is None else content[row]
+                write_masked(view, masking_of_row, recipe, content_of_row, target[row])
     return out
 
 
-def unmasked(image: Tensor, look: Photometric, recipe: Recipe) -> Tensor:
-    """Make views with PyTorch's own operators: (N, H, W, 3) uint8 -> (N, 3, H, W), normalized."""
-    return encoder_input_(photometric.apply(image, look), recipe)
+def make_unmasked(image: Tensor, parameters: Photometric, recipe: Recipe) -> Tensor:
+    """Make unmasked views with PyTorch's operators: (N, H, W, 3) uint8 -> (N, 3, H, W)."""
+    return encoder_input_(photometric.apply(image, parameters), recipe)
 
 
 def encoder_input_(image: Tensor, recipe: Recipe) -> Tensor:
-    """Normalize (N, 3, H, W) in 0 .. 1 in place; return it, or its high-pass if the recipe has one.
+    """Normalize images in place; return them, or their high-pass if the recipe has one.
 
     Args:
-        image: float32.
+        image: (N, 3, H, W) float32 in 0 .. 1.
     """
     for channel, mean, std in zip(image.unbind(1), MEAN, STD, strict=True):
         channel.sub_(mean).div_(std)
     return high_pass(image, recipe) if recipe.high_pass else image
 
 
-def mix(
+def write_masked(
     view: Tensor, masking: Masking, recipe: Recipe, content: Tensor | None, out: Tensor
 ) -> None:
-    """Write views with their masked pixels replaced; a content of None is made here."""
+    """Write views with their masked pixels filled to `out`; compute the content if it is None."""
     if masking.noise is not None:
         content = repeat_tile(masking.noise * masking.std, recipe)
     elif content is None:
         assert masking.content is not None, f"the fill {recipe.fill} has no content"
         content = masking.content(view)
-    # a weight of 0 or 1 chooses: on a CPU fifteen times as fast as `where`
-    pixels = masking.masks.pixels(slice(None), view.shape[-1])
+    # a lerp with a weight of 0 or 1 selects: on a CPU, fifteen times as fast as `where`
+    pixels = masking.masks.to_pixels(slice(None), view.shape[-1])
     torch.lerp(view, content, pixels, out=out)
 
 
 def make_on_gpu(
-    image: Tensor, look: Photometric, maskings: Sequence[Masking | None], recipe: Recipe
+    image: Tensor, parameters: Photometric, maskings: Sequence[Masking | None], recipe: Recipe
 ) -> list[Tensor]:
-    """Make the views of a whole batch, compiled if possible."""
+    """Make the views of a batch with the compiled function if possible."""
     is_fused = recipe.fill in FUSED_FILLS
-    covers = [cover(masking) for masking in maskings] if is_fused else [None]
-    table = to_device(fused.pack(look, recipe), image.device)
-    views = compiled_chain(recipe).try_call(image, table, covers)
+    covers = [build_cover(masking) for masking in maskings] if is_fused else [None]
+    table = to_device(fused.pack_parameters(parameters, recipe), image.device)
+    views = get_compiled_chain(recipe).try_call(image, table, covers)
     if views is not None and is_fused:
         return views
-    # a user's fill sees the views before they are masked
-    view = unmasked(image, look, recipe) if views is None else views[0]
-    return copies(view, maskings, recipe)
+    # a user's fill gets the unmasked views
+    view = make_unmasked(image, parameters, recipe) if views is None else views[0]
+    return mask_copies(view, maskings, recipe)
 
 
 @cache
-def compiled_chain(recipe: Recipe) -> Compiled:
+def get_compiled_chain(recipe: Recipe) -> Compiled:
+    """Return the compiled function of a recipe's pixels."""
     return Compiled(fused.build_chain(recipe), options=COMPILER_OPTIONS)
 
 
-def cover(masking: Masking | None) -> fused.Cover | None:
-    """Return the tensors of a masking that the compiled function takes."""
+def build_cover(masking: Masking | None) -> fused.Cover | None:
+    """Return the form of a masking that the compiled function takes."""
     if masking is None:
         return None
     masks = masking.masks
     return fused.Cover(masks.cells, masks.window, masks.focal, masking.noise, masking.std)
 
 
-def copies(view: Tensor, maskings: Sequence[Masking | None], recipe: Recipe) -> list[Tensor]:
-    """Return the copies of the views, each with its masked pixels replaced, channels_last."""
-    found = []
+def mask_copies(view: Tensor, maskings: Sequence[Masking | None], recipe: Recipe) -> list[Tensor]:
+    """Return the copies of the views with their masked pixels filled, channels_last."""
+    masked_views = []
     for masking in maskings:
         copy = torch.empty_like(view, memory_format=torch.channels_last)
         if masking is None:
             copy.copy_(view)
         else:
-            mix(view, masking, recipe, None, copy)
-        found.append(copy)
-    return found
+            write_masked(view, masking, recipe, None, copy)
+        masked_views.append(copy)
+    return masked_views

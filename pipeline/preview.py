@@ -1,4 +1,4 @@
-"""What the encoder is fed, for a person to look at: one row a sample, as PNG and as HTML."""
+"""Contact sheets of the encoder's inputs: one row per sample, as PNG and HTML."""
 
 import io
 import tarfile
@@ -14,10 +14,18 @@ from torch import Tensor
 
 from pipeline import masks
 from pipeline.batch import Batch
+from pipeline.contact_sheet import (
+    KEY,
+    QUERY,
+    TILE,
+    Tile,
+    draw_png,
+    fit_into_tile,
+    render_html,
+)
 from pipeline.fused import MEAN, STD
 from pipeline.loader import MaskedViews
 from pipeline.recipes import Recipe
-from pipeline.sheet import KEY, QUERY, TILE, Tile, fit_into_tile, page, png
 from schemas import ShardDataset, UserError
 from schemas.sample import SALIENCY_MEMBER
 from schemas.tables import shard_name
@@ -25,7 +33,7 @@ from schemas.tables import shard_name
 FOREGROUND = (255, 214, 10)
 INK = (30, 30, 30)
 HIGH_PASS_CONTRAST = 0.5
-"""Brightness (0 .. 1) a normalised unit of a high-pass image is shown as, about middle gray."""
+"""Brightness (0 .. 1) per normalized unit of high-pass images, shown about middle gray."""
 
 
 def write_preview(
@@ -36,19 +44,19 @@ def write_preview(
     seed: int = 0,
     device: str = "cpu",
 ) -> int:
-    """Write the first samples that a training run with this seed would see.
+    """Write a contact sheet of the first samples of a training run with this seed.
 
     Args:
-        out: the PNG; a page of the same name that ends in .html lies beside it.
+        out: PNG file to write; an HTML page with the suffix .html is written beside it.
 
     Returns:
-        Rows on the sheet: `samples`, or all that the dataset has.
+        The number of rows: `samples`, or the size of the dataset if that is smaller.
 
     Raises:
-        UserError: as `MaskedViews` does, or `samples` is below 1, or `out` cannot be written.
+        UserError: `MaskedViews` raises it, `samples` is below 1, or `out` cannot be written.
     """
     if samples < 1:
-        raise UserError(f"samples is {samples}, a sheet has at least 1")
+        raise UserError(f"samples is {samples}, it must be at least 1")
     dataset = ShardDataset.open(url)
     views = MaskedViews(
         url,
@@ -59,101 +67,105 @@ def write_preview(
         report=("masks", "saliency", "windows", "crops", "keys"),
     )
     batch = next(iter(views))
-    rows = [sample_row(dataset, batch, place, recipe) for place in range(views.batch_size)]
-    title, note = heading(dataset, recipe)
+    rows = [draw_sample_row(dataset, batch, row, recipe) for row in range(views.batch_size)]
+    title, note = describe_sheet(dataset, recipe)
     try:
-        png(title, note, rows).save(out, format="PNG")
-        out.with_suffix(".html").write_text(page(title, note, rows))
+        draw_png(title, note, rows).save(out, format="PNG")
+        out.with_suffix(".html").write_text(render_html(title, note, rows))
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     return views.batch_size
 
 
-def sheet_of_fed(
-    batch: Batch, recipe: Recipe, shown: Mapping[str, Tensor], samples: int = 4
+def draw_batch_sheet(
+    batch: Batch, recipe: Recipe, pictures: Mapping[str, Tensor], samples: int = 4
 ) -> Image.Image:
-    """The first views of a batch as the network is fed them, one row a sample.
+    """Draw the first views of a batch as the network receives them, one row per sample.
 
     Args:
-        shown: further pictures by their name, (N, 1 or 3, H, W) in 0 .. 1.
+        pictures: additional pictures by name, (N, 1 or 3, H, W) in 0 .. 1.
     """
     names = [name for name in ("query", "key") if getattr(batch, name) is not None]
     rows = []
-    for place in range(min(samples, len(batch.query))):
+    for row in range(min(samples, len(batch.query))):
         tiles = [
-            Tile(name, view_tile(getattr(batch, name)[place], recipe), "", name) for name in names
+            Tile(name, draw_view(getattr(batch, name)[row], recipe), "", name) for name in names
         ]
         if batch.hard_negative is not None:
             tiles += [
-                Tile("hard negative", view_tile(view, recipe), "")
-                for view in batch.hard_negative[place :: len(batch.query)]
+                Tile("hard negative", draw_view(view, recipe), "")
+                for view in batch.hard_negative[row :: len(batch.query)]
             ]
         tiles += [
-            Tile(name, picture(images[place].expand(3, -1, -1)), "")
-            for name, images in shown.items()
+            Tile(name, to_picture(images[row].expand(3, -1, -1)), "")
+            for name, images in pictures.items()
         ]
         rows.append(tiles)
-    return png("as fed", "High-pass views are shown about middle gray." * recipe.high_pass, rows)
+    return draw_png(
+        "as fed", "High-pass views are shown about middle gray." * recipe.high_pass, rows
+    )
 
 
-def heading(dataset: ShardDataset, recipe: Recipe) -> tuple[str, str]:
+def describe_sheet(dataset: ShardDataset, recipe: Recipe) -> tuple[str, str]:
+    """Return the title of a contact sheet and a note that explains its pictures."""
     title = f"{dataset.card.name}: fill {recipe.fill}, crop {recipe.crop_size}"
-    note = "crop: cut, before any change."
-    if guided(recipe):
+    note = "crop: before any augmentation."
+    if uses_saliency(recipe):
         margin = f"A >= mean - {recipe.foreground_margin:g} std"
         note += (
-            f" Dots and lines: its foreground, {margin} on its own {recipe.grid} x {recipe.grid}."
+            f" Dots and lines: its foreground, {margin} on its {recipe.grid} x {recipe.grid} grid."
         )
     if recipe.high_pass:
         note += " High-pass views are shown about middle gray."
     return title, note
 
 
-def guided(recipe: Recipe) -> bool:
-    """Whether any mask of the recipe may look at the saliency."""
+def uses_saliency(recipe: Recipe) -> bool:
+    """Tell whether any mask of the recipe may depend on the saliency."""
     names = {recipe.query_mask} | ({recipe.hard_negative_mask} if recipe.hard_negatives else set())
     return recipe.fill != "none" and not names <= {"random", "block"}
 
 
-def sample_row(dataset: ShardDataset, batch: Batch, place: int, recipe: Recipe) -> list[Tile]:
-    """The tiles of one sample."""
+def draw_sample_row(dataset: ShardDataset, batch: Batch, row: int, recipe: Recipe) -> list[Tile]:
+    """Return the tiles of one sample."""
     assert batch.sample_keys is not None
-    key = batch.sample_keys[place]
+    key = batch.sample_keys[row]
     image, saliency = read_sample(dataset, key)
-    whole, place_of = letterboxed(image)
-    draw = ImageDraw.Draw(whole)
+    thumbnail, to_tile = letterbox(image)
+    draw = ImageDraw.Draw(thumbnail)
     branches = {"query": QUERY, "key": KEY} if recipe.pair else {"query": QUERY}
-    for branch, colour in branches.items():
+    for branch, color in branches.items():
         window = getattr(batch, f"{branch}_window")
-        y0, x0, y1, x1 = window[place].tolist()
-        corners = place_of(min(x0, x1), y0), place_of(max(x0, x1), y1)
-        draw.rectangle((*corners[0], *corners[1]), outline=colour, width=3)
-    label = int(batch.label[place])
+        y0, x0, y1, x1 = window[row].tolist()
+        corners = to_tile(min(x0, x1), y0), to_tile(max(x0, x1), y1)
+        draw.rectangle((*corners[0], *corners[1]), outline=color, width=3)
+    label = int(batch.label[row])
     name = dataset.classes[label] if 0 <= label < len(dataset.classes) else "no label"
 
     tiles = [
-        Tile("image and windows", whole, shortened(key, 30)),
+        Tile("image and windows", thumbnail, shorten(key, 30)),
         Tile(
             "saliency",
-            letterboxed(overlaid(fit_into_tile(image), saliency))[0],
-            shortened(name, 30),
+            letterbox(overlay_saliency(fit_into_tile(image), saliency))[0],
+            shorten(name, 30),
         ),
     ]
     for branch in branches:
-        crop, front = crop_tile(batch, branch, place, recipe)
-        view = view_tile(getattr(batch, branch)[place], recipe)
-        tiles.append(Tile(f"{branch}: crop", crop, front, branch))
-        tiles.append(Tile(f"{branch}, as fed", view, caption(batch, branch, place), branch))
+        crop, foreground = draw_crop(batch, branch, row, recipe)
+        view = draw_view(getattr(batch, branch)[row], recipe)
+        tiles.append(Tile(f"{branch}: crop", crop, foreground, branch))
+        tiles.append(Tile(f"{branch}, as fed", view, describe_mask(batch, branch, row), branch))
     for number in range(recipe.hard_negatives):
         assert batch.hard_negative is not None
-        row = number * len(batch.query) + place
-        view = view_tile(batch.hard_negative[row], recipe)
-        tiles.append(Tile("hard negative, as fed", view, caption(batch, "hard_negative", row)))
+        negative_row = number * len(batch.query) + row
+        view = draw_view(batch.hard_negative[negative_row], recipe)
+        caption = describe_mask(batch, "hard_negative", negative_row)
+        tiles.append(Tile("hard negative, as fed", view, caption))
     return tiles
 
 
-def caption(batch: Batch, name: str, row: int) -> str:
-    """What was drawn for one view, and how much of it is filled."""
+def describe_mask(batch: Batch, name: str, row: int) -> str:
+    """Describe the mask of one view, and how much of the view it fills."""
     mask = getattr(batch, f"{name}_mask")
     if mask is None:
         return "not masked"
@@ -163,36 +175,36 @@ def caption(batch: Batch, name: str, row: int) -> str:
     return f"ratio {float(getattr(batch, f'{name}_ratio')[row]):.2f}; {filled}"
 
 
-def crop_tile(batch: Batch, branch: str, place: int, recipe: Recipe) -> tuple[Image.Image, str]:
-    """A view as it was cut, its foreground cells outlined, and how many they are."""
-    pixels = getattr(batch, f"{branch}_crop")[place].permute(1, 2, 0).cpu().numpy()
+def draw_crop(batch: Batch, branch: str, row: int, recipe: Recipe) -> tuple[Image.Image, str]:
+    """Return a crop with its foreground cells outlined, and a caption with their number."""
+    pixels = getattr(batch, f"{branch}_crop")[row].permute(1, 2, 0).cpu().numpy()
     tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
-    if not guided(recipe):
+    if not uses_saliency(recipe):
         return tile, ""
-    saliency = getattr(batch, f"{branch}_saliency")[place]
-    front = masks.foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0].cpu().numpy()
-    outline(tile, front)
+    saliency = getattr(batch, f"{branch}_saliency")[row]
+    front = masks.find_foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0].cpu().numpy()
+    outline_(tile, front)
     return tile, f"foreground {front.sum()} of {front.size} cells"
 
 
-def view_tile(view: Tensor, recipe: Recipe) -> Image.Image:
-    """A normalised (3, H, W) view as an image."""
+def draw_view(view: Tensor, recipe: Recipe) -> Image.Image:
+    """Convert a normalized (3, H, W) view to a picture of a tile."""
     values = view.cpu().permute(1, 2, 0).numpy()
     if recipe.high_pass:
-        shown = 0.5 + HIGH_PASS_CONTRAST * values
+        pixels = 0.5 + HIGH_PASS_CONTRAST * values
     else:
-        shown = values * np.array(STD) + np.array(MEAN)
-    return picture(torch.from_numpy(shown).permute(2, 0, 1))
+        pixels = values * np.array(STD) + np.array(MEAN)
+    return to_picture(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
-def picture(values: Tensor) -> Image.Image:
-    """(3, H, W) in 0 .. 1 as a tile's image."""
+def to_picture(values: Tensor) -> Image.Image:
+    """Convert (3, H, W) in 0 .. 1 to a picture of a tile."""
     pixels = (255 * values.cpu().permute(1, 2, 0).numpy().clip(0, 1)).round().astype(np.uint8)
     return Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
 
 
-def outline(tile: Image.Image, front: np.ndarray) -> None:
-    """Draw a border around the foreground cells, and a dot in each."""
+def outline_(tile: Image.Image, front: np.ndarray) -> None:
+    """Draw a border around the foreground cells and a dot in each of them, in place."""
     draw = ImageDraw.Draw(tile)
     side = len(front)
     cell = TILE / side
@@ -210,8 +222,8 @@ def outline(tile: Image.Image, front: np.ndarray) -> None:
                 draw.line((at, start, at, end), fill=FOREGROUND, width=2)
 
 
-def overlaid(image: Image.Image, saliency: Image.Image) -> Image.Image:
-    """The image in gray, with the saliency as a red tint."""
+def overlay_saliency(image: Image.Image, saliency: Image.Image) -> Image.Image:
+    """Return the image in gray with the saliency as a red tint."""
     heat = np.asarray(saliency.resize(image.size, Image.Resampling.BICUBIC), np.float32) / 255
     gray = np.asarray(image.convert("L"), np.float32)[..., None]
     weight = 0.75 * heat[..., None]
@@ -219,10 +231,10 @@ def overlaid(image: Image.Image, saliency: Image.Image) -> Image.Image:
     return Image.fromarray(tinted.round().astype(np.uint8))
 
 
-def letterboxed(
+def letterbox(
     image: Image.Image,
 ) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
-    """The image fitted into a tile, and where a relative (x, y) of it lies there."""
+    """Fit an image into a tile; also return the map from relative (x, y) to pixels of the tile."""
     fitted = fit_into_tile(image)
     left, top = (TILE - fitted.width) // 2, (TILE - fitted.height) // 2
     tile = Image.new("RGB", (TILE, TILE), (228, 228, 224))
@@ -231,7 +243,7 @@ def letterboxed(
 
 
 def read_sample(dataset: ShardDataset, key: str) -> tuple[Image.Image, Image.Image]:
-    """An image as the loader sees it (RGB, oriented) and its stored saliency."""
+    """Read an image as the loader sees it (RGB, oriented) and its stored saliency."""
     row = pc.index(dataset.samples["key"], key).as_py()
     shard = dataset.samples["shard"][row].as_py()
     with (
@@ -244,14 +256,14 @@ def read_sample(dataset: ShardDataset, key: str) -> tuple[Image.Image, Image.Ima
             if member.name.split(".", 1)[0] == key
         }
     saliency = Image.open(io.BytesIO(content.pop(SALIENCY_MEMBER)))
-    with any_size():
+    with without_size_limit():
         image = Image.open(io.BytesIO(next(iter(content.values()))))
         return ImageOps.exif_transpose(image).convert("RGB"), saliency
 
 
 @contextmanager
-def any_size() -> Iterator[None]:
-    """Lift Pillow's limit for pictures of the dataset, which the loader decodes whole anyway."""
+def without_size_limit() -> Iterator[None]:
+    """Lift Pillow's size limit, because the loader decodes the dataset's pictures anyway."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -259,5 +271,6 @@ def any_size() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def shortened(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
+    """Shorten a text to at most `length` characters."""
     return text if len(text) <= length else f"{text[: length - 3]}..."

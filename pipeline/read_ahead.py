@@ -1,4 +1,4 @@
-"""An iterator that works in a thread, a few items ahead of whoever takes them."""
+"""An iterator that prefetches items in a thread."""
 
 import queue
 import threading
@@ -9,20 +9,20 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 BATCHES_AHEAD = 2
-"""Batches that loaders read and have not yet handed to DALI."""
+"""Batches that loaders read ahead of DALI."""
 
 WAIT_SECONDS = 0.1
-"""How often a full queue looks whether anybody still takes from it."""
+"""Seconds between two checks whether the consumer of a full queue still exists."""
 
 
 class ReadAhead(Generic[Item]):
-    """Yields what an iterator yields; an exception of the iterator reaches whoever takes.
+    """Yields the items of an iterator, prefetched in a thread, and raises its exceptions.
 
-    The thread ends with the iterator, on `close`, and when nobody holds this object any more.
+    The thread ends with the iterator, on `close`, and when this object is garbage-collected.
 
     Args:
-        items: is advanced in the thread only.
-        depth: items that are ready and not yet taken, at most.
+        items: an iterator that only the thread advances.
+        depth: maximum number of items that wait to be taken.
     """
 
     def __init__(self, items: Iterator[Item], depth: int) -> None:
@@ -40,7 +40,7 @@ class ReadAhead(Generic[Item]):
     def __next__(self) -> Item:
         item, error = self._queue.get()
         if error is not None:
-            self._queue.put((None, error))  # taking again ends alike
+            self._queue.put((None, error))  # the next call raises it again
             raise error
         return item  # type: ignore[return-value]
 
@@ -51,11 +51,11 @@ class ReadAhead(Generic[Item]):
 
 
 def produce(items: Iterator[Item], ready: queue.Queue, closed: threading.Event) -> None:
-    """Put items into the queue until they end or nobody takes them any more."""
+    """Put items into the queue until they end or the consumer is gone."""
     while not closed.is_set():
         try:
             entry: tuple[Item | None, BaseException | None] = (next(items), None)
-        except BaseException as error:  # StopIteration too: whoever takes gets it
+        except BaseException as error:  # including StopIteration: the consumer raises it
             entry = (None, error)
         while not closed.is_set():
             try:

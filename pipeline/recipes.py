@@ -1,9 +1,9 @@
-"""Named recipes: every number of the views, masks and fills, and no code.
+"""Named recipes: all parameters of the views, masks and fills.
 
 The photometric augmentation is MoCo v2's `--aug-plus` (facebookresearch/moco, main_moco.py). Masks
 and fills are those of the released code of the saliency-guided masking method (WACV 2024; loader.py
 and random_mask_*.py of joycenerd/Saliency-Guided-Masking-for-ConvNets), in the form that its poster
-means; where the two differ, the module that decides says so. Lengths in pixels.
+describes; if the two differ, the module that implements the feature says so. Lengths are in pixels.
 """
 
 import math
@@ -14,7 +14,7 @@ from schemas import UserError
 from schemas.cli import lookup
 
 REFERENCE_CROP = 224
-"""The crop for which the focal windows are given, in pixels."""
+"""Crop size in pixels to which the sizes of the focal windows refer."""
 
 Range = tuple[float, float]
 Branch = Literal["query", "key", "both"]
@@ -25,104 +25,111 @@ VIEW_FIELDS = (
     "jitter_probability", "brightness", "contrast", "saturation", "hue", "grayscale_probability",
     "soft_blur_probability", "soft_blur_sigma",
 )  # fmt: skip
-"""Fields of a recipe that say how views are cut and coloured; the others say how masked."""
+"""Fields of a recipe for crops and photometric augmentation; the others are for masking."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a view is and how it is masked. The defaults are those of `hp`.
+    """Parameters of the views and their masks. The defaults are those of `hp`.
 
     Raises:
-        UserError: a value makes no sense; the message names the field.
+        UserError: a value is invalid; the message names the field.
     """
 
     crop_size: int = REFERENCE_CROP
-    """Side of a view in pixels; a multiple of `grid` where cells are masked. Kernel sizes stay as
-    they are."""
+    """Side of a view in pixels; a multiple of `grid` if cells are masked. Kernel sizes do not scale
+    with it."""
     crop_area: Range = (0.2, 1.0)
-    """Share of the image's area that a crop window covers (MoCo v2)."""
+    """Range of the share of the image's area that a crop covers (MoCo v2)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
-    """Width over height of the window in the image (torchvision's RandomResizedCrop)."""
+    """Range of the width of a crop over its height (torchvision's RandomResizedCrop)."""
     interpolation: Interpolation = "bilinear"
-    """How a crop is resized to the view, antialiased either way (MoCo v2: bilinear; SimCLR,
-    solo-learn and ADIOS: bicubic). The saliency is always resized bilinearly."""
+    """Antialiased interpolation from a crop to its view (MoCo v2: bilinear; SimCLR, solo-learn and
+    ADIOS: bicubic). The saliency is always resized bilinearly."""
     pair: bool = True
-    """Whether an image gives a query and a key; a query alone is for methods with labels."""
+    """Make a query and a key from each image; without it, a query only, for methods with labels."""
     flip_probability: float = 0.5
-    """Of a horizontal flip (MoCo v2)."""
+    """Probability of a horizontal flip (MoCo v2)."""
 
     jitter_probability: float = 0.8
-    """Of brightness, contrast, saturation and hue being changed together (MoCo v2)."""
+    """Probability of color jitter: brightness, contrast, saturation and hue together (MoCo v2)."""
     brightness: float = 0.4
-    """The factor is drawn from 1 - b .. 1 + b (MoCo v2)."""
+    """Strength b of brightness jitter; the factor is drawn from 1 - b .. 1 + b (MoCo v2)."""
     contrast: float = 0.4
-    """As `brightness`, about the view's mean gray (MoCo v2)."""
+    """Strength of contrast jitter, about the view's mean gray (MoCo v2)."""
     saturation: float = 0.4
-    """As `brightness`, about each pixel's gray (MoCo v2)."""
+    """Strength of saturation jitter, about each pixel's gray (MoCo v2)."""
     hue: float = 0.1
-    """The shift is drawn from -h .. h; 1 is a full turn of the colour circle (MoCo v2)."""
+    """Strength h of hue jitter; the shift is drawn from -h .. h, in turns of the color circle (MoCo
+    v2)."""
     grayscale_probability: float = 0.2
-    """MoCo v2."""
+    """Probability of grayscale (MoCo v2)."""
     soft_blur_probability: float = 0.5
-    """Of the photometric Gaussian blur (MoCo v2)."""
+    """Probability of the photometric Gaussian blur (MoCo v2)."""
     soft_blur_sigma: Range = (0.1, 2.0)
-    """Its standard deviation in pixels (MoCo v2: the radius that PIL's GaussianBlur is given)."""
+    """Range of the photometric blur's standard deviation in pixels (MoCo v2: the radius of PIL's
+    GaussianBlur)."""
 
     high_pass: bool = True
-    """Whether the encoder sees x - GaussianBlur(x) in place of x, in every view (loader.py)."""
+    """Feed the encoder x - GaussianBlur(x) instead of x, in every view (loader.py)."""
     high_pass_kernel: int = 11
-    """Width of that blur's window in pixels, odd (loader.py)."""
+    """Kernel size of the high-pass filter's blur in pixels, odd (loader.py)."""
     high_pass_sigma: float = 5.0
-    """Its standard deviation in pixels (loader.py)."""
+    """Standard deviation of the high-pass filter's blur in pixels (loader.py)."""
 
     fill: str = "noise"
-    """What replaces a masked pixel: a name of `pipeline.fills.FILLS`; your own function as
-    `FILE.py:function` or `module:function`; `none` masks nothing."""
+    """Content of masked pixels: noise, blur, mean or another name in `pipeline.fills.FILLS`; a
+    custom function as `FILE.py:function` or `module:function`; or none for no masks."""
     noise_query: float = 0.18
-    """Standard deviation of the noise in query and key, in normalised units (random_mask_hp.py)."""
+    """Standard deviation of the noise in query and key, in normalized units (random_mask_hp.py)."""
     noise_hard_negative: float = 0.14
-    """The same in the hard negative (random_mask_hp.py)."""
+    """Standard deviation of a hard negative's noise, in normalized units (random_mask_hp.py)."""
     blur_kernel: int = 31
-    """Width in pixels of the window of the blur that fills, odd (loader.py)."""
+    """Kernel size in pixels of the blur that fills masked pixels, odd (loader.py)."""
     blur_sigma: float = 10.0
-    """Its standard deviation in pixels (loader.py)."""
+    """Standard deviation in pixels of the blur that fills masked pixels (loader.py)."""
 
     grid: int = 7
-    """Cells along a side of a view: 7 is ResNet-50's last map at 224 pixels (localize.py)."""
+    """Number of mask cells along a side of a view; 7 is ResNet-50's last feature map at 224 pixels
+    (localize.py)."""
     foreground_margin: float = 0.6
-    """A cell is foreground where A >= mean - margin * std (relaxed SCDA; poster, localize.py)."""
+    """Foreground margin: a cell with A >= mean - margin * std is foreground (relaxed SCDA; poster,
+    localize.py)."""
     query_mask: str = "spread"
-    """Where a query is masked: a name of `pipeline.masks.MASKS`, or your own, `FILE.py:function`
+    """Mask of a query: a name in `pipeline.masks.MASKS`, or a custom function as `FILE.py:function`
     or `module:function`."""
     hard_negative_mask: str = "foreground"
-    """Where a hard negative is masked, likewise."""
+    """Mask of a hard negative: a name in `pipeline.masks.MASKS`, or a custom function."""
     branch: Branch = "query"
-    """Which branch gets the query's mask (the poster: the query; its ablation: each)."""
+    """Branch that gets the query's mask (poster: query; its ablation: all three choices)."""
     query_ratio: Range = (0.05, 0.25)
-    """Mask ratio of a query: for `spread`, the share of the cells that is masked (main_moco.py)."""
+    """Range of a query's mask ratio; for `spread`, the share of all cells (main_moco.py)."""
     hard_negatives: int = 1
-    """Hard negatives made of each key (the released README: 1)."""
+    """Number of hard negatives per key (released README: 1)."""
     hard_negative_ratio: Range = (0.4, 0.7)
-    """Mask ratio of a hard negative: for `foreground`, the share of its cells (main_moco.py)."""
+    """Range of a hard negative's mask ratio; for `foreground`, the share of the foreground cells
+    (main_moco.py)."""
     regions: int = 0
-    """Boxes that both views of an image show; with `query_mask` `regions`, the query loses them."""
+    """Number of boxes that both views of an image show; the query mask `regions` fills them."""
     region_extent: Range = (0.3, 0.7)
-    """Share of the views' overlap that a region covers along each axis (ours)."""
+    """Range of the share of the views' overlap that a region covers along each axis (ours)."""
     region_choice: Literal["random", "salient"] = "random"
-    """salient: of `region_candidates` boxes, the one with the most saliency (ours)."""
+    """Choice of regions: random boxes, or the most salient of `region_candidates` boxes (ours)."""
     region_candidates: int = 8
-    """Boxes that a salient region is chosen from (ours)."""
+    """Number of boxes from which a salient region is chosen (ours)."""
     foreground_cap: Range | None = (0.56, 0.55)
-    """(limit, value): where ratio * foreground share reaches the limit, the value stands in its
-    place; none for no cap (random_mask_hp.py)."""
+    """Cap on ratio * foreground share as (limit, value): from the limit on, the value is used
+    instead; none for no cap (random_mask_hp.py)."""
     focal_probability: float = 0.2
-    """Of one window in place of cells (random_mask_hp.py)."""
+    """Probability of one focal window instead of grid cells (random_mask_hp.py)."""
     channel_probability: float = 0.7
-    """Of each channel having cells of its own, given that it is cells (random_mask_hp.py)."""
+    """Probability of separate cells per channel, if grid cells are masked (random_mask_hp.py)."""
     focal_kept: int = 200
-    """Side of the window that a focal query keeps, in pixels of a 224 crop; scaled to others."""
+    """Side of the window that is kept in a focal query, in pixels of a 224-pixel crop; it scales
+    with the crop."""
     focal_filled: int = 130
-    """Side of the window that a focal hard negative loses, likewise (random_mask_hp.py)."""
+    """Side of the window that is filled in a focal hard negative, in pixels of a 224-pixel crop; it
+    scales with the crop (random_mask_hp.py)."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -195,29 +202,30 @@ class Recipe:
 
     @property
     def masks_cells(self) -> bool:
-        """Whether masks or fills are made of cells, so that `grid` must divide the crop."""
+        """Whether masks or fills consist of cells, so that `grid` must divide the crop."""
         if self.fill == "none":
             return False
-        boxes_alone = self.query_mask == "regions" and self.hard_negatives == 0
-        return not boxes_alone or self.fill not in ("mean", "blur")
+        has_only_boxes = self.query_mask == "regions" and self.hard_negatives == 0
+        return not has_only_boxes or self.fill not in ("mean", "blur")
 
     @property
     def cell(self) -> int:
-        """Side of a cell in pixels: 32 at 224."""
+        """Side of a cell in pixels: 32 for a crop of 224."""
         return self.crop_size // self.grid
 
     def focal_side(self, window: int) -> int:
-        """A focal window's side in this recipe's crop: never above the crop, at least one pixel."""
+        """Return the side of a focal window, scaled to this recipe's crop; at least one pixel."""
         return max(1, round(window * self.crop_size / REFERENCE_CROP))
 
 
-def check(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise UserError(f"recipe: {name} is {value}, it must be {wanted}")
+def check(is_valid: bool, name: str, value: object, requirement: str) -> None:
+    """Raise a UserError that names the field and the requirement, unless the value is valid."""
+    if not is_valid:
+        raise UserError(f"recipe: {name} is {value}, it must be {requirement}")
 
 
 HP = Recipe()
-# the same cells in all channels, no windows, no cap
+# with the same cells in all channels, without focal windows or a cap
 MEAN = Recipe(
     high_pass=False,
     fill="mean",
@@ -230,9 +238,10 @@ RECIPES: dict[str, Recipe] = {
     "hp": HP,
     "blur": replace(MEAN, fill="blur"),
     "mean": MEAN,
-    # MSCN-style (Jing et al. 2022 released no code): hp's masks, blind to saliency, on both views
+    # in the style of MSCN (Jing et al. 2022 released no code): hp's masks, but independent of
+    # saliency, on both views
     "mscn": Recipe(query_mask="random", branch="both", hard_negatives=0),
-    # MaskCo (Zhao et al. 2021 released no code): boxes that both views show, lost in the query
+    # MaskCo (Zhao et al. 2021 released no code): boxes that both views show are filled in the query
     "maskco": replace(MEAN, query_mask="regions", regions=2, hard_negatives=0),
     # plain MoCo v2
     "none": Recipe(high_pass=False, fill="none", hard_negatives=0),
@@ -240,5 +249,9 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """A recipe by its name. Raises UserError that suggests the nearest name."""
+    """Return the recipe of this name.
+
+    Raises:
+        UserError: there is no such recipe; the message suggests the nearest name.
+    """
     return lookup("recipe", name, RECIPES)

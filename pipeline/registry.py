@@ -1,4 +1,4 @@
-"""Masks and fills by name; a user's own join them without a change here."""
+"""Look up masks and fills by name; users can register their own."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,11 +10,15 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def register(kind: str, name: str, registry: dict) -> Callable[[Function], Function]:
-    """A decorator that puts a function under `name`. Raises UserError where the name is taken."""
+    """Return a decorator that registers a function as `name`.
+
+    Raises:
+        UserError: the name is taken, is "none" or contains a colon.
+    """
 
     def add(function: Function) -> Function:
         if name in registry or ":" in name or name == "none":
-            raise UserError(f"{kind} {name!r}: the name is taken, or holds a colon")
+            raise UserError(f"{kind} {name!r}: the name is taken or contains a colon")
         registry[name] = function
         return function
 
@@ -22,10 +26,9 @@ def register(kind: str, name: str, registry: dict) -> Callable[[Function], Funct
 
 
 def find(kind: str, name: str, registry: dict[str, Function]) -> Function:
-    """The function of that name; `FILE.py:function` and `module:function` are
-    imported.
+    """Return the function of this name, or import it from `FILE.py:function` or `module:function`.
 
     Raises:
-        UserError: no such name (with the nearest one), module or function.
+        UserError: there is no such name (the message suggests the nearest one), module or function.
     """
     return imported(kind, name) if ":" in name else lookup(kind, name, registry)

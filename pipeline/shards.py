@@ -1,10 +1,9 @@
-"""The encoded bytes of a batch, read from local shards or through the cache of remote ones.
+"""Read the encoded samples of a batch from local shards, or through the cache of remote ones.
 
-Where a sample lies in its tar is in the shard's index; labels, heights and widths are in its
-parquet file. Both are read when a shard is opened, and an open shard stays open while its window
-lasts. Each sample is one `pread`: its image and its map lie side by side. A read holds no lock of
-Python's and no map of the file, so a file that is cut short while it is read is an error and no
-bus error.
+A shard's index has the byte offsets of its samples; its parquet file has labels, heights and
+widths. Both are read when a shard is opened, and a shard stays open for the duration of its window.
+Each sample is one `pread`, because its image and its map are adjacent. Reads hold no Python lock
+and use no memory map, so truncating a file while it is read causes an exception, not a bus error.
 """
 
 import os
@@ -26,18 +25,18 @@ from schemas.shard import BLOCK, INDEX_VERSION
 from schemas.tables import SAMPLES_SCHEMA, from_parquet, shard_name
 
 READERS = 2
-"""Parts of a batch that are read at the same time (ours; bench/loader.py: 1 is 5-15 % slower, 4
-too)."""
+"""Parts of a batch that are read concurrently (ours; in bench/loader.py, 1 is 5-15 % slower,
+and 4 is slower too)."""
 
 COLUMNS = ("label", "height", "width", "image", "image_size", "saliency", "saliency_size")
-"""Of `OpenShard.table`: columns of the parquet file, then byte offset and size of both members."""
+"""Rows of `OpenShard.table`: columns of the parquet file, then offset and size of both members."""
 
 WINDOWS_AHEAD = 3
-"""Windows of shards that a cache is told of: those in use and those that come next."""
+"""Windows of shards that are announced to a cache: the one in use and those that follow."""
 
 
 class ShardSource(Protocol):
-    """Where shards come from: a local folder, or a cache of a remote one.
+    """A source of shards: a local folder, or the cache of a remote one.
 
     Attributes:
         description: one line for the user about where shards are kept; empty for a local dataset.
@@ -47,13 +46,13 @@ class ShardSource(Protocol):
     def description(self) -> str: ...
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Take note of the shards that will be opened next, in this order."""
+        """Prepare for opening these shards, in this order."""
 
     def open(self, shard: int) -> ShardFiles:
-        """Return the files of a shard. Raises UserError that names it."""
+        """Open the files of a shard. Raises a UserError that names the shard."""
 
     def close(self) -> None:
-        """End what works in the background."""
+        """End all background work."""
 
 
 class LocalShards:
@@ -65,7 +64,7 @@ class LocalShards:
         self.folder = Path(dataset.url)
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Do nothing: `open` asks the kernel to read ahead."""
+        """Do nothing, because `open` asks the kernel to read ahead."""
 
     def open(self, shard: int) -> ShardFiles:
         index, table, tar = (self.folder / shard_name(shard, e) for e in ("idx", "parquet", "tar"))
@@ -75,7 +74,7 @@ class LocalShards:
         except OSError as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
             raise UserError(f"{error.filename}: shard {shard}: {reason}") from error
-        # samples of a window are read in a random order: a disk is faster from start to end
+        # samples are read in random order, but a disk is faster from start to end
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
         return ShardFiles(descriptor, *contents)
 
@@ -83,35 +82,35 @@ class LocalShards:
         """Do nothing."""
 
 
-def open_source(dataset: ShardDataset, cache: Cache | None, at_once: int = 1) -> ShardSource:
-    """Return where the shards of a dataset are read from.
+def open_source(dataset: ShardDataset, cache: Cache | None, open_shards: int = 1) -> ShardSource:
+    """Return the source of a dataset's shards.
 
     Args:
-        cache: where the shards of a remote dataset are kept; a local one is read where it is,
-            unless a folder is named.
-        at_once: shards that are open at the same time.
+        cache: cache for the shards of a remote dataset; a local dataset is read in place unless the
+            cache names a folder.
+        open_shards: number of shards that are open at the same time.
 
     Raises:
-        UserError: the cache cannot be used, or is too small for so many shards.
+        UserError: the cache cannot be used, or is too small for that many shards.
     """
     if dataset.store.is_local and (cache is None or cache.folder is None):
         return LocalShards(dataset)
     source = ShardCache(dataset, cache or Cache())
-    source.require(at_once)
+    source.require(open_shards)
     return source
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """N samples as they lie on disk.
+    """N encoded samples.
 
     Attributes:
-        samples: (N,) int64, their numbers in the dataset.
-        images, maps: N files each, (bytes,) uint8: the image and the PNG of its saliency.
-        labels: (N,) int64; -1 for none.
+        samples: (N,) int64, sample numbers in the dataset.
+        images, maps: N files each, (bytes,) uint8: the image, and the PNG of its saliency.
+        labels: (N,) int64; -1 for samples without a label.
         height, width: (N,) int64, pixels of the oriented images.
         keys: N sample keys.
-        shards: locations of the N shards they lie in, without an extension.
+        shards: N locations of the samples' shards, without an extension.
     """
 
     samples: np.ndarray
@@ -125,17 +124,17 @@ class EncodedBatch:
 
 
 class OpenShard:
-    """A shard ready to be read.
+    """An open shard.
 
     Attributes:
-        tar: descriptor of its tar.
-        location: of its files, without an extension.
-        keys: of its samples.
-        names: what the tar header of each sample's image begins with.
+        tar: file descriptor of its tar.
+        location: location of its files, without an extension.
+        keys: keys of its samples.
+        names: first bytes of the tar header of each sample's image.
         table: (len(COLUMNS), samples) int64.
 
     Raises:
-        UserError: tar, index and parquet file do not agree with each other and with `row`.
+        UserError: tar, index and parquet file contradict each other or `row`.
     """
 
     def __init__(self, row: ShardRow, files: ShardFiles, location: str) -> None:
@@ -150,22 +149,24 @@ class OpenShard:
         self.table = np.stack([*columns, *self.parse_index(files.idx).T])
 
     def parse_index(self, index: bytes) -> np.ndarray:
-        """Return (samples, 4) int64: offset and size of each image, offset and size of each map."""
+        """Parse offset and size of each image and of each map: (samples, 4) int64."""
         size, row = os.fstat(self.tar).st_size, self.row
         if size != row.bytes:
-            raise self.wrong("tar", f"it has {size} bytes, the table says {row.bytes}")
+            raise self.build_error("tar", f"it has {size} bytes, the table says {row.bytes}")
         head, *lines = index.decode("ascii", "replace").splitlines() or [""]
         if head != f"{INDEX_VERSION} {row.samples}":
-            raise self.wrong("idx", f"line 1 is {head!r}, not '{INDEX_VERSION} {row.samples}'")
+            raise self.build_error(
+                "idx", f"line 1 is {head!r}, not '{INDEX_VERSION} {row.samples}'"
+            )
         if not len(lines) == len(self.keys) == row.samples:
-            raise self.wrong(
+            raise self.build_error(
                 "idx",
                 f"{len(lines)} samples are listed, {len(self.keys)} in the parquet file and "
                 f"{row.samples} in the table",
             )
-        place = np.empty((row.samples, 4), np.int64)
+        extents = np.empty((row.samples, 4), np.int64)
         for number, (line, key) in enumerate(zip(lines, self.keys, strict=True)):
-            # extension, offset, size, name of each member: first the image, then the map
+            # extension, offset, size and name of each member: first the image, then the map
             words = line.split()
             names = words[3:8:4]
             if (
@@ -173,37 +174,42 @@ class OpenShard:
                 or names[0] != f"{key}.{words[0]}"
                 or names[1:] != [f"{key}.{SALIENCY_MEMBER}"]
             ):
-                raise self.wrong("idx", f"line {number + 2} does not list image and map of {key}")
+                raise self.build_error(
+                    "idx", f"line {number + 2} does not list image and map of {key}"
+                )
             try:
-                place[number] = [int(words[at]) for at in (1, 2, 5, 6)]
+                extents[number] = [int(words[at]) for at in (1, 2, 5, 6)]
             except ValueError as error:
-                raise self.wrong(
-                    "idx", f"line {number + 2} has no number where one is due"
+                raise self.build_error(
+                    "idx", f"line {number + 2} lacks a number for an offset or a size"
                 ) from error
-        end = place[:, 2] + place[:, 3]
-        if ((place[:, 0] < BLOCK) | (place[:, 2] < place[:, 0] + place[:, 1]) | (end > size)).any():
-            raise self.wrong("idx", f"a member is said to lie outside the tar's {size} bytes")
-        return place
+        end = extents[:, 2] + extents[:, 3]
+        if (
+            (extents[:, 0] < BLOCK) | (extents[:, 2] < extents[:, 0] + extents[:, 1]) | (end > size)
+        ).any():
+            raise self.build_error("idx", f"a member lies outside the tar's {size} bytes")
+        return extents
 
     def read(self, index: int, size: int, offset: int) -> bytes:
-        """Read `size` bytes at `offset` of the tar, which begin with the header of sample `index`.
+        """Read `size` bytes at `offset` of the tar, starting with the header of sample `index`.
 
         Raises:
-            UserError: the file was cut short or changed since it was opened.
+            UserError: the file was truncated or changed since it was opened.
         """
         try:
             content = os.pread(self.tar, size, offset)
         except OSError as error:
-            raise self.wrong("tar", f"sample {self.keys[index]}: {error.strerror}") from error
+            raise self.build_error("tar", f"sample {self.keys[index]}: {error.strerror}") from error
         if len(content) == size and content.startswith(self.names[index]):
             return content
         if len(content) < size:
-            raise self.wrong(
+            raise self.build_error(
                 "tar", f"sample {self.keys[index]} is cut short at byte {offset + len(content)}"
             )
-        raise self.wrong("tar", f"sample {self.keys[index]} is not at byte {offset} any more")
+        raise self.build_error("tar", f"sample {self.keys[index]} is not at byte {offset} any more")
 
-    def wrong(self, extension: str, reason: str) -> UserError:
+    def build_error(self, extension: str, reason: str) -> UserError:
+        """Return an error about one of the shard's files."""
         return UserError(f"{self.location}.{extension}: shard {self.row.shard}: {reason}")
 
     def close(self) -> None:
@@ -214,9 +220,9 @@ class ShardReader:
     """Reads the batches of one rank.
 
     Args:
-        source: gives the shards.
-        order: says which samples make a batch and which shards come next.
-        rank, world_size: this process among all.
+        source: opens the shards.
+        order: determines the samples of each batch and the shards that are needed next.
+        rank, world_size: global rank of this process and the number of processes.
     """
 
     def __init__(
@@ -230,7 +236,7 @@ class ShardReader:
         self.dataset, self.source, self.order = dataset, source, order
         self.rank, self.world_size = rank, world_size
         self._open: dict[int, OpenShard] = {}
-        # shards of the windows that the last batch was of, and those with the windows after them
+        # shards of the windows of the last batch, and the same plus those of the following windows
         self._current: set[int] = set()
         self._coming: set[int] = set()
         self._epoch = -1
@@ -240,8 +246,8 @@ class ShardReader:
         """Read a batch.
 
         Raises:
-            UserError: a shard or a sample is not what the tables say; it names both, and how to
-                see all that is wrong.
+            UserError: a shard or a sample does not match the tables; the message names both, and
+                the command that lists all such problems.
         """
         samples = self.order.batch(epoch, step, self.rank, self.world_size)
         numbers, indices = self.order.locate(samples)
@@ -253,8 +259,8 @@ class ShardReader:
             batch = self._read_batch(samples, shards, numbers, indices)
         except UserError as error:
             raise UserError(
-                f"{error}; `python -m schemas verify {self.dataset.url}` shows all that is not as "
-                "it was written"
+                f"{error}; `python -m schemas verify {self.dataset.url}` shows all that has "
+                "changed since it was written"
             ) from error
         for number in self._open.keys() - self._coming:
             self._open.pop(number).close()
@@ -263,13 +269,13 @@ class ShardReader:
     def _read_batch(
         self, samples: np.ndarray, shards: list[OpenShard], numbers: np.ndarray, indices: np.ndarray
     ) -> EncodedBatch:
-        """Read samples that are at places `indices` of `shards`, whose numbers are `numbers`."""
+        """Read the samples at `indices` in `shards`, whose numbers are `numbers`."""
         table = np.empty((len(COLUMNS), len(samples)), np.int64)
         for number, shard in dict(zip(numbers.tolist(), shards, strict=True)).items():
             rows = numbers == number
             table[:, rows] = shard.table[:, indices[rows]]
         label, height, width, image, image_size, saliency, saliency_size = table
-        # the image's tar header comes along: its name shows that the file is still what it was
+        # the image's tar header is read too: its name shows that the file has not changed
         start = image - BLOCK
         size = saliency + saliency_size - start
         extents = list(zip(indices.tolist(), size.tolist(), start.tolist(), strict=True))
@@ -279,7 +285,7 @@ class ShardReader:
             for row in rows.tolist():
                 contents[row] = shards[row].read(*extents[row])
 
-        # samples are numbered in the order of their places: neighbours are read one after the other
+        # samples are numbered in their order on disk: neighbors are read one after the other
         part, *others = np.array_split(np.argsort(samples), READERS)
         pending = [self._pool.submit(read_rows, other) for other in others]
         try:
@@ -287,7 +293,7 @@ class ShardReader:
         finally:
             wait(pending)
         for other in pending:
-            other.result()  # raises what was raised there
+            other.result()  # raises the error of that thread
         return EncodedBatch(
             samples=samples,
             images=[
@@ -306,7 +312,7 @@ class ShardReader:
         )
 
     def _announce(self, needed: Iterable[int], epoch: int, step: int) -> None:
-        """Tell the source which shards come next, if they are others than before."""
+        """Tell the source which shards are needed next, if that has changed."""
         windows = self.order.windows(epoch, step, self.rank, self.world_size)
         ahead = [window.shards.tolist() for window in islice(windows, WINDOWS_AHEAD)]
         coming = list(dict.fromkeys(chain(needed, *ahead)))
@@ -317,7 +323,7 @@ class ShardReader:
         self._current = set(chain(needed, *begun))
 
     def open(self, number: int) -> OpenShard:
-        """Open a shard, or return it where it is open."""
+        """Return a shard, opening it if necessary."""
         if number not in self._open:
             row = self.dataset.shards[number]
             location = self.dataset.store.location(shard_name(row.shard, "")).removesuffix(".")

@@ -1,7 +1,7 @@
-"""How well an epoch is shuffled, in two figures.
+"""Measure how well an epoch is shuffled, by two figures.
 
-Samples were shuffled globally when they were written, so a batch of neighbors on disk is a random
-draw already; what the order of an epoch adds is other neighbors in each epoch.
+Samples are shuffled globally when they are written, so a batch of neighbors on disk is a random
+sample already. The sample order adds different neighbors in each epoch.
 """
 
 from dataclasses import dataclass
@@ -15,56 +15,58 @@ from schemas import ShardDataset, UserError
 
 @dataclass(frozen=True)
 class Quality:
-    """Of an order of samples, visited in batches.
+    """Shuffle quality of an order of samples.
 
     Attributes:
-        classes: different classes in a batch, mean; 0 without labels.
-        entropy: bits, of how far apart on disk two samples are that follow each other, in bins that
-            double in width. 0 where each is followed by its neighbour.
+        classes: mean number of different classes per batch; 0 without labels.
+        entropy: entropy in bits of the distance on disk between consecutive samples, in bins of
+            doubling width. 0 if all samples follow their neighbors on disk.
     """
 
     classes: float
     entropy: float
 
 
-def quality(order: np.ndarray, labels: np.ndarray, batch_size: int) -> Quality:
-    """Figures of an order.
+def measure_quality(order: np.ndarray, labels: np.ndarray, batch_size: int) -> Quality:
+    """Measure the shuffle quality of an order of samples.
 
     Args:
-        order: (N,) rows. labels: of all rows, -1 for none.
+        order: (N,) sample numbers.
+        labels: labels of all samples of the dataset, -1 for none.
+        batch_size: samples per batch.
 
     Raises:
-        UserError: N is below the batch size.
+        UserError: N is below the batch size or below 2.
     """
     if len(order) < max(2, batch_size):
-        raise UserError(f"{len(order)} samples are less than a batch of {batch_size}")
-    whole = len(order) // batch_size * batch_size
-    batches = labels[order][:whole].reshape(-1, batch_size)
-    classes = [len(set(batch) - {-1}) for batch in batches.tolist()]
-    steps = np.abs(np.diff(order))
-    share = np.bincount(np.log2(steps).astype(int)) / len(steps)
+        raise UserError(f"{len(order)} samples are fewer than a batch of {batch_size}")
+    used = len(order) // batch_size * batch_size
+    batches = labels[order][:used].reshape(-1, batch_size)
+    class_counts = [len(set(batch) - {-1}) for batch in batches.tolist()]
+    distances = np.abs(np.diff(order))
+    share = np.bincount(np.log2(distances).astype(int)) / len(distances)
     share = share[share > 0]
-    return Quality(float(np.mean(classes)), float(-(share * np.log2(share)).sum()) + 0.0)
+    return Quality(float(np.mean(class_counts)), float(-(share * np.log2(share)).sum()) + 0.0)
 
 
-def describe(
+def describe_shuffle(
     url: str | Path,
     batch_size: int,
     samples: int,
     seed: int = 0,
     shuffle_shards: int = SHUFFLE_SHARDS,
 ) -> str:
-    """Return the first epoch's figures beside those of a perfect shuffle and of the order on disk.
+    """Compare the first epoch with a perfect shuffle and with the order on disk, as text.
 
     Args:
-        samples: how many of the epoch's first samples are looked at.
+        samples: number of samples to analyze, from the start of the epoch.
     """
     dataset = ShardDataset.open(url)
     labels = dataset.samples["label"].to_numpy()
     sizes = [row.samples for row in dataset.shards]
-    epoch = SampleOrder(sizes, batch_size, seed, shuffle_shards)
-    steps = range(min(epoch.steps, -(-samples // batch_size)))
-    order = np.concatenate([epoch.batch(0, step) for step in steps])[:samples]
+    sample_order = SampleOrder(sizes, batch_size, seed, shuffle_shards)
+    steps = range(min(sample_order.steps, -(-samples // batch_size)))
+    order = np.concatenate([sample_order.batch(0, step) for step in steps])[:samples]
     rows = {
         "an epoch": order,
         "a perfect shuffle": np.random.default_rng(seed).permutation(len(labels))[: len(order)],
@@ -75,7 +77,7 @@ def describe(
         f"windows of {shuffle_shards} shards:"
     ]
     for name, rows_in_order in rows.items():
-        found = quality(rows_in_order, labels, batch_size)
-        classes = f"{found.classes:.1f} classes a batch, " if (labels >= 0).any() else ""
-        lines.append(f"    {name:17}  {classes}{found.entropy:.2f} bits of distance")
+        quality = measure_quality(rows_in_order, labels, batch_size)
+        classes = f"{quality.classes:.1f} classes a batch, " if (labels >= 0).any() else ""
+        lines.append(f"    {name:17}  {classes}{quality.entropy:.2f} bits of distance")
     return "\n".join(lines)

@@ -178,11 +178,11 @@ def test_a_new_list_replaces_the_earlier_one(server: ObjectServer, open_cache: O
     cache = open_cache()
     server.fault = lambda path, before: None if gate.wait(20) else "500"
     cache.prefetch(range(10))
-    wait_until(lambda: server.gets(".idx") == cache_module.FETCHES_AT_A_TIME)
+    wait_until(lambda: server.gets(".idx") == cache_module.CONCURRENT_FETCHES)
     cache.prefetch([11])
     gate.set()
     wait_until(lambda: cache._threads == 0)
-    assert present(cache) == [*range(cache_module.FETCHES_AT_A_TIME), 11]
+    assert present(cache) == [*range(cache_module.CONCURRENT_FETCHES), 11]
 
 
 def test_what_is_there_is_not_fetched_again(server: ObjectServer, open_cache: Open) -> None:
@@ -204,8 +204,8 @@ def test_an_abandoned_cache_ends_its_threads(server: ObjectServer, open_cache: O
     files = cache.open(largest)  # in use: there is no room for another one
     cache.prefetch([shard for shard in range(SHARDS) if shard != largest])
     threads = [thread for thread in threading.enumerate() if thread.name == "fetch"]
-    assert len(threads) == cache_module.FETCHES_AT_A_TIME
-    time.sleep(2 * cache_module.POLL)
+    assert len(threads) == cache_module.CONCURRENT_FETCHES
+    time.sleep(2 * cache_module.POLL_SECONDS)
     assert all(thread.is_alive() for thread in threads)
     del cache
     wait_until(lambda: not any(thread.is_alive() for thread in threads))
@@ -254,7 +254,7 @@ def test_the_one_used_longest_ago_is_evicted_first(open_cache: Open) -> None:
     cache = open_cache()
     for shard in (0, 1, 2, 0):  # 1 is the one used longest ago now
         content(cache, shard)
-    cache.folder.limit = cache.folder.held() + cache.bytes_of(cache.dataset.shards[3]) - 1
+    cache.folder.limit = cache.folder.count_bytes() + cache.bytes_of(cache.dataset.shards[3]) - 1
     content(cache, 3)
     assert present(cache) == [0, 2, 3]
 
@@ -268,7 +268,9 @@ def test_a_shard_that_is_needed_soon_is_evicted_last(open_cache: Open) -> None:
     evicted = []
     for shard in (5, 6, 7, 8, 9):  # each takes the place of one, and then of the one before it
         before = present(cache)
-        cache.folder.limit = cache.folder.held() + cache.bytes_of(cache.dataset.shards[shard]) - 1
+        cache.folder.limit = (
+            cache.folder.count_bytes() + cache.bytes_of(cache.dataset.shards[shard]) - 1
+        )
         os.utime(cache.folder.path(cache.dataset.shards[4].sha256, "tar")) if shard == 5 else None
         os.close(cache.open(shard).tar)
         cache._needed[cache.dataset.shards[shard].sha256] = -1  # needed at once
@@ -281,7 +283,7 @@ def test_prefetching_evicts_nothing_that_is_needed_sooner_or_in_use(open_cache: 
     files = cache.open(0)
     cache.prefetch([1, 2, 3, 4])
     wait_until(lambda: {1, 2} <= set(present(cache)))
-    time.sleep(3 * cache_module.POLL)
+    time.sleep(3 * cache_module.POLL_SECONDS)
     assert present(cache) == [0, 1, 2]
     os.close(files.tar)  # now 0 may go
     wait_until(lambda: 3 in present(cache))
@@ -294,7 +296,7 @@ def test_an_urgent_shard_evicts_even_what_is_in_use_which_stays_readable(
     cache = open_cache(max(sizes(open_cache())))
     with caplog.at_level(logging.WARNING):
         opened = [cache.open(shard) for shard in range(SHARDS)]
-    assert cache.folder.held() <= cache.folder.limit
+    assert cache.folder.count_bytes() <= cache.folder.limit
     assert cache.folder.evicted_in_use > 0
     assert sum("open at once" in record.message for record in caplog.records) == 1
     for row, files in zip(cache.dataset.shards, opened, strict=True):
@@ -369,7 +371,7 @@ def test_an_index_above_what_was_reserved_for_it_is_counted(
     cache = open_cache()
     content(cache, 0)
     row = cache.dataset.shards[0]
-    assert row.bytes < cache.folder.held() == cache.bytes_of(row)
+    assert row.bytes < cache.folder.count_bytes() == cache.bytes_of(row)
 
 
 def test_a_shard_above_the_limit_is_refused(open_cache: Open) -> None:
@@ -437,7 +439,7 @@ def test_a_killed_fetcher_leaves_nothing_that_harms(
     assert exit_status(child) == -signal.SIGKILL
     (folder / f"{'0' * 64}.idx").write_bytes(b"killed while it evicted")
     cache = open_cache()
-    assert cache.folder.held() == 0
+    assert cache.folder.count_bytes() == 0
     assert [path.name for path in folder.iterdir()] == ["lock"]
     content(cache, 0)
     gate.set()
@@ -618,7 +620,7 @@ def test_a_full_disk_is_one_line(open_cache: Open, monkeypatch: pytest.MonkeyPat
         cache.open(0)
     assert "\n" not in str(error.value)
     assert cache.downloader.retries == 0
-    assert cache.folder.held() == 0
+    assert cache.folder.count_bytes() == 0
 
 
 def test_a_damaged_copy_is_fetched_again(open_cache: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -658,7 +660,7 @@ def test_a_folder_on_nfs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/a {tmp_path}/nfs nfs4 rw 0 0\n")
     monkeypatch.setattr(cache_module, "MOUNTS", mounts)
-    with pytest.raises(UserError, match="lies on nfs4, a network file system"):
+    with pytest.raises(UserError, match="is on nfs4, a network file system"):
         open_folder(Cache(tmp_path / "nfs" / "cache", ROOM))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nfs"))
     monkeypatch.setattr(cache_module.tempfile, "tempdir", str(tmp_path))

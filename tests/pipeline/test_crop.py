@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.crop import TRIES, center_windows, draw_windows
+from pipeline.crop import ATTEMPTS, center_windows, draw_windows
 from tests.pipeline.conftest import rng_of, small
 
 TRIALS = 4000
@@ -75,7 +75,7 @@ def test_a_stream_serves_two_views_with_ten_tries_each() -> None:
     draw_windows(square, wide, recipe, rng)
     second = draw_windows(square, square, recipe, rng)
     other = rng_of(5, purpose="crop")
-    other.raw(2 * TRIES + 3)
+    other.draw_words(2 * ATTEMPTS + 3)
     assert np.array_equal(second, draw_windows(square, square, recipe, other))
 
 

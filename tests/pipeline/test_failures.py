@@ -12,7 +12,7 @@ from pipeline.failures import explain
 def test_memory_that_runs_out_is_no_damaged_shard(message: str) -> None:
     line = explain(f"Error in an operator, encountered:\n{message}", "out/d", [])
     assert line.startswith(f"out/d: DALI is out of memory ({message})")
-    assert "copy that shard anew" not in line
+    assert "copy that shard again" not in line
 
 
 def test_a_gpu_that_fails_is_no_damaged_shard() -> None:
@@ -20,11 +20,11 @@ def test_a_gpu_that_fails_is_no_damaged_shard() -> None:
     line = explain(message, "out/d", [])
     assert line.startswith("the GPU fails (CUDA runtime API error cudaErrorIllegalAddress (700): ")
     assert "nvidia-smi" in line
-    assert "copy that shard anew" not in line
+    assert "copy that shard again" not in line
     assert "\n" not in line
 
 
 def test_anything_else_names_the_shard() -> None:
     line = explain("out/d/shards/000001.tar: unexpected end of file", "out/d", [])
     assert line.startswith("out/d: out/d/shards/000001.tar: ")
-    assert "copy that shard anew" in line
+    assert "copy that shard again" in line

@@ -187,7 +187,7 @@ def test_a_sample_looks_the_same_whatever_batch_rank_and_thread_it_is_in(
     """Bit for bit: every view, mask, window and color of 40 samples of the second epoch."""
 
     def epoch(batch_size: int, world_size: int, threads: int) -> dict:
-        monkeypatch.setattr(assemble, "workers", lambda: ThreadPoolExecutor(threads))
+        monkeypatch.setattr(assemble, "get_threads", lambda: ThreadPoolExecutor(threads))
         batches = []
         for rank in range(world_size):
             views = views_of(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.preview import letterboxed, overlaid, write_preview
-from pipeline.sheet import TILE, fit_into_tile
+from pipeline.contact_sheet import TILE, fit_into_tile
+from pipeline.preview import letterbox, overlay_saliency, write_preview
 from schemas import Sample, write_dataset
 from tests.conftest import encode
 from tests.pipeline.conftest import small
@@ -23,12 +23,12 @@ def test_a_picture_of_any_shape_fits_into_a_tile(shape):
     fitted = fit_into_tile(image)
     assert max(fitted.size) == TILE
     assert min(fitted.size) >= 1
-    tile, place_of = letterboxed(image)
+    tile, to_tile = letterbox(image)
     assert tile.size == (TILE, TILE)
     for x, y in ((0, 0), (1, 1), (0.5, 1)):
-        assert all(0 <= place < TILE for place in place_of(x, y))
+        assert all(0 <= place < TILE for place in to_tile(x, y))
     assert (np.asarray(tile) == (9, 99, 9)).all(axis=2).any()
-    assert overlaid(fitted, Image.new("L", (28, 28), 128)).size == fitted.size
+    assert overlay_saliency(fitted, Image.new("L", (28, 28), 128)).size == fitted.size
 
 
 def test_common_shapes_keep_their_aspect_ratio():

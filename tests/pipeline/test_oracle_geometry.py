@@ -112,7 +112,7 @@ def test_photometric_draws_are_torchvisions() -> None:
     from torchvision.transforms import ColorJitter
 
     recipe = RECIPES["hp"]
-    drawn = photometric.draw(TRIALS, recipe, rng_of(TRIALS, purpose="photometric"))
+    drawn = photometric.draw_photometric(TRIALS, recipe, rng_of(TRIALS, purpose="photometric"))
     jittered = drawn.brightness != 1
     assert abs(jittered.double().mean() - 0.8) < BOUND * 0.4
     for coin, probability in ((drawn.gray, 0.2), (drawn.sigma > 0, 0.5)):
@@ -152,7 +152,7 @@ def test_a_draw_without_width_is_that_number() -> None:
     recipe = dataclasses.replace(
         RECIPES["none"], jitter_probability=1.0, brightness=0.0, hue=0.0, soft_blur_sigma=(1.5, 1.5)
     )
-    drawn = photometric.draw(200, recipe, rng_of(200))
+    drawn = photometric.draw_photometric(200, recipe, rng_of(200))
     assert (drawn.brightness == 1).all()
     assert (drawn.hue == 0).all()
     assert set(drawn.sigma.tolist()) == {0.0, 1.5}

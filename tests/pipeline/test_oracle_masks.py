@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline import RECIPES, Recipe
-from pipeline.masks import Masks, Role, draw, foreground
+from pipeline.masks import Masks, Role, draw_masks, find_foreground
 from tests.pipeline import oracle
 from tests.pipeline.conftest import rng_of
 
@@ -47,7 +47,7 @@ def maps(size: int = VIEWS, seed: int = 0) -> torch.Tensor:
 
 def cells_of(masks: Masks, side: int) -> np.ndarray:
     """(N, C, 7, 7) from the pixels, after checking that each cell is one value."""
-    pixels = masks.pixels(slice(None), side).numpy()
+    pixels = masks.to_pixels(slice(None), side).numpy()
     assert set(np.unique(pixels)) <= {0.0, 1.0}
     size, channels = pixels.shape[:2]
     blocks = pixels.reshape(size, channels, 7, side // 7, 7, side // 7)
@@ -57,15 +57,15 @@ def cells_of(masks: Masks, side: int) -> np.ndarray:
 
 def test_foreground_is_the_oracles() -> None:
     saliency = maps()
-    found = foreground(saliency, 0.6).numpy()
+    found = find_foreground(saliency, 0.6).numpy()
     expected = np.stack([oracle.foreground(one) for one in saliency.numpy()])
     assert np.array_equal(found, expected)
     sizes = set(expected.sum((1, 2)).tolist())
     assert {48, 49} <= sizes
     # Cantelli: at most 1 / (1 + 0.6^2) of all values lie below mean - 0.6 std, so 13 never do
     assert min(sizes) >= 13
-    doubled = foreground(saliency.round() * 4 + 64, 0.6)
-    assert torch.equal(doubled, foreground(saliency.round(), 0.6))
+    doubled = find_foreground(saliency.round() * 4 + 64, 0.6)
+    assert torch.equal(doubled, find_foreground(saliency.round(), 0.6))
 
 
 @pytest.mark.parametrize("role", ["query", "hard_negative"])
@@ -73,7 +73,7 @@ def test_foreground_is_the_oracles() -> None:
 def test_counts_follow_the_formula(name: str, role: Role) -> None:
     recipe = dataclasses.replace(RECIPES[name], crop_size=21)
     saliency = maps()
-    drawn = draw(saliency, recipe, role, rng_of(VIEWS))
+    drawn = draw_masks(saliency, recipe, role, rng_of(VIEWS))
     low, high = recipe.query_ratio if role == "query" else recipe.hard_negative_ratio
     assert low <= drawn.ratio.min() < low + 0.01 < high - 0.01 < drawn.ratio.max() <= high
     # the ratio is uniform: Kolmogorov and Smirnov's distance, below one in a million
@@ -109,7 +109,7 @@ def test_counts_at_every_size_of_foreground_and_the_cap() -> None:
         saliency = steps.repeat(20, 1, 1)
         front = (steps[0] >= CELLS - number).numpy()
         for role, hard in (("query", False), ("hard_negative", True)):
-            cells = cells_of(draw(saliency, recipe, role, rng_of(20, number)), 21)  # type: ignore[arg-type]
+            cells = cells_of(draw_masks(saliency, recipe, role, rng_of(20, number)), 21)  # type: ignore[arg-type]
             expected = oracle.counts(ratio, number, CELLS, hard, cap == "h")
             for channel in cells.reshape(-1, 7, 7):
                 assert ((channel & front).sum(), (channel & ~front).sum()) == expected
@@ -125,9 +125,9 @@ def test_cells_are_drawn_uniformly_and_independently() -> None:
     saliency = torch.zeros(trials, 7, 7)
     saliency[:, 2:6, 1:6] = 255  # 20 in front
     recipe = dataclasses.replace(RECIPES["mean"], crop_size=21, query_ratio=(0.25, 0.25))
-    cells = cells_of(draw(saliency, recipe, "query", rng_of(len(saliency))), 21)[:, 0].reshape(
-        trials, -1
-    )
+    cells = cells_of(draw_masks(saliency, recipe, "query", rng_of(len(saliency))), 21)[
+        :, 0
+    ].reshape(trials, -1)
     front = saliency[0].flatten().numpy() > 0
     for group, count in ((front, 5), (~front, 7)):
         inside, size = cells[:, group], int(group.sum())
@@ -145,14 +145,14 @@ def test_cells_are_drawn_uniformly_and_independently() -> None:
 def test_the_mixture_of_mask_types() -> None:
     trials = 20000
     recipe = dataclasses.replace(RECIPES["hp"], crop_size=21, query_ratio=(0.2, 0.2))
-    drawn = draw(torch.rand(trials, 7, 7), recipe, "query", rng_of(trials))
+    drawn = draw_masks(torch.rand(trials, 7, 7), recipe, "query", rng_of(trials))
     uniform(np.array([int(drawn.focal.sum())]), 0.2, trials)
     cells = drawn.cells[~drawn.focal]
     alike = (cells == cells[:, :1]).flatten(1).all(1)
     # two of three channels that draw 9 cells each hardly ever draw the same
     uniform(np.array([int(alike.sum())]), 0.3, len(cells))
     for name in ("blur", "mean"):
-        still = draw(torch.rand(100, 7, 7), RECIPES[name], "query", rng_of(100))
+        still = draw_masks(torch.rand(100, 7, 7), RECIPES[name], "query", rng_of(100))
         assert not still.focal.any()
         assert still.cells.shape[1] == 1
 
@@ -165,8 +165,8 @@ def test_focal_windows(crop: int, kept: int, filled: int) -> None:
     trials = 600
     sides: tuple[tuple[Role, int], ...] = (("query", kept), ("hard_negative", filled))
     for role, side in sides:
-        drawn = draw(torch.rand(trials, 7, 7), recipe, role, rng_of(trials))
-        masked = drawn.pixels(slice(None), crop).bool()
+        drawn = draw_masks(torch.rand(trials, 7, 7), recipe, role, rng_of(trials))
+        masked = drawn.to_pixels(slice(None), crop).bool()
         assert (masked == masked[:, :1]).all()
         window = masked[:, 0] if role == "hard_negative" else ~masked[:, 0]
         rows, columns = window.any(2), window.any(1)
@@ -184,7 +184,9 @@ def test_query_and_hard_negative_are_independent_draws() -> None:
     recipe = dataclasses.replace(RECIPES["mean"], crop_size=7)
     saliency = torch.rand(4000, 7, 7)
     roles: tuple[Role, ...] = ("query", "hard_negative")
-    query, hard = (draw(saliency, recipe, role, rng_of(4000, purpose=role)).ratio for role in roles)
+    query, hard = (
+        draw_masks(saliency, recipe, role, rng_of(4000, purpose=role)).ratio for role in roles
+    )
     assert abs(torch.corrcoef(torch.stack([query, hard]))[0, 1]) < SIGMAS / math.sqrt(4000)
 
 
@@ -195,10 +197,10 @@ def test_masks_for_other_experiments() -> None:
         recipe = dataclasses.replace(
             RECIPES["mean"], crop_size=112, query_mask=name, query_ratio=(0.1, 0.6)
         )
-        drawn = draw(saliency, recipe, "query", rng_of(len(saliency)))
+        drawn = draw_masks(saliency, recipe, "query", rng_of(len(saliency)))
         ratios = drawn.ratio.tolist()
         if name == "block":
-            for pixels, ratio in zip(drawn.pixels(slice(None), 112)[:, 0], ratios, strict=True):
+            for pixels, ratio in zip(drawn.to_pixels(slice(None), 112)[:, 0], ratios, strict=True):
                 rows, columns = pixels.any(1), pixels.any(0)
                 assert torch.equal(pixels.bool(), rows.unsqueeze(1) & columns)
                 # as large as was drawn, but where it would be longer than the view

@@ -154,7 +154,7 @@ def test_the_order_on_disk_has_every_sample_once(world_size: int, batch_size: in
     order = DiskOrder(SIZES, batch_size)
     seen = []
     for rank in range(world_size):
-        first, end = order.part(rank, world_size)
+        first, end = order.find_part(rank, world_size)
         steps = -(-(end - first) // batch_size)
         batches = [order.batch(0, step, rank, world_size) for step in range(steps)]
         seen += np.concatenate(batches).tolist()

@@ -25,10 +25,10 @@ def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, l
     recipe = dataclasses.replace(RECIPES[name], crop_size=crop, query_mask="spread", regions=0)
     rng = rng_of(size, 1)
     image = views(size, recipe)[0].image
-    look = photometric.draw(size, recipe, rng)
+    look = photometric.draw_photometric(size, recipe, rng)
     maskings: list[Masking | None] = [None]
     if recipe.fill != "none":
-        drawn = masks.draw(torch.rand(size, 7, 7), recipe, "query", rng)
+        drawn = masks.draw_masks(torch.rand(size, 7, 7), recipe, "query", rng)
         if recipe.fill == "noise":
             tile = torch.randn(size, 3, recipe.cell, recipe.cell)
             maskings.append(Masking(drawn, 0.18, tile, None))
@@ -42,7 +42,7 @@ def rows_of(masking: Masking | None, rows: slice) -> Masking | None:
     if masking is None:
         return None
     noise = None if masking.noise is None else masking.noise[rows]
-    return dataclasses.replace(masking, masks=masking.masks.of(rows), noise=noise)
+    return dataclasses.replace(masking, masks=masking.masks.select(rows), noise=noise)
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -50,7 +50,9 @@ def test_the_fused_function_equals_the_operators(name: str) -> None:
     image, look, maskings, recipe = parts(name, 24, 56)
     expected = make_views(image, look, maskings, recipe)
     chain = fused.build_chain(recipe)
-    found = chain(image, fused.pack(look, recipe), [pixels.cover(one) for one in maskings])
+    found = chain(
+        image, fused.pack_parameters(look, recipe), [pixels.build_cover(one) for one in maskings]
+    )
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() < TOLERANCE
         assert one.is_contiguous(memory_format=torch.channels_last)
@@ -62,7 +64,9 @@ def test_the_compiled_function_equals_the_operators() -> None:
     image, look, maskings, recipe = parts("hp", 8, 56)
     expected = make_views(image, look, maskings, recipe)
     chain = torch.compile(fused.build_chain(recipe), fullgraph=True, dynamic=False)
-    found = chain(image, fused.pack(look, recipe), [pixels.cover(one) for one in maskings])
+    found = chain(
+        image, fused.pack_parameters(look, recipe), [pixels.build_cover(one) for one in maskings]
+    )
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() < TOLERANCE
 
@@ -76,7 +80,7 @@ def test_no_batch_and_no_number_of_threads_changes_a_view(name: str, crop: int) 
         for start in range(0, 12, size):
             rows = slice(start, start + size)
             own = [rows_of(one, rows) for one in maskings]
-            found = make_views(image[rows], look.of(rows), own, recipe)
+            found = make_views(image[rows], look.select(rows), own, recipe)
             for one, other in zip(found, expected, strict=True):
                 assert torch.equal(one, other[rows]), (size, start)
 
@@ -110,7 +114,7 @@ def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.Mon
     expected = make_views(image, look, maskings, recipe)
     device = torch.device("cuda", torch.cuda.current_device())
     if not compiles:
-        monkeypatch.setattr(compiling, "why_not_compiled", lambda _: "the test says so")
+        monkeypatch.setattr(compiling, "explain_missing_compiler", lambda _: "the test says so")
     moved = []
     for one in maskings:
         if one is None:
@@ -126,5 +130,7 @@ def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.Mon
     found = make_views(image.to(device), look, moved, recipe)
     for one, other in zip(found, expected, strict=True):
         assert (one.cpu() - other).abs().max() < 2e-5  # sums in another order
-    if compiles and compiling.why_not_compiled(device) is None:
-        assert pixels.compiled_chain(recipe)._compiled is not None, "compiling failed: see the log"
+    if compiles and compiling.explain_missing_compiler(device) is None:
+        assert pixels.get_compiled_chain(recipe)._compiled is not None, (
+            "compiling failed: see the log"
+        )

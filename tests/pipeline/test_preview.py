@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from pipeline import __main__ as command
+from pipeline.contact_sheet import KEY, QUERY
 from pipeline.preview import FOREGROUND, outline, view_tile
-from pipeline.sheet import KEY, QUERY
 from schemas import ShardDataset, UserError
 from schemas.cli import run
 from tests.browser import shown

@@ -109,7 +109,7 @@ def test_the_query_loses_its_regions_and_the_key_nothing(tmp_path):
 def drawn(query, key, saliency=None, **changes):
     recipe = small("maskco", **changes)
     windows = (torch.tensor(window).repeat(64, 1) for window in (query, key))
-    return regions.draw(*windows, saliency, recipe, rng_of(64)), recipe
+    return regions.draw_regions(*windows, saliency, recipe, rng_of(64)), recipe
 
 
 def test_views_without_a_common_part_have_no_region():

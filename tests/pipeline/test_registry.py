@@ -94,4 +94,4 @@ def test_an_unknown_name_is_refused_before_anything_is_read(
 
 def test_a_taken_name_is_refused() -> None:
     with pytest.raises(UserError, match="taken"):
-        masks.mask("spread")(masks.spread)
+        masks.mask("spread")(masks.mask_evenly)

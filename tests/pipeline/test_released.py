@@ -9,8 +9,8 @@ import torch
 
 from pipeline import RECIPES
 from pipeline.fills import FILLS
-from pipeline.masks import MASKS, Role, draw
-from pipeline.released import released_foreground
+from pipeline.masks import MASKS, Role, draw_masks
+from pipeline.released import find_released_foreground
 from tests.pipeline.conftest import rng_of
 
 CELLS = 49
@@ -55,7 +55,7 @@ def maps() -> torch.Tensor:
 
 def test_foreground_is_that_of_sorted_rows() -> None:
     saliency = maps()
-    found = released_foreground(saliency, 0.6).numpy()
+    found = find_released_foreground(saliency, 0.6).numpy()
     for view, cells in zip(saliency.numpy(), found, strict=True):
         assert np.flatnonzero(cells).tolist() == localize(view)
         by_row = cells.reshape(7, 7)
@@ -66,7 +66,7 @@ def test_foreground_is_that_of_sorted_rows() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_are_the_released_codes(name: str, role: Role) -> None:
     recipe, saliency, hard = RECIPES[name], maps(), role == "hard_negative"
-    drawn = draw(saliency, recipe, role, rng_of(len(saliency)))
+    drawn = draw_masks(saliency, recipe, role, rng_of(len(saliency)))
     seen = set()
     for view, ratio, channels in zip(
         saliency.numpy(), drawn.ratio.tolist(), drawn.cells.numpy(), strict=True

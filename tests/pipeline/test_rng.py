@@ -26,7 +26,7 @@ def test_a_stream_is_numpys_philox() -> None:
             )
             expected = bits.random_raw(200)
             own = rng(sample, seed, epoch, purpose, copy)
-            parts = [own.raw(count)[0] for count in (1, 2, 61, 0, 70, 66)]
+            parts = [own.draw_words(count)[0] for count in (1, 2, 61, 0, 70, 66)]
             assert np.array_equal(np.concatenate(parts), expected)
 
 
@@ -45,7 +45,7 @@ def test_numbers_depend_on_nothing_but_their_own_stream() -> None:
 def test_every_stream_is_another_one() -> None:
     choices = itertools.product((0, 1), (0, 1), (0, 1), PURPOSES, (0, 1))
     streams = {
-        tuple(rng(sample, seed, epoch, purpose, copy).raw(4)[0].tolist())
+        tuple(rng(sample, seed, epoch, purpose, copy).draw_words(4)[0].tolist())
         for sample, seed, epoch, purpose, copy in choices
     }
     assert len(streams) == 16 * len(PURPOSES)
@@ -93,7 +93,7 @@ def test_normal_numbers_have_the_moments_of_a_normal() -> None:
 def test_normal_numbers_are_the_quantiles_of_their_bits() -> None:
     from scipy.special import ndtri
 
-    words = rng().raw(8).astype("<u8")
+    words = rng().draw_words(8).astype("<u8")
     whole = words.view("<i4").astype(np.int64) >> 8
     expected = ndtri((whole + 2**23 + 0.5) / 2**24)
     np.testing.assert_allclose(rng().normal(1, 16).numpy(), expected, rtol=2e-5, atol=2e-6)

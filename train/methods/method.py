@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline import Recipe
-from pipeline.preview import sheet_of_fed
+from pipeline.preview import draw_batch_sheet
 from schemas import UserError
 from train.encoders import Stem
 
@@ -129,7 +129,7 @@ class Method(nn.Module, ABC):
 
     def sheet(self, batch: Any, recipe: Recipe) -> Image.Image | None:
         """Return a contact sheet of the batch, or None."""
-        return sheet_of_fed(batch, recipe, self.shown(batch))
+        return draw_batch_sheet(batch, recipe, self.shown(batch))
 
     def notes(self, samples: int) -> list[str]:
         """Return notes on these settings with `samples` images, one line each."""

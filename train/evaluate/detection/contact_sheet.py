@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from pipeline.sheet import TILE, Tile, fit_into_tile, page, png
+from pipeline.contact_sheet import TILE, Tile, draw_png, fit_into_tile, render_html
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.loader import decode_masks
 from train.evaluate.detection.metric import Detection
@@ -45,8 +45,8 @@ def write_sheet(folder: Path, data: Pictures, detections: list[Detection]) -> No
         )
     if rows:
         title, note = f"Detections: {data.name}", "The first pictures of the test set."
-        png(title, note, rows).save(folder / "detections.png")
-        (folder / "detections.html").write_text(page(title, note, rows))
+        draw_png(title, note, rows).save(folder / "detections.png")
+        (folder / "detections.html").write_text(render_html(title, note, rows))
 
 
 def list_annotated(picture: Picture, data: Pictures) -> list[DrawnObject]:

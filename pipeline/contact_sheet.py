@@ -1,4 +1,4 @@
-"""Rows of captioned pictures as one PNG and as one HTML page that needs no other file."""
+"""Contact sheets: rows of captioned pictures, as a PNG or as a self-contained HTML page."""
 
 import base64
 import html
@@ -12,7 +12,7 @@ GAP = 12
 CAPTION = 22
 HEADER = 76
 PAPER, INK, FAINT = (250, 250, 248), (30, 30, 30), (120, 120, 120)
-QUERY, KEY = (0, 114, 178), (213, 94, 0)  # told apart by the colour-blind as well (Okabe and Ito)
+QUERY, KEY = (0, 114, 178), (213, 94, 0)  # safe for color-blind readers (Okabe and Ito)
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; background: #fafaf8; color: #1e1e1e }
@@ -28,7 +28,14 @@ figcaption { font-size: 0.8rem; overflow-wrap: anywhere } figcaption b { font-we
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture, TILE pixels square: what it is (its column), its caption, and its branch."""
+    """One picture of a contact sheet.
+
+    Attributes:
+        column: heading of the column.
+        picture: image of TILE x TILE pixels.
+        caption: text below the picture.
+        branch: "query" or "key" colors the heading; empty for neither.
+    """
 
     column: str
     picture: Image.Image
@@ -37,38 +44,38 @@ class Tile:
 
 
 def fit_into_tile(image: Image.Image) -> Image.Image:
-    """The image resized so that its longer side is a tile's; the other is at least one pixel."""
+    """Resize an image so that its longer side is TILE pixels; the other is at least one pixel."""
     scale = TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def png(title: str, note: str, rows: list[list[Tile]]) -> Image.Image:
-    """All rows on one sheet, each column under its name."""
+def draw_png(title: str, note: str, rows: list[list[Tile]]) -> Image.Image:
+    """Draw all rows on one sheet, each column below its heading."""
     width = GAP + len(rows[0]) * (TILE + GAP)
     sheet = Image.new("RGB", (width, HEADER + len(rows) * (TILE + CAPTION + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 8), title, fill=INK, font=font(16))
-    draw.text((GAP, 29), note, fill=FAINT, font=font(13))
+    draw.text((GAP, 8), title, fill=INK, font=load_font(16))
+    draw.text((GAP, 29), note, fill=FAINT, font=load_font(13))
     for column, tile in enumerate(rows[0]):
-        colour = {"query": QUERY, "key": KEY}.get(tile.branch, FAINT)
-        draw.text((GAP + column * (TILE + GAP), 50), tile.column, fill=colour, font=font(13))
+        color = {"query": QUERY, "key": KEY}.get(tile.branch, FAINT)
+        draw.text((GAP + column * (TILE + GAP), 50), tile.column, fill=color, font=load_font(13))
     for row, tiles in enumerate(rows):
         top = HEADER + row * (TILE + CAPTION + GAP)
         for column, tile in enumerate(tiles):
             left = GAP + column * (TILE + GAP)
             sheet.paste(tile.picture, (left, top))
-            draw.text((left, top + TILE + 3), tile.caption, fill=INK, font=font(13))
+            draw.text((left, top + TILE + 3), tile.caption, fill=INK, font=load_font(13))
     return sheet
 
 
-def page(title: str, note: str, rows: list[list[Tile]]) -> str:
-    """The same as HTML, every picture inside it; as many in a line as the window has room for."""
+def render_html(title: str, note: str, rows: list[list[Tile]]) -> str:
+    """Return the sheet as HTML with embedded pictures, which wrap at the width of the window."""
     sections = []
     for tiles in rows:
         figures = [
             f'<figure class="{tile.branch}"><img alt="{html.escape(tile.column)}" '
-            f'src="data:image/png;base64,{encoded(tile.picture)}">'
+            f'src="data:image/png;base64,{encode_png(tile.picture)}">'
             f"<figcaption><b>{html.escape(tile.column)}</b><br>{html.escape(tile.caption)}"
             "</figcaption></figure>"
             for tile in tiles
@@ -84,11 +91,13 @@ def page(title: str, note: str, rows: list[list[Tile]]) -> str:
     )
 
 
-def encoded(picture: Image.Image) -> str:
+def encode_png(picture: Image.Image) -> str:
+    """Return an image as a base64-encoded PNG."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Load Pillow's default font."""
     return ImageFont.load_default(size)
