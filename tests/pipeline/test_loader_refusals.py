@@ -129,7 +129,7 @@ def test_other_mistakes_are_refused(
     [
         ({"seed": -1}, "seed is at least 0"),
         ({"shuffle_shards": 0}, "shuffle_shards 0"),
-        ({"streams": 3}, "16 samples cannot take equally many from 3 streams"),
+        ({"streams": 3}, "16 samples cannot be shared equally by 3 streams"),
         ({"world_size": 8, "batch_size": 3, "streams": 3}, "8 ranks cannot share 3 streams"),
     ],
 )
