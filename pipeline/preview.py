@@ -182,7 +182,7 @@ def draw_crop(batch: Batch, branch: str, row: int, recipe: Recipe) -> tuple[Imag
     if not uses_saliency(recipe):
         return tile, ""
     saliency = getattr(batch, f"{branch}_saliency")[row]
-    front = masks.foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0].cpu().numpy()
+    front = masks.find_foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0].cpu().numpy()
     outline_(tile, front)
     return tile, f"foreground {front.sum()} of {front.size} cells"
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline import __main__ as command
 from pipeline.contact_sheet import KEY, QUERY
-from pipeline.preview import FOREGROUND, outline, view_tile
+from pipeline.preview import FOREGROUND, draw_view, outline_
 from schemas import ShardDataset, UserError
 from schemas.cli import run
 from tests.browser import shown
@@ -79,7 +79,7 @@ def test_the_outline_runs_around_the_foreground() -> None:
     tile = Image.new("RGB", (224, 224))
     front = np.zeros((7, 7), bool)
     front[2, 3] = True
-    outline(tile, front)
+    outline_(tile, front)
     rows, columns = (np.asarray(tile) == FOREGROUND).all(-1).nonzero()
     # cell (2, 3) spans rows 64 .. 96 and columns 96 .. 128; lines are two pixels wide
     assert (rows.min(), rows.max()) == pytest.approx((64, 96), abs=2)
@@ -87,7 +87,7 @@ def test_the_outline_runs_around_the_foreground() -> None:
 
 
 def test_a_high_pass_view_is_shown_about_middle_gray() -> None:
-    tile = view_tile(torch.zeros(3, 56, 56), small("mscn"))
+    tile = draw_view(torch.zeros(3, 56, 56), small("mscn"))
     assert np.unique(np.asarray(tile)).tolist() == [128]
 
 

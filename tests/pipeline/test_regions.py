@@ -116,7 +116,7 @@ def test_views_without_a_common_part_have_no_region():
     found, recipe = drawn([0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0])
     assert not found.valid.any()
     assert (found.query == torch.tensor([0.0, 0.0, CROP, CROP])).all()
-    assert not found.masks(recipe.crop_size).cells.any()
+    assert not found.to_masks(recipe.crop_size).cells.any()
 
 
 def test_regions_have_at_least_a_cell_and_stay_in_both_views():
