@@ -1,4 +1,4 @@
-"""The loader's checks on a device (`bench.gpu_loader`): on a GPU where there is one, else a CPU."""
+"""The loader's device checks (`bench.gpu_loader`), on a GPU if there is one, else on a CPU."""
 
 from dataclasses import replace
 

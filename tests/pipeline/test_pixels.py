@@ -1,4 +1,4 @@
-"""One function of all pixels against PyTorch's own operators, and views that no batch changes."""
+"""The compiled function equals PyTorch's operators, and views do not depend on their batch."""
 
 import dataclasses
 import shutil
@@ -14,14 +14,14 @@ from tests.pipeline.conftest import rng_of
 from tests.pipeline.test_oracle_pixels import views
 
 TOLERANCE = 1.3e-5
-"""In normalized units, which are 0.22 to 0.23 of the range 0 .. 1: 3e-6 of it."""
+"""Tolerance in normalized units, which are 0.22 to 0.23 of the range 0 .. 1: 3e-6 of that range."""
 
 
 FUSED = [name for name, recipe in RECIPES.items() if recipe.fill in (*fused.FUSED_FILLS, "none")]
 
 
 def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, list, Recipe]:
-    """Images, photometric parameters, two maskings (none and one) and the recipe."""
+    """Return images, photometric parameters, two maskings (the first is None) and the recipe."""
     recipe = dataclasses.replace(RECIPES[name], crop_size=crop, query_mask="spread", regions=0)
     rng = rng_of(size, 1)
     image = views(size, recipe)[0].image
@@ -71,7 +71,7 @@ def test_the_compiled_function_equals_the_operators() -> None:
         assert (one - other).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("crop", [56, 84])  # 84: a view does not fill whole vector registers
+@pytest.mark.parametrize("crop", [56, 84])  # 84: a view does not fill all vector registers
 @pytest.mark.parametrize("name", ["hp", "blur", "mean"])
 def test_no_batch_and_no_number_of_threads_changes_a_view(name: str, crop: int) -> None:
     image, look, maskings, recipe = parts(name, 12, crop)
@@ -129,7 +129,7 @@ def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.Mon
         moved.append(dataclasses.replace(one, masks=on_gpu, noise=noise))
     found = make_views(image.to(device), look, moved, recipe)
     for one, other in zip(found, expected, strict=True):
-        assert (one.cpu() - other).abs().max() < 2e-5  # sums in another order
+        assert (one.cpu() - other).abs().max() < 2e-5  # sums have another order
     if compiles and compiling.explain_missing_compiler(device) is None:
         assert pixels.get_compiled_chain(recipe)._compiled is not None, (
             "compiling failed: see the log"

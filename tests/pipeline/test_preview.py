@@ -24,7 +24,7 @@ def preview(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def colours(path: Path) -> set[tuple[int, ...]]:
-    """Colors that lines are drawn in: a picture has one of them in a few pixels by chance."""
+    """Return the colors of more than 50 pixels: those of lines, not of pictures by chance."""
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     values, counts = np.unique(pixels, axis=0, return_counts=True)
     return set(map(tuple, values[counts > 50].tolist()))
@@ -81,7 +81,7 @@ def test_the_outline_runs_around_the_foreground() -> None:
     front[2, 3] = True
     outline_(tile, front)
     rows, columns = (np.asarray(tile) == FOREGROUND).all(-1).nonzero()
-    # cell (2, 3) spans rows 64 .. 96 and columns 96 .. 128; lines are two pixels wide
+    # cell (2, 3) covers rows 64 .. 96 and columns 96 .. 128; lines are two pixels wide
     assert (rows.min(), rows.max()) == pytest.approx((64, 96), abs=2)
     assert (columns.min(), columns.max()) == pytest.approx((96, 128), abs=2)
 

@@ -1,4 +1,4 @@
-"""Regions: painted into the images, they are found again in both views, at the reported boxes."""
+"""Regions that are painted into the images appear in both views at the reported boxes."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ COUNT = 24
 
 
 def sample_of(index: int, pixels: np.ndarray) -> Sample:
-    """The pixels as a viewer shows them, stored under one of the eight orientations."""
+    """Return a sample whose file has one of the eight orientations and shows these pixels."""
     saliency = np.random.default_rng(index).random((28, 28), dtype=np.float32)
     return Sample(
         key=f"key-{index:03d}",
@@ -40,7 +40,7 @@ def views_of(folder, pictures, **changes):
 
 
 def in_image(box, window):
-    """A view's box as shares of the image: (x0, y0, x1, y1), sorted."""
+    """Map a view's box to fractions of the image: (x0, y0, x1, y1), sorted."""
     y0, x0, y1, x1 = window.tolist()
     across = sorted(x0 + x / CROP * (x1 - x0) for x in (box[0].item(), box[2].item()))
     down = [y0 + y / CROP * (y1 - y0) for y in (box[1].item(), box[3].item())]
@@ -89,7 +89,7 @@ def test_a_painted_region_is_where_both_views_say(tmp_path):
                 found_columns.nonzero().max().item() + 1,
                 found_rows.nonzero().max().item() + 1,
             ]
-            # an image's pixel is up to half a view's pixel, and paint ends at whole ones
+            # image pixels are up to half a view pixel, and painted boxes end at full pixels
             assert np.abs(np.subtract(found, box)).max() < 1.6, (row, name)
 
 
@@ -120,7 +120,7 @@ def test_views_without_a_common_part_have_no_region():
 
 
 def test_regions_have_at_least_a_cell_and_stay_in_both_views():
-    """An overlap of just more than one cell of the wider view."""
+    """Test an overlap of slightly more than one cell of the wider view."""
     found, _ = drawn([0.0, 0.0, 0.6, 0.6], [0.5, 0.9, 1.0, 0.48])
     assert found.valid.all()
     for boxes in (found.query, found.key):
@@ -132,7 +132,7 @@ def test_regions_have_at_least_a_cell_and_stay_in_both_views():
 
 def test_salient_regions_lie_where_the_saliency_is():
     saliency = torch.zeros(64, 7, 7)
-    saliency[:, 1, 5] = 1.0  # its middle at (x, y) = (5.5, 1.5) cells
+    saliency[:, 1, 5] = 1.0  # its center is at (x, y) = (5.5, 1.5) cells
     window = [0.0, 0.0, 1.0, 1.0]
 
     def covers(choice):
