@@ -77,8 +77,8 @@ def content(cache: ShardCache, shard: int) -> bytes:
     finally:
         os.close(files.tar)
     read = cache.dataset.store.read
-    found = (tar, files.idx, files.parquet)
-    assert found == tuple(read(shard_name(shard, name)) for name in ("tar", "idx", "parquet"))
+    actual = (tar, files.idx, files.parquet)
+    assert actual == tuple(read(shard_name(shard, name)) for name in ("tar", "idx", "parquet"))
     return tar
 
 

@@ -56,9 +56,9 @@ def test_windows_are_distributed_as_torchvisions(
         assert np.abs(shares[0] - shares[1]).max() < 2.7 * (2 / TRIALS) ** 0.5, column
     for one, other in ((2, 3), (0, 2), (1, 3), (0, 1)):
         # and the correlation of two of its numbers
-        found = [np.mean(s[:, one] * s[:, other] * 1.0) for s in (ours, reference)]
+        actual = [np.mean(s[:, one] * s[:, other] * 1.0) for s in (ours, reference)]
         spread = np.std(reference[:, one] * reference[:, other] * 1.0) * (2 / TRIALS) ** 0.5
-        assert abs(found[0] - found[1]) <= 5.5 * spread + 1e-9
+        assert abs(actual[0] - actual[1]) <= 5.5 * spread + 1e-9
 
 
 def test_a_very_wide_image_is_cut_at_its_center() -> None:

@@ -161,20 +161,20 @@ def test_ranks_share_an_epoch_evenly(
 
 def by_sample(batches: list[Batch]) -> dict[str, dict[str, torch.Tensor]]:
     """Return all views and parameters of each sample, by its key."""
-    found = {}
+    actual = {}
     for batch in batches:
         assert batch.sample_keys is not None
         size = len(batch.sample_keys)
         for row, key in enumerate(batch.sample_keys):
-            found[key] = {
+            actual[key] = {
                 field.name: getattr(batch, field.name)[row::size]
                 for field in dataclasses.fields(Batch)
                 if isinstance(getattr(batch, field.name), torch.Tensor)
             }
             for name in ("query_photometric", "key_photometric"):
                 drawn = dataclasses.asdict(getattr(batch, name))
-                found[key] |= {f"{name}.{k}": value[row] for k, value in drawn.items()}
-    return found
+                actual[key] |= {f"{name}.{k}": value[row] for k, value in drawn.items()}
+    return actual
 
 
 ALL = ("masks", "saliency", "windows", "crops", "photometric", "keys")

@@ -27,14 +27,14 @@ SIGMAS = 5.5
 def maps(size: int = VIEWS, seed: int = 0) -> torch.Tensor:
     """Return saliency maps: noise, blobs, constants, and two levels (1, 2, 3 or 48 high cells)."""
     random = np.random.default_rng(seed)
-    found = random.random((size, 7, 7)) * 255
+    saliency = random.random((size, 7, 7)) * 255
     rows, columns = np.mgrid[:7, :7]
     for index in range(0, size, 3):
         y, x, width = *random.uniform(0, 7, 2), random.uniform(0.5, 4)
-        found[index] = 255 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / width**2)
+        saliency[index] = 255 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / width**2)
     cells = random.permuted(np.tile(np.arange(CELLS), (size, 1)), axis=1)
     for index in range(0, size, 10):
-        flat = found[index].reshape(-1)
+        flat = saliency[index].reshape(-1)
         kind = index // 10 % 5
         if kind == 0:
             flat[:] = 77.0  # all 49 are foreground
@@ -42,7 +42,7 @@ def maps(size: int = VIEWS, seed: int = 0) -> torch.Tensor:
             high = {1: 1, 2: 2, 3: 48, 4: 3}[kind]
             flat[:] = 0
             flat[cells[index, :high]] = 255
-    return torch.from_numpy(found.astype(np.float32))
+    return torch.from_numpy(saliency.astype(np.float32))
 
 
 def cells_of(masks: Masks, side: int) -> np.ndarray:
@@ -57,9 +57,9 @@ def cells_of(masks: Masks, side: int) -> np.ndarray:
 
 def test_foreground_is_the_oracles() -> None:
     saliency = maps()
-    found = find_foreground(saliency, 0.6).numpy()
+    actual = find_foreground(saliency, 0.6).numpy()
     expected = np.stack([oracle.foreground(one) for one in saliency.numpy()])
-    assert np.array_equal(found, expected)
+    assert np.array_equal(actual, expected)
     sizes = set(expected.sum((1, 2)).tolist())
     assert {48, 49} <= sizes
     # Cantelli: at most 1 / (1 + 0.6^2) of all values are below mean - 0.6 std, so 13 never are

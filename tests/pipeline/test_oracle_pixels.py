@@ -24,7 +24,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 def views(size: int, recipe: Recipe, device: str = "cpu", seed: int = 0) -> list[View]:
     """Return query and key of `size` samples: coarse colors and fine noise, some gray or black."""
     random = np.random.default_rng(seed)
-    side, found = recipe.crop_size, []
+    side, pair = recipe.crop_size, []
     for _ in range(2):
         coarse = random.integers(0, 256, (size, 7, 7, 3)).repeat(side // 7, 1).repeat(side // 7, 2)
         pixels = np.clip(coarse + random.normal(0, 30, coarse.shape), 0, 255).astype(np.uint8)
@@ -33,8 +33,8 @@ def views(size: int, recipe: Recipe, device: str = "cpu", seed: int = 0) -> list
         pixels[2, : side // 2] = (255, 0, 0)
         image = torch.from_numpy(pixels).to(device)
         saliency = torch.from_numpy(random.random((size, 7, 7), np.float32)).to(device)
-        found.append(View(image, saliency, torch.zeros(size, 4)))
-    return found
+        pair.append(View(image, saliency, torch.zeros(size, 4)))
+    return pair
 
 
 def step(recipe: Recipe, size: int, device: str = "cpu", seed: int = 0) -> tuple[list[View], dict]:
@@ -56,11 +56,11 @@ def assert_as_the_oracle_has_it(pair: list[View], fields: dict[str, Any], recipe
             oracle.encoder_view(view.image[index].cpu().numpy(), look, index, recipe.high_pass)
             for view, look in zip(pair, looks, strict=True)
         )
-        found = [("query", index, query), ("key", index, key)]
-        found += [
+        actual = [("query", index, query), ("key", index, key)]
+        actual += [
             ("hard_negative", number * size + index, key) for number in range(recipe.hard_negatives)
         ]
-        for name, row, view in found:
+        for name, row, view in actual:
             mask = fields.get(f"{name}_mask")
             if mask is not None:
                 fill = recipe.fill.removesuffix("-released")

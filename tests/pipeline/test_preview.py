@@ -37,9 +37,9 @@ def test_a_sheet_is_written(
     out = tmp_path / "sheet.png"
     arguments = ["--data", dataset.url, "--recipe", recipe, "--out", str(out)]
     assert preview(monkeypatch, *arguments, "--samples", "3", "--crop-size", "56") == 0
-    found = colours(out)
-    assert {QUERY, KEY} <= found
-    assert (FOREGROUND in found) == (recipe == "hp")
+    actual = colours(out)
+    assert {QUERY, KEY} <= actual
+    assert (FOREGROUND in actual) == (recipe == "hp")
     page = out.with_suffix(".html").read_text()
     assert page.count("<section>") == 3
     assert page.count("data:image/png;base64,") == 3 * (7 if recipe == "hp" else 6)

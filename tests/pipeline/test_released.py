@@ -44,19 +44,19 @@ def released_counts(front: int, ratio: float, hard: bool, cap: bool) -> tuple[in
 def maps() -> torch.Tensor:
     """Return maps with each background size from 0 to 12, and random maps."""
     random = np.random.default_rng(0)
-    found = []
+    saliency = []
     for low, _ in itertools.product(range(13), range(60)):
         flat = random.uniform(200, 255, CELLS)
         flat[random.permutation(CELLS)[:low]] = random.uniform(0, 10, low)
-        found.append(flat.reshape(7, 7))
-    found += list(random.uniform(0, 255, (400, 7, 7)))
-    return torch.from_numpy(np.stack(found).astype(np.float32))
+        saliency.append(flat.reshape(7, 7))
+    saliency += list(random.uniform(0, 255, (400, 7, 7)))
+    return torch.from_numpy(np.stack(saliency).astype(np.float32))
 
 
 def test_foreground_is_that_of_sorted_rows() -> None:
     saliency = maps()
-    found = find_released_foreground(saliency, 0.6).numpy()
-    for view, cells in zip(saliency.numpy(), found, strict=True):
+    actual = find_released_foreground(saliency, 0.6).numpy()
+    for view, cells in zip(saliency.numpy(), actual, strict=True):
         assert np.flatnonzero(cells).tolist() == localize(view)
         by_row = cells.reshape(7, 7)
         assert (by_row == np.sort(by_row, axis=1)).all()  # D1: right-most in each row
