@@ -154,7 +154,7 @@ class ShardCache:
         log.info(self.description)
         self.counts: Counter[str] = Counter()
         self._rows = {row.shard: row for row in dataset.shards}
-        self._side_bytes: dict[int, int] = {}  # of shards that take more than was reserved
+        self._side_bytes: dict[int, int] = {}  # only for shards that take more than was reserved
         self._state = threading.Condition()  # guards the attributes below
         self._queue: list[int] = []  # shards to fetch, in order
         self._needed: dict[str, int] = {}  # sha256 -> position in the list of `prefetch`

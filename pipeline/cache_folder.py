@@ -5,7 +5,7 @@
     FOLDER/SHA256.BYTES.part     a shard that is being fetched, with the bytes reserved for it
 
 All locks are kernel locks (flock): those of a killed process vanish with it, and the next process
-that counts the files removes its incomplete ones. A fetcher locks its `.part` try_lock. A reader
+that counts the files removes its incomplete ones. A fetcher locks its `.part` exclusively. A reader
 holds a shared lock on the descriptor from which it reads the tar, so eviction can see which shards
 are in use. Evicting one of them harms no reader, because an unlinked file can be read until it is
 closed.
@@ -124,7 +124,7 @@ class CacheFolder:
             with self.lock():
                 self._remove(row.sha256)
         except FileNotFoundError:
-            pass  # evicted in this moment
+            pass  # evicted at this moment
         except BaseException:
             os.close(tar)
             raise
@@ -148,7 +148,7 @@ class CacheFolder:
         Args:
             size: maximum bytes of the shard's three files.
             needed: maps the sha256 of each shard that this process will need to its position in
-                the candidates of need.
+                the order of need.
             is_urgent: whether a caller is waiting for this shard.
         """
         with self.lock():
@@ -184,10 +184,8 @@ class CacheFolder:
     def wait_for_fetch(self, row: ShardRow) -> None:
         """Wait until no process is fetching a shard."""
         for path in self._parts(row.sha256):
-            with (
-                suppress(FileNotFoundError),
-                path.open("rb") as file,
-            ):  # the fetch may end in this moment
+            # the fetch may end at this moment
+            with suppress(FileNotFoundError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
 
     def _parts(self, sha256: str) -> list[Path]:
@@ -259,7 +257,7 @@ class CacheFolder:
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Try to lock a file try_lock, without waiting; yield whether that succeeded."""
+    """Try to lock a file exclusively, without waiting; yield whether that succeeded."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

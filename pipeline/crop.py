@@ -43,9 +43,8 @@ def draw_windows(height: np.ndarray, width: np.ndarray, recipe: Recipe, rng: Rng
     left = np.floor(position[:, 1] * (width - columns + 1)).astype(np.int64)
 
     needs_center = ~fits.any(1)
-    rows, columns = np.where(
-        needs_center, find_largest_crop(height, width, recipe), (rows, columns)
-    )
+    largest = find_largest_crop(height, width, recipe)
+    rows, columns = np.where(needs_center, largest, (rows, columns))
     top = np.where(needs_center, (height - rows) // 2, top)
     left = np.where(needs_center, (width - columns) // 2, left)
 

@@ -33,7 +33,7 @@ def explain(message: str, url: str, in_flight: Iterable[EncodedBatch]) -> str:
         return f"{url}: DALI is out of memory ({reason}); a smaller batch or crop needs less"
     if kind == "device":
         return (
-            f"the GPU failed ({reason}); no shard is to blame: check `nvidia-smi` and the "
+            f"the GPU fails ({reason}); no shard is to blame: check `nvidia-smi` and the "
             "system's log, then run the same command again to resume"
         )
     where = find_unreadable(in_flight) if "decoders.image" in message else None

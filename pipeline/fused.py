@@ -134,7 +134,7 @@ def build_chain(recipe: Recipe) -> Chain:
 
 
 def augment_colors(image: Tensor, table: Tensor, has_jitter: bool, has_gray: bool) -> Planes:
-    """Adjust brightness, contrast, saturation and hue in each view's order, then make some gray.
+    """Apply color jitter in each view's order of adjustments, then convert some views to gray.
 
     Args:
         image: (N, H, W, 3) uint8. table: see `pack_parameters`.
@@ -204,7 +204,8 @@ def rotate_hue(planes: Planes, turns: Tensor) -> Planes:
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     span = high - low
-    scale = 1 / span.clamp(min=1e-8)  # any finite value does for gray pixels: their span is 0
+    # any finite scale does for gray pixels, because their span is 0
+    scale = 1 / span.clamp(min=1e-8)
     # the hue in sixths of a turn: 0 red, 2 green, 4 blue
     of_red, of_green = (green - blue) * scale, (blue - red) * scale + 2
     sixths = torch.where(high == green, of_green, (red - green) * scale + 4)

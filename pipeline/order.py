@@ -158,7 +158,7 @@ class SampleOrder(NumberedSamples):
             )
         if batch_size % streams:
             raise UserError(
-                f"a global batch of {batch_size} samples cannot take equally many from {streams} "
+                f"a global batch of {batch_size} samples cannot be shared equally by {streams} "
                 "streams; choose a number of streams that divides the batch"
             )
         super().__init__(sizes)

@@ -165,9 +165,8 @@ def rotate_hue(image: Tensor, turns: Tensor) -> Tensor:
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     span = high - low
-    scale = span.clamp(
-        min=1e-8
-    ).reciprocal_()  # any finite value does for gray pixels: their span is 0
+    # any finite scale does for gray pixels, because their span is 0
+    scale = span.clamp(min=1e-8).reciprocal_()
     # the hue in sixths of a turn: 0 red, 2 green, 4 blue. A lerp with a weight of 0 or 1 selects,
     # because PyTorch's `where` takes fifteen times as long on a CPU
     sixths = (red - green).mul_(scale).add_(4)

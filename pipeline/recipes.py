@@ -202,7 +202,7 @@ class Recipe:
 
     @property
     def masks_cells(self) -> bool:
-        """Whether masks or fills consist of cells, so that `grid` must divide the crop."""
+        """True if masks or fills consist of cells, so that `grid` must divide the crop."""
         if self.fill == "none":
             return False
         has_only_boxes = self.query_mask == "regions" and self.hard_negatives == 0

@@ -76,9 +76,8 @@ def draw_regions(
 
     valid = valid[:, None].expand(-1, count)
     side = float(recipe.crop_size)
-    is_end = (
-        torch.arange(4, device=windows.device) >= 2
-    )  # made on the device: the host need not wait
+    # computed on the device, so that the host need not wait
+    is_end = torch.arange(4, device=windows.device) >= 2
     entire_view = side * is_end.to(windows.dtype)
     boxes_in_views = [
         torch.where(valid[..., None], map_to_view(boxes, window, side), entire_view).float()

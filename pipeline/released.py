@@ -42,12 +42,10 @@ def pick_as_released(group: Tensor, count: Tensor, score: Tensor) -> Tensor:
         group, score: see `pipeline.masks.pick_cells`. count: (N,) integer, may be negative.
     """
     size = group.sum(1)
-    effective_count = torch.where(
-        count < 0, (size + count).clamp(min=0), count
-    )  # D12: a slice from the end
-    return pick_cells(
-        group, effective_count.masked_fill(size == 1, 0), score
-    )  # D13: squeezed to a scalar
+    # D12: a negative count slices from the end
+    effective_count = torch.where(count < 0, (size + count).clamp(min=0), count)
+    # D13: a single index is squeezed to a scalar
+    return pick_cells(group, effective_count.masked_fill(size == 1, 0), score)
 
 
 @mask("spread-released")

@@ -52,7 +52,7 @@ class ShardSource(Protocol):
         """Open the files of a shard. Raises a UserError that names the shard."""
 
     def close(self) -> None:
-        """End all background work."""
+        """Stop all background work."""
 
 
 class LocalShards:

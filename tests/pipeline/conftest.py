@@ -1,4 +1,4 @@
-"""Small datasets for the tests of the pipeline; pictures in PNG, so that pixels can be compared."""
+"""Small datasets for the tests of the pipeline; images are PNG, so that pixels can be compared."""
 
 import dataclasses
 import io
@@ -15,12 +15,12 @@ from pipeline.rng import Purpose, Rng
 from schemas import Sample, ShardDataset, write_dataset
 
 CROP = 56
-"""A small crop keeps these tests fast; seven cells of 8 pixels."""
+"""Crop size of seven cells of 8 pixels, small to keep the tests fast."""
 
 SAMPLES = 45
 SHARD_SAMPLES = 20
 
-# what is seen -> what is stored under each EXIF orientation but 1, which is as seen
+# transpositions from the visible image to the stored one, by EXIF orientation (1 stores it as is)
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,7 +33,7 @@ STORED = {
 
 
 def stored(seen: Image.Image, orientation: int) -> bytes:
-    """A JPEG file that shows `seen` once its EXIF orientation, 1 to 8, is applied."""
+    """Return a JPEG file that shows `seen` after its EXIF orientation, 1 to 8, is applied."""
     image = seen.transpose(STORED[orientation]) if orientation > 1 else seen
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -42,17 +42,17 @@ def stored(seen: Image.Image, orientation: int) -> bytes:
     return buffer.getvalue()
 
 
-# no draw but the window and the flip
+# no randomness except for the crop and the flip
 STILL = {"jitter_probability": 0.0, "grayscale_probability": 0.0, "soft_blur_probability": 0.0}
 
 
 def small(name: str, **changes: object) -> Recipe:
-    """A named recipe at the tests' crop."""
+    """Return a named recipe with the crop size of the tests."""
     return dataclasses.replace(RECIPES[name], crop_size=CROP, **changes)  # type: ignore[arg-type]
 
 
 def picture(seed: int) -> np.ndarray:
-    """Smooth random colours, (height, width, 3) uint8; the sizes differ."""
+    """Return smooth random colors, (height, width, 3) uint8, of random size."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (9, 9, 3), dtype=np.uint8)
     size = (int(random.integers(80, 140)), int(random.integers(80, 140)))
@@ -60,7 +60,7 @@ def picture(seed: int) -> np.ndarray:
 
 
 def sample_of(index: int, pixels: np.ndarray) -> Sample:
-    """A sample whose saliency is the picture's own gray."""
+    """Return a sample whose saliency is the gray of its image."""
     gray = Image.fromarray(pixels).convert("L").resize((28, 28), Image.Resampling.BOX)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
@@ -77,7 +77,7 @@ def sample_of(index: int, pixels: np.ndarray) -> Sample:
 
 @pytest.fixture(scope="session")
 def pictures() -> dict[str, np.ndarray]:
-    """Pixels by key."""
+    """Pixels of the images by sample key."""
     return {f"key-{index:03d}": picture(index) for index in range(SAMPLES)}
 
 
@@ -85,7 +85,7 @@ def pictures() -> dict[str, np.ndarray]:
 def dataset(
     tmp_path_factory: pytest.TempPathFactory, pictures: dict[str, np.ndarray]
 ) -> ShardDataset:
-    """45 samples in shards of 20, 20 and 5. Not to be written to."""
+    """A dataset of 45 samples in shards of 20, 20 and 5, which tests must not modify."""
     samples = (sample_of(index, pixels) for index, pixels in enumerate(pictures.values()))
     return write_dataset(
         tmp_path_factory.mktemp("pipeline") / "dataset",
@@ -98,7 +98,7 @@ def dataset(
 
 @pytest.fixture
 def own_dataset(tmp_path: Path) -> ShardDataset:
-    """Six samples in shards of three, for a test to damage."""
+    """A dataset of six samples in shards of three, which a test may damage."""
     samples = (sample_of(index, picture(index)) for index in range(6))
     return write_dataset(
         tmp_path / "own", samples, name="test", classes=["a"] * 11, shard_samples=3
@@ -110,14 +110,14 @@ Write = Callable[[list[Sample]], ShardDataset]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a dataset of these samples."""
+    """Return a function that writes a dataset of given samples."""
     return lambda samples: write_dataset(
         tmp_path / "written", samples, name="test", classes=["a"] * 11
     )
 
 
 def rng_of(count: int, seed: int = 0, purpose: Purpose = "query") -> Rng:
-    """The random numbers of `count` samples of epoch 0."""
+    """Return the random numbers of `count` samples in epoch 0."""
     return Rng(seed, 0, np.arange(count), purpose)
 
 
@@ -130,7 +130,7 @@ def views_of(dataset: ShardDataset, name: str = "hp", **options: Any) -> MaskedV
 
 
 def take(views: MaskedViews, count: int) -> list[Batch]:
-    """The next `count` batches, over the ends of epochs."""
+    """Return the next `count` batches, across epochs."""
     batches: list[Batch] = []
     while len(batches) < count:
         for batch in views:

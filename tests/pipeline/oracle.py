@@ -1,7 +1,7 @@
-"""What the pipeline has to do, written once more: NumPy in float64, one view at a time.
+"""An independent reference of the pipeline: NumPy in float64, one view at a time.
 
-Written from the method's formulas and sharing no code with `pipeline`; a recipe is read as a bag of
-numbers. Images here are (H, W, 3) in 0 .. 1, or normalised where a name says so.
+It follows the formulas of the method and shares no code with `pipeline`; of a recipe it uses only
+the numbers. Images are (H, W, 3) in 0 .. 1, or normalized if the name says so.
 """
 
 import math
@@ -14,7 +14,7 @@ GRAY = np.array([0.299, 0.587, 0.114])
 
 
 def photometric(pixels: np.ndarray, look: dict, index: int) -> np.ndarray:
-    """MoCo v2's augmentation after the crop, by the parameters drawn for view `index`."""
+    """Apply MoCo v2's augmentation after the crop with the parameters of view `index`."""
     image = pixels.astype(np.float64) / 255
     for kind in np.asarray(look["order"][index]):
         if kind == 0:
@@ -34,7 +34,7 @@ def photometric(pixels: np.ndarray, look: dict, index: int) -> np.ndarray:
 
 
 def turned(image: np.ndarray, turns: float) -> np.ndarray:
-    """Hue shifted by that share of a circle: RGB -> HSV -> RGB by the textbook's cases."""
+    """Shift the hue by a fraction of the color circle, by the textbook formulas for HSV."""
     high, low = image.max(2), image.min(2)
     span = high - low
     red, green, blue = np.moveaxis(image, 2, 0)
@@ -61,7 +61,7 @@ def turned(image: np.ndarray, turns: float) -> np.ndarray:
 
 
 def blurred(image: np.ndarray, sigma: float, radius: int) -> np.ndarray:
-    """Gaussian of 2 radius + 1 taps, the border reflected without repeating the edge."""
+    """Blur with a Gaussian of 2 radius + 1 taps; the border is reflected without the edge."""
     taps = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     taps /= taps.sum()
     for axis in (0, 1):
@@ -76,13 +76,13 @@ def blurred(image: np.ndarray, sigma: float, radius: int) -> np.ndarray:
 
 
 def encoder_view(pixels: np.ndarray, look: dict, index: int, high_pass: bool) -> np.ndarray:
-    """Normalised, and high-passed where the recipe says so: kernel 11, sigma 5."""
+    """Return the unmasked view: normalized and, if requested, high-passed (kernel 11, sigma 5)."""
     view = (photometric(pixels, look, index) - MEAN) / STD
     return view - blurred(view, 5.0, 5) if high_pass else view
 
 
 def filled(view: np.ndarray, mask: np.ndarray, fill: str) -> np.ndarray:
-    """Masked pixels replaced; for noise, whose values are not known, they are NaN."""
+    """Fill masked pixels; noise, whose values are unknown, is NaN."""
     content = {
         "blur": lambda: blurred(view, 10.0, 15),
         "mean": lambda: np.broadcast_to(view.mean((0, 1)), view.shape),
@@ -92,7 +92,7 @@ def filled(view: np.ndarray, mask: np.ndarray, fill: str) -> np.ndarray:
 
 
 def foreground(saliency: np.ndarray) -> np.ndarray:
-    """Relaxed SCDA on one (7, 7) map."""
+    """Find the foreground of one (7, 7) map by relaxed SCDA."""
     values = saliency.astype(np.float64)
     mean = sum(values.ravel()) / values.size
     variance = sum((value - mean) ** 2 for value in values.ravel()) / values.size
@@ -100,7 +100,7 @@ def foreground(saliency: np.ndarray) -> np.ndarray:
 
 
 def counts(ratio: float, front: int, cells: int, hard_negative: bool, cap: bool) -> tuple[int, int]:
-    """How many cells of foreground and background are masked (docs/method.md, Masks)."""
+    """Return the number of masked cells in foreground and background (docs/method.md)."""
     share = ratio * (front / cells)
     if cap and share >= 0.56:
         share = 0.55

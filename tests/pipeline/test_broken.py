@@ -1,4 +1,4 @@
-"""Shards that break, before and while they are read: one line that names shard and sample."""
+"""Shards that break before or during reading cause one line that names shard and sample."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from schemas.tables import SHARDS, SHARDS_SCHEMA, table_of, to_parquet
 from tests.pipeline.conftest import picture, sample_of, small
 
 MANY = 1600
-"""Samples in shards of 20, so that most shards are still to be opened after the first batch."""
+"""Number of samples, in shards of 20, so that most shards are unopened after the first batch."""
 
 
 def views_of(dataset: ShardDataset) -> MaskedViews:
@@ -23,7 +23,7 @@ def views_of(dataset: ShardDataset) -> MaskedViews:
 
 
 def refused(dataset: ShardDataset) -> str:
-    """The one line that iterating ends with."""
+    """Return the one-line error that iterating ends with."""
     with pytest.raises(UserError) as refusal:
         list(views_of(dataset))
     assert "\n" not in str(refusal.value)
@@ -85,7 +85,7 @@ def test_a_shard_that_breaks_while_training(
 
 
 def overwritten(tar: Path) -> None:
-    """Other bytes of the same length under the same name, while it is open."""
+    """Overwrite an open file with other bytes of the same length."""
     size = tar.stat().st_size
     with tar.open("r+b") as file:
         file.write(bytes(size))

@@ -1,4 +1,4 @@
-"""The cache of remote shards: bounded, ahead of its reader, shared, and unharmed by faults."""
+"""The cache of remote shards is bounded, prefetches, is shared by processes and survives faults."""
 
 import errno
 import fcntl
@@ -31,7 +31,7 @@ ROOM = 10**9
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the dataset `b` of 12 shards of one sample. Not to be written to."""
+    """A folder with the dataset `b` of 12 shards of one sample, which tests must not modify."""
     folder = tmp_path_factory.mktemp("store")
     samples = [sample_of(index, picture(index)) for index in range(SHARDS)]
     write_dataset(folder / "b", samples, name="test", classes=["a"] * 12, shard_samples=1)
@@ -40,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reserve little more than the indices and tables of these small shards take."""
+    """Reserve only slightly more than the indices and tables of these small shards take."""
     monkeypatch.setattr(cache_module, "SIDE_BYTES", 128)
 
 
@@ -55,7 +55,7 @@ Open = Callable[..., ShardCache]
 
 @pytest.fixture
 def open_cache(server: ObjectServer, tmp_path: Path) -> Iterator[Open]:
-    """Open a cache of the served dataset; retries wait for hardly any time."""
+    """Return a function that opens a cache of the served dataset, with very short retry delays."""
     opened: list[ShardCache] = []
 
     def open_(limit: int = ROOM, **options: object) -> ShardCache:
@@ -70,20 +70,20 @@ def open_cache(server: ObjectServer, tmp_path: Path) -> Iterator[Open]:
 
 
 def content(cache: ShardCache, shard: int) -> bytes:
-    """Open a shard, compare its three files with the dataset's, close it; returns the tar."""
+    """Open a shard, compare its three files with the dataset's and close it; return the tar."""
     files = cache.open(shard)
     try:
         tar = os.pread(files.tar, ROOM, 0)
     finally:
         os.close(files.tar)
     read = cache.dataset.store.read
-    found = (tar, files.idx, files.parquet)
-    assert found == tuple(read(shard_name(shard, name)) for name in ("tar", "idx", "parquet"))
+    actual = (tar, files.idx, files.parquet)
+    assert actual == tuple(read(shard_name(shard, name)) for name in ("tar", "idx", "parquet"))
     return tar
 
 
 def present(cache: ShardCache) -> list[int]:
-    """The shards in the folder, in order."""
+    """Return the numbers of the shards in the folder, in ascending order."""
     return [row.shard for row in cache.dataset.shards if cache.folder.is_present(row)]
 
 
@@ -95,7 +95,7 @@ def wait_until(is_so: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 def of_shard(number: int, fault: Callable[[int], str | None]) -> Callable[[str, int], str | None]:
-    """A fault of one tar, by how often it was asked for before."""
+    """Return a fault of one tar that depends on the number of earlier requests for it."""
     return lambda path, before: fault(before) if path.endswith(f"{number:06d}.tar") else None
 
 
@@ -127,7 +127,7 @@ def test_any_store_gives_the_bytes_of_its_shards(
 def use_s3(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from s3fs import S3FileSystem
 
-    S3FileSystem.clear_instance_cache()  # one of an earlier test knows another server
+    S3FileSystem.clear_instance_cache()  # the instance of an earlier test uses another server
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
@@ -151,7 +151,7 @@ def test_each_file_takes_one_request(
     assert len(server.requests) == 3 * SHARDS
 
 
-# --- ahead of its reader --------------------------------------------------------------------------
+# --- prefetching ----------------------------------------------------------------------------------
 
 
 def test_shards_are_fetched_in_order_several_at_a_time(
@@ -162,7 +162,7 @@ def test_shards_are_fetched_in_order_several_at_a_time(
     def fault(path: str, before: int) -> None:
         if path.endswith(".tar"):
             order.append(int(path[-10:-4]))
-            meet.wait(10)  # breaks unless four requests are under way at a time
+            meet.wait(10)  # raises unless four requests run concurrently
 
     server.fault = fault
     cache = open_cache()
@@ -186,7 +186,7 @@ def test_a_new_list_replaces_the_earlier_one(server: ObjectServer, open_cache: O
 
 
 def test_what_is_there_is_not_fetched_again(server: ObjectServer, open_cache: Open) -> None:
-    for _ in range(2):  # two epochs, of two trainings
+    for _ in range(2):  # two epochs of two trainings
         cache = open_cache()
         cache.prefetch(range(SHARDS))
         for shard in range(SHARDS):
@@ -201,7 +201,7 @@ def test_an_abandoned_cache_ends_its_threads(server: ObjectServer, open_cache: O
     limit = max(sizes(open_))
     cache = ShardCache(open_.dataset, Cache(open_.folder.folder, limit))
     largest = sizes(open_).index(limit)
-    files = cache.open(largest)  # in use: there is no room for another one
+    files = cache.open(largest)  # in use, so there is no room for another shard
     cache.prefetch([shard for shard in range(SHARDS) if shard != largest])
     threads = [thread for thread in threading.enumerate() if thread.name == "fetch"]
     assert len(threads) == cache_module.CONCURRENT_FETCHES
@@ -214,7 +214,7 @@ def test_an_abandoned_cache_ends_its_threads(server: ObjectServer, open_cache: O
 
 EXIT = """
 import sys, types
-package = types.ModuleType("pipeline")  # without torch and DALI, which take seconds
+package = types.ModuleType("pipeline")  # without importing torch and DALI, which takes seconds
 package.__path__ = ["pipeline"]
 sys.modules["pipeline"] = package
 from pathlib import Path
@@ -245,14 +245,14 @@ def sizes(cache: ShardCache) -> list[int]:
 
 
 def room_for(open_cache: Open, shards: list[int]) -> int:
-    """Bytes in which exactly these shards fit, with what is reserved for one more index."""
+    """Return the bytes in which exactly these shards fit, including reservations."""
     by_shard = sizes(open_cache())
     return sum(by_shard[shard] for shard in shards)
 
 
 def test_the_one_used_longest_ago_is_evicted_first(open_cache: Open) -> None:
     cache = open_cache()
-    for shard in (0, 1, 2, 0):  # 1 is the one used longest ago now
+    for shard in (0, 1, 2, 0):  # now shard 1 is the least recently used
         content(cache, shard)
     cache.folder.limit = cache.folder.count_bytes() + cache.bytes_of(cache.dataset.shards[3]) - 1
     content(cache, 3)
@@ -263,17 +263,23 @@ def test_a_shard_that_is_needed_soon_is_evicted_last(open_cache: Open) -> None:
     cache = open_cache()
     for shard in (0, 1, 2, 3, 4):
         content(cache, shard)
-    cache.prefetch([0, 3, 2])  # all are there; 1 and 4, used later than 0, are not needed
+    cache.prefetch([0, 3, 2])  # all are present; 1 and 4, used later than 0, are not needed
     wait_until(lambda: cache._threads == 0)
     evicted = []
-    for shard in (5, 6, 7, 8, 9):  # each takes the place of one, and then of the one before it
+    for shard in (
+        5,
+        6,
+        7,
+        8,
+        9,
+    ):  # each replaces an unneeded shard, and later ones replace the shard before
         before = present(cache)
         cache.folder.limit = (
             cache.folder.count_bytes() + cache.bytes_of(cache.dataset.shards[shard]) - 1
         )
         os.utime(cache.folder.path(cache.dataset.shards[4].sha256, "tar")) if shard == 5 else None
         os.close(cache.open(shard).tar)
-        cache._needed[cache.dataset.shards[shard].sha256] = -1  # needed at once
+        cache._needed[cache.dataset.shards[shard].sha256] = -1  # needed immediately
         evicted += sorted(set(before) - set(present(cache)))
     assert evicted == [1, 4, 2, 3, 0]
 
@@ -285,7 +291,7 @@ def test_prefetching_evicts_nothing_that_is_needed_sooner_or_in_use(open_cache: 
     wait_until(lambda: {1, 2} <= set(present(cache)))
     time.sleep(3 * cache_module.POLL_SECONDS)
     assert present(cache) == [0, 1, 2]
-    os.close(files.tar)  # now 0 may go
+    os.close(files.tar)  # now shard 0 may be evicted
     wait_until(lambda: 3 in present(cache))
     assert {1, 2} <= set(present(cache))
 
@@ -316,7 +322,7 @@ def test_a_dataset_ten_times_the_cache_is_read_to_its_end(open_cache: Open) -> N
 
 
 def test_the_limit_is_never_exceeded(open_cache: Open, server: ObjectServer) -> None:
-    """Two caches of one folder do random things while a thread watches its size."""
+    """Two caches of one folder run random operations while a thread watches its size."""
     limit = 3 * max(sizes(open_cache()))
     caches = [open_cache(limit), open_cache(limit)]
     folder, most, is_over = caches[0].folder.folder, [0], threading.Event()
@@ -392,7 +398,7 @@ def test_a_window_above_the_limit_is_refused_with_what_it_takes(open_cache: Open
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Run a function in a forked process; returns its process id. It ends with 0, or 1 on error."""
+    """Run a function in a forked process that exits with 0, or 1 on error; return its id."""
     if process := os.fork():
         return process
     try:
@@ -411,7 +417,7 @@ def exit_status(process: int) -> int:
 def test_processes_of_a_host_fetch_a_shard_once(
     is_ahead: bool, server: ObjectServer, open_cache: Open
 ) -> None:
-    server.latency = 0.01  # so that they meet
+    server.latency = 0.01  # long enough for the fetches to overlap
 
     def read_all() -> None:
         cache = open_cache()
@@ -492,7 +498,7 @@ def test_a_fault_of_s3_is_tried_again(
         files = cache.open(shard)
         assert len(os.pread(files.tar, ROOM, 0)) == row.bytes
         os.close(files.tar)
-    # s3fs itself goes on after 503 and a broken connection
+    # s3fs itself retries after status 503 and after a broken connection
     assert cache.downloader.retries == len(FAULTS) - 2
     server.fault = of_shard(9, lambda before: "503")
     with pytest.raises(UserError, match=r"s3://b/shards/000009.tar: shard 9 cannot be fetched"):
@@ -533,10 +539,10 @@ def test_what_stays_broken_is_named(
         cache.open(2)
     assert server.gets("000002.tar") == 3
     assert 2 not in present(cache)
-    content(cache, 4)  # the others are not harmed
+    content(cache, 4)  # other shards are not affected
     assert not list(cache.folder.folder.glob("*.part"))
     server.fault = lambda path, before: None
-    content(cache, 2)  # nor is a later attempt
+    content(cache, 2)  # neither is a later attempt
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx", "parquet"])
@@ -633,8 +639,10 @@ def test_a_damaged_copy_is_fetched_again(open_cache: Open, monkeypatch: pytest.M
     cache.folder.path(cache.dataset.shards[0].sha256, "idx").unlink()
     content(cache, 0)
     with tar.open("r+b") as file:
-        file.write(b"\1")  # as after a loss of power: the size is right
-    monkeypatch.setattr(cache_folder.time, "clock_gettime", lambda clock: -1.0)  # boots just now
+        file.write(b"\1")  # as after a power failure: only the size is correct
+    monkeypatch.setattr(
+        cache_folder.time, "clock_gettime", lambda clock: -1.0
+    )  # pretends that the machine has just booted
     content(cache, 0)
     assert cache.counts["fetched"] == 4
 

@@ -1,4 +1,4 @@
-"""Crop windows against torchvision's RandomResizedCrop: every shape, the fall-back included."""
+"""Crop windows equal torchvision's RandomResizedCrop for all shapes, including its fallback."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SHAPES = [(224, 224), (300, 400), (300, 1200), (1200, 300), (37, 1000), (3, 5), 
 
 
 def drawn(shape: tuple[int, int], trials: int = TRIALS, seed: int = 0, **changes: object):
-    """Integer windows (top, left, rows, columns) and flips."""
+    """Return integer windows (top, left, rows, columns) and flips."""
     height, width = (np.full(trials, side) for side in shape)
     rng = rng_of(trials, seed, "crop")
     windows = draw_windows(height, width, small("none", **changes), rng)
@@ -47,7 +47,7 @@ def test_windows_are_distributed_as_torchvisions(
     assert (ours[:, 1] + ours[:, 3] <= shape[1]).all()
     assert (ours[:, 2:] >= 1).all()
     for column in range(4):
-        # Kolmogorov and Smirnov's distance of two samples, below one in a million
+        # two-sample Kolmogorov-Smirnov distance: exceeded in less than one of a million runs
         places = np.unique(np.concatenate([ours[:, column], reference[:, column]]))
         shares = [
             np.searchsorted(np.sort(sample[:, column]), places, side="right") / TRIALS
@@ -55,21 +55,21 @@ def test_windows_are_distributed_as_torchvisions(
         ]
         assert np.abs(shares[0] - shares[1]).max() < 2.7 * (2 / TRIALS) ** 0.5, column
     for one, other in ((2, 3), (0, 2), (1, 3), (0, 1)):
-        # and how two of its numbers go together
-        found = [np.mean(s[:, one] * s[:, other] * 1.0) for s in (ours, reference)]
+        # and the correlation of two of its numbers
+        actual = [np.mean(s[:, one] * s[:, other] * 1.0) for s in (ours, reference)]
         spread = np.std(reference[:, one] * reference[:, other] * 1.0) * (2 / TRIALS) ** 0.5
-        assert abs(found[0] - found[1]) <= 5.5 * spread + 1e-9
+        assert abs(actual[0] - actual[1]) <= 5.5 * spread + 1e-9
 
 
 def test_a_very_wide_image_is_cut_at_its_center() -> None:
     ours, _ = drawn((30, 3000), crop_area=(0.5, 1.0))
-    assert (ours == (0, 1480, 30, 40)).all()  # 4 : 3 of the whole height
+    assert (ours == (0, 1480, 30, 40)).all()  # 4 : 3 at the full height
     tall, _ = drawn((3000, 30), crop_area=(0.5, 1.0))
     assert (tall == (1480, 0, 40, 30)).all()
 
 
 def test_a_stream_serves_two_views_with_ten_tries_each() -> None:
-    """The numbers that a window takes do not depend on the image's shape."""
+    """The number of random words per window does not depend on the shape of the image."""
     rng = rng_of(5, purpose="crop")
     recipe, wide, square = small("none"), np.full(5, 3000), np.full(5, 50)
     draw_windows(square, wide, recipe, rng)

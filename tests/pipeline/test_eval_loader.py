@@ -1,4 +1,4 @@
-"""EvalViews: every sample once, and the pixels of PIL's resize and centre crop."""
+"""EvalViews yields every sample once, with the pixels of PIL's resize and center crop."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.pipeline.conftest import CROP, SAMPLES
 
 
 def by_pil(pixels: np.ndarray, resize: int) -> torch.Tensor:
-    """Resize and centre crop as one: a short side of `resize` before the crop."""
+    """Resize and center crop in one step; `resize` is the short side before the crop."""
     height, width = pixels.shape[:2]
     half = min(height, width) * CROP / resize / 2
     box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)

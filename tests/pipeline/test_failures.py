@@ -1,4 +1,4 @@
-"""What the loader says of an error of DALI's: a shard is blamed only for what a shard can do."""
+"""Messages for DALI's errors blame a shard only for errors that a shard can cause."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""MaskedViews: order, shares of the ranks, state, and what it refuses."""
+"""MaskedViews: sample order, the parts of the ranks, and the state."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ def keys(batches: list[Batch]) -> list[str]:
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
-    """Bit for bit, in every field."""
+    """Tell whether two batches are equal bit for bit in every field."""
 
     def equal(a: object, b: object) -> bool:
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b  # type: ignore[arg-type]
@@ -99,12 +99,12 @@ def test_each_epoch_and_step_draws_anew(dataset: ShardDataset) -> None:
         for key, mask in zip(batch.sample_keys or [], batch.query_mask, strict=True):
             seen.setdefault(key, []).append(mask)
     repeats = [torch.equal(masks[0], masks[1]) for masks in seen.values()]
-    assert sum(repeats) <= 5  # of 45: only masks of two or three cells may fall alike by chance
+    assert sum(repeats) <= 5  # of 45: only masks of two or three cells may be equal by chance
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 6, 9, 10])
 def test_resuming_is_continuing(dataset: ShardDataset, stop: int) -> None:
-    # epochs of five steps: stops before, inside, at the end and in the second epoch
+    # epochs have five steps: stop before, inside and at the end of the first, and in the second
     views = views_of(dataset)
     take(views, stop)
     state = pickle.loads(pickle.dumps(views.state_dict()))
@@ -160,21 +160,21 @@ def test_ranks_share_an_epoch_evenly(
 
 
 def by_sample(batches: list[Batch]) -> dict[str, dict[str, torch.Tensor]]:
-    """Everything that was drawn and made for each sample, by its key."""
-    found = {}
+    """Return all views and parameters of each sample, by its key."""
+    actual = {}
     for batch in batches:
         assert batch.sample_keys is not None
         size = len(batch.sample_keys)
         for row, key in enumerate(batch.sample_keys):
-            found[key] = {
+            actual[key] = {
                 field.name: getattr(batch, field.name)[row::size]
                 for field in dataclasses.fields(Batch)
                 if isinstance(getattr(batch, field.name), torch.Tensor)
             }
             for name in ("query_photometric", "key_photometric"):
                 drawn = dataclasses.asdict(getattr(batch, name))
-                found[key] |= {f"{name}.{k}": value[row] for k, value in drawn.items()}
-    return found
+                actual[key] |= {f"{name}.{k}": value[row] for k, value in drawn.items()}
+    return actual
 
 
 ALL = ("masks", "saliency", "windows", "crops", "photometric", "keys")
@@ -184,7 +184,7 @@ ALL = ("masks", "saliency", "windows", "crops", "photometric", "keys")
 def test_a_sample_looks_the_same_whatever_batch_rank_and_thread_it_is_in(
     dataset: ShardDataset, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit: every view, mask, window and color of 40 samples of the second epoch."""
+    """Compare views, masks, windows and colors of 40 samples of the second epoch bit for bit."""
 
     def epoch(batch_size: int, world_size: int, threads: int) -> dict:
         monkeypatch.setattr(assemble, "get_threads", lambda: ThreadPoolExecutor(threads))
@@ -208,7 +208,7 @@ def test_a_sample_looks_the_same_whatever_batch_rank_and_thread_it_is_in(
 
 
 def test_any_world_size_goes_on_from_any_step(dataset: ShardDataset) -> None:
-    """Global batches of 12 by 1, 2, 3, 4 and 6 ranks in turn, as one rank has them."""
+    """Global batches of 12 on 1, 2, 3, 4 and 6 ranks in turn equal those of one rank."""
     undisturbed = take(views_of(dataset, batch_size=12), 10)
     state = views_of(dataset, batch_size=12).state_dict()
     for step, world_size in enumerate((1, 2, 4, 3, 6, 1, 3, 2)):
@@ -241,10 +241,10 @@ def test_another_global_batch_goes_on_between_epochs(dataset: ShardDataset) -> N
 
 
 def version_1(views: MaskedViews, epoch: int, step: int) -> dict:
-    """The state of a loader of version 1, which read by DALI's own reader."""
+    """Return the state of a loader of version 1, which used DALI's reader."""
     own = views.state_dict()["fingerprint"]
     recipe = {f"recipe.{k}": str(v) for k, v in dataclasses.asdict(views.recipe).items()}
-    del recipe["recipe.region_choice"]  # an early one knew no regions
+    del recipe["recipe.region_choice"]  # early states have no regions
     fingerprint = {"dataset": own["dataset"], "seed": own["seed"], **recipe}
     return {
         "version": 1,
@@ -275,7 +275,7 @@ def test_a_loader_that_is_dropped_ends_its_threads(dataset: ShardDataset) -> Non
         views = views_of(dataset)
         next(iter(views))
         views.close()
-    assert threading.active_count() <= before + 1  # the pool of the pixel work stays
+    assert threading.active_count() <= before + 1  # the thread pool for pixels stays
 
 
 def test_importing_does_not_touch_cuda() -> None:

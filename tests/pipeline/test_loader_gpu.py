@@ -1,4 +1,4 @@
-"""The loader's checks on a device (`bench.gpu_loader`): on a GPU where there is one, else a CPU."""
+"""The loader's device checks (`bench.gpu_loader`), on a GPU if there is one, else on a CPU."""
 
 from dataclasses import replace
 
@@ -26,8 +26,8 @@ def test_a_batch_that_differs_is_noticed(photos_of_all_formats: str) -> None:
     (batch,) = gpu_loader.take(gpu_loader.views_of(photos_of_all_formats, "cpu", 7, 56), 1)
     assert gpu_loader.differences(batch, batch) == []
     assert batch.query_photometric is not None
-    look = replace(batch.query_photometric, gray=~batch.query_photometric.gray)
-    other = replace(batch, query=batch.query + 1, query_photometric=look, sample_keys=[])
+    parameters = replace(batch.query_photometric, gray=~batch.query_photometric.gray)
+    other = replace(batch, query=batch.query + 1, query_photometric=parameters, sample_keys=[])
     names = ["query", "query_photometric", "sample_keys"]
     assert gpu_loader.differences(batch, other) == names
     with pytest.raises(AssertionError, match="step 0 differs in label"):

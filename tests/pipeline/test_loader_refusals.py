@@ -1,4 +1,4 @@
-"""What the loader refuses, with the reason."""
+"""The loader refuses unsuitable settings and data, and names the reason."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def test_a_wrong_index_is_refused_by_its_shard(own_dataset: ShardDataset, damage
     index, tar = Path(own_dataset.index_urls[1]), Path(own_dataset.shard_urls[1])
     lines = index.read_text().splitlines(keepends=True)
     match damage:
-        case "stale":  # of a shard with fewer samples
+        case "stale":  # the index of a shard with fewer samples
             index.write_text("".join(["v1.2 2\n", *lines[1:3]]))
         case "short":
             index.write_text("".join(lines[:3]))
@@ -75,7 +75,7 @@ def test_a_wrong_index_is_refused_by_its_shard(own_dataset: ShardDataset, damage
             index.write_text("".join(["v1.1 3\n", *lines[1:]]))
         case "offset":
             words = lines[-1].split()
-            words[-7] = str(tar.stat().st_size)  # where the map lies
+            words[-7] = str(tar.stat().st_size)  # offset of the map
             index.write_text("".join([*lines[:-1], " ".join(words) + "\n"]))
         case "number":
             words = lines[-1].split()
@@ -83,7 +83,7 @@ def test_a_wrong_index_is_refused_by_its_shard(own_dataset: ShardDataset, damage
             index.write_text("".join([*lines[:-1], " ".join(words) + "\n"]))
         case "missing":
             index.unlink()
-        case "parquet":  # by another tool, which writes none
+        case "parquet":  # as from another tool, which writes no table
             index.with_suffix(".parquet").unlink()
         case "table":
             index.with_suffix(".parquet").write_bytes(b"no parquet")
@@ -129,7 +129,7 @@ def test_other_mistakes_are_refused(
     [
         ({"seed": -1}, "seed is at least 0"),
         ({"shuffle_shards": 0}, "shuffle_shards 0"),
-        ({"streams": 3}, "16 samples cannot take equally many from 3 streams"),
+        ({"streams": 3}, "16 samples cannot be shared equally by 3 streams"),
         ({"world_size": 8, "batch_size": 3, "streams": 3}, "8 ranks cannot share 3 streams"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Sheets of pictures whose shapes leave nothing to see: sheets all the same, no tracebacks."""
+"""Contact sheets of images with extreme shapes are written without errors."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.conftest import encode
 from tests.pipeline.conftest import small
 
 SHAPES = [(500, 1), (1, 500), (1, 1), (30, 20_000), (20_000, 2), (2, 1), (1, 449), (225, 1)]
-"""Height, width."""
+"""Height and width of the images."""
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,7 +1,7 @@
-"""One window for image and saliency: on ramps, whose value says where a pixel lies.
+"""Image and saliency get the same window: ramps, whose values tell the position of a pixel.
 
-The saliency is a copy of the image, so a view's grid must show the view's own values, to half the
-step from one cell to the next. Orientation by EXIF, odd sizes, extreme shapes, single pixels.
+The saliency is a copy of the image, so a view's grid must show the view's own values, up to half
+the step between cells. Tested with EXIF orientations, odd sizes, extreme shapes and single pixels.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ SIZES = [(97, 131), (131, 97), (20, 400), (400, 20), (50, 1), (1, 50), (1, 1), (
 
 
 def ramp(height: int, width: int, axis: int) -> np.ndarray:
-    """(height, width) in 0 .. 255, growing along `axis` from edge to edge."""
+    """Return (height, width) values in 0 .. 255 that grow along `axis` from edge to edge."""
     length = (height, width)[axis]
     values = 255 * (np.arange(length) + 0.5) / length
     return np.broadcast_to(values[:, None] if axis == 0 else values, (height, width))
@@ -30,7 +30,7 @@ def ramp(height: int, width: int, axis: int) -> np.ndarray:
 
 def sample(key: str, size: tuple[int, int], axis: int, orientation: int) -> Sample:
     seen = Image.fromarray(ramp(*size, axis).round().astype(np.uint8)).convert("RGB")
-    flat = size[axis] == 1  # one pixel is as wide as the image
+    flat = size[axis] == 1  # the image is one pixel wide
     saliency = np.full((28, 28), 127.0) if flat else ramp(28, 28, axis)
     return Sample(key, stored(seen, orientation), "jpg", saliency.astype(np.float32), -1, *size)
 
@@ -38,7 +38,7 @@ def sample(key: str, size: tuple[int, int], axis: int, orientation: int) -> Samp
 def first(url: str, size: int, cuts: bool, **changes: object) -> Batch:
     recipe = small("none", **STILL, **changes)
     views = MaskedViews(url, recipe, size, "cpu", report=("saliency", "windows", "keys"))
-    # True: by the operators of the graph, as on a GPU
+    # True: crop with the operators of the graph, as on a GPU
     views._cut = dataclasses.replace(views._cut, on_device=cuts)
     return next(iter(views))
 
@@ -72,7 +72,7 @@ def test_saliency_lies_on_its_image(write: Write, orientation: int, cuts: bool) 
                 # the ramp's own resolution: half a pixel of the image and half a cell of the map
                 edge = 255 * (0.5 / (height, width)[axis] + 0.5 / 28)
                 assert np.abs(grid - cells).max() < step / 2 + edge * (extent < 0.5), (key, window)
-                # and it runs the way of the window
+                # and it grows in the direction of the window
                 slope = np.diff(cells.mean(1 - axis)).mean()
                 several = round(extent * (height, width)[axis]) > 1
                 assert not several or (slope > 0) == ((y1 > y0, x1 > x0)[axis])
@@ -100,7 +100,7 @@ def test_graph_and_host_cut_the_same_pixels(write: Write, interpolation: str) ->
     difference = 255 * (host.query - graph.query).abs() * 0.229
     assert difference[..., 2:-2, 2:-2].max() < 2.5
     assert difference.mean() < 0.5
-    # at the border the graph's filter sees the image beyond the window's edge
+    # at the border, the graph's filter reads beyond the window's edge
     assert difference.max() < 12
 
 
@@ -135,7 +135,7 @@ def test_photometric_draws_are_torchvisions() -> None:
         assert abs(ours.max() - reference.max()) < 0.01 * spread * 4
     together = torch.stack([getattr(drawn, name)[jittered] for name in names])
     assert (torch.corrcoef(together) - torch.eye(4)).abs().max() < 1.2 * BOUND
-    # each of the 24 orders as often, as by torch.randperm
+    # all 24 orders are equally frequent, as from torch.randperm
     number = (drawn.order * torch.tensor([64, 16, 4, 1])).sum(1)
     seen = number.bincount()
     seen = seen[seen > 0].double()

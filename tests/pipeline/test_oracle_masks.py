@@ -1,7 +1,7 @@
-"""Foreground, counts, places and mixtures of masks against the oracle, over 2,500 views a recipe.
+"""Foreground, counts, positions and mixtures of masks against the oracle, on 2,500 views each.
 
-Counts are exact. Distributions are held within bounds that a correct build breaks less than once in
-a million runs, and the draws are seeded.
+Counts are compared exactly. A correct build violates the bounds on distributions in less than one
+of a million runs, and the random numbers are seeded.
 """
 
 import dataclasses
@@ -21,32 +21,32 @@ CELLS = 49
 VIEWS = 2500
 MASKED = ["hp", "blur", "mean", "mscn"]
 SIGMAS = 5.5
-"""Standard deviations that a frequency may stray: two-sided, 4 in 100 million."""
+"""Allowed standard deviations of a frequency: two-sided, 4 in 100 million."""
 
 
 def maps(size: int = VIEWS, seed: int = 0) -> torch.Tensor:
-    """Saliency of all kinds: noise, blobs, constants, two levels with 1, 2, 3 or 48 cells high."""
+    """Return saliency maps: noise, blobs, constants, and two levels (1, 2, 3 or 48 high cells)."""
     random = np.random.default_rng(seed)
-    found = random.random((size, 7, 7)) * 255
+    saliency = random.random((size, 7, 7)) * 255
     rows, columns = np.mgrid[:7, :7]
     for index in range(0, size, 3):
         y, x, width = *random.uniform(0, 7, 2), random.uniform(0.5, 4)
-        found[index] = 255 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / width**2)
+        saliency[index] = 255 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / width**2)
     cells = random.permuted(np.tile(np.arange(CELLS), (size, 1)), axis=1)
     for index in range(0, size, 10):
-        flat = found[index].reshape(-1)
+        flat = saliency[index].reshape(-1)
         kind = index // 10 % 5
         if kind == 0:
-            flat[:] = 77.0  # 49 in front
+            flat[:] = 77.0  # all 49 are foreground
         else:
             high = {1: 1, 2: 2, 3: 48, 4: 3}[kind]
             flat[:] = 0
             flat[cells[index, :high]] = 255
-    return torch.from_numpy(found.astype(np.float32))
+    return torch.from_numpy(saliency.astype(np.float32))
 
 
 def cells_of(masks: Masks, side: int) -> np.ndarray:
-    """(N, C, 7, 7) from the pixels, after checking that each cell is one value."""
+    """Return the cells, (N, C, 7, 7), after checking that all pixels of a cell are equal."""
     pixels = masks.to_pixels(slice(None), side).numpy()
     assert set(np.unique(pixels)) <= {0.0, 1.0}
     size, channels = pixels.shape[:2]
@@ -57,12 +57,12 @@ def cells_of(masks: Masks, side: int) -> np.ndarray:
 
 def test_foreground_is_the_oracles() -> None:
     saliency = maps()
-    found = find_foreground(saliency, 0.6).numpy()
+    actual = find_foreground(saliency, 0.6).numpy()
     expected = np.stack([oracle.foreground(one) for one in saliency.numpy()])
-    assert np.array_equal(found, expected)
+    assert np.array_equal(actual, expected)
     sizes = set(expected.sum((1, 2)).tolist())
     assert {48, 49} <= sizes
-    # Cantelli: at most 1 / (1 + 0.6^2) of all values lie below mean - 0.6 std, so 13 never do
+    # Cantelli: at most 1 / (1 + 0.6^2) of all values are below mean - 0.6 std, so 13 never are
     assert min(sizes) >= 13
     doubled = find_foreground(saliency.round() * 4 + 64, 0.6)
     assert torch.equal(doubled, find_foreground(saliency.round(), 0.6))
@@ -76,7 +76,7 @@ def test_counts_follow_the_formula(name: str, role: Role) -> None:
     drawn = draw_masks(saliency, recipe, role, rng_of(VIEWS))
     low, high = recipe.query_ratio if role == "query" else recipe.hard_negative_ratio
     assert low <= drawn.ratio.min() < low + 0.01 < high - 0.01 < drawn.ratio.max() <= high
-    # the ratio is uniform: Kolmogorov and Smirnov's distance, below one in a million
+    # the ratio is uniform: Kolmogorov-Smirnov distance, exceeded in less than one of a million runs
     ordered = np.sort((drawn.ratio.numpy() - low) / (high - low))
     steps = np.arange(1, VIEWS + 1) / VIEWS
     assert max(abs(steps - ordered).max(), abs(steps - 1 / VIEWS - ordered).max()) < 2.7 / 50
@@ -95,7 +95,7 @@ def test_counts_follow_the_formula(name: str, role: Role) -> None:
 
 
 def test_counts_at_every_size_of_foreground_and_the_cap() -> None:
-    # D12 and D13: sizes that the rule's own margin cannot give come by another margin
+    # D12 and D13: another margin gives the sizes that the recipe's margin cannot
     steps = torch.arange(CELLS, dtype=torch.float32).view(1, 7, 7)
     for number, ratio, cap in itertools.product(
         (0, 1, 2, 10, 47, 48, 49), (0.05, 0.24, 0.7), (0, 1)
@@ -103,7 +103,7 @@ def test_counts_at_every_size_of_foreground_and_the_cap() -> None:
         recipe = dataclasses.replace(
             RECIPES["hp" if cap == "h" else "mean"], crop_size=21, focal_probability=0.0,
             query_ratio=(ratio, ratio), hard_negative_ratio=(ratio, ratio),
-            # moves the threshold to just below the cell that is to be the last one in front
+            # move the threshold to just below the last foreground cell
             foreground_margin=float((24 - (CELLS - number) + 0.5) / math.sqrt((CELLS**2 - 1) / 12)),
         )  # fmt: skip
         saliency = steps.repeat(20, 1, 1)
@@ -123,7 +123,7 @@ def uniform(seen: np.ndarray, probability: float, trials: int) -> None:
 def test_cells_are_drawn_uniformly_and_independently() -> None:
     trials = 40000
     saliency = torch.zeros(trials, 7, 7)
-    saliency[:, 2:6, 1:6] = 255  # 20 in front
+    saliency[:, 2:6, 1:6] = 255  # 20 are foreground
     recipe = dataclasses.replace(RECIPES["mean"], crop_size=21, query_ratio=(0.25, 0.25))
     cells = cells_of(draw_masks(saliency, recipe, "query", rng_of(len(saliency))), 21)[
         :, 0
@@ -149,7 +149,7 @@ def test_the_mixture_of_mask_types() -> None:
     uniform(np.array([int(drawn.focal.sum())]), 0.2, trials)
     cells = drawn.cells[~drawn.focal]
     alike = (cells == cells[:, :1]).flatten(1).all(1)
-    # two of three channels that draw 9 cells each hardly ever draw the same
+    # two of three channels with 9 cells each are hardly ever equal
     uniform(np.array([int(alike.sum())]), 0.3, len(cells))
     for name in ("blur", "mean"):
         still = draw_masks(torch.rand(100, 7, 7), RECIPES[name], "query", rng_of(100))
@@ -203,7 +203,7 @@ def test_masks_for_other_experiments() -> None:
             for pixels, ratio in zip(drawn.to_pixels(slice(None), 112)[:, 0], ratios, strict=True):
                 rows, columns = pixels.any(1), pixels.any(0)
                 assert torch.equal(pixels.bool(), rows.unsqueeze(1) & columns)
-                # as large as was drawn, but where it would be longer than the view
+                # of the drawn size unless that is longer than the view
                 fits = max(int(rows.sum()), int(columns.sum())) < 112
                 assert not fits or abs(float(pixels.mean()) - ratio) < 0.02
             continue

@@ -1,6 +1,6 @@
-"""Every pixel of query, key and hard negative against the oracle, to 1e-4 normalised units.
+"""Every pixel of query, key and hard negative against the oracle, to 1e-4 normalized units.
 
-The views are random 8-bit pictures, the draws and the masks those that the pipeline reports.
+The views are random 8-bit images; parameters and masks are those that the pipeline reports.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
 def views(size: int, recipe: Recipe, device: str = "cpu", seed: int = 0) -> list[View]:
-    """Query and key of `size` samples: coarse colours and fine noise, some gray, some black."""
+    """Return query and key of `size` samples: coarse colors and fine noise, some gray or black."""
     random = np.random.default_rng(seed)
-    side, found = recipe.crop_size, []
+    side, pair = recipe.crop_size, []
     for _ in range(2):
         coarse = random.integers(0, 256, (size, 7, 7, 3)).repeat(side // 7, 1).repeat(side // 7, 2)
         pixels = np.clip(coarse + random.normal(0, 30, coarse.shape), 0, 255).astype(np.uint8)
@@ -33,8 +33,8 @@ def views(size: int, recipe: Recipe, device: str = "cpu", seed: int = 0) -> list
         pixels[2, : side // 2] = (255, 0, 0)
         image = torch.from_numpy(pixels).to(device)
         saliency = torch.from_numpy(random.random((size, 7, 7), np.float32)).to(device)
-        found.append(View(image, saliency, torch.zeros(size, 4)))
-    return found
+        pair.append(View(image, saliency, torch.zeros(size, 4)))
+    return pair
 
 
 def step(recipe: Recipe, size: int, device: str = "cpu", seed: int = 0) -> tuple[list[View], dict]:
@@ -48,7 +48,7 @@ def hwc(image: torch.Tensor) -> np.ndarray:
 
 
 def assert_as_the_oracle_has_it(pair: list[View], fields: dict[str, Any], recipe: Recipe) -> None:
-    """Raises AssertionError where a pixel that is not noise is not the oracle's."""
+    """Assert that all pixels except noise are those of the oracle."""
     size = len(pair[0].image)
     looks = [dataclasses.asdict(fields[f"{name}_photometric"]) for name in ("query", "key")]
     for index in range(size):
@@ -56,11 +56,11 @@ def assert_as_the_oracle_has_it(pair: list[View], fields: dict[str, Any], recipe
             oracle.encoder_view(view.image[index].cpu().numpy(), look, index, recipe.high_pass)
             for view, look in zip(pair, looks, strict=True)
         )
-        found = [("query", index, query), ("key", index, key)]
-        found += [
+        actual = [("query", index, query), ("key", index, key)]
+        actual += [
             ("hard_negative", number * size + index, key) for number in range(recipe.hard_negatives)
         ]
-        for name, row, view in found:
+        for name, row, view in actual:
             mask = fields.get(f"{name}_mask")
             if mask is not None:
                 fill = recipe.fill.removesuffix("-released")
@@ -112,12 +112,12 @@ def test_noise_has_the_recipes_spread_and_is_each_views_own(device: str) -> None
     for name, std in (("query", 0.18), ("hard_negative", 0.14)):
         noise = fields[name].double()
         assert fields[f"{name}_mask"].all()
-        numbers = 64 * 3 * 16 * 16  # a tile of one cell a view
+        numbers = 64 * 3 * 16 * 16  # one tile of a cell per view
         assert abs(noise.mean()) < 5 * std / numbers**0.5
         assert abs(noise.std() - std) < 5 * std / (2 * numbers) ** 0.5
         tiles = noise.unfold(2, 16, 16).unfold(3, 16, 16)
         assert (tiles == tiles[:, :, :1, :1]).all()
-    # D9: no view, no role and no channel shares its noise with another
+    # D9: views, roles and channels share no noise
     tiles = torch.cat([fields[name][:, :, :16, :16] for name in ("query", "hard_negative")])
     likeness = torch.corrcoef(tiles.flatten(2).flatten(0, 1).double()).fill_diagonal_(0)
     assert likeness.abs().max() < 6 / 16
@@ -139,7 +139,7 @@ def test_cpu_and_gpu_agree_but_for_noise() -> None:
 
 
 def test_the_order_of_torchvisions_adjustments_and_their_values() -> None:
-    """One more reference: torchvision's own functions in the reported order."""
+    """Compare with another reference: torchvision's functions in the reported order."""
     from torchvision.transforms.v2 import functional
 
     recipe = dataclasses.replace(

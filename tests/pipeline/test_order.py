@@ -1,4 +1,4 @@
-"""The order of samples: who gets which, how often, and that it is the same everywhere."""
+"""The sample order: each rank's samples, their frequency, and reproducibility."""
 
 import hashlib
 import itertools
@@ -12,11 +12,11 @@ from pipeline.order import DiskOrder, SampleOrder, deal, permute
 from schemas import UserError
 
 SIZES = [7, 20, 20, 0, 20, 13, 20, 20, 1, 20, 20, 20]
-"""181 samples in shards of several sizes, one of them empty."""
+"""Shard sizes of 181 samples; one shard is empty."""
 
 
 def epoch_of(order: SampleOrder, epoch: int, world_size: int = 1) -> list[np.ndarray]:
-    """The global batches of an epoch, put together from the ranks' slices."""
+    """Return the global batches of an epoch, concatenated from the ranks' slices."""
     return [
         np.concatenate([order.batch(epoch, step, rank, world_size) for rank in range(world_size)])
         for step in range(order.steps)
@@ -72,24 +72,24 @@ def test_a_window_is_left_before_the_next_begins() -> None:
         windows = [set(window) for window in shards.tolist()]
         assert all(len(window) == 5 for window in windows)
         assert set.union(*windows) == set(range(30))
-        # inside a window samples of all its shards are mixed
+        # a window mixes the samples of all its shards
         assert all(len(set(window[:15])) >= 4 for window in shards.tolist())
 
 
 def test_neighbors_and_epochs_are_independent() -> None:
-    """Positions of two samples, and of a sample in two epochs, over 3,000 seeds."""
+    """Test the positions of two samples, and of one sample in two epochs, for 3,000 seeds."""
     trials, places = 3000, []
     for seed in range(trials):
         order = SampleOrder([8] * 4, 1, seed, shuffle_shards=2)
         rank = [np.argsort(np.concatenate(epoch_of(order, epoch))) for epoch in range(2)]
         places.append([rank[0][0], rank[0][1], rank[1][0], rank[0][31]])
     table = np.array(places, float)
-    for column in table.T:  # each position as often: chi-square of 31 degrees of freedom
+    for column in table.T:  # positions are equally frequent: chi-square with 31 degrees of freedom
         counts = np.bincount(column.astype(int), minlength=32)
         assert ((counts - trials / 32) ** 2 / (trials / 32)).sum() < 31 + 6 * np.sqrt(62)
     correlation = np.corrcoef(table.T)
     assert abs(correlation[0, 2]) < 5.5 / trials**0.5  # the same sample in the next epoch
-    # samples of one shard share its window: 1/2 of the variance of a position is the window's
+    # samples of one shard share its window, which has half of the variance of a position
     inside = table % 16
     assert np.abs(np.corrcoef(inside.T) - np.eye(4)).max() < 1.2 * 5.5 / trials**0.5 + 1 / 15
 
@@ -114,7 +114,7 @@ def test_each_shard_is_read_by_one_node(streams: int) -> None:
                 np.array_equal(one, other)
                 for one, other in zip(whole, epoch_of(order, epoch, nodes), strict=True)
             )
-    # two ranks a node: a node's ranks share its streams
+    # two ranks per node: the ranks of a node share its streams
     for one, other in zip(whole, epoch_of(order, 1, 2 * streams), strict=True):
         assert np.array_equal(one, other)
 
@@ -176,10 +176,10 @@ def test_a_billion_samples_are_ordered_without_listing_them() -> None:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 200_000  # kB; the samples alone would be 8 GB
+    assert int(done.stdout) < 200_000  # kB; all sample numbers would take 8 GB
 
 
-# sha256 of what the code gave when this was written, on x86-64 with NumPy 2
+# sha256 of the first results of this code, on x86-64 with NumPy 2
 GOLDEN = {
     (1, 16): "e370c39ede8818f0",
     (4, 2): "222e7deca0bd67a5",

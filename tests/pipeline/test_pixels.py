@@ -1,4 +1,4 @@
-"""One function of all pixels against PyTorch's own operators, and views that no batch changes."""
+"""The compiled function equals PyTorch's operators, and views do not depend on their batch."""
 
 import dataclasses
 import shutil
@@ -14,14 +14,14 @@ from tests.pipeline.conftest import rng_of
 from tests.pipeline.test_oracle_pixels import views
 
 TOLERANCE = 1.3e-5
-"""In normalized units, which are 0.22 to 0.23 of the range 0 .. 1: 3e-6 of it."""
+"""Tolerance in normalized units, which are 0.22 to 0.23 of the range 0 .. 1: 3e-6 of that range."""
 
 
 FUSED = [name for name, recipe in RECIPES.items() if recipe.fill in (*fused.FUSED_FILLS, "none")]
 
 
 def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, list, Recipe]:
-    """Images, photometric parameters, two maskings (none and one) and the recipe."""
+    """Return images, photometric parameters, two maskings (the first is None) and the recipe."""
     recipe = dataclasses.replace(RECIPES[name], crop_size=crop, query_mask="spread", regions=0)
     rng = rng_of(size, 1)
     image = views(size, recipe)[0].image
@@ -50,10 +50,10 @@ def test_the_fused_function_equals_the_operators(name: str) -> None:
     image, look, maskings, recipe = parts(name, 24, 56)
     expected = make_views(image, look, maskings, recipe)
     chain = fused.build_chain(recipe)
-    found = chain(
+    actual = chain(
         image, fused.pack_parameters(look, recipe), [pixels.build_cover(one) for one in maskings]
     )
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert (one - other).abs().max() < TOLERANCE
         assert one.is_contiguous(memory_format=torch.channels_last)
 
@@ -64,14 +64,14 @@ def test_the_compiled_function_equals_the_operators() -> None:
     image, look, maskings, recipe = parts("hp", 8, 56)
     expected = make_views(image, look, maskings, recipe)
     chain = torch.compile(fused.build_chain(recipe), fullgraph=True, dynamic=False)
-    found = chain(
+    actual = chain(
         image, fused.pack_parameters(look, recipe), [pixels.build_cover(one) for one in maskings]
     )
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert (one - other).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("crop", [56, 84])  # 84: a view does not fill whole vector registers
+@pytest.mark.parametrize("crop", [56, 84])  # 84: a view does not fill all vector registers
 @pytest.mark.parametrize("name", ["hp", "blur", "mean"])
 def test_no_batch_and_no_number_of_threads_changes_a_view(name: str, crop: int) -> None:
     image, look, maskings, recipe = parts(name, 12, crop)
@@ -80,8 +80,8 @@ def test_no_batch_and_no_number_of_threads_changes_a_view(name: str, crop: int) 
         for start in range(0, 12, size):
             rows = slice(start, start + size)
             own = [rows_of(one, rows) for one in maskings]
-            found = make_views(image[rows], look.select(rows), own, recipe)
-            for one, other in zip(found, expected, strict=True):
+            actual = make_views(image[rows], look.select(rows), own, recipe)
+            for one, other in zip(actual, expected, strict=True):
                 assert torch.equal(one, other[rows]), (size, start)
 
 
@@ -127,9 +127,9 @@ def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.Mon
         )
         noise = None if one.noise is None else one.noise.to(device)
         moved.append(dataclasses.replace(one, masks=on_gpu, noise=noise))
-    found = make_views(image.to(device), look, moved, recipe)
-    for one, other in zip(found, expected, strict=True):
-        assert (one.cpu() - other).abs().max() < 2e-5  # sums in another order
+    actual = make_views(image.to(device), look, moved, recipe)
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.cpu() - other).abs().max() < 2e-5  # sums have another order
     if compiles and compiling.explain_missing_compiler(device) is None:
         assert pixels.get_compiled_chain(recipe)._compiled is not None, (
             "compiling failed: see the log"

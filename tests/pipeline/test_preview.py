@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline import __main__ as command
 from pipeline.contact_sheet import KEY, QUERY
-from pipeline.preview import FOREGROUND, outline, view_tile
+from pipeline.preview import FOREGROUND, draw_view, outline_
 from schemas import ShardDataset, UserError
 from schemas.cli import run
 from tests.browser import shown
@@ -24,7 +24,7 @@ def preview(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def colours(path: Path) -> set[tuple[int, ...]]:
-    """Colors that lines are drawn in: a picture has one of them in a few pixels by chance."""
+    """Return the colors of more than 50 pixels: those of lines, not of pictures by chance."""
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     values, counts = np.unique(pixels, axis=0, return_counts=True)
     return set(map(tuple, values[counts > 50].tolist()))
@@ -37,9 +37,9 @@ def test_a_sheet_is_written(
     out = tmp_path / "sheet.png"
     arguments = ["--data", dataset.url, "--recipe", recipe, "--out", str(out)]
     assert preview(monkeypatch, *arguments, "--samples", "3", "--crop-size", "56") == 0
-    found = colours(out)
-    assert {QUERY, KEY} <= found
-    assert (FOREGROUND in found) == (recipe == "hp")
+    actual = colours(out)
+    assert {QUERY, KEY} <= actual
+    assert (FOREGROUND in actual) == (recipe == "hp")
     page = out.with_suffix(".html").read_text()
     assert page.count("<section>") == 3
     assert page.count("data:image/png;base64,") == 3 * (7 if recipe == "hp" else 6)
@@ -79,15 +79,15 @@ def test_the_outline_runs_around_the_foreground() -> None:
     tile = Image.new("RGB", (224, 224))
     front = np.zeros((7, 7), bool)
     front[2, 3] = True
-    outline(tile, front)
+    outline_(tile, front)
     rows, columns = (np.asarray(tile) == FOREGROUND).all(-1).nonzero()
-    # cell (2, 3) spans rows 64 .. 96 and columns 96 .. 128; lines are two pixels wide
+    # cell (2, 3) covers rows 64 .. 96 and columns 96 .. 128; lines are two pixels wide
     assert (rows.min(), rows.max()) == pytest.approx((64, 96), abs=2)
     assert (columns.min(), columns.max()) == pytest.approx((96, 128), abs=2)
 
 
 def test_a_high_pass_view_is_shown_about_middle_gray() -> None:
-    tile = view_tile(torch.zeros(3, 56, 56), small("mscn"))
+    tile = draw_view(torch.zeros(3, 56, 56), small("mscn"))
     assert np.unique(np.asarray(tile)).tolist() == [128]
 
 

@@ -1,4 +1,4 @@
-"""Recipes: what they hold, and which values they refuse."""
+"""Recipes: their values, and the values that they refuse."""
 
 import dataclasses
 from typing import Any

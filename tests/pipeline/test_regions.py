@@ -1,4 +1,4 @@
-"""Regions: painted into the images, they are found again in both views, at the reported boxes."""
+"""Regions that are painted into the images appear in both views at the reported boxes."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ COUNT = 24
 
 
 def sample_of(index: int, pixels: np.ndarray) -> Sample:
-    """The pixels as a viewer shows them, stored under one of the eight orientations."""
+    """Return a sample whose file has one of the eight orientations and shows these pixels."""
     saliency = np.random.default_rng(index).random((28, 28), dtype=np.float32)
     return Sample(
         key=f"key-{index:03d}",
@@ -40,7 +40,7 @@ def views_of(folder, pictures, **changes):
 
 
 def in_image(box, window):
-    """A view's box as shares of the image: (x0, y0, x1, y1), sorted."""
+    """Map a view's box to fractions of the image: (x0, y0, x1, y1), sorted."""
     y0, x0, y1, x1 = window.tolist()
     across = sorted(x0 + x / CROP * (x1 - x0) for x in (box[0].item(), box[2].item()))
     down = [y0 + y / CROP * (y1 - y0) for y in (box[1].item(), box[3].item())]
@@ -83,14 +83,14 @@ def test_a_painted_region_is_where_both_views_say(tmp_path):
                 continue
             found_rows, found_columns = (red.any(dim) for dim in (1, 0))
             box = getattr(first, f"{name}_regions")[row, 0].tolist()
-            found = [
+            actual = [
                 found_columns.nonzero().min().item(),
                 found_rows.nonzero().min().item(),
                 found_columns.nonzero().max().item() + 1,
                 found_rows.nonzero().max().item() + 1,
             ]
-            # an image's pixel is up to half a view's pixel, and paint ends at whole ones
-            assert np.abs(np.subtract(found, box)).max() < 1.6, (row, name)
+            # image pixels are up to half a view pixel, and painted boxes end at full pixels
+            assert np.abs(np.subtract(actual, box)).max() < 1.6, (row, name)
 
 
 def test_the_query_loses_its_regions_and_the_key_nothing(tmp_path):
@@ -113,32 +113,32 @@ def drawn(query, key, saliency=None, **changes):
 
 
 def test_views_without_a_common_part_have_no_region():
-    found, recipe = drawn([0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0])
-    assert not found.valid.any()
-    assert (found.query == torch.tensor([0.0, 0.0, CROP, CROP])).all()
-    assert not found.masks(recipe.crop_size).cells.any()
+    actual, recipe = drawn([0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0])
+    assert not actual.valid.any()
+    assert (actual.query == torch.tensor([0.0, 0.0, CROP, CROP])).all()
+    assert not actual.to_masks(recipe.crop_size).cells.any()
 
 
 def test_regions_have_at_least_a_cell_and_stay_in_both_views():
-    """An overlap of just more than one cell of the wider view."""
-    found, _ = drawn([0.0, 0.0, 0.6, 0.6], [0.5, 0.9, 1.0, 0.48])
-    assert found.valid.all()
-    for boxes in (found.query, found.key):
+    """Test an overlap of slightly more than one cell of the wider view."""
+    actual, _ = drawn([0.0, 0.0, 0.6, 0.6], [0.5, 0.9, 1.0, 0.48])
+    assert actual.valid.all()
+    for boxes in (actual.query, actual.key):
         assert (boxes[..., 2:] - boxes[..., :2] >= CROP / 7 - 1e-3).all()
         assert boxes.min() > -1e-3
         assert boxes.max() < CROP + 1e-3
-    assert found.query[..., :2].std(dim=0).min() > 0.1  # they differ
+    assert actual.query[..., :2].std(dim=0).min() > 0.1  # they differ
 
 
 def test_salient_regions_lie_where_the_saliency_is():
     saliency = torch.zeros(64, 7, 7)
-    saliency[:, 1, 5] = 1.0  # its middle at (x, y) = (5.5, 1.5) cells
+    saliency[:, 1, 5] = 1.0  # its center is at (x, y) = (5.5, 1.5) cells
     window = [0.0, 0.0, 1.0, 1.0]
 
     def covers(choice):
-        found, _ = drawn(window, window, saliency, region_choice=choice, regions=3)
+        actual, _ = drawn(window, window, saliency, region_choice=choice, regions=3)
         x, y = 5.5 * CROP / 7, 1.5 * CROP / 7
-        x0, y0, x1, y1 = found.query.unbind(-1)
+        x0, y0, x1, y1 = actual.query.unbind(-1)
         return ((x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)).float().mean().item()
 
     assert covers("salient") > 2 * covers("random")

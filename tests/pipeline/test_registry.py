@@ -1,4 +1,4 @@
-"""Masks and fills of one's own: the worked example of docs/pipeline.md, run as it stands."""
+"""Custom masks and fills: the example in docs/pipeline.md works as printed."""
 
 import os
 import re
@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "pipeline.md"
 
 
 def blocks(language: str) -> list[str]:
-    """The code of one language in the documentation, in order."""
+    """Return the code blocks of one language in the documentation, in order."""
     return re.findall(rf"```{language}\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""The recipes as released against loops that follow the released code, defects D1, D9, D12, D13."""
+"""The released recipes equal loops that follow the released code (D1, D9, D12 and D13)."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ NAMES = ["hp-released", "blur-released", "mean-released"]
 
 
 def localize(saliency: np.ndarray) -> list[int]:
-    """Cells in front by localize.py: rows sorted first (D1), then the relaxed rule on each cell."""
+    """Find the foreground as localize.py does: sort rows (D1), then apply the relaxed rule."""
     rows = [sorted(row) for row in saliency.astype(np.float64).tolist()]
     values = [value for row in rows for value in row]
     mean = sum(values) / CELLS
@@ -27,7 +27,7 @@ def localize(saliency: np.ndarray) -> list[int]:
 
 
 def released_counts(front: int, ratio: float, hard: bool, cap: bool) -> tuple[int, int]:
-    """How many cells of foreground and background random_mask_*.py masks."""
+    """Return the numbers of foreground and background cells that random_mask_*.py masks."""
     share = ratio * (front / CELLS)
     if cap and share >= 0.56:
         share = 0.55
@@ -36,27 +36,27 @@ def released_counts(front: int, ratio: float, hard: bool, cap: bool) -> tuple[in
     shuffled_front, shuffled_back = list(range(front)), list(range(CELLS - front))
     # a list of one index is squeezed to a scalar, which counts as none (D13)
     masked_front = [] if front == 1 else shuffled_front[:of_front]
-    # of_back may be -1: a slice that leaves out the last one (D12)
+    # of_back may be -1: the slice omits the last index (D12)
     masked_back = [] if hard or len(shuffled_back) == 1 else shuffled_back[:of_back]
     return len(masked_front), len(masked_back)
 
 
 def maps() -> torch.Tensor:
-    """Maps of every size of background from 0 to 12, and of no pattern."""
+    """Return maps with each background size from 0 to 12, and random maps."""
     random = np.random.default_rng(0)
-    found = []
+    saliency = []
     for low, _ in itertools.product(range(13), range(60)):
         flat = random.uniform(200, 255, CELLS)
         flat[random.permutation(CELLS)[:low]] = random.uniform(0, 10, low)
-        found.append(flat.reshape(7, 7))
-    found += list(random.uniform(0, 255, (400, 7, 7)))
-    return torch.from_numpy(np.stack(found).astype(np.float32))
+        saliency.append(flat.reshape(7, 7))
+    saliency += list(random.uniform(0, 255, (400, 7, 7)))
+    return torch.from_numpy(np.stack(saliency).astype(np.float32))
 
 
 def test_foreground_is_that_of_sorted_rows() -> None:
     saliency = maps()
-    found = find_released_foreground(saliency, 0.6).numpy()
-    for view, cells in zip(saliency.numpy(), found, strict=True):
+    actual = find_released_foreground(saliency, 0.6).numpy()
+    for view, cells in zip(saliency.numpy(), actual, strict=True):
         assert np.flatnonzero(cells).tolist() == localize(view)
         by_row = cells.reshape(7, 7)
         assert (by_row == np.sort(by_row, axis=1)).all()  # D1: right-most in each row
@@ -86,9 +86,9 @@ def test_counts_are_the_released_codes(name: str, role: Role) -> None:
 
 
 def test_which_cells_are_left_out_is_uniform() -> None:
-    """D12 leaves one cell of the background, any of them."""
+    """D12 leaves one background cell unmasked, all of them with equal probability."""
     saliency = torch.full((4000, 7, 7), 255.0)
-    saliency[:, 0, :4] = 0  # four in the background; sorting keeps them there
+    saliency[:, 0, :4] = 0  # four background cells, which sorting keeps there
     recipe = RECIPES["mean-released"]
     ratio = torch.full((4000,), 0.081, dtype=torch.float64)  # 45 * ratio is 3.6, 49 * ratio 3.97
     masked = MASKS[recipe.query_mask](saliency, ratio, recipe, rng_of(4000))
@@ -98,7 +98,7 @@ def test_which_cells_are_left_out_is_uniform() -> None:
 
 
 def test_noise_is_one_tile_for_all_views() -> None:
-    """D9; and two draws, say of query and hard negative, are different tiles."""
+    """D9: views share a tile, but query and hard negative have different ones."""
     recipe = RECIPES["hp-released"]
     own = rng_of(5)
     first, second = (

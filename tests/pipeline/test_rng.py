@@ -1,4 +1,4 @@
-"""Streams of random numbers: what they depend on, and how they are distributed."""
+"""Random streams: their dependencies and their distributions."""
 
 import hashlib
 import itertools
@@ -52,7 +52,7 @@ def test_every_stream_is_another_one() -> None:
 
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:
-    """Of neighboring samples, epochs, seeds and purposes, and of numbers in a stream."""
+    """Test correlations of adjacent samples, epochs, seeds, purposes and numbers of a stream."""
     samples = np.arange(TRIALS)
     columns = [
         *rng(samples).on_host(TRIALS, 3).T,
@@ -71,7 +71,7 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
         chi = ((counts - TRIALS / 50) ** 2 / (TRIALS / 50)).sum()
         assert chi < 49 + 6 * np.sqrt(98)
     off = np.corrcoef(table) - np.eye(len(table))
-    # column 3 is column 0 of the next sample, so it is compared with what it is beside
+    # column 3 is column 0 of the next sample, so it is compared with its neighbor
     assert np.abs(off).max() < 5.5 / TRIALS**0.5
 
 

@@ -1,4 +1,4 @@
-"""Shards in S3: written, and read through the cache, on a server of our own."""
+"""Shards in S3 are written, and read through the cache, on a local server."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ print("the same")
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server on this machine; its address and keys in the environment."""
+    """Start a local S3 server; its address and credentials are in the environment."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -65,7 +65,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_shards_in_s3_give_the_batches_of_the_same_shards_on_disk(
     server: str, dataset: ShardDataset, tmp_path: Path
 ) -> None:
-    # in a process of its own: s3fs keeps its clients, and the cache its folder, for a process
+    # in a separate process, because s3fs clients and the cache folder persist in a process
     done = subprocess.run(
         [sys.executable, "-c", COMPARE, dataset.url],
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},

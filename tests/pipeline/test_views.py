@@ -1,4 +1,4 @@
-"""Views as the loader hands them out: windows against PIL, hard negatives, what recipes report."""
+"""Views from the loader: windows against PIL, hard negatives, and the reported extras."""
 
 import numpy as np
 import pytest
@@ -20,13 +20,13 @@ def first(dataset: ShardDataset, recipe: Recipe, batch_size: int = 40) -> Batch:
 
 
 def pixels_of(view: Tensor) -> Tensor:
-    """Normalised (N, 3, H, W) -> 0 .. 255."""
+    """Map normalized (N, 3, H, W) to 0 .. 255."""
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return 255 * (view * std + mean)
 
 
 def cut_by_pil(pixels: np.ndarray, window: Tensor, side: int, how: Image.Resampling) -> np.ndarray:
-    """Crop, resize and flip, as torchvision does to a PIL image."""
+    """Crop, resize and flip an image as torchvision does with PIL."""
     y0, x0, y1, x1 = window.tolist()
     height, width = pixels.shape[:2]
     left, right = sorted((round(x0 * width), round(x1 * width)))
@@ -36,7 +36,7 @@ def cut_by_pil(pixels: np.ndarray, window: Tensor, side: int, how: Image.Resampl
 
 
 def grid_of(view: Tensor) -> np.ndarray:
-    """The mean gray of each of the 7 x 7 cells of a (3, H, W) view."""
+    """Return the mean gray of each of the 7 x 7 cells of a (3, H, W) view."""
     gray = (view * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
     return gray.reshape(7, CROP // 7, 7, CROP // 7).mean((1, 3)).numpy()
 
@@ -54,7 +54,7 @@ def test_a_view_is_the_window_of_its_image(
         for key, pixels, window in zip(batch.sample_keys, pixels_of(view), windows, strict=True):
             expected = cut_by_pil(pictures[key], window, CROP, how)
             difference = np.abs(pixels.permute(1, 2, 0).numpy() - expected)
-            # PIL filters inside the crop only, DALI looks beyond its edge
+            # PIL filters only inside the crop, DALI reads beyond its edge
             assert difference[4:-4, 4:-4].max() < 3
             assert difference.mean() < 1
             flips += bool(window[1] > window[3])
@@ -79,7 +79,7 @@ def test_windows_keep_to_area_and_ratio(
         height, width = pictures[key].shape[:2]
         rows, columns = (y1 - y0) * height, abs(x1 - x0) * width
         areas.append((y1 - y0) * abs(x1 - x0))
-        assert 0.77 < columns / rows < 1.3  # whole pixels
+        assert 0.77 < columns / rows < 1.3  # integer pixels
     assert 0.28 < min(areas) < 0.36
     assert 0.44 < max(areas) < 0.52
 
