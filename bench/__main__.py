@@ -113,7 +113,7 @@ def bench_order(argv: Sequence[str]) -> None:
 def bench_scale(argv: Sequence[str]) -> None:
     from bench import scale
 
-    print(scale.table(parse(scale.Options, argv)))
+    scale.show(parse(scale.Options, argv))
 
 
 def bench_kernels(argv: Sequence[str]) -> None:

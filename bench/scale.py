@@ -1,12 +1,13 @@
 """What a large dataset costs: listing, planning, finishing and verifying of made-up images."""
 
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,9 @@ class MadeUp(PartedSource):
 
 
 def peak_megabytes() -> float:
-    """Return the most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the most memory that this process has had (getrusage counts its parent's too)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -85,7 +87,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, time.perf_counter() - start, time.process_time() - cpu
 
 
-def measure_list(options: Options) -> list[str]:
+def measure_list(options: Options) -> None:
     """List tars of a store that waits for each request."""
     tar = UstarWriter()
     for number in range(options.tar_samples):
@@ -99,14 +101,14 @@ def measure_list(options: Options) -> list[str]:
     (images, _), seconds, cpu = timed(lambda: list_images(list_source(source)))
     requests = WaitingFileSystem.requests.total()
     WaitingFileSystem.reset(0.0)
-    return [
+    print(
         f"| list {options.tars:,} tars, {len(images):,} samples, {requests:,} requests of "
         f"{1000 * options.request_seconds:.0f} ms | {seconds:.1f} | {cpu:.1f} | "
         f"{peak_megabytes():.0f} |"
-    ]
+    )
 
 
-def measure_plan(options: Options) -> list[str]:
+def measure_plan(options: Options) -> None:
     """List and plan made-up images in this process."""
     from precompute.plan import make_plan
 
@@ -117,13 +119,13 @@ def measure_plan(options: Options) -> list[str]:
         return make_plan(images, seed=0, shard_samples=1000).digest
 
     digest, seconds, cpu = timed(plan)
-    return [
+    print(
         f"| plan {options.images:,} images here ({digest[:8]}; {before:.0f} MB before) | "
         f"{seconds:.1f} | {cpu:.1f} | {peak_megabytes():.0f} |"
-    ]
+    )
 
 
-def measure_cluster(options: Options) -> list[str]:
+def measure_cluster(options: Options) -> None:
     """Plan made-up images by a local Ray, and read shards of the plan as workers do."""
     import ray
 
@@ -141,13 +143,13 @@ def measure_cluster(options: Options) -> list[str]:
         shards = found.plan.shards
         places = np.linspace(0, len(shards) - 1, min(50, len(shards)), dtype=int).tolist()
         _, reading, _ = timed(lambda: [shards[place] for place in places])
-    return [
+    print(
         f"| plan {options.images:,} images by Ray ({found.plan.digest[:8]}; {before:.0f} MB "
         f"before; largest worker {memory.most:.0f} MB, object store {store_bytes / 1e6:.0f} MB; "
         f"{size / 1e6:.0f} MB of files; a shard is read in {1000 * reading / len(places):.1f} ms) "
         f"| "
         f"{seconds:.1f} | {cpu:.1f} | {peak_megabytes():.0f} |"
-    ]
+    )
 
 
 class MemoryWatch:
@@ -190,16 +192,16 @@ def private_megabytes(process: Path) -> float:
     return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def measure_finish(options: Options) -> list[str]:
+def measure_finish(options: Options) -> None:
     """Merge, open, describe and verify a dataset of small images with many shards."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         saliency = np.random.default_rng(0).normal(size=(28, 28)).astype(np.float32)
-        for shard in range(options.shards):
-            first = shard * options.shard_samples
-            numbers = range(first, first + options.shard_samples)
-            write_shard(store, shard, [small(number, saliency) for number in numbers])
+        with unittest.mock.patch("os.fsync"):  # not what is measured, and slow for small files
+            for shard in range(options.shards):
+                first = shard * options.shard_samples
+                numbers = range(first, first + options.shard_samples)
+                write_shard(store, shard, [small(number, saliency) for number in numbers])
         count = options.shards * options.shard_samples
         what = f"{options.shards:,} shards, {count:,} samples"
 
@@ -218,7 +220,8 @@ def measure_finish(options: Options) -> list[str]:
 
         def row(name: str, work: Callable[[], Any]) -> None:
             _, seconds, cpu = timed(work)
-            rows.append(f"| {name} ({what}) | {seconds:.1f} | {cpu:.1f} | {peak_megabytes():.0f} |")
+            peak = peak_megabytes()
+            print(f"| {name} ({what}) | {seconds:.1f} | {cpu:.1f} | {peak:.0f} |", flush=True)
 
         row("finish", lambda: finish(store))
         row("open", lambda: ShardDataset.open(folder))
@@ -234,7 +237,6 @@ def measure_finish(options: Options) -> list[str]:
         row(f"finish, {wait}", lambda: finish(Store("waiting://bucket/set")))
         row(f"info, {wait}", lambda: describe(ShardDataset.open("waiting://bucket/set")))
         WaitingFileSystem.reset(0.0)
-    return rows
 
 
 def small(number: int, saliency: np.ndarray) -> Sample:
@@ -249,14 +251,10 @@ MEASURES = {
 }
 
 
-def table(options: Options) -> str:
-    """Measure each row in a process of its own, whose memory is the row's, and return a table."""
-    lines = [
-        "| what | seconds | CPU seconds of the driver | MB of the driver, peak |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+def show(options: Options) -> None:
+    """Measure each row in a process of its own, whose memory is the row's, and print a table."""
+    print("| what | seconds | CPU seconds of the driver | MB of the driver, peak |")
+    print("| --- | ---: | ---: | ---: |", flush=True)
     for name in options.rows:
-        code = f"from bench.scale import *; print('\\n'.join(MEASURES[{name!r}]({options!r})))"
-        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
-        lines.append(done.stdout.decode().strip())
-    return "\n".join(lines)
+        code = f"from bench.scale import *; MEASURES[{name!r}]({options!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
