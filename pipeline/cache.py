@@ -53,7 +53,7 @@ class Cache:
     """Folder and maximum size of the cache.
 
     Attributes:
-        folder: folder on a local disk, created if missing. None: see `default_folder`.
+        folder: folder on a local disk, created if missing. None: see `find_default_folder`.
         limit: maximum bytes of all datasets together. None: half of the free disk space.
     """
 
@@ -76,7 +76,7 @@ def network_mount(url: str) -> str | None:
     )
 
 
-def default_folder() -> Path:
+def find_default_folder() -> Path:
     """Return the default folder of the cache.
 
     It is `saliency-shards` in $XDG_CACHE_HOME or ~/.cache. If that is not local or not writable,
@@ -97,7 +97,7 @@ def open_folder(cache: Cache) -> CacheFolder:
         UserError: the folder is not writable, is on a network file system, or does not support
             locks.
     """
-    folder = cache.folder or default_folder()
+    folder = cache.folder or find_default_folder()
     if kind := network_mount(str(folder)):
         raise UserError(
             f"cache {folder}: is on {kind}, a network file system; choose a folder on a local "
@@ -176,7 +176,7 @@ class ShardCache:
             "--cache and --cache-gb change this"
         )
 
-    def bytes_of(self, row: ShardRow) -> int:
+    def estimate_bytes(self, row: ShardRow) -> int:
         """Return the bytes to reserve for a shard: tar, index and table."""
         side_bytes = self._side_bytes.get(row.shard, SIDE_BYTES * (row.samples + 64))
         return row.bytes + side_bytes
@@ -190,8 +190,8 @@ class ShardCache:
         Raises:
             UserError: they do not fit; the message says how much they take.
         """
-        largest = sorted(self.dataset.shards, key=self.bytes_of, reverse=True)[:count]
-        if sum(map(self.bytes_of, largest)) > self.folder.limit:
+        largest = sorted(self.dataset.shards, key=self.estimate_bytes, reverse=True)[:count]
+        if sum(map(self.estimate_bytes, largest)) > self.folder.limit:
             raise UserError(self._too_small(largest))
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -314,7 +314,7 @@ class ShardCache:
         Raises:
             UserError: the store keeps failing, the disk is full, or the shard does not fit.
         """
-        size = self.bytes_of(row)
+        size = self.estimate_bytes(row)
         if size > self.folder.limit:
             raise UserError(self._too_small([row]))
         try:
@@ -354,7 +354,7 @@ class ShardCache:
         name = (
             f"shard {rows[0].shard}" if len(rows) == 1 else f"the {len(rows)} shards open at once"
         )
-        total = sum(map(self.bytes_of, rows))
+        total = sum(map(self.estimate_bytes, rows))
         return (
             f"cache {self.folder.folder}: too small: {name} of {self.dataset.url} can take "
             f"{format_gigabytes(total)} ({total} bytes), and its limit is "
