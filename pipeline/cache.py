@@ -23,16 +23,7 @@ from schemas import ShardDataset, ShardRow, UserError
 log = logging.getLogger(__name__)
 
 MOUNTS = Path("/proc/mounts")
-NETWORK_FILE_SYSTEMS = {
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "9p",
-    "fuse.sshfs",
-    "fuse.s3fs",
-    "fuse.gcsfuse",
-}
+NETWORK_TYPES = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
 """Types of file systems that fetch data over a network and keep nothing on the local disk."""
 
 DISK_SHARE = 0.5
@@ -68,12 +59,8 @@ def network_mount(url: str) -> str | None:
     path = Path(url).resolve()
     mounts = (line.split() for line in MOUNTS.read_text().splitlines())
     kinds = {Path(point.replace("\\040", " ")): kind for _, point, kind, *_ in mounts}
-    mounts_above = [point for point in (path, *path.parents) if point in kinds]
-    return (
-        kinds[mounts_above[0]]
-        if mounts_above and kinds[mounts_above[0]] in NETWORK_FILE_SYSTEMS
-        else None
-    )
+    kind = next((kinds[point] for point in (path, *path.parents) if point in kinds), None)
+    return kind if kind in NETWORK_TYPES else None
 
 
 def find_default_folder() -> Path:
