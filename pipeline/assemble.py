@@ -155,9 +155,7 @@ def make_images(
         list(get_threads().map(make_rows, split_rows(size)))
         return images
     parts = make_rows(slice(0, size))
-    return {
-        kind: views[0] if len(views) == 1 else torch.cat(views) for kind, views in parts.items()
-    }
+    return {kind: part[0] if len(part) == 1 else torch.cat(part) for kind, part in parts.items()}
 
 
 def split_rows(size: int) -> list[slice]:
