@@ -110,9 +110,8 @@ def make_images(
     images = {}
     if on_cpu:
         rows_of = {**dict.fromkeys(crops, size), "hard_negative": hard_negatives * size}
-        images = {
-            name: allocate_images(rows, recipe.crop_size) for name, rows in rows_of.items() if rows
-        }
+        side = recipe.crop_size
+        images = {kind: allocate_images(rows, side) for kind, rows in rows_of.items() if rows}
 
     def build_masking(copy: int, rows: slice) -> Masking | None:
         """Return the masking of the query (0), the key (1) or a hard negative (2, 3, ...)."""
@@ -120,15 +119,13 @@ def make_images(
         if name not in masks:
             return None
         std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
-        masks_of_copy = masks[name].select(locate(copy, rows))
+        selected = masks[name].select(locate(copy, rows))
         fill_rng = rng.stream("fill", copy, rows)
         if recipe.fill == "noise":
             noise = fill_rng.normal(rows.stop - rows.start, 3, recipe.cell, recipe.cell)
-            return Masking(masks_of_copy, std, noise, None)
+            return Masking(selected, std, noise, None)
         function = find("fill", recipe.fill, FILLS)
-        return Masking(
-            masks_of_copy, std, None, lambda image: function(image, recipe, std, fill_rng)
-        )
+        return Masking(selected, std, None, lambda image: function(image, recipe, std, fill_rng))
 
     def locate(copy: int, rows: slice) -> slice:
         """Return the rows of a copy among all images of its kind."""
@@ -136,6 +133,7 @@ def make_images(
         return slice(first + rows.start, first + rows.stop)
 
     def make_rows(rows: slice) -> dict[str, list[Tensor]]:
+        """Make the images of some rows, by kind."""
         made_images: dict[str, list[Tensor]] = {}
         for name, view in crops.items():
             copies = [0] if name == "query" else [1, *range(2, 2 + hard_negatives)]
@@ -156,10 +154,8 @@ def make_images(
     if on_cpu:
         list(get_threads().map(make_rows, split_rows(size)))
         return images
-    return {
-        name: parts[0] if len(parts) == 1 else torch.cat(parts)
-        for name, parts in make_rows(slice(0, size)).items()
-    }
+    parts = make_rows(slice(0, size))
+    return {kind: part[0] if len(part) == 1 else torch.cat(part) for kind, part in parts.items()}
 
 
 def split_rows(size: int) -> list[slice]:

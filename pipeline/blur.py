@@ -43,7 +43,7 @@ def build_shared_kernel(taps: int, sigma: float) -> Tensor:
     return build_gaussian_kernel(torch.tensor([sigma]), torch.tensor([taps // 2]))
 
 
-def gaussian_blur(image: Tensor, kernel: Tensor) -> Tensor:
+def apply_gaussian_blur(image: Tensor, kernel: Tensor) -> Tensor:
     """Convolve rows and columns with one kernel per image, or with one shared kernel.
 
     Args:
@@ -118,11 +118,11 @@ def reflect(position: Tensor, side: int) -> Tensor:
     return side - 1 - (side - 1 - position.abs()).abs()
 
 
-def shared_blur(image: Tensor, taps: int, sigma: float) -> Tensor:
+def apply_shared_blur(image: Tensor, taps: int, sigma: float) -> Tensor:
     """Blur all images with the same Gaussian, whose kernel is `taps` pixels wide."""
-    return gaussian_blur(image, build_shared_kernel(taps, sigma))
+    return apply_gaussian_blur(image, build_shared_kernel(taps, sigma))
 
 
-def high_pass(image: Tensor, recipe: Recipe) -> Tensor:
+def apply_high_pass(image: Tensor, recipe: Recipe) -> Tensor:
     """Return x - GaussianBlur(x), (N, 3, H, W) float32 (loader.py of the released code)."""
-    return image - shared_blur(image, recipe.high_pass_kernel, recipe.high_pass_sigma)
+    return image - apply_shared_blur(image, recipe.high_pass_kernel, recipe.high_pass_sigma)

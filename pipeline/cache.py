@@ -23,16 +23,7 @@ from schemas import ShardDataset, ShardRow, UserError
 log = logging.getLogger(__name__)
 
 MOUNTS = Path("/proc/mounts")
-NETWORK_FILE_SYSTEMS = {
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "9p",
-    "fuse.sshfs",
-    "fuse.s3fs",
-    "fuse.gcsfuse",
-}
+NETWORK_TYPES = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
 """Types of file systems that fetch data over a network and keep nothing on the local disk."""
 
 DISK_SHARE = 0.5
@@ -53,7 +44,7 @@ class Cache:
     """Folder and maximum size of the cache.
 
     Attributes:
-        folder: folder on a local disk, created if missing. None: see `default_folder`.
+        folder: folder on a local disk, created if missing. None: see `find_default_folder`.
         limit: maximum bytes of all datasets together. None: half of the free disk space.
     """
 
@@ -68,15 +59,11 @@ def network_mount(url: str) -> str | None:
     path = Path(url).resolve()
     mounts = (line.split() for line in MOUNTS.read_text().splitlines())
     kinds = {Path(point.replace("\\040", " ")): kind for _, point, kind, *_ in mounts}
-    mounts_above = [point for point in (path, *path.parents) if point in kinds]
-    return (
-        kinds[mounts_above[0]]
-        if mounts_above and kinds[mounts_above[0]] in NETWORK_FILE_SYSTEMS
-        else None
-    )
+    kind = next((kinds[point] for point in (path, *path.parents) if point in kinds), None)
+    return kind if kind in NETWORK_TYPES else None
 
 
-def default_folder() -> Path:
+def find_default_folder() -> Path:
     """Return the default folder of the cache.
 
     It is `saliency-shards` in $XDG_CACHE_HOME or ~/.cache. If that is not local or not writable,
@@ -97,7 +84,7 @@ def open_folder(cache: Cache) -> CacheFolder:
         UserError: the folder is not writable, is on a network file system, or does not support
             locks.
     """
-    folder = cache.folder or default_folder()
+    folder = cache.folder or find_default_folder()
     if kind := network_mount(str(folder)):
         raise UserError(
             f"cache {folder}: is on {kind}, a network file system; choose a folder on a local "
@@ -176,7 +163,7 @@ class ShardCache:
             "--cache and --cache-gb change this"
         )
 
-    def bytes_of(self, row: ShardRow) -> int:
+    def estimate_bytes(self, row: ShardRow) -> int:
         """Return the bytes to reserve for a shard: tar, index and table."""
         side_bytes = self._side_bytes.get(row.shard, SIDE_BYTES * (row.samples + 64))
         return row.bytes + side_bytes
@@ -190,8 +177,8 @@ class ShardCache:
         Raises:
             UserError: they do not fit; the message says how much they take.
         """
-        largest = sorted(self.dataset.shards, key=self.bytes_of, reverse=True)[:count]
-        if sum(map(self.bytes_of, largest)) > self.folder.limit:
+        largest = sorted(self.dataset.shards, key=self.estimate_bytes, reverse=True)[:count]
+        if sum(map(self.estimate_bytes, largest)) > self.folder.limit:
             raise UserError(self._too_small(largest))
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -314,7 +301,7 @@ class ShardCache:
         Raises:
             UserError: the store keeps failing, the disk is full, or the shard does not fit.
         """
-        size = self.bytes_of(row)
+        size = self.estimate_bytes(row)
         if size > self.folder.limit:
             raise UserError(self._too_small([row]))
         try:
@@ -354,7 +341,7 @@ class ShardCache:
         name = (
             f"shard {rows[0].shard}" if len(rows) == 1 else f"the {len(rows)} shards open at once"
         )
-        total = sum(map(self.bytes_of, rows))
+        total = sum(map(self.estimate_bytes, rows))
         return (
             f"cache {self.folder.folder}: too small: {name} of {self.dataset.url} can take "
             f"{format_gigabytes(total)} ({total} bytes), and its limit is "

@@ -155,7 +155,7 @@ class CacheFolder:
             if self.is_present(row):
                 return Refusal.PRESENT
             shards, reserved = self._scan()
-            if self._parts(row.sha256):
+            if self._find_parts(row.sha256):
                 return Refusal.FETCHED_ELSEWHERE
             total = sum(shard.size for shard in shards) + reserved
             if not self._make_room(shards, total + size - self.limit, row, needed, is_urgent):
@@ -183,12 +183,13 @@ class CacheFolder:
 
     def wait_for_fetch(self, row: ShardRow) -> None:
         """Wait until no process is fetching a shard."""
-        for path in self._parts(row.sha256):
+        for path in self._find_parts(row.sha256):
             # the fetch may end at this moment
             with suppress(FileNotFoundError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
 
-    def _parts(self, sha256: str) -> list[Path]:
+    def _find_parts(self, sha256: str) -> list[Path]:
+        """Return the files into which a shard is being fetched."""
         return list(self.folder.glob(f"{sha256}.*.part"))
 
     def _scan(self) -> tuple[list[StoredShard], int]:

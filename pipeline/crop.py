@@ -65,7 +65,7 @@ def find_largest_crop(
     return np.maximum(rows, 1).astype(np.int64), np.maximum(columns, 1).astype(np.int64)
 
 
-def center_windows(height: np.ndarray, width: np.ndarray, fraction: float) -> np.ndarray:
+def compute_center_windows(height: np.ndarray, width: np.ndarray, fraction: float) -> np.ndarray:
     """Return center squares whose side is a fraction of each image's short side.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline import devices
 from pipeline.cache import Cache
-from pipeline.crop import center_windows
+from pipeline.crop import compute_center_windows
 from pipeline.graph import Decoder, PreparedBatch, ViewSpec
 from pipeline.order import DiskOrder
 from pipeline.pixels import encoder_input_
@@ -113,5 +113,7 @@ class EvalViews:
             for step in range(len(self)):
                 encoded = reader.read(0, step)
                 # the crop as a fraction of the short side: resize and crop in one, without rounding
-                window = center_windows(encoded.height, encoded.width, self.crop_size / self.resize)
+                window = compute_center_windows(
+                    encoded.height, encoded.width, self.crop_size / self.resize
+                )
                 yield PreparedBatch(encoded, [window])

@@ -16,7 +16,7 @@ from functools import partial
 
 from torch import Tensor
 
-from pipeline.blur import shared_blur
+from pipeline.blur import apply_shared_blur
 from pipeline.recipes import Recipe
 from pipeline.registry import register
 from pipeline.rng import Rng
@@ -43,7 +43,7 @@ def fill_with_noise(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tens
 @fill("blur")
 def fill_with_blur(image: Tensor, recipe: Recipe, std: float, rng: Rng) -> Tensor:
     """Return the strongly blurred view."""
-    return shared_blur(image, recipe.blur_kernel, recipe.blur_sigma)
+    return apply_shared_blur(image, recipe.blur_kernel, recipe.blur_sigma)
 
 
 @fill("mean")

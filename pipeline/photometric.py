@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pipeline.blur import build_soft_blur_kernel, gaussian_blur
+from pipeline.blur import apply_gaussian_blur, build_soft_blur_kernel
 from pipeline.devices import to_device
 from pipeline.recipes import Range, Recipe
 from pipeline.rng import Rng
@@ -109,7 +109,7 @@ def apply_to_one(view: Tensor, parameters: Photometric, row: int) -> Tensor:
     if parameters.gray[row]:
         image = convert_to_gray(image).expand_as(image).contiguous()
     if (sigma := parameters.sigma[row : row + 1]) > 0:
-        image = gaussian_blur(image, build_soft_blur_kernel(sigma))
+        image = apply_gaussian_blur(image, build_soft_blur_kernel(sigma))
     return image
 
 
@@ -128,7 +128,9 @@ def apply_to_batch(view: Tensor, parameters: Photometric) -> Tensor:
     rows = (parameters.sigma > 0).nonzero().squeeze(1)
     if len(rows):
         places = to_device(rows, image.device)
-        image[places] = gaussian_blur(image[places], build_soft_blur_kernel(parameters.sigma[rows]))
+        image[places] = apply_gaussian_blur(
+            image[places], build_soft_blur_kernel(parameters.sigma[rows])
+        )
     return image
 
 

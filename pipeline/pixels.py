@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline import fused, photometric
-from pipeline.blur import high_pass
+from pipeline.blur import apply_high_pass
 from pipeline.compiling import Compiled
 from pipeline.devices import to_device
 from pipeline.fills import repeat_tile
@@ -134,7 +134,7 @@ def encoder_input_(image: Tensor, recipe: Recipe) -> Tensor:
     """
     for channel, mean, std in zip(image.unbind(1), MEAN, STD, strict=True):
         channel.sub_(mean).div_(std)
-    return high_pass(image, recipe) if recipe.high_pass else image
+    return apply_high_pass(image, recipe) if recipe.high_pass else image
 
 
 def write_masked(

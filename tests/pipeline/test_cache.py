@@ -20,7 +20,7 @@ import torch
 from bench.object_store import ObjectServer
 from pipeline import EvalViews, MaskedViews, cache_folder
 from pipeline import cache as cache_module
-from pipeline.cache import Cache, ShardCache, default_folder, open_folder
+from pipeline.cache import Cache, ShardCache, find_default_folder, open_folder
 from schemas import ShardDataset, UserError, write_dataset
 from schemas.tables import shard_name
 from tests.pipeline.conftest import picture, sample_of, small
@@ -241,7 +241,7 @@ def test_threads_do_not_keep_the_process_from_exiting(server: ObjectServer, tmp_
 
 
 def sizes(cache: ShardCache) -> list[int]:
-    return [cache.bytes_of(row) for row in cache.dataset.shards]
+    return [cache.estimate_bytes(row) for row in cache.dataset.shards]
 
 
 def room_for(open_cache: Open, shards: list[int]) -> int:
@@ -254,7 +254,9 @@ def test_the_one_used_longest_ago_is_evicted_first(open_cache: Open) -> None:
     cache = open_cache()
     for shard in (0, 1, 2, 0):  # now shard 1 is the least recently used
         content(cache, shard)
-    cache.folder.limit = cache.folder.count_bytes() + cache.bytes_of(cache.dataset.shards[3]) - 1
+    cache.folder.limit = (
+        cache.folder.count_bytes() + cache.estimate_bytes(cache.dataset.shards[3]) - 1
+    )
     content(cache, 3)
     assert present(cache) == [0, 2, 3]
 
@@ -275,7 +277,7 @@ def test_a_shard_that_is_needed_soon_is_evicted_last(open_cache: Open) -> None:
     ):  # each replaces an unneeded shard, and later ones replace the shard before
         before = present(cache)
         cache.folder.limit = (
-            cache.folder.count_bytes() + cache.bytes_of(cache.dataset.shards[shard]) - 1
+            cache.folder.count_bytes() + cache.estimate_bytes(cache.dataset.shards[shard]) - 1
         )
         os.utime(cache.folder.path(cache.dataset.shards[4].sha256, "tar")) if shard == 5 else None
         os.close(cache.open(shard).tar)
@@ -377,7 +379,7 @@ def test_an_index_above_what_was_reserved_for_it_is_counted(
     cache = open_cache()
     content(cache, 0)
     row = cache.dataset.shards[0]
-    assert row.bytes < cache.folder.count_bytes() == cache.bytes_of(row)
+    assert row.bytes < cache.folder.count_bytes() == cache.estimate_bytes(row)
 
 
 def test_a_shard_above_the_limit_is_refused(open_cache: Open) -> None:
@@ -672,7 +674,7 @@ def test_a_folder_on_nfs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_folder(Cache(tmp_path / "nfs" / "cache", ROOM))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nfs"))
     monkeypatch.setattr(cache_module.tempfile, "tempdir", str(tmp_path))
-    assert default_folder() == tmp_path / f"saliency-shards-{os.getuid()}"
+    assert find_default_folder() == tmp_path / f"saliency-shards-{os.getuid()}"
 
 
 def test_the_default_is_stated(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.crop import ATTEMPTS, center_windows, draw_windows
+from pipeline.crop import ATTEMPTS, compute_center_windows, draw_windows
 from tests.pipeline.conftest import rng_of, small
 
 TRIALS = 4000
@@ -80,6 +80,6 @@ def test_a_stream_serves_two_views_with_ten_tries_each() -> None:
 
 
 def test_center_windows() -> None:
-    windows = center_windows(np.array([100, 50]), np.array([100, 200]), 0.5)
+    windows = compute_center_windows(np.array([100, 50]), np.array([100, 200]), 0.5)
     assert windows[0].tolist() == [0.25, 0.25, 0.75, 0.75]
     np.testing.assert_allclose(windows[1], [0.25, 0.4375, 0.75, 0.5625])

@@ -266,7 +266,7 @@ def test_a_state_of_version_1_goes_on(
     assert caplog.text == ""
     views.load_state_dict(version_1(views, epoch=3, step=2))
     assert (views.epoch, views.step) == (3, 2)
-    assert "up to 2 batches of samples come twice in this epoch" in caplog.text
+    assert "up to 2 batches of samples repeat in this epoch" in caplog.text
 
 
 def test_a_loader_that_is_dropped_ends_its_threads(dataset: ShardDataset) -> None:

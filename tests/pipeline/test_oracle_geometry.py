@@ -35,24 +35,24 @@ def sample(key: str, size: tuple[int, int], axis: int, orientation: int) -> Samp
     return Sample(key, stored(seen, orientation), "jpg", saliency.astype(np.float32), -1, *size)
 
 
-def first(url: str, size: int, cuts: bool, **changes: object) -> Batch:
+def first(url: str, size: int, crops_in_graph: bool, **changes: object) -> Batch:
     recipe = small("none", **STILL, **changes)
     views = MaskedViews(url, recipe, size, "cpu", report=("saliency", "windows", "keys"))
     # True: crop with the operators of the graph, as on a GPU
-    views._cut = dataclasses.replace(views._cut, on_device=cuts)
+    views._spec = dataclasses.replace(views._spec, on_device=crops_in_graph)
     return next(iter(views))
 
 
-@pytest.mark.parametrize("cuts", [False, True])
+@pytest.mark.parametrize("crops_in_graph", [False, True])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_saliency_lies_on_its_image(write: Write, orientation: int, cuts: bool) -> None:
+def test_saliency_lies_on_its_image(write: Write, orientation: int, crops_in_graph: bool) -> None:
     sizes = [size for size in SIZES for _ in range(3)]
     samples = [
         sample(f"{axis}-{number}", size, axis, orientation)
         for number, size in enumerate(sizes)
         for axis in (0, 1)
     ]
-    batch = first(write(samples).url, len(samples), cuts)
+    batch = first(write(samples).url, len(samples), crops_in_graph)
     assert batch.sample_keys is not None
     flips = 0
     for name in ("query", "key"):
@@ -95,7 +95,10 @@ def test_graph_and_host_cut_the_same_pixels(write: Write, interpolation: str) ->
         grid = np.zeros((28, 28), np.float32)
         samples.append(Sample(f"s{number}", buffer.getvalue(), "png", grid, 0, size[1], size[0]))
     url = write(samples).url
-    host, graph = (first(url, 24, cuts, interpolation=interpolation) for cuts in (False, True))
+    host, graph = (
+        first(url, 24, crops_in_graph, interpolation=interpolation)
+        for crops_in_graph in (False, True)
+    )
     assert torch.equal(host.query_window, graph.query_window)  # type: ignore[arg-type]
     difference = 255 * (host.query - graph.query).abs() * 0.229
     assert difference[..., 2:-2, 2:-2].max() < 2.5

@@ -23,7 +23,7 @@ def preview(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return command.main()
 
 
-def colours(path: Path) -> set[tuple[int, ...]]:
+def find_line_colors(path: Path) -> set[tuple[int, ...]]:
     """Return the colors of more than 50 pixels: those of lines, not of pictures by chance."""
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     values, counts = np.unique(pixels, axis=0, return_counts=True)
@@ -37,7 +37,7 @@ def test_a_sheet_is_written(
     out = tmp_path / "sheet.png"
     arguments = ["--data", dataset.url, "--recipe", recipe, "--out", str(out)]
     assert preview(monkeypatch, *arguments, "--samples", "3", "--crop-size", "56") == 0
-    actual = colours(out)
+    actual = find_line_colors(out)
     assert {QUERY, KEY} <= actual
     assert (FOREGROUND in actual) == (recipe == "hp")
     page = out.with_suffix(".html").read_text()
