@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from schemas import write_dataset
-from train.__main__ import options
+from train.__main__ import parse_command_line
 
 FILE = Path(__file__).resolve().parents[2] / "examples/demo.py"
 
@@ -65,7 +65,7 @@ def test_the_trainings_differ_in_the_recipe_alone(demo, tmp_path):
         [str(word) for word in demo.train_arguments(tmp_path, arm, 3, 7)]
         for arm in (demo.PLAIN, demo.MASKED)
     ]
-    plain, masked = (options(words) for words in arguments)
+    plain, masked = (parse_command_line(words) for words in arguments)
     assert plain.recipe.fill == "none"
     assert masked.recipe.fill == "noise"
     assert plain.out != masked.out
