@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,7 @@ def typed(command: str, small: bool = False) -> None:
 def further(options: list[str], given: list[str]) -> list[str]:
     """Return `--name value ...` options without those that are given already."""
     starts = [place for place, word in enumerate(options) if word.startswith("--")]
-    ends = [*starts[1:], len(options)]
-    pairs = [options[start:end] for start, end in zip(starts, ends, strict=True)]
+    pairs = [options[start:end] for start, end in pairwise([*starts, len(options)])]
     return [word for pair in pairs if pair[0] not in given for word in pair]
 
 
