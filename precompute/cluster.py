@@ -104,7 +104,7 @@ def refusal(address: str | None, error: Exception, said: str) -> str:
     # a cluster of another version, or with another token
     return (
         f"the Ray cluster at {address} takes no job of this checkout: {reason}; start one from "
-        "here (docs/precompute.md), or leave --address out"
+        "here (docs/cluster.md), or leave --address out"
     )
 
 

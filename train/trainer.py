@@ -82,7 +82,6 @@ def prepare_job(given: TrainConfig) -> TrainingJob:
     dataset = None if config.synthetic else ShardDataset.open(config.data)
     torch.manual_seed(config.seed)  # equal weights on every rank
     torch.backends.cudnn.benchmark = True  # all views have the same size
-    labels = [] if dataset is None else dataset.samples["label"].to_pylist()
     setup = Setup(
         encoder=config.encoder,
         stem=config.stem,
@@ -91,7 +90,7 @@ def prepare_job(given: TrainConfig) -> TrainingJob:
         grad_accum_steps=config.grad_accum_steps,
         crop_size=config.recipe.crop_size,
         classes=SYNTHETIC_CLASSES if dataset is None else len(dataset.classes),
-        unlabeled=sum(label < 0 for label in labels),
+        unlabeled=0 if dataset is None else dataset.unlabeled,
         seed=config.seed,
     )
     method = config.method.build(setup)

@@ -52,7 +52,7 @@ class ScdaOptions(EstimatorOptions):
     areas: tuple[float, ...] = (1.0, 0.45)
     """Areas of the windows as shares of the image, 1 for all of it. Windows of one area cover the
     image, overlapping; their maps are pasted back, z-scored and averaged over the areas.
-    docs/precompute.md has how close each choice comes to the online map."""
+    docs/saliency.md has how close each choice comes to the online map."""
     side: int = 28
     """Cells on a side of the stored map."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 OVERLAP = 3
-"""Neighbouring windows are a third of their side apart, or less (ours; see docs/precompute.md)."""
+"""Neighbouring windows are a third of their side apart, or less (ours; see docs/saliency.md)."""
 
 MOST = 8
 """Windows along one axis, for images that are very long: they are longer then."""

@@ -249,7 +249,7 @@ def test_eight_bits_keep_the_foreground_of_real_maps(
 
 
 def test_the_documented_function_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "precompute.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "saliency.md").read_text()
     *_, code = re.findall(r"```python\n(.*?)```", text, re.S)
     (tmp_path / "documented_maps.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,4 @@
-"""Ray as docs/precompute.md starts it, and what is said where it does not start or answer."""
+"""Ray as docs/cluster.md starts it, and what is said where it does not start or answer."""
 
 import os
 import secrets
