@@ -203,9 +203,9 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
             ready, _, _ = select.select([heard], [], [], left)
             number = os.read(heard, 1)[0] if ready else 0
             if number == signal.SIGTERM:
-                end("terminated before Ray was up; the same command starts again", 143)
+                end("terminated before Ray was up; run the same command again", 143)
             if number == signal.SIGINT:
-                end("interrupted before Ray was up; the same command starts again", 130)
+                end("interrupted before Ray was up; run the same command again", 130)
             if ready or over.is_set():
                 continue
             words = last_words(said) or "it says nothing"
@@ -243,8 +243,8 @@ def end_with_ray(over: threading.Event) -> None:
     while not over.wait(POLL_SECONDS):
         if dead := VITAL & {name for name, _ in node.dead_processes()}:
             print(
-                f"error: Ray's {' and '.join(sorted(dead))} died; the same command goes on from "
-                "here",
+                f"error: Ray's {' and '.join(sorted(dead))} died; run the same command again "
+                "to resume",
                 file=sys.stderr,
                 flush=True,
             )

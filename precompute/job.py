@@ -307,8 +307,8 @@ def build_shards(
         there = store.sizes(SHARD_FOLDER)
         done = sum(shard_name(shard, "parquet").split("/")[1] in there for shard in missing)
         return (
-            f"{done} of {len(missing)} missing shards are written, the same command goes on from "
-            "there"
+            f"{done} of {len(missing)} missing shards are written; run the same command again to "
+            "resume"
         )
 
     with cluster(resources.address):

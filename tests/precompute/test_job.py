@@ -85,7 +85,7 @@ def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
         assert markers(out) >= moment
         if victim == "raylet":
             assert job.returncode == 1
-            assert "Ray's raylet died; the same command goes on from here" in errors
+            assert "Ray's raylet died; run the same command again to resume" in errors
         if victim == "worker":
             assert job.returncode == 143
             assert re.search(r"terminated; \d+ of \d+ missing shards are written, the same", errors)
