@@ -1,10 +1,10 @@
-"""Entry of the installed commands: its name is this project's alone, those of its rooms are not.
+"""Entry point of the installed commands: only its name is unique to this project.
 
 A user's folder may hold a `train.py`, a `pipeline/` or a `schemas/`. It comes first on `sys.path`
-under `python -m`, and with `PYTHONPATH=.` under the installed commands too. So a command puts its
-own folder first before it imports anything of the project; under `python -m ROOM` that happens when
-this module is imported, by the room's `__init__`. A program that merely imports a room keeps its
-path.
+under `python -m`, and with `PYTHONPATH=.` under the installed commands too. So a command puts the
+project's folder first before it imports anything of the project; under `python -m PACKAGE` that
+happens when this module is imported by the package's `__init__`. A program that merely imports a
+package of this project keeps its path.
 """
 
 import importlib
@@ -21,14 +21,15 @@ ROOMS = tuple(
     for room in ("schemas", "precompute", "pipeline", "train", "bench")
     if os.path.isdir(os.path.join(FOLDER, room))
 )
-"""The packages of this project that are here: `bench` is in a checkout and is not installed."""
+"""The packages of this project that exist here: `bench` is in a checkout and is not installed."""
 
 
 def own_rooms_first() -> None:
-    """Put this project's folder first, here and in processes that are started from here.
+    """Put this project's folder first on the path, here and in processes that are started from
+    here.
 
-    Says on stderr which modules of the same names are passed over. Exits with status 2 when one of
-    them was imported already.
+    Prints on stderr which modules of the same names are skipped. Exits with status 2 if one of them
+    was imported already.
     """
     for room in ROOMS:
         own = os.path.join(FOLDER, room)
@@ -47,13 +48,13 @@ def own_rooms_first() -> None:
             print(f"note: {foreign} is passed over: {room} is this project's", file=sys.stderr)
     sys.path[:] = [FOLDER, *others]
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    # Ray gives its workers the current folder, multiprocessing the path
+    # Ray passes the current folder to its workers, multiprocessing passes the path.
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([FOLDER, *inherited]))
     importlib.invalidate_caches()
 
 
 def own_rooms_first_under_m() -> None:
-    """`own_rooms_first` where `python -m ROOM` is just being started, else nothing."""
+    """Call `own_rooms_first` if `python -m PACKAGE` is being started; otherwise do nothing."""
     if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:
         return
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]
@@ -62,7 +63,7 @@ def own_rooms_first_under_m() -> None:
 
 
 def place_of(spec: object) -> str | None:
-    """A package's folder or a module's file, links resolved; None where there is neither."""
+    """Return a package's folder or a module's file, with links resolved; None if it has neither."""
     folders = list(getattr(spec, "submodule_search_locations", None) or [])
     file = getattr(spec, "origin", None)
     place = folders[0] if folders else file
@@ -70,7 +71,7 @@ def place_of(spec: object) -> str | None:
 
 
 def start(module: str) -> None:
-    """Run a command; its version is told without the seconds that torch takes to be imported."""
+    """Run a command; answer --version without the seconds that importing torch takes."""
     if "--version" in sys.argv[1:]:
         print(f"saliency-shards {version('saliency-shards')}")
         sys.exit(0)

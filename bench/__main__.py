@@ -1,16 +1,16 @@
-"""Measure this machine.
+"""Run a benchmark on this machine.
 
-python -m bench loader --data URL         views/s beside the usual ways, on the same images
-python -m bench remote --data URL         first batch and rate from S3 at a distance, beside local
-python -m bench precompute --root PHOTOS  the job beside its ceilings
-python -m bench fidelity --root PHOTOS    stored maps against online ones, on crops
-python -m bench map-sides --root PHOTOS   what the side of stored maps costs, in IoU and bytes
+python -m bench loader --data URL         views/s of the loader and of the usual ways, same images
+python -m bench remote --data URL         first batch and rate from a slow S3, compared with local
+python -m bench precompute --root PHOTOS  rate of the precompute job, compared with its ceilings
+python -m bench fidelity --root PHOTOS    stored maps compared with online ones, on crops
+python -m bench map-sides --root PHOTOS   cost of the stored maps' side, in IoU and bytes
 python -m bench train --data URL          training steps: alone, fed, online saliency, released way
 python -m bench order                     seconds and memory to plan a batch of 10^9 samples
 python -m bench scale                     listing, planning, finishing and verifying at scale
-python -m bench kernels                   kernels and bytes of a batch's views on a GPU, counted
-python -m bench.gpu_session               the first session on a GPU: what works, how fast
-python -m bench study --shards FOLDER     arms of the method on real data, a table of their results
+python -m bench kernels                   GPU kernels and bytes of a batch's views, counted
+python -m bench.gpu_session               checks and rates for the first session on a GPU
+python -m bench study --shards FOLDER     trains arms of the method on real data, prints a table
 """
 
 import itertools
@@ -48,7 +48,8 @@ def main() -> int:
     return 0
 
 
-# Each target imports what it measures, and no other target's packages: Ray, for one.
+# Each target imports only what it measures, so that it does not need other targets' packages, such
+# as Ray.
 
 
 def bench_loader(argv: Sequence[str]) -> None:

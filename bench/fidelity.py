@@ -1,8 +1,8 @@
-"""Measure how well a stored map stands for the map that a network makes of the view itself.
+"""Measure how closely a stored map agrees with the map that a network computes on the view itself.
 
-Random resized crops of photos: the foreground that the stored map gives for the crop, cut,
-resampled and thresholded exactly as the pipeline does it, against the foreground of the same
-backbone run online on that crop's pixels, after the photometric jitter of training and before it.
+On random resized crops of photos, the foreground from the stored map (cut, resampled and
+thresholded exactly as in the pipeline) is compared with the foreground of the same backbone run
+online on the crop's pixels, both after and before the photometric jitter of training.
 """
 
 import itertools
@@ -34,31 +34,31 @@ from schemas.errors import UserError
 from schemas.saliency import SaliencyMap
 
 BINS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
-"""Limits of the crops' areas, as shares of the image, that figures are given by."""
+"""Limits of the bins of crop areas, as shares of the image; the table has one column per bin."""
 SCENES = 400
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Options:
-    """Foreground of stored maps against online ones, on crops of photos; one table."""
+    """Compare the foreground of stored maps with that of online maps on crops of photos."""
 
     root: str = tyro.MISSING
-    """A folder of photos of their original size."""
+    """Folder of photos at their original size."""
     backbone: str = "resnet50"
-    """A torchvision classification CNN by name."""
+    """Name of a torchvision classification CNN."""
     weights: str = "DEFAULT"
-    """A torchvision weights name or the path of a state_dict."""
+    """Name of torchvision weights, or path of a state_dict."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the backbone; fp32 is faster on CPUs without bf16 instructions."""
     crops: int = 8
-    """Random crops of each photo."""
+    """Number of random crops per photo."""
     seed: int = 0
     """Random seed for crops and jitter."""
 
 
 class Crop(NamedTuple):
-    """A random resized crop: which image, and y0 x0 y1 x1 as shares of it."""
+    """A random resized crop: the index of the image, and y0 x0 y1 x1 as shares of it."""
 
     image: int
     window: tuple[float, float, float, float]
@@ -70,12 +70,14 @@ class Crop(NamedTuple):
 
 
 def scda_options(options: Options, **changes: Any) -> ScdaOptions:
-    """Return the estimator's options for this backbone, those not given at their defaults."""
+    """Return the estimator's options for this backbone, with the given changes."""
     return ScdaOptions(options.backbone, options.weights, precision=options.precision, **changes)
 
 
 def candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions], str]]:
-    """Return estimators whose maps are z-scored and averaged, and forwards, by their name."""
+    """Return, by name, the estimators whose z-scored maps are averaged, and the number of
+    forwards.
+    """
 
     def scda(*areas: float, size: int = 224) -> ScdaOptions:
         return scda_options(options, areas=areas, size=size)
@@ -95,7 +97,7 @@ def candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions], str]
 
 
 def decoded(root: str) -> Iterator[Any]:
-    """The photos as DALI batches."""
+    """Yield the photos as DALI batches."""
     source = Folder(root, "train", False)
     images = [entry for entry in source.images() if isinstance(entry, SourceImage)]
     for start in range(0, len(images), BATCH):
@@ -108,7 +110,7 @@ def decoded(root: str) -> Iterator[Any]:
 
 
 def stored(estimators: list[Estimator], images: Any) -> list[np.ndarray]:
-    """Return maps as they are read back from a shard, each (side, side) uint8."""
+    """Return the maps as a loader reads them back from a shard, each (side, side) uint8."""
     maps = torch.stack([z_scored(torch.from_numpy(estimate(images))) for estimate in estimators])
     return [SaliencyMap.quantise(saliency).grid for saliency in maps.mean(dim=0).numpy()]
 
@@ -128,7 +130,7 @@ def of_views(grids: list[np.ndarray], crops: list[Crop], grid: int) -> Tensor:
 
 
 class Study:
-    """Crops of photos with the foreground of the online maps, and what it is compared with."""
+    """Crops of photos, the foreground of their online maps, and the comparison with stored maps."""
 
     def __init__(self, options: Options):
         self.recipe = RECIPES["hp"]
@@ -160,11 +162,13 @@ class Study:
         self.areas = torch.tensor([crop.area for crop in self.crops])
 
     def images(self) -> Iterator[Tensor]:
-        """Return the photos, (height, width, 3) uint8 each."""
+        """Yield the photos, each (height, width, 3) uint8."""
         return (torch.from_numpy(np.array(i.cpu())) for batch in self.photos for i in batch)
 
     def views(self) -> Iterator[Tensor]:
-        """Cut all crops again: (side, side, 3) uint8 each, in the order of `crops`."""
+        """Cut all crops again and yield them in the order of `crops`, each (side, side, 3)
+        uint8.
+        """
         images = list(self.images())
         for crop in self.crops:
             window = torch.tensor(crop.window)
@@ -175,7 +179,7 @@ class Study:
         return find_foreground(maps, self.recipe.foreground_margin).flatten(1)
 
     def rows(self, options: Options) -> Iterator[str]:
-        """The table's rows, one after the other."""
+        """Yield the rows of the table."""
         generator = torch.Generator().manual_seed(options.seed)
         chance = torch.rand(self.jittered.shape, generator=generator)
         share = self.jittered.float().mean()
@@ -217,7 +221,7 @@ def iou(one: Tensor, other: Tensor) -> Tensor:
 
 
 def training_jitter() -> v2.Transform:
-    """MoCo v2's photometric augmentation."""
+    """Return MoCo v2's photometric augmentation."""
     return v2.Compose(
         [
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
@@ -228,7 +232,11 @@ def training_jitter() -> v2.Transform:
 
 
 def on_objects(options: Options) -> Iterator[str]:
-    """Generated scenes: the foreground that lies on the object, and the object that it covers."""
+    """Yield table rows for generated scenes, whose objects are known.
+
+    The columns are the share of the foreground that lies on the object, and the share of the object
+    that the foreground covers.
+    """
     scenes = [demo.scene(index, "val") for index in range(SCENES)]
     chosen: dict[str, EstimatorOptions] = {
         "spectral": SpectralOptions(),

@@ -1,7 +1,7 @@
-"""Checks of the loader on a device, each against something that does not depend on the device.
+"""Checks of the loader on a device, each against a result that does not depend on the device.
 
-`bench.gpu_session` runs them on a GPU (and, so that they stay alive, on a CPU);
-`tests/pipeline/test_loader_gpu.py` has them as tests. Needs no more than `pipeline` does.
+`bench.gpu_session` runs them on a GPU (and on a CPU, so that they keep working);
+`tests/pipeline/test_loader_gpu.py` runs them as tests. They need only the packages of `pipeline`.
 """
 
 import io
@@ -19,17 +19,17 @@ from schemas import Sample, write_dataset
 from schemas.sample import IMAGE_EXTENSIONS
 
 FORMATS = IMAGE_EXTENSIONS
-"""Every format that precompute keeps as it is, and its extension."""
+"""Every format that precompute keeps without re-encoding, and its extension."""
 
 DECODERS_DIFFER = 3.0
-"""Mean difference of two decoders' pixels, of 255, that is allowed (ours; a wrong image has 50)."""
+"""Allowed mean difference of two decoders' pixels, of 255 (our choice; a wrong image has 50)."""
 
 SLEEP_CYCLES = 200_000_000
-"""A tenth of a second of a GPU."""
+"""About a tenth of a second on a GPU."""
 
 
 def write_photos(folder: Path, count: int, formats: tuple[str, ...] = tuple(FORMATS)) -> str:
-    """Write a dataset of smooth random pictures, format after format; return its URL."""
+    """Write a dataset of smooth random pictures that cycles through the formats; return its URL."""
 
     def samples() -> Iterator[Sample]:
         rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def views_of(url: str, device: str, batch_size: int, side: int) -> MaskedViews:
 
 
 def take(views: MaskedViews, count: int) -> list[Batch]:
-    """Return the next batches, over as many epochs as it takes, and close the loader."""
+    """Return the next `count` batches, over as many epochs as it takes, and close the loader."""
     batches: list[Batch] = []
     while len(batches) < count:
         for batch in views:
@@ -93,14 +93,14 @@ def expect_equal(ones: list[Batch], others: list[Batch], leave_out: tuple[str, .
 
 
 def check_repeats(url: str, device: str, batch_size: int, side: int) -> str:
-    """Two loaders of one seed give the same bits."""
+    """Check that two loaders with the same seed give the same bits."""
     first, second = (take(views_of(url, device, batch_size, side), 3) for _ in range(2))
     expect_equal(first, second)
     return "3 batches equal bit for bit"
 
 
 def check_resumes(url: str, device: str, batch_size: int, side: int) -> str:
-    """A loader goes on from the state of another."""
+    """Check that a loader resumes from the state of another."""
     expected = take(views_of(url, device, batch_size, side), 3)
     started = views_of(url, device, batch_size, side)
     take(started, 1)
@@ -111,13 +111,13 @@ def check_resumes(url: str, device: str, batch_size: int, side: int) -> str:
 
 
 def check_nothing_overwritten(url: str, device: str, batch_size: int, side: int) -> str:
-    """A batch stays while the next ones are made, also where the device reads it late."""
+    """Check that later batches do not overwrite one that the device reads late."""
     expected = take(views_of(url, device, batch_size, side), 1)[0].query.clone()
     views = views_of(url, device, batch_size, side)
     stream = iter(views)
     held = next(stream).query
     if device == "cuda":
-        torch.cuda._sleep(SLEEP_CYCLES)  # what follows on this stream comes late
+        torch.cuda._sleep(SLEEP_CYCLES)  # delays the rest of this stream
     late = held.clone()
     del held
     take(views, 4)
@@ -127,7 +127,7 @@ def check_nothing_overwritten(url: str, device: str, batch_size: int, side: int)
 
 
 def check_equals_cpu(url: str, device: str, batch_size: int, side: int) -> str:
-    """Draws, windows, masks and jitter are those of the CPU; pixels up to the decoder."""
+    """Check that draws, windows, masks and jitter equal the CPU's, and pixels up to the decoder."""
     on_device, on_cpu = (take(views_of(url, name, batch_size, side), 2) for name in (device, "cpu"))
     pixels = ("query", "key", "hard_negative", "query_crop", "key_crop")
     expect_equal(on_device, on_cpu, leave_out=pixels)
@@ -142,7 +142,7 @@ def check_equals_cpu(url: str, device: str, batch_size: int, side: int) -> str:
 
 
 def check_formats(url: str, device: str, batch_size: int, side: int) -> str:
-    """Each format decodes on the device as on the CPU; `url` is of `write_photos`."""
+    """Check that each format decodes as on the CPU; `url` is a dataset of `write_photos`."""
     worst: dict[str, float] = {}
     pair = (views_of(url, name, batch_size, side) for name in (device, "cpu"))
     one, other = (take(views, len(views)) for views in pair)
@@ -162,11 +162,11 @@ def check_formats(url: str, device: str, batch_size: int, side: int) -> str:
 
 
 def check_no_waits(url: str, device: str, batch_size: int, side: int) -> str | None:
-    """The host does not wait for the GPU while it makes batches; None where there is no GPU."""
+    """Check that the host does not wait for the GPU while it makes batches; None without a GPU."""
     if device != "cuda":
         return None
     views = views_of(url, device, batch_size, side)
-    views.report = frozenset()  # extras are for a person, and some are copied to the host
+    views.report = frozenset()  # extras are for inspection, and some are copied to the host
     stream = iter(views)
     next(stream)  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -186,4 +186,6 @@ CHECKS: dict[str, Callable[[str, str, int, int], str | None]] = {
     "formats": check_formats,
     "no waits": check_no_waits,
 }
-"""Each raises AssertionError where it fails and returns its figures, or None if it cannot run."""
+"""Checks by name; each raises AssertionError on failure, else returns its figures, or None if it
+cannot run.
+"""

@@ -1,8 +1,8 @@
-"""Measure how fast workers compute saliency here: the network alone, then 1, 2 and 3 workers.
+"""Measure how fast workers compute saliency: the network alone, then 1, 2 and 3 workers.
 
-Workers are plain processes, without Ray, so that a machine with a GPU and little else can run this:
-torch, torchvision, DALI, numpy, pyarrow, fsspec and pillow are enough. `measure` returns figures
-and a verdict; a small form of it runs on a CPU.
+Workers are plain processes, without Ray, so that this runs on a machine with a GPU and few
+packages: torch, torchvision, DALI, numpy, pyarrow, fsspec and pillow are enough. `measure` returns
+figures and a verdict; a small version of it runs on a CPU.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from typing import Any
 NEEDED = ("torch", "torchvision", "nvidia.dali", "numpy", "pyarrow", "fsspec", "PIL")
 
 GAIN = 0.95
-"""More workers pass if they reach this share of the best rate of fewer: noise may cost the rest."""
+"""Share of the best rate of fewer workers that more workers must reach: the rest is noise."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,14 @@ class Settings:
     """Size of the measurement. The defaults are for a GPU; `small()` is for a test on a CPU.
 
     Attributes:
-        backbone: a torchvision network, with random weights: they cost the same time.
-        images, shards: of each worker. height, width: pixels of each image, about ImageNet's.
-        workers: how many processes run side by side, one measurement after the other.
-        areas: of the estimator's windows, as shares of an image; None for its own default.
+        backbone: a torchvision network; its weights are random, which does not change its speed.
+        images, shards: numbers for each worker.
+        height, width: pixels of each image, about ImageNet's.
+        batch_size: images per batch of a worker.
+        forwards: number of timed forward passes of the network alone.
+        workers: numbers of parallel processes, measured one after the other.
+        start_seconds: maximum time until all workers are warm.
+        areas: areas of the estimator's windows, as shares of an image; None for its own default.
     """
 
     backbone: str = "resnet50"
@@ -63,9 +67,9 @@ class Result:
     """Figures and the verdict on them.
 
     Attributes:
-        passed: every worker wrote its shards, and more workers are not slower than fewer.
+        passed: True if every worker wrote its shards, and more workers are not slower than fewer.
         figures: name -> value; rates in images/s and windows/s, memory in MiB.
-        lines: what to print, the verdict first.
+        lines: lines to print, the verdict first.
     """
 
     passed: bool
@@ -74,19 +78,19 @@ class Result:
 
 
 def missing_packages() -> list[str]:
-    """Return the packages that this needs and that are not installed here."""
+    """Return the required packages that are not installed here."""
     return [name for name in NEEDED if not is_installed(name)]
 
 
 def is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of `nvidia` in nvidia.dali
+    except ModuleNotFoundError:  # raised for the missing parent of nvidia.dali
         return False
 
 
 def measure(settings: Settings) -> Result:
-    """Measure the network alone, then workers side by side. Never raises for a missing package."""
+    """Measure the network alone, then workers in parallel. Never raises for a missing package."""
     if missing := missing_packages():
         return Result(False, {}, [f"FAIL precompute: not installed here: {', '.join(missing)}"])
     figures: dict[str, float] = {}
@@ -120,10 +124,10 @@ def measure(settings: Settings) -> Result:
 
 
 def measure_network(settings: Settings, figures: dict[str, float]) -> float:
-    """Time the estimator's forward passes on windows that are on the device already.
+    """Time the estimator's forward passes on windows that are already on the device.
 
     Returns:
-        windows an image.
+        Number of windows per image.
     """
     import torch
 
@@ -148,15 +152,16 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
 
 
 def run_workers(settings: Settings, count: int) -> tuple[float, float]:
-    """Let processes build their shards at the same time.
+    """Run processes that build their shards at the same time.
 
     Returns:
-        images/s of all together, from the moment when all are warm; CPU milliseconds an image.
+        Rate of all processes together in images/s, from the moment when all are warm, and CPU
+        milliseconds per image.
 
     Raises:
-        RuntimeError: a worker failed or did not come up in time.
+        RuntimeError: a worker failed or did not start in time.
     """
-    context = multiprocessing.get_context("spawn")  # a fork of a process with CUDA cannot use it
+    context = multiprocessing.get_context("spawn")  # a forked child cannot use its parent's CUDA
     warm = context.Barrier(count)
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +186,7 @@ def run_workers(settings: Settings, count: int) -> tuple[float, float]:
 def collect(
     processes: list[Any], results: Any, settings: Settings
 ) -> Iterator[tuple[float, float, float] | str]:
-    """Yield one report for each process; one that died reports its exit code."""
+    """Yield one report for each process; a process that died reports its exit code."""
     import queue
 
     reported = 0
@@ -199,9 +204,9 @@ def collect(
 
 
 def work(settings: Settings, out: Path, warm: Barrier, results: Any) -> None:
-    """Build shards of generated photos, in a process of its own; report begin, end and CPU seconds.
+    """Build shards of generated photos in a child process; report begin, end and CPU seconds.
 
-    Times are of `time.monotonic`, which all processes of a machine share.
+    Times come from `time.monotonic`, which all processes of a machine share.
     """
     try:
         builder, plans = prepare(settings, out)
@@ -219,7 +224,7 @@ def work(settings: Settings, out: Path, warm: Barrier, results: Any) -> None:
 
 
 def count_nothing(written: int, rejected: int) -> None:
-    """Stand for the job's progress actor."""
+    """Replace the job's progress actor with a function that does nothing."""
 
 
 def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:

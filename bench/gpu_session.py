@@ -1,10 +1,10 @@
-"""The first session on a GPU in one command: what works, and how fast.
+"""Run the checks and measurements for a first session on a GPU with one command.
 
     python -m bench.gpu_session [--data URL]
 
 Parts: environment, loader, step, precompute. Each prints PASS, FAIL or SKIP and its figures. A part
 whose packages are not installed is skipped, and one line names them; the loader needs torch, DALI,
-numpy, pillow, pyarrow and fsspec. Without a GPU everything runs in a small form on the CPU.
+numpy, pillow, pyarrow and fsspec. Without a GPU everything runs in a small version on the CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 
 @dataclass
 class Report:
-    """Verdicts by part, printed as they come."""
+    """Verdicts by part, printed as they arrive."""
 
     verdicts: dict[str, str] = field(default_factory=dict)
 
@@ -35,7 +35,7 @@ class Report:
         print(f"{verdict} {part}{f': {text}' if text else ''}", flush=True)
 
     def run(self, part: str, function: Callable[[], str | None], needed: tuple[str, ...]) -> None:
-        """Run one part; an exception is its failure, with the place where it happened."""
+        """Run one part; an exception makes it fail, and its traceback is printed."""
         if missing := [name for name in needed if not is_installed(name)]:
             self.add(part, SKIP, f"not installed here: {', '.join(missing)}")
             return
@@ -69,7 +69,7 @@ class Report:
 def is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of `nvidia` in nvidia.dali
+    except ModuleNotFoundError:  # raised for the missing parent of nvidia.dali
         return False
 
 
@@ -98,7 +98,7 @@ def describe_environment() -> str:
 
 
 def check_loader(report: Report, folder: Path, device: str, data: str | None) -> None:
-    """The checks of `bench.gpu_loader`: on pictures of all formats, and on `data`."""
+    """Run the checks of `bench.gpu_loader` on pictures of all formats, and on `data`."""
     if missing := [name for name in LOADER if not is_installed(name)]:
         report.add("loader", SKIP, f"not installed here: {', '.join(missing)}")
         return

@@ -1,7 +1,7 @@
-"""The training step on this machine: its time alone and fed, its kernels, its waits, its memory.
+"""Measure the training step on this machine: time alone and fed, kernels, waits and memory.
 
-`bench.gpu_session` runs this; besides what the loader needs it takes torchvision, and the packages
-tyro and safetensors, which `train` imports.
+`bench.gpu_session` runs this. Besides the packages of the loader it needs torchvision, and tyro and
+safetensors, which `train` imports.
 """
 
 import itertools
@@ -39,7 +39,7 @@ class Settings:
 
 
 def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[str], list[str]]:
-    """Measure a step at each batch size; return what to print, and what is wrong."""
+    """Measure a step at each batch size; return the lines to print, and the problems found."""
     lines: list[str] = []
     problems: list[str] = []
     for size in settings.batch_sizes:
@@ -80,7 +80,7 @@ def build(size: int, device: torch.device, settings: Settings) -> tuple[Training
     )
     config = resolve_config(config, device)
     setup = Setup(encoder=config.encoder, batch_size=size, crop_size=settings.crop_size)
-    torch.backends.cudnn.benchmark = True  # as the loop has it
+    torch.backends.cudnn.benchmark = True  # as in the training loop
     method = prepare_model_(config.method.build(setup), config, device)
     return TrainingStep(method, config, device), config
 
@@ -101,7 +101,7 @@ def milliseconds(
 
 
 def count_waits(step: TrainingStep, batches: Iterable) -> list[str]:
-    """Return torch's warnings of a fed step that say where the host waits for the GPU."""
+    """Return the places in a fed step where the host waits for the GPU, from torch's warnings."""
     stream = iter(batches)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -116,7 +116,7 @@ def count_waits(step: TrainingStep, batches: Iterable) -> list[str]:
 
 
 def kernels(step: TrainingStep, batches: Iterable, device: torch.device) -> list[str]:
-    """Return the most expensive kernels of a fed step; on a CPU its operators."""
+    """Return the most expensive kernels of a fed step; on a CPU the most expensive operators."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     stream = iter(batches)

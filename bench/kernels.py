@@ -1,11 +1,11 @@
-"""Kernels and bytes of a batch's views on a GPU, counted on a machine without one.
+"""Count the GPU kernels and bytes of a batch's views on a machine without a GPU.
 
 The tensors are PyTorch's fake ones: shapes without memory, on a device `cuda` that need not exist.
 Operators that run one by one count as one kernel each, which reads its inputs and writes its
-outputs once; a view of memory counts as nothing. What is compiled is lowered by Inductor for an
-H100: it decides what is fused and generates the kernels, and its scheduler tells the bytes that
-each of them reads and writes. No kernel is compiled or run, so the count says nothing of arithmetic
-or of caches; the time that the bytes take at the card's bandwidth is a lower bound.
+outputs once; a view of memory counts as nothing. Compiled functions are lowered by Inductor for an
+H100: it decides what is fused and generates the kernels, and its scheduler reports the bytes that
+each of them reads and writes. No kernel is compiled or run, so the count says nothing about
+arithmetic or caches; the time that the bytes take at the card's bandwidth is a lower bound.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pipeline import Recipe, assemble, blur, photometric, pixels, rng
 from pipeline.compiling import Compiled
 
 H100_BANDWIDTH = 3.35e12
-"""Bytes per second (NVIDIA's data sheet of the H100 SXM)."""
+"""Memory bandwidth in bytes per second (NVIDIA's data sheet of the H100 SXM)."""
 
 H100 = types.SimpleNamespace(
     name="H100", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=80 << 30,
@@ -42,14 +42,14 @@ UNCOUNTED = ("aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::em
 
 @dataclass
 class Cost:
-    """Kernels that are launched and the bytes that they read and write."""
+    """Number of launched kernels, and the bytes that they read and write."""
 
     kernels: int = 0
     bytes: int = 0
 
 
 def size_of(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's elements; those of an expanded axis are one."""
+    """Return the bytes of a tensor's elements; an expanded axis counts once."""
     count = 1
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= length if stride else 1
@@ -57,7 +57,7 @@ def size_of(tensor: Tensor) -> int:
 
 
 class CountKernels(TorchDispatchMode):
-    """Run operators on fake GPU tensors and count them; those on the host run as they are."""
+    """Run operators on fake GPU tensors and count them; operators on the host run normally."""
 
     def __init__(self, fake: FakeTensorMode, cost: Cost) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class CountKernels(TorchDispatchMode):
         inputs = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values()
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.cost.kernels += 1
-        if name == "aten::index":  # reads the rows that it returns
+        if name == "aten::index":  # reads only the rows that it returns
             self.cost.bytes += 2 * sum(map(size_of, outputs))
         elif name == "aten::index_put_":
             self.cost.bytes += 2 * size_of(args[2])
@@ -91,7 +91,7 @@ class CountKernels(TorchDispatchMode):
 def lower(
     function: Any, options: dict[str, Any], fake: FakeTensorMode, args: Any, kwargs: Any
 ) -> Cost:
-    """Let Inductor generate its kernels for an H100, and count them."""
+    """Generate the kernels for an H100 with Inductor, and count them."""
     from torch._inductor import config, metrics
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
@@ -126,7 +126,7 @@ def lower(
 
 @contextlib.contextmanager
 def fake_h100() -> Iterator[None]:
-    """Answer the questions that Inductor and Triton put to the driver."""
+    """Answer Inductor's and Triton's queries to the driver as an H100 would."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -155,8 +155,8 @@ def fake_h100() -> Iterator[None]:
 
 
 def count(recipe: Recipe, size: int, compiled: bool = True) -> Cost:
-    """Count the kernels and bytes that make the views of a batch, masks and all, on a GPU."""
-    # as FakeTensorMode itself does it where there is no GPU
+    """Count the kernels and bytes that make the views of a batch on a GPU, including masks."""
+    # FakeTensorMode itself does this where there is no GPU.
     if not torch.cuda.is_available():
         torch._C._ensureCUDADeviceGuardSet()
     fake, cost = FakeTensorMode(allow_non_fake_inputs=True), Cost()
@@ -199,7 +199,7 @@ def count(recipe: Recipe, size: int, compiled: bool = True) -> Cost:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `python -m bench kernels`."""
+    """Count the kernels and bytes that make a batch's views, with and without a compiler."""
 
     recipes: tuple[str, ...] = ("hp", "blur", "mean")
     """Recipes to count; `maskco` draws its boxes on a real device and cannot be counted."""

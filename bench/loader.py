@@ -1,4 +1,4 @@
-"""Rates of the loader beside the usual ways, on the same images in one run."""
+"""Compare the rate of the loader with the usual ways, on the same images in one run."""
 
 import itertools
 import os
@@ -30,22 +30,25 @@ FILLS = ("hp", "blur", "mean")
 
 @dataclass(frozen=True)
 class Options:
-    """Images/s of the loader, of the usual ways and of the ceilings; one table, and as JSON."""
+    """Measure images/s of the loader, of the usual ways and of the ceilings.
+
+    Prints one table, and writes the figures as JSON.
+    """
 
     data: str = tyro.MISSING
-    """A local dataset of shards; every row sees its images."""
+    """Local dataset of shards; every row uses its images."""
     out: Path = Path("out/bench-loader.json")
-    """File that the figures are written to."""
+    """JSON file for the figures."""
     rows: tuple[Rows, ...] = ("usual", "tensors", "webdataset", "ours", "ceilings")
     """Rows to measure; `usual` with a saliency forward takes long on a CPU."""
     batch_size: int = 32
     """Images per batch."""
     batches: int = 8
-    """Batches per repeat; one where a ResNet-50 computes the saliency."""
+    """Batches per repeat; 1 in rows where a ResNet-50 computes the saliency."""
     repeats: int = 5
-    """Repeats, after a first one that is not counted."""
+    """Number of repeats, after a first one that is not counted."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Worker processes of the usual ways."""
+    """Number of worker processes of the usual ways."""
     crop_size: int = 224
     """Side of a view in pixels."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +56,7 @@ class Options:
 
 
 def way(batches: Iterator[Any], use: Callable[[Any], int], count: int, ahead: int) -> Way:
-    """Time `count` batches; the `ahead` that were made while other rows ran are thrown away."""
+    """Time `count` batches, after discarding the `ahead` ones prefetched while other rows ran."""
 
     def settle() -> None:
         for batch in itertools.islice(batches, ahead):
@@ -74,9 +77,9 @@ def synchronise() -> None:
 
 
 def ways(options: Options, folder: Path) -> dict[str, Way]:
-    """Return every row by its name; `folder` is filled with the images as an image folder."""
+    """Return every row by its name; write the images into `folder` as an image folder."""
     found: dict[str, Way] = {}
-    # worker processes first: they are forked, best before DALI's threads exist
+    # Create worker processes first: it is best to fork them before DALI's threads exist.
     if {"usual", "tensors"} & set(options.rows):
         write_folder(options.data, folder)
     if "usual" in options.rows:
@@ -93,14 +96,14 @@ def ways(options: Options, folder: Path) -> dict[str, Way]:
 
 
 def write_folder(data: str, folder: Path) -> None:
-    """The samples' own bytes as an image folder of one class."""
+    """Write the samples' own bytes as an image folder with one class."""
     (folder / "all").mkdir()
     for sample in ShardDataset.open(data):
         (folder / "all" / f"{sample.key}.{sample.extension}").write_bytes(sample.image)
 
 
 def taken(options: Options) -> int:
-    """Batches that a DataLoader has ready when it was left alone: two a worker, and one in hand."""
+    """Return how many batches an idle DataLoader has ready: two per worker, and one in hand."""
     return 2 * options.workers + 1
 
 
@@ -127,7 +130,7 @@ def usual_ways(options: Options, folder: Path) -> dict[str, Way]:
             ) -> int:
                 return len(usual.looped(moved(views, options.device), recipe, network)[0])
 
-            # while a saliency forward runs the workers get ahead: there is nothing to throw away
+            # The workers get ahead during a saliency forward, so there is nothing to discard.
             found[title] = way(batches, use, count, 0 if network else taken(options))
     return found
 
@@ -195,7 +198,7 @@ def our_ways(options: Options) -> dict[str, Way]:
 
 
 def ceilings(options: Options) -> dict[str, Way]:
-    """Return rows that no loader of these shards can beat here: reading, decoding, one crop."""
+    """Return the rows that no loader of these shards can beat here: reading, decoding, one crop."""
     device = devices.device_of(options.device)
     plain = EvalViews(options.data, options.batch_size, options.device, crop_size=options.crop_size)
     by_index, by_dali = read_by_index(options), read_by_dali(options)
@@ -217,7 +220,7 @@ def ceilings(options: Options) -> dict[str, Way]:
 
 
 def read_by_index(options: Options) -> Callable[[], Any]:
-    """Return an operator that gives a DALI graph encoded images as `MaskedViews` reads them."""
+    """Return a function that adds reading as `MaskedViews` does it to a DALI graph."""
     dataset = ShardDataset.open(options.data)
     sizes = [row.samples for row in dataset.shards]
     order = SampleOrder(sizes, options.batch_size)
@@ -233,7 +236,7 @@ def read_by_index(options: Options) -> Callable[[], Any]:
                 yield reader.read(epoch, step).images
 
     ahead = ReadAhead(batches(), BATCHES_AHEAD)
-    # DALI reads the arrays where they are, a few batches late
+    # DALI reads the arrays in place, a few batches later.
     in_flight: deque[Any] = deque(maxlen=2 * IN_FLIGHT)
 
     def source() -> Any:
@@ -244,7 +247,7 @@ def read_by_index(options: Options) -> Callable[[], Any]:
 
 
 def read_by_dali(options: Options) -> Callable[[], Any]:
-    """Return the same by DALI's own WebDataset reader, shuffled in its buffer."""
+    """Return the same with DALI's own WebDataset reader, shuffled in its buffer."""
     dataset = ShardDataset.open(options.data)
     extensions = ";".join(dict.fromkeys(IMAGE_EXTENSIONS.values()))
     return lambda: fn.readers.webdataset(
@@ -267,7 +270,7 @@ def run_graph(
     def graph() -> Any:
         encoded = read()
         if not decodes:
-            return encoded.shape()  # as outputs the bytes would be copied once more
+            return encoded.shape()  # outputting the bytes would copy them once more
         return fn.decoders.image(encoded, device="mixed" if device.type == "cuda" else "cpu")
 
     pipeline = graph()
@@ -276,7 +279,7 @@ def run_graph(
 
 
 def bases(names: Sequence[str]) -> dict[str, str]:
-    """Return each row's counterpart: the usual way of the same fill, without a saliency forward."""
+    """Return the row to compare each row with: the usual way, same fill, no saliency forward."""
     return {
         name: f"usual {fill}, no saliency forward"
         for name in names

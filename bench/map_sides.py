@@ -1,7 +1,7 @@
 """Measure what the side of a stored map costs, in fidelity and in bytes.
 
-The estimator is the default one. Beside it stands a perfect estimator, whose map of a view is known
-without a network: the view's own brightness. What its stored map loses is the grid's doing alone.
+The default estimator is compared with a perfect one, whose map of a view is known without a
+network: the view's own brightness. Any loss of its stored map is caused by the grid alone.
 """
 
 from collections.abc import Iterator
@@ -20,19 +20,19 @@ LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class SideOptions(Options):
-    """Stored maps of several sides: IoU with online maps, and bytes; one table."""
+    """Compare stored maps of several sides: IoU with online maps, and bytes."""
 
     sides: tuple[int, ...] = (14, 28, 56, 112)
-    """Cells on a side of the stored maps."""
+    """Numbers of cells on a side of the stored maps."""
 
 
 def brightness(pixels: Tensor) -> Tensor:
-    """(height, width, 3) uint8 -> (1, 1, height, width) float32."""
+    """Convert (height, width, 3) uint8 pixels to (1, 1, height, width) float32 luma."""
     return (pixels.float() @ torch.tensor(LUMA))[None, None]
 
 
 def rows(study: Study, options: SideOptions) -> Iterator[str]:
-    """Return the table's rows, one side after the other."""
+    """Yield the table's rows, one per side."""
     grid = study.recipe.grid
     own = torch.cat([adaptive_avg_pool2d(brightness(view), grid)[0] for view in study.views()])
     exact = study.front(own)

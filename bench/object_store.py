@@ -1,11 +1,12 @@
 """A small S3 and HTTP server with a latency, a bandwidth limit and faults on demand.
 
 It serves the files of a local folder, read-only: `GET /bucket/key` is the file `folder/bucket/key`.
-It knows what a reader of shards needs (GET with ranges, HEAD, ListObjectsV2) and no signatures.
-`GET /?counts` is how often each file was asked for, as JSON.
-Benchmarks start it as a process of its own, so that its CPU time is not the client's:
+It supports what a reader of shards needs (GET with ranges, HEAD, ListObjectsV2) and no signatures.
+`GET /?counts` returns the number of requests for each file as JSON.
 
-python -m bench.object_store FOLDER --latency 0.02 --bandwidth 200e6
+Benchmarks start it as a separate process, so that its CPU time does not count as the client's:
+
+    python -m bench.object_store FOLDER --latency 0.02 --bandwidth 200e6
 """
 
 import argparse
@@ -23,18 +24,22 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 PIECE = 1 << 18
-"""Bytes sent at a time, between which other connections get their share of the bandwidth."""
+"""Number of bytes sent at a time; in between, other connections get their share of the
+bandwidth.
+"""
 
 Fault = Callable[[str, int], str | None]
-"""(path, number of GETs of it before this one) -> None, "500", "503", "403", "cut" (the connection
-breaks inside the body), "short" (half the body, declared as all of it) or "wrong" (one bit)."""
+"""A function (path, number of earlier GETs of it) -> None, "500", "503", "403", "cut" (the
+connection breaks inside the body), "short" (half the body, declared as all of it) or "wrong" (one
+bit flipped).
+"""
 
 
 class Bandwidth:
-    """A limit that all connections share.
+    """A bandwidth limit that all connections share.
 
     Args:
-        rate: bytes a second; 0 for no limit.
+        rate: bytes per second; 0 for no limit.
     """
 
     def __init__(self, rate: float):
@@ -51,16 +56,16 @@ class Bandwidth:
 
 
 class ObjectServer(ThreadingHTTPServer):
-    """Serves a folder on a free port of 127.0.0.1; use it as a context manager.
+    """Serve a folder on a free port of 127.0.0.1; use it as a context manager.
 
     Args:
-        folder: what is served.
+        folder: the folder to serve.
         latency: seconds before each answer.
-        bandwidth: bytes a second of all connections together; 0 for no limit.
-        fault: called for each GET of a file.
+        bandwidth: bytes per second of all connections together; 0 for no limit.
+        fault: called for each GET of a file; returns the fault to produce, if any.
 
     Attributes:
-        requests: how often each (method, path) was asked for.
+        requests: number of requests for each (method, path).
     """
 
     daemon_threads = True
@@ -84,14 +89,14 @@ class ObjectServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def count(self, method: str, path: str) -> int:
-        """Count a request; returns how many of its kind came before."""
+        """Count a request and return the number of earlier ones with this method and path."""
         with self.lock:
             before = self.requests[method, path]
             self.requests[method, path] += 1
         return before
 
     def gets(self, suffix: str = "") -> int:
-        """Number of GET requests for files whose names end like this."""
+        """Return the number of GET requests for files whose names end with `suffix`."""
         with self.lock:
             return sum(
                 count
@@ -108,7 +113,9 @@ class ObjectServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up, such as one that a test kills, is no error of the server."""
+        """Ignore the error: a client that hangs up, such as one killed by a test, is not a server
+        error.
+        """
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -120,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def log_message(self, *_: object) -> None:
-        """Requests are counted, not logged."""
+        """Do nothing: requests are counted, not logged."""
 
     def do_HEAD(self) -> None:
         self.answer("HEAD")
@@ -136,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer("GET")
 
     def answer(self, method: str) -> None:
-        """Send a file, a range of it, or its headers; spoiled if a fault is due."""
+        """Send a file, a range of it, or its headers; apply a fault if one is due."""
         path = unquote(urlsplit(self.path).path)
         before = self.server.count(method, path)
         time.sleep(self.server.latency)
@@ -165,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_body(file, start, start + declared, fault)
 
     def requested_range(self, size: int) -> tuple[int, int]:
-        """The first byte asked for and the one behind the last."""
+        """Return the first byte requested and the one after the last."""
         unit, _, span = self.headers.get("Range", "bytes=0-").partition("=")
         first, _, last = span.partition("-")
         if unit != "bytes" or not first:
@@ -203,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def list_objects(self) -> None:
-        """ListObjectsV2 of one bucket, all in one page."""
+        """Answer ListObjectsV2 for one bucket, all in one page."""
         url = urlsplit(self.path)
         self.server.count("LIST", url.path)
         time.sleep(self.server.latency)

@@ -11,7 +11,7 @@ from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 
 @dataclass(frozen=True)
 class Options:
-    """Seconds and memory until the first batch of any epoch, at any step, is planned."""
+    """Measure the seconds and the memory to plan the first batch, at any epoch and step."""
 
     shards: int = 100_000
     """Number of shards."""

@@ -1,4 +1,4 @@
-"""What lies on disk: samples, shards, tables. Imports no torch, no DALI, no Ray."""
+"""The on-disk format: samples, shards and tables. Imports no torch, no DALI, no Ray."""
 
 from schemas.dataset import ShardDataset
 from schemas.errors import FormatError, UserError

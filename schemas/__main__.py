@@ -18,15 +18,15 @@ def verify(
     seed: int = 0,
     record: Path | None = None,
 ) -> int:
-    """Compare every byte of a dataset with its tables. Exit status 1 when something is wrong.
+    """Compare every byte of a dataset with its tables. The exit status is 1 if anything is wrong.
 
     Args:
         url: Folder of the dataset, a plain path or any fsspec URL.
-        workers: Shards read at a time; each is held in memory as a whole.
-        shards: Verify only so many shards, drawn at random; by default all of them.
-        seed: Random seed of --shards: another one draws other shards.
-        record: File that notes the shards without a problem; with it, the same command goes on
-            where an interrupted one stopped.
+        workers: Number of shards read in parallel; each is held in memory as a whole.
+        shards: Number of shards to verify, drawn at random; by default all of them.
+        seed: Random seed that draws the --shards; another seed draws other shards.
+        record: File that records the shards verified without a problem; with it, the same command
+            resumes an interrupted verification.
     """
     report = verify_dataset(ShardDataset.open(url), VerifyOptions(workers, shards, seed, record))
     print(report)
@@ -34,7 +34,7 @@ def verify(
 
 
 def info(url: tyro.conf.Positional[str], /) -> int:
-    """Print what is in a dataset: counts, classes, bytes, rejects, samples per shard.
+    """Print the content of a dataset: counts, classes, bytes, rejects, samples per shard.
 
     Args:
         url: Folder of the dataset, a plain path or any fsspec URL.

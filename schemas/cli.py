@@ -1,4 +1,4 @@
-"""What every command line of this project shares."""
+"""Helpers shared by every command line of this project."""
 
 import contextlib
 import difflib
@@ -22,7 +22,9 @@ Config = TypeVar("Config")
 
 
 class TerminatedError(Exception):
-    """A signal asked to end; the message says how to go on, `status` is that of the exit."""
+    """Raised when a signal asks to end; the message says how to resume, `status` is for the
+    exit.
+    """
 
     def __init__(self, message: str = "", status: int = 143):
         super().__init__(message)
@@ -30,9 +32,9 @@ class TerminatedError(Exception):
 
 
 class LastingStream:
-    """A text stream for a job that outlives who reads what it says: `| head`, a closed terminal.
+    """A text stream for a job that outlives the reader of its output: `| head`, a closed terminal.
 
-    The first write that fails is told on `other`, if that is possible; later ones are lost.
+    The first write that fails is reported on `other`, if that is possible; later ones are dropped.
     """
 
     def __init__(self, stream: TextIO, other: TextIO | None = None):
@@ -54,7 +56,7 @@ class LastingStream:
                 self.lose(error)
 
     def lose(self, error: OSError) -> None:
-        """Send what is written from now on, and what is still in the buffer, nowhere."""
+        """Drop what is written from now on, and what is still in the buffer."""
         self.lost = True
         discard(self.stream)
         if self.other is not None:
@@ -66,8 +68,8 @@ class LastingStream:
 
 
 def discard(stream: TextIO) -> None:
-    """Let a stream's file descriptor lead nowhere, so that Python's flush at its end succeeds."""
-    with contextlib.suppress(OSError, ValueError):  # one of a test has no descriptor
+    """Redirect a stream's descriptor to the null device, so that Python's final flush succeeds."""
+    with contextlib.suppress(OSError, ValueError):  # streams of tests may have no descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
@@ -75,7 +77,10 @@ def discard(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let stdout and stderr outlive their readers within the block; closed ones lead nowhere."""
+    """Keep the process alive in the block when the readers of stdout and stderr leave.
+
+    A stream that is closed from the start is replaced by the null device.
+    """
     before = sys.stdout, sys.stderr
     errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  as long as the process
     output = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -92,12 +97,12 @@ def lasting_output() -> Iterator[None]:
 def run(
     main: Callable[[], int | None], outlives_reader: bool = False, decodes: bool = False
 ) -> None:
-    """Run a command; a user's mistake is one line on stderr and exit status 2.
+    """Run a command; a user error becomes one line on stderr and exit status 2.
 
     Args:
-        outlives_reader: for a job whose result is not what it prints: it goes on when stdout or
-            stderr is closed. Other commands end with status 141, as programs in pipes do.
-        decodes: for a command that decodes images: see `decoder_noise`.
+        outlives_reader: True for a job whose result is not what it prints: it continues when stdout
+            or stderr is closed. Other commands end with status 141, as programs in pipes do.
+        decodes: True for a command that decodes images: see `decoder_noise`.
     """
     with contextlib.ExitStack() as stack:
         if decodes:
@@ -109,7 +114,7 @@ def run(
 
 
 def complain(text: str) -> None:
-    """Print a line on stderr, if anybody reads it: the exit status says that something is wrong."""
+    """Print a line on stderr if it is open; the exit status reports the error in any case."""
     if sys.stderr is not None:
         try:
             print(text, file=sys.stderr, flush=True)
@@ -118,11 +123,11 @@ def complain(text: str) -> None:
 
 
 def status_of(main: Callable[[], int | None]) -> int | None:
-    """The exit status of a command; what the user must know is said on stderr."""
+    """Run a command and return its exit status; print on stderr what the user must know."""
     try:
         status = main()
         if sys.stdout is not None:
-            sys.stdout.flush()  # at Python's end it would be too late to answer
+            sys.stdout.flush()  # Python's own flush at exit comes too late to be handled
         return status
     except UserError as error:
         complain(f"error: {error}")
@@ -134,14 +139,14 @@ def status_of(main: Callable[[], int | None]) -> int | None:
         complain("interrupted; the same command again goes on from here")
         status = 130
     except BrokenPipeError:
-        # the reader of our output has left; keep Python from writing to it once more at exit
+        # The reader of our output has left; keep Python from writing to it once more at exit.
         discard(sys.stdout)
         status = 141
     return status
 
 
 def lookup(kind: str, name: str, known: Mapping[str, Any]) -> Any:
-    """`known[name]`. Raises UserError that lists what is known and suggests the nearest name."""
+    """Return `known[name]`. Raises UserError with the known names and the nearest one."""
     if name in known:
         return known[name]
     if name.endswith(".py"):
@@ -152,10 +157,10 @@ def lookup(kind: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def imported(kind: str, path: str) -> Any:
-    """Return what `module:name` or `FILE.py:name` stands for.
+    """Import the object that `module:name` or `FILE.py:name` refers to.
 
     Raises:
-        UserError: there is no such module, file or name, or the file is no Python.
+        UserError: there is no such module, file or name, or the file is not valid Python.
     """
     module, _, name = path.rpartition(":")
     try:
@@ -172,7 +177,7 @@ def imported(kind: str, path: str) -> Any:
 
 
 FILE_MODULE = "saliency_shards_file_"
-"""What the names of modules begin with that were loaded by their file."""
+"""Prefix of the names of modules that were loaded from a file path."""
 
 
 def is_file_name(module: str) -> bool:
@@ -180,9 +185,9 @@ def is_file_name(module: str) -> bool:
 
 
 def load_file(path: str) -> ModuleType:
-    """Import a Python file by its path, once in a process, whatever else has its name.
+    """Import a Python file by its path, once per process, even if another module has its name.
 
-    The file's folder is put last on `sys.path`, so that it may import its neighbors.
+    The file's folder is appended to `sys.path`, so that the file can import its neighbors.
     """
     place = os.path.realpath(path)
     for module in list(sys.modules.values()):
@@ -207,19 +212,19 @@ def load_file(path: str) -> ModuleType:
 
 
 def loaded_files() -> list[ModuleType]:
-    """The modules that were loaded by their file: other processes cannot import them by name."""
+    """Return the modules loaded from a path; other processes cannot import them by name."""
     return [module for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
 
 
 def name_by_import(thing: type | Callable) -> str:
-    """Return what `imported` finds a class or function by, wherever the process runs."""
+    """Return the string by which `imported` finds a class or function in any process."""
     module = thing.__module__
     place = sys.modules[module].__file__ if module.startswith(FILE_MODULE) else module
     return f"{place}:{thing.__qualname__}"
 
 
 def absolute(path: str) -> str:
-    """Return `FILE.py:name` with the file's whole path; anything else as it is."""
+    """Return `FILE.py:name` with the file's absolute path; return anything else unchanged."""
     module, _, name = path.rpartition(":")
     return f"{os.path.realpath(module)}:{name}" if is_file_name(module) else path
 
@@ -231,22 +236,22 @@ def parse(
     by_path: Mapping[str, Callable[[str], Any]] | None = None,
     start: Callable[..., Config] | None = None,
 ) -> Config:
-    """Read a command line into a frozen dataclass of options.
+    """Parse a command line into a frozen dataclass of options.
 
     Args:
-        config: a dataclass of options; one that must be given has `tyro.MISSING` for its default.
-        argv: the arguments; those of this process by default.
-        named: fields that hold one of several named dataclasses, and what the names stand for. The
-            name chooses (`--recipe hp`), further options change single values of what was chosen
-            (`--recipe.query-ratio 0.1 0.3`).
-        by_path: of these, the ones that take `module:name` or `FILE.py:name` too, and what makes a
-            choice of it.
-        start: makes the defaults of what was chosen by name; `config` itself by default.
+        config: a dataclass of options; a required field has `tyro.MISSING` as its default.
+        argv: the arguments; by default those of this process.
+        named: fields that hold one of several named dataclasses, and the mapping from the names to
+            them. The name chooses (`--recipe hp`), further options change single values of the
+            choice (`--recipe.query-ratio 0.1 0.3`).
+        by_path: those of the `named` fields that also accept `module:name` or `FILE.py:name`, and
+            the function that turns such a string into a choice.
+        start: builds the defaults from the choices made by name; by default `config` itself.
 
     Raises:
         UserError: a name that is not in `named`.
     """
-    import tyro  # here, so that what has no command line needs none
+    import tyro  # imported here: the rest of this module works without tyro
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--version" in arguments:
@@ -271,7 +276,7 @@ def parse(
 
 
 def program(subcommand: bool = False) -> str:
-    """The command as it was given: `python -m bench train`, or a script's name."""
+    """Return the command as the user typed it: `python -m bench train`, or a script's name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec and f"python -m {spec.name.removesuffix('.__main__')}"
     words = sys.argv[1:2] if subcommand else []
@@ -279,7 +284,7 @@ def program(subcommand: bool = False) -> str:
 
 
 def take(arguments: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from the arguments; the last one given counts."""
+    """Remove `option VALUE` or `option=VALUE` from the arguments; return the last value given."""
     value = None
     position = 0
     while position < len(arguments):

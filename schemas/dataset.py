@@ -32,13 +32,13 @@ from schemas.verify import VerifyOptions, VerifyReport, verify_dataset
 
 
 class ShardDataset:
-    """Images with their saliency, in WebDataset shards. Needs neither torch nor DALI nor Ray.
+    """Images with their saliency maps, in WebDataset shards. Needs neither torch nor DALI nor Ray.
 
-    Iterating yields a `Sample` at a time, in the order on disk (shuffled once, when written).
+    Iterating yields one `Sample` at a time, in the order on disk (shuffled once, when written).
 
     Attributes:
-        card: what the dataset is and how it was made.
-        shards: one `ShardRow` a shard, in order.
+        card: description of the dataset and of how it was made.
+        shards: one `ShardRow` per shard, in order.
     """
 
     def __init__(self, store: Store, card: DatasetCard, shards: list[ShardRow]):
@@ -51,8 +51,8 @@ class ShardDataset:
         """Open a dataset by its folder: a plain path or any fsspec URL.
 
         Raises:
-            UserError: nothing is there, or the job that writes it has not ended.
-            FormatError: it is of another format version, or its card or table is damaged.
+            UserError: nothing is there, or the job that writes the dataset has not finished.
+            FormatError: the dataset has another format version, or its card or table is damaged.
         """
         store = Store(url)
         try:
@@ -79,27 +79,28 @@ class ShardDataset:
 
     @property
     def name(self) -> str:
-        """What the card calls it."""
+        """Name of the dataset, from its card."""
         return self.card.name
 
     @property
     def classes(self) -> list[str]:
-        """Class names by label; empty when nothing is labelled."""
+        """Class names by label; empty when nothing is labeled."""
         return self.card.classes
 
     @property
     def shard_urls(self) -> list[str]:
-        """The tars in order: plain paths for a local dataset, otherwise URLs."""
+        """Locations of the tars in order: plain paths for a local dataset, otherwise URLs."""
         return [self.store.location(shard_name(row.shard, "tar")) for row in self.shards]
 
     @property
     def index_urls(self) -> list[str]:
-        """The DALI indices, in the order of `shard_urls`."""
+        """Locations of the DALI index files, in the order of `shard_urls`."""
         return [self.store.location(shard_name(row.shard, "idx")) for row in self.shards]
 
     @cached_property
     def samples(self) -> SampleTable:
-        """One row per sample, in the order on disk, read column by column when it is needed.
+        """Table with one row per sample, in the order on disk; each column is read when it is
+        needed.
 
         Raises:
             FormatError: samples.parquet is missing, damaged or of another format.
@@ -108,25 +109,25 @@ class ShardDataset:
 
     @cached_property
     def unlabeled(self) -> int:
-        """Number of samples without a label, counted part by part."""
+        """Number of samples without a label, counted one part of the table at a time."""
         labels = (batch.column(0) for batch in self.samples.batches(["label"]))
         return sum(pc.sum(pc.less(column, 0)).as_py() or 0 for column in labels)
 
     @cached_property
     def rejects(self) -> pa.Table:
-        """rejects.parquet: one row for every input that was not written."""
+        """Table of rejects.parquet: one row for every input that was not written."""
         return self._table(REJECTS, REJECTS_SCHEMA)
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the shards' own sha256: the same for the same bytes, wherever they lie."""
+        """sha256 over the sha256 of all shards: equal for equal bytes, wherever they are stored."""
         return hashlib.sha256(json.dumps([list(row) for row in self.shards]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.card.samples
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples. Raises FormatError where a shard does not hold what the tables say."""
+        """Yield the samples. Raises FormatError where a shard does not match the tables."""
         start = 0
         for row in self.shards:
             yield from self._read_shard(row, self.samples.rows(start, start + row.samples))
@@ -143,14 +144,14 @@ class ShardDataset:
         """Compare every byte with the tables.
 
         Args:
-            workers: shards read at a time; each is held in memory as a whole.
-            progress: called with the number of samples of each shard when it is done.
-            shards: verify only so many shards, drawn at random.
-            record: file that notes which shards were read, so that an interrupted verification goes
-                on from there.
+            workers: number of shards read in parallel; each is held in memory as a whole.
+            progress: called after each shard with its number of samples.
+            shards: number of shards to verify, drawn at random; by default all of them.
+            record: file that records the verified shards, so that an interrupted verification can
+                resume.
 
         Raises:
-            UserError: the record is of another dataset.
+            UserError: the record belongs to another dataset.
         """
         return verify_dataset(self, VerifyOptions(workers, shards, record=record), progress)
 
@@ -194,7 +195,7 @@ class ShardDataset:
 
 
 def bundle(members: Iterator[Member]) -> list[tuple[str, list[Member]]]:
-    """Members in a row that share a key, as samples.
+    """Group consecutive members that share a key into samples.
 
     Raises:
         FormatError: a sample does not begin with an image, a map and a label, in this order.

@@ -1,9 +1,10 @@
-"""Keep what image decoders print on stderr from standing between the lines of a job.
+"""Keep the messages that image decoders print on stderr out of a job's output.
 
-libtiff, libjpeg, libpng, OpenCV and nvImageCodec write to file descriptor 2, mostly without a
-switch for it. What matters of it comes back as an error or a reject; here the lines are counted,
-and the first is shown at the end. A process of its own reads them (this file, run as a program), so
-that whatever else is written, the last words of a crash too, still reaches stderr.
+libtiff, libjpeg, libpng, OpenCV and nvImageCodec write to file descriptor 2, mostly without an
+option to turn it off. Anything important comes back as an error or a reject, so these lines are
+only counted here, and the first one is shown at the end. A separate process reads them (this file,
+run as a program), so that everything else that is written, even the last message of a crash, still
+reaches stderr.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ SHOWN = 160
 
 @contextlib.contextmanager
 def without_decoder_noise() -> Iterator[None]:
-    """Filter file descriptor 2 within the block; Python's own stderr goes past the filter.
+    """Filter file descriptor 2 within the block; Python's own stderr bypasses the filter.
 
-    Does nothing where Python's stderr is another stream than descriptor 2.
+    Does nothing if Python's stderr is not descriptor 2.
     """
     try:
         filtered = sys.stderr is not None and sys.stderr.fileno() == 2
@@ -42,7 +43,7 @@ def without_decoder_noise() -> Iterator[None]:
         return
     before, kept = sys.stderr, os.dup(2)
     before.flush()
-    # a session of its own: Ctrl-C is for the job
+    # A separate session keeps Ctrl-C from reaching the filter: it is meant for the job.
     reader = subprocess.Popen(
         [sys.executable, "-I", "-S", os.path.abspath(__file__)],
         stdin=subprocess.PIPE,
@@ -58,9 +59,10 @@ def without_decoder_noise() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # it was killed
+        with contextlib.suppress(OSError):  # the filter process was killed
             os.write(2, ASK)
-            # not until it ends: processes that live longer than the job may write there still
+            # Wait for the answer, not for the filter to exit: processes that outlive the job may
+            # still write to it.
             select.select([reader.stdout], [], [], ANSWER_SECONDS)
         own.flush()
         os.dup2(kept, 2)
@@ -70,7 +72,7 @@ def without_decoder_noise() -> Iterator[None]:
 
 
 def pass_on() -> None:
-    """Copy stdin to stderr without what matches NOISE; say how much that was when asked."""
+    """Copy stdin to stderr without the lines that match NOISE; report their number when asked."""
     count, first, blank_goes = 0, b"", False
     for line in sys.stdin.buffer:
         told = b""

@@ -1,7 +1,7 @@
-"""Tell the errors of a device or of memory from the errors of the data, by their text.
+"""Distinguish errors of a device or of memory from errors of the data, by their text.
 
-DALI and PyTorch raise a RuntimeError for an image that does not decode, for a GPU that fails and
-for memory that runs out alike. Only the text tells them apart. The difference matters: damaged data
+DALI and PyTorch raise the same RuntimeError for an image that does not decode, for a GPU that fails
+and for memory that runs out. Only the text tells them apart. The difference matters: damaged data
 concerns one sample or one shard, the other two concern the machine, so neither may count as a
 damaged image (`precompute`) or a damaged shard (`pipeline`).
 """
@@ -13,14 +13,14 @@ MEMORY = re.compile(
     "|".join(
         [
             r"bad_alloc",
-            r"out of memory",  # PyTorch; cudaErrorMemoryAllocation's and CUDA_ERROR_OUT_OF_MEMORY's
+            r"out of memory",  # PyTorch, cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY
             r"memory allocation",
             r"allocation failed",  # DALI: CUDA allocation failed
             r"can(?:'t|not) allocate",  # DALI: Can't allocate N bytes on device D / on host
             r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY",
             r"\w+_STATUS_(?:ALLOC_FAILED|ALLOCATOR_FAILURE)",  # cuBLAS, cuDNN, nvJPEG
             r"CUDA runtime failure:? '#2'",  # cudaErrorMemoryAllocation
-            # nvimgcodec.h: ALLOCATOR_FAILURE of the library and of one of its decoders
+            # nvimgcodec.h: ALLOCATOR_FAILURE of the library (5) and of one of its decoders (15)
             r"nvImageCodec failure: '#(?:5|15)'",
         ]
     ),
@@ -44,11 +44,11 @@ DEVICE = re.compile(
 
 
 def classify_error(message: str) -> Literal["memory", "device", "data"]:
-    """Return what an error of DALI's or PyTorch's is about, by its whole text.
+    """Classify an error of DALI or PyTorch by its whole text.
 
-    `memory`: the host or a GPU has none left. `device`: a GPU or its driver fails. `data`: anything
-    else, a damaged image among it. A message of the last kind does not prove that the device works:
-    a decoder may fail without a word on the reason.
+    `memory`: the host or a GPU is out of memory. `device`: a GPU or its driver fails. `data`:
+    anything else, including a damaged image. `data` does not prove that the device works: a decoder
+    may fail without giving a reason.
     """
     if MEMORY.search(message):
         return "memory"
@@ -56,7 +56,7 @@ def classify_error(message: str) -> Literal["memory", "device", "data"]:
 
 
 def first_line(message: str) -> str:
-    """Return the part of a long error of DALI's or PyTorch's that gives the reason, as one line."""
+    """Return the part of a long DALI or PyTorch error that states the reason, as one line."""
     said = message.partition("encountered:")[2].strip() or message.strip()
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):  # CUDA runtime API error cudaError... (700):

@@ -13,10 +13,10 @@ SUMMARIZED = ("image_bytes", "height", "width", "reencoded", "label")
 
 @dataclass
 class Totals:
-    """Sums and limits over all samples, of which one part at a time is in memory.
+    """Sums and limits over all samples, accumulated one part of the table at a time.
 
     Attributes:
-        image_bytes: of the image members.
+        image_bytes: total size of the image members.
         reencoded: number of images that are not the source's own bytes.
         heights, widths: smallest and largest, in pixels; empty without samples.
         labels: number of samples by label.

@@ -1,4 +1,4 @@
-"""Locations as text: a file name is any bytes, a table holds UTF-8."""
+"""Convert file names, which may be any bytes, to the UTF-8 text that tables hold, and back."""
 
 import re
 
@@ -6,10 +6,11 @@ ESCAPE = re.compile(rb"\\(x[0-9a-f]{2}|[\\'])")
 
 
 def to_stored(location: str) -> str:
-    """Return a location as the tables hold it: as it is, if it is UTF-8.
+    """Return a location in the form that the tables store: unchanged if it is valid UTF-8.
 
     Otherwise it is quoted as a shell reads it, `$'caf\\xe9.jpg'`, so that the file can be found
-    again. Python holds such a name's odd bytes as surrogates, which are no UTF-8.
+    again. Python represents the invalid bytes of such a name as surrogates, which UTF-8 cannot
+    encode.
     """
     if not location.startswith("$'") and is_utf8(location):
         return location
@@ -18,7 +19,7 @@ def to_stored(location: str) -> str:
 
 
 def from_stored(stored: str) -> str:
-    """Return the location that `to_stored` was given."""
+    """Return the location from which `to_stored` made this text."""
     if not (stored.startswith("$'") and stored.endswith("'")):
         return stored
     content = ESCAPE.sub(
@@ -37,7 +38,7 @@ def is_utf8(text: str) -> bool:
 
 
 def to_bytes(location: str) -> bytes:
-    """Return the bytes of a file's name; surrogates that stand for no byte are kept as they are."""
+    """Return the bytes of a file name; surrogates that stand for no byte are kept as they are."""
     try:
         return location.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

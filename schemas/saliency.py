@@ -1,9 +1,9 @@
-"""A saliency map: float grid <-> 8-bit PNG, with the affine range kept.
+"""Convert saliency maps between a float grid and an 8-bit PNG, keeping the affine range.
 
 The relaxed-SCDA rule, foreground where `A >= mean(A) - 0.6 std(A)`, does not change under a
 positive affine map of A, so scaling a map to 0..255 loses nothing but the rounding. Measured on 140
-ImageNet photos at 28 x 28: 99.85 % of the cells of scda maps (MobileNetV2, 224 + 448) keep
-their side of the threshold, and 99.36 % of those of spectral maps.
+ImageNet photos at 28 x 28: 99.85 % of the cells of scda maps (MobileNetV2, 224 + 448) stay on their
+side of the threshold, and 99.36 % of those of spectral maps.
 """
 
 import io
@@ -14,13 +14,13 @@ from PIL import Image
 
 LEVELS = 255
 MARGIN = 0.6
-"""Of the relaxed-SCDA rule, in standard deviations (released code of the WACV 2024 paper)."""
+"""Margin of the relaxed-SCDA rule in standard deviations (released code of the WACV 2024 paper)."""
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True, eq=False)
 class SaliencyMap:
-    """A quantised map.
+    """A quantized saliency map.
 
     Attributes:
         grid: (side, side) uint8; 0 is `minimum`, 255 is `maximum`.
@@ -33,10 +33,12 @@ class SaliencyMap:
 
     @classmethod
     def quantise(cls, values: np.ndarray) -> "SaliencyMap":
-        """Min-max scale a (side, side) float map to 8 bits. A constant map becomes all zeros.
+        """Scale a (side, side) float map from its minimum and maximum to 8 bits.
+
+        A constant map becomes all zeros.
 
         Raises:
-            ValueError: not a square map, or a value is not finite.
+            ValueError: the map is not square, or a value is not finite.
         """
         values = np.asarray(values, dtype=np.float32)
         if values.ndim != 2 or values.shape[0] != values.shape[1] or values.size == 0:
@@ -51,17 +53,19 @@ class SaliencyMap:
         return cls(np.rint(scaled).astype(np.uint8), minimum, maximum)
 
     def values(self) -> np.ndarray:
-        """The (side, side) float32 map, to within half a step of (maximum - minimum) / 255."""
+        """Return the (side, side) float32 map, to within half a step of its range / 255."""
         span = self.maximum - self.minimum
         return (self.minimum + self.grid.astype(np.float64) * (span / LEVELS)).astype(np.float32)
 
     def foreground(self) -> float:
-        """Share of the whole image's cells that the relaxed-SCDA rule calls foreground, 0 .. 1."""
+        """Return the share (0 .. 1) of the whole image's cells that relaxed SCDA calls
+        foreground.
+        """
         grid = self.grid.astype(np.float64)
         return float((grid >= grid.mean() - MARGIN * grid.std()).mean())
 
     def to_png(self) -> bytes:
-        """An 8-bit grayscale PNG of side x side pixels."""
+        """Return an 8-bit grayscale PNG of side x side pixels."""
         buffer = io.BytesIO()
         Image.fromarray(self.grid).save(buffer, format="PNG")
         return buffer.getvalue()
@@ -71,7 +75,7 @@ class SaliencyMap:
         """Read a map back; its limits come from the sample's row in the tables.
 
         Raises:
-            ValueError: not a sound 8-bit grayscale PNG (every chunk's checksum is tested).
+            ValueError: not an intact 8-bit grayscale PNG (every chunk's checksum is tested).
         """
         try:
             Image.open(io.BytesIO(png), formats=["PNG"]).verify()
@@ -79,7 +83,7 @@ class SaliencyMap:
             image.load()
         except (OSError, SyntaxError) as error:
             raise ValueError(f"not a sound PNG: {error}") from error
-        if not png.endswith(PNG_END):  # the one chunk that Pillow does not look at
+        if not png.endswith(PNG_END):  # the only chunk that Pillow does not check
             raise ValueError("not a sound PNG: its end is damaged")
         if image.mode != "L" or image.width != image.height:
             raise ValueError(f"not a square 8-bit grayscale PNG but {image.mode} {image.size}")

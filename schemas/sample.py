@@ -4,8 +4,8 @@ KEY.jpg | .png | .webp ...   the source file's own bytes
 KEY.saliency.png             the saliency map, 8-bit grayscale (see `saliency.py`)
 KEY.cls                      the label as ASCII digits, `-1` when the source has none
 
-Behind them a sample may have more, which no room of this project looks at: KEY.labels.json of a
-multi-label set, or what a source of shards had beside its images.
+After them a sample may have further members, which this project carries along but does not read:
+KEY.labels.json of a multi-label set, or other files that a source of shards had beside its images.
 """
 
 import re
@@ -18,11 +18,11 @@ SALIENCY_MEMBER = "saliency.png"
 LABEL_MEMBER = "cls"
 UNLABELLED = -1
 
-# The formats that DALI decodes as they are, by the name that Pillow gives them, and the member's
-# extension. A loader lists these extensions to its reader as alternatives of one component.
+# The formats that DALI decodes directly: Pillow's name of the format, and the member's extension. A
+# loader lists these extensions to its reader as alternatives of one component.
 IMAGE_EXTENSIONS = {
     "JPEG": "jpg",
-    "MPO": "jpg",  # a JPEG with further pictures behind the first: read as its first
+    "MPO": "jpg",  # a JPEG followed by further pictures; only the first is read
     "PNG": "png",
     "WEBP": "webp",
     "BMP": "bmp",
@@ -46,14 +46,14 @@ class Sample:
     Attributes:
         key: unique in the dataset; letters, digits, `_` and `-` only, at most 64 of them.
         image: the encoded file.
-        extension: of the image member, one of `IMAGE_EXTENSIONS`' values.
+        extension: extension of the image member, one of the values of `IMAGE_EXTENSIONS`.
         saliency: (side, side) float32, the aggregation map over the whole (oriented) image; any
             affine scale. Read back from disk it is rounded to 255 steps between its own limits.
         label: class index, or -1 for none.
         height, width: pixels of the image after its EXIF orientation is applied.
-        source: where it came from, relative to the source's root; "" when unknown.
-        reencoded: whether `image` is not the source file's own bytes.
-        members: what else belongs to it, by the member's extension.
+        source: location of the original file, relative to the source's root; "" when unknown.
+        reencoded: True if `image` is not the source file's own bytes.
+        members: further files of the sample, by the member's extension.
     """
 
     key: str
@@ -83,7 +83,7 @@ class Sample:
 
 
 def check_key(key: str) -> None:
-    """Raises ValueError unless `key` may be the name of a sample."""
+    """Raise ValueError unless `key` is a valid name of a sample."""
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"key {key!r} has other characters than letters, digits, '_' and '-'")
     if len(key) > MAX_KEY_LENGTH:

@@ -1,4 +1,4 @@
-"""One row per sample of a dataset, read in parts and only when they are needed."""
+"""The table with one row per sample of a dataset, read in parts and only when they are needed."""
 
 import itertools
 import threading
@@ -27,9 +27,9 @@ from schemas.tables import (
 )
 
 READERS = 16
-"""Parts read at a time: enough to hide the latency of an object store."""
+"""Number of parts read in parallel: enough to hide the latency of an object store."""
 KEPT_PARTS = 2
-"""Parts that stay in memory: consecutive shards lie in one part or in two."""
+"""Number of parts kept in memory: consecutive shards lie in one part or in two."""
 
 
 class Part(NamedTuple):
@@ -43,15 +43,15 @@ class Part(NamedTuple):
 class SampleTable:
     """One row per sample, in the order on disk, with the columns of `SAMPLES_SCHEMA`.
 
-    `table["label"]` reads that column alone, `batches` and `rows` read a part at a time. All else
-    that a `pyarrow.Table` offers (`filter`, `slice`, `to_pylist` ...) works too, on the whole
-    table, which is then read into memory: about 200 bytes per sample.
+    `table["label"]` reads that column alone; `batches` and `rows` read one part at a time.
+    Everything else that a `pyarrow.Table` offers (`filter`, `slice`, `to_pylist` ...) works too, on
+    the whole table, which is then read into memory: about 200 bytes per sample.
 
-    The rows come from samples.parquet. A dataset of more than `MERGED_SAMPLES` samples has none;
-    its rows come from the shards' own parquet files.
+    The rows come from samples.parquet. A dataset of more than `MERGED_SAMPLES` samples has no such
+    file; its rows come from the parquet files of the shards.
 
     Args:
-        samples: number of samples by the card.
+        samples: number of samples according to the card.
         shards: the rows of shards.parquet.
 
     Raises:
@@ -84,7 +84,7 @@ class SampleTable:
 
     @cached_property
     def file(self) -> pq.ParquetFile:
-        """samples.parquet, of which the footer is read."""
+        """samples.parquet, opened by reading its footer."""
         try:
             return open_parquet(self.store.read_ranges(SAMPLES), self.location)
         except FileNotFoundError as error:
@@ -98,7 +98,7 @@ class SampleTable:
         return len(self)
 
     def __getitem__(self, name: str) -> pa.ChunkedArray:
-        """Return one column; it is kept in memory."""
+        """Return one column, which is kept in memory."""
         if name not in self.columns:
             self.columns[name] = self.to_table([name]).column(0)
         return self.columns[name]
@@ -112,7 +112,7 @@ class SampleTable:
         return getattr(self.whole, name)
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
-        """Let Polars, DuckDB and others take the whole table without copying it."""
+        """Export the whole table to Polars, DuckDB and others without copying it."""
         return self.whole.__arrow_c_stream__(requested_schema)
 
     @cached_property
@@ -121,7 +121,7 @@ class SampleTable:
         return self.to_table()
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return all rows of the given columns, or of all."""
+        """Return all rows of the given columns; by default of all columns."""
         schema = self.select_schema(columns)
         return pa.concat_tables([schema.empty_table(), *self.batches(columns)])
 
@@ -134,7 +134,9 @@ class SampleTable:
             yield from map_ahead(lambda part: self.read(part, schema), self.parts, READERS)
 
     def rows(self, start: int, stop: int) -> pa.Table:
-        """Return the rows from `start` up to `stop`; the parts read last are kept for the next."""
+        """Return the rows from `start` up to `stop`; keep the latest parts in memory for later
+        calls.
+        """
         tables = [SAMPLES_SCHEMA.empty_table()]
         first = int(np.searchsorted([part.start for part in self.parts], start, "right")) - 1
         for part in self.parts[max(first, 0) :]:
@@ -146,10 +148,10 @@ class SampleTable:
         return pa.concat_tables(tables)
 
     def ranges(self) -> dict[int, tuple[int, int]]:
-        """Return where the rows of each shard begin and end.
+        """Return the (start, stop) rows of each shard.
 
         Raises:
-            FormatError: the rows of a shard do not lie together.
+            FormatError: the rows of a shard are not contiguous.
         """
         if not self.is_merged:
             ends = (int(self.starts[place + 1]) for place in range(len(self.shards)))
@@ -177,7 +179,7 @@ class SampleTable:
         return pa.schema([SAMPLES_SCHEMA.field(name) for name in columns])
 
     def read_recent(self, part: Part) -> pa.Table:
-        """Return all columns of a part, which is kept for threads that need it next."""
+        """Return all columns of a part, and keep it in memory for threads that need it next."""
         with self.lock:
             if part.number not in self.recent:
                 self.recent[part.number] = self.read(part, SAMPLES_SCHEMA)

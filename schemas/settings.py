@@ -1,8 +1,8 @@
-"""The settings of an earlier run against those of this one: the only place that compares them.
+"""Compare the settings of an earlier run with those of this one: the only place that does so.
 
-Checkpoints, loader states, the markers of precompute and a study keep the settings that they were
-made with. A version that adds an option must still go on from them, so a name that is absent on one
-side counts as its default; all else that differs is named with both values.
+Checkpoints, loader states, the markers of precompute and a study store the settings that they were
+made with. A version that adds an option must still resume from them, so a name that is absent on
+one side counts as its default; every other difference is reported with both values.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LONGEST = 80
-"""Characters of a value that a message shows."""
+"""Maximum number of characters of a value in a message."""
 
 
 class NotSet:
-    """Stands for a setting that is absent and has no default."""
+    """Marker of a setting that is absent and has no default."""
 
     def __repr__(self) -> str:
         return "not set"
@@ -43,22 +43,23 @@ def differences(
 ) -> list[Difference]:
     """Compare the settings of an earlier run with those of this one.
 
-    A name that one side lacks has its default there: an option that is newer than `saved` changes
-    nothing until somebody sets it. An option that today's code no longer has is a difference,
-    unless `defaults` still lists it and `saved` has that value: what it did is done no more.
-    A name without a default that one side lacks differs. Tuples equal lists, 1 equals 1.0, and NaN
-    equals NaN, so that values which went through JSON or YAML compare as they were.
+    A name that is missing on one side has its default there: an option that is newer than `saved`
+    changes nothing until somebody sets it. An option that the current code no longer has is a
+    difference, unless `defaults` still lists it and `saved` has that default: then nothing depended
+    on it. A name that is missing on one side and has no default is a difference. Tuples equal
+    lists, 1 equals 1.0, and NaN equals NaN, so that values that went through JSON or YAML compare
+    equal to the originals.
 
     Args:
         saved: name -> value, as an earlier run stored it. Values may be mappings or dataclasses;
-            their parts have dotted names (`recipe.region_choice`). Flat settings are welcome too.
-        current: the same of this run.
-        defaults: today's default of each option that may be absent, nested or flat; `defaults_of`
-            makes it from a dataclass.
+            their parts have dotted names (`recipe.region_choice`). Flat settings are accepted too.
+        current: the settings of this run, in the same form.
+        defaults: the current default of each option that may be absent, nested or flat;
+            `defaults_of` builds it from a dataclass.
 
     Returns:
         The differences, sorted by name. Where a choice differs (`method`, `estimator.name`), the
-        options below it (`method.*`, `estimator.*`) are those of another thing and are left out.
+        options below it (`method.*`, `estimator.*`) belong to different things and are left out.
     """
     old, new = filled(saved, defaults), filled(current, defaults)
     found = [
@@ -71,13 +72,13 @@ def differences(
 
 
 def filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`flatten(settings)`, with the default of each name that it lacks."""
+    """Flatten the settings and add the default of each name that they lack."""
     flat = flatten(settings)
     return {**flatten(defaults), **flat}
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and dataclasses as one level of dotted names; all values are plain."""
+    """Flatten nested mappings and dataclasses to one level of dotted names with plain values."""
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
         settings = fields_of(settings)
     flat: dict[str, Any] = {}
@@ -88,7 +89,7 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON would give it back: tuples are lists, numpy's numbers are Python's."""
+    """Return a value as JSON would give it back: tuples are lists, NumPy numbers are Python's."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = fields_of(value)
     if isinstance(value, Mapping):
@@ -101,7 +102,7 @@ def plain(value: Any) -> Any:
 
 
 def defaults_of(options: type) -> dict[str, Any]:
-    """The defaults of a dataclass, flat; fields that must be given are absent."""
+    """Return the defaults of a dataclass, flat; required fields are absent."""
     defaults = {}
     for field in dataclasses.fields(options):
         if field.default_factory is not dataclasses.MISSING:
@@ -112,7 +113,7 @@ def defaults_of(options: type) -> dict[str, Any]:
 
 
 def sentence(found: Iterable[Difference]) -> str:
-    """All differences in one line, each with both values."""
+    """Return all differences in one line, each with both values."""
     return "; ".join(map(str, found))
 
 
@@ -121,7 +122,7 @@ def fields_of(options: Any) -> dict[str, Any]:
 
 
 def belongs_to(name: str, choices: set[str]) -> bool:
-    """Whether `name` is an option of something that was chosen otherwise, and not the choice."""
+    """Return whether `name` is an option below a choice that differs, and not the choice itself."""
     parts = name.split(".")
     parents = {".".join(parts[:depth]) for depth in range(1, len(parts))}
     chosen_by_name = {f"{parent}.name" for parent in parents} - {name}

@@ -1,7 +1,7 @@
 """One shard: a tar, its DALI index, and the parquet file that marks it as written.
 
 They are written in this order, each atomically, so a shard counts as written exactly when its
-parquet file is there. Tars are plain USTAR with fixed times and owners: DALI reads no PAX headers,
+parquet file exists. Tars are plain USTAR with fixed times and owners: DALI reads no PAX headers,
 and equal samples give equal bytes.
 """
 
@@ -35,7 +35,7 @@ from schemas.ustar import BLOCK, UstarWriter
 INDEX_VERSION = "v1.2"
 MARKER_METADATA = b"saliency_shards"
 MARKERS_AT_A_TIME = 16
-"""Markers read at a time: enough to hide the latency of an object store."""
+"""Number of markers read in parallel: enough to hide the latency of an object store."""
 
 
 class Member(NamedTuple):
@@ -49,14 +49,14 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardMarker:
-    """What a shard's parquet file says.
+    """Content of a shard's parquet file.
 
     Attributes:
-        row: its row of shards.parquet.
-        samples: its rows of samples.parquet.
-        rejects: its share of rejects.parquet.
-        settings: what the job that wrote it was asked to do; a job with other settings must not
-            add to it.
+        row: the shard's row of shards.parquet.
+        samples: the shard's rows of samples.parquet.
+        rejects: the shard's rows of rejects.parquet.
+        settings: the settings of the job that wrote the shard; a job with other settings must not
+            add to the dataset.
     """
 
     row: ShardRow
@@ -72,10 +72,10 @@ def write_shard(
     rejects: Iterable[Reject] = (),
     settings: dict[str, Any] | None = None,
 ) -> ShardMarker:
-    """Write one shard: tar, then index, then its marker. The tar is held in memory until then.
+    """Write one shard: tar, then index, then marker. The tar is held in memory until it is written.
 
     Raises:
-        ValueError: two samples with one key, or a map that is not square and finite.
+        ValueError: two samples have the same key, or a map is not square and finite.
         UserError: no space left, or no permission.
     """
     tar, rows, members = pack(shard, samples)
@@ -90,7 +90,7 @@ def write_shard(
 
 
 def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, Any]], list[Member]]:
-    """Return the tar of these samples, their rows of samples.parquet, and the tar's files."""
+    """Return the tar of these samples, their rows of samples.parquet, and the tar's members."""
     tar = UstarWriter()
     rows: list[dict[str, Any]] = []
     packed: list[Member] = []
@@ -130,7 +130,7 @@ def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, A
 
 
 def members_of(tar: bytes) -> Iterator[Member]:
-    """The files of a tar in order.
+    """Yield the files of a tar in order.
 
     tarfile takes a damaged header for the end of the archive; here it is an error.
 
@@ -159,12 +159,12 @@ def members_of(tar: bytes) -> Iterator[Member]:
 
 
 def index_of(tar: bytes) -> bytes:
-    """DALI's index of a tar. Raises FormatError where the tar is damaged."""
+    """Return the DALI index of a tar. Raises FormatError where the tar is damaged."""
     return index_of_members(members_of(tar))
 
 
 def index_of_members(members: Iterable[Member]) -> bytes:
-    """DALI's index: a line for each sample, `extension offset size name` for each member."""
+    """Return the DALI index: one line per sample, `extension offset size name` for each member."""
     lines: dict[str, list[str]] = {}
     for key, extension, offset, size in members:
         lines.setdefault(key, []).append(f"{extension} {offset} {size} {key}.{extension}")
@@ -183,7 +183,7 @@ def marker_to_parquet(marker: ShardMarker) -> bytes:
 
 
 def read_markers(store: Store, shards: Iterable[int]) -> Iterator[ShardMarker]:
-    """Read the parquet files of many shards, several at a time, and yield them in order.
+    """Read the parquet files of many shards, several in parallel, and yield them in order.
 
     Raises:
         FileNotFoundError, FormatError: see `read_marker`.
@@ -196,7 +196,7 @@ def read_marker(store: Store, shard: int) -> ShardMarker:
 
     Raises:
         FileNotFoundError: the shard is not written.
-        FormatError: the file is damaged or not a shard's.
+        FormatError: the file is damaged, or it is not the parquet file of a shard.
     """
     name = shard_name(shard, "parquet")
     location = store.location(name)

@@ -18,7 +18,7 @@ from schemas.streams import RangeReader, StoreWriter, sync_folder
 
 TEMPORARY_SUFFIX = ".tmp"
 OPEN_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
-"""Paths of what this process has open already, such as a shell's `<(find ...)`."""
+"""Prefixes of files that this process already has open, such as a shell's `<(find ...)`."""
 IRREGULAR = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -28,11 +28,11 @@ IRREGULAR = {
 
 
 class NotAFileError(OSError):
-    """What is to be read is a pipe, a socket or a device; it was not opened."""
+    """The path to be read is a pipe, a socket or a device; it was not opened."""
 
 
 class Store:
-    """Reads and writes files below one folder, by names relative to it.
+    """Read and write files below one folder, by names relative to it.
 
     Args:
         url: a plain path or any fsspec URL (`s3://bucket/folder`, `memory://folder` ...).
@@ -46,27 +46,30 @@ class Store:
             raise UserError("the name of a folder is empty; give a path or a URL")
         self.url = str(url).rstrip("/") or "/"
         try:
-            # a listing that is kept would hide what other processes write after it
+            # A cached listing would hide files that other processes write later.
             self.fs, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
-        self.followed: list[str] = []  # links to folders that `walk` has gone through
+        self.followed: list[str] = []  # links to folders that `walk` has followed
         self.root = os.path.abspath(self.root) if self.is_local else self.root.rstrip("/")
 
     def path(self, name: str) -> str:
-        """The file system's own path of a file in this folder."""
+        """Return the file system's own path of a file in this folder."""
         return posixpath.join(self.root, name) if name else self.root
 
     def location(self, name: str) -> str:
-        """A plain path for a local folder, otherwise a URL: what other tools are given."""
+        """Return the location for other tools: a plain path if the folder is local, otherwise a
+        URL.
+        """
         return self.path(name) if self.is_local else self.fs.unstrip_protocol(self.path(name))
 
     @contextmanager
     def answers(self) -> Iterator[None]:
-        """Turn what is no answer of a store (no key, no network) into one line.
+        """Turn the failure to reach a store (no key, no network) into a one-line error.
 
-        Drivers raise OSErrors for what a store answers, and errors of their own for all else.
+        Drivers raise OSErrors for what a store answers, and errors of their own for everything
+        else.
 
         Raises:
             UserError: the store does not answer.
@@ -93,13 +96,13 @@ class Store:
             return self.fs.isdir(self.path(name))
 
     def glob(self, url: str) -> list[str]:
-        """Names of what a pattern finds, which is a path or URL below this folder, sorted."""
+        """Return the sorted names that match a pattern: a path or URL below this folder."""
         with self.answers():
             found = self.fs.glob(Store(url).root, detail=False)
         return sorted(posixpath.relpath(path, self.root) for path in found)
 
     def size(self, name: str) -> int:
-        """Size in bytes. Raises FileNotFoundError."""
+        """Return the size of a file in bytes. Raises FileNotFoundError."""
         with self.answers():
             return self.fs.info(self.path(name))["size"]
 
@@ -107,27 +110,30 @@ class Store:
         """Return the whole file, or its bytes from `start` up to `end`.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such file.
             NotAFileError: it is a pipe, a socket or a device, which might never end.
         """
         if self.is_local:
             check_regular(self.path(name))
             if start is None and end is None:
-                # fsspec takes a multiple of the time that a small file itself takes
+                # fsspec takes several times as long as reading a small file directly.
                 return Path(self.path(name)).read_bytes()
         with self.answers():
-            # by name: the second argument of s3fs is a version
+            # Keyword arguments: the second positional argument of s3fs is a version.
             return self.fs.cat_file(self.path(name), start=start, end=end)
 
     def open(self, name: str) -> BinaryIO:
-        """The file, open for reading. Raises FileNotFoundError, NotAFileError."""
+        """Open a file for reading. Raises FileNotFoundError, NotAFileError."""
         if self.is_local and not self.path(name).startswith(OPEN_DESCRIPTORS):
             check_regular(self.path(name))
         with self.answers():
             return self.fs.open(self.path(name), "rb")
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Names (relative to `folder`) and sizes in bytes of the files directly in it, sorted."""
+        """Return the names and sizes in bytes of the files directly in `folder`, sorted by name.
+
+        The names are relative to `folder`.
+        """
         if not self.is_folder(folder):
             return {}
         with self.answers():
@@ -136,17 +142,17 @@ class Store:
         return dict(sorted(files.items()))
 
     def names(self, folder: str) -> list[str]:
-        """Names of all that lies directly in a folder and is none, whatever it is, sorted."""
+        """Return the sorted names of all entries directly in `folder` that are not folders."""
         if not self.is_local:
             return list(self.sizes(folder))
         with os.scandir(self.path(folder)) as entries:
             return sorted(entry.name for entry in entries if not entry.is_dir())
 
     def folders(self) -> list[str]:
-        """Names of the folders directly in this one, sorted."""
+        """Return the sorted names of the folders directly in this one."""
         with self.answers():
             entries = self.fs.ls(self.root, detail=True)
-            # a link has a type of its own; to ask about every file would be a request each
+            # A link has its own type; asking about every file would cost one request each.
             found = [
                 entry["name"].rstrip("/")
                 for entry in entries
@@ -156,10 +162,10 @@ class Store:
         return sorted(map(posixpath.basename, found))
 
     def walk(self, folder: str = "") -> Iterator[str]:
-        """Names of all files below a folder, however deep, in a fixed order; links are followed.
+        """Yield the names of all files below a folder at any depth, in a fixed order; follow links.
 
         Raises:
-            UserError: a folder that cannot be listed, or links that lead in a circle.
+            UserError: a folder cannot be listed, or links form a cycle.
         """
         if not self.is_local:
             with self.answers():
@@ -181,10 +187,10 @@ class Store:
                 yield os.path.relpath(os.path.join(here, name), self.root)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a whole file such that a reader sees all of it or nothing.
+        """Write a whole file so that readers see either all of it or nothing.
 
         On a local disk: temporary name, fsync, rename, fsync of the folder. Object stores commit a
-        file as one when it is closed, so there it is one put.
+        file as a whole when it is closed, so there it is one put.
 
         Raises:
             UserError: no space left, or no permission.
@@ -205,31 +211,31 @@ class Store:
 
     @contextmanager
     def writes(self, name: str) -> Iterator[None]:
-        """Turn the reason why a file cannot be written into one line. Raises UserError."""
+        """Turn the reason why a file cannot be written into a one-line error. Raises UserError."""
         with explained(self.location(name)), self.answers():
             yield
 
     def make_folder(self, name: str) -> None:
-        """Make a folder, and find out early whether it can be written to. Raises UserError."""
+        """Create a folder, and check early that it is writable. Raises UserError."""
         with self.writes(name):
             self.fs.makedirs(self.path(name), exist_ok=True)
             if self.is_local and not os.access(self.path(name), os.W_OK):
                 raise PermissionError(self.path(name))
 
     def remove(self, name: str) -> None:
-        """Delete a file if it is there. Raises UserError."""
+        """Delete a file if it exists. Raises UserError."""
         if self.exists(name):
             with self.writes(name):
                 self.fs.rm_file(self.path(name))
 
     def remove_folder(self, name: str = "") -> None:
-        """Delete a folder of this one, or this one, with all that is in it. Raises UserError."""
+        """Delete a folder inside this one, or this one, with all its content. Raises UserError."""
         if self.exists(name):
             with self.writes(name):
                 self.fs.rm(self.path(name), recursive=True)
 
     def remove_temporaries(self, folder: str) -> int:
-        """Delete what a killed writer left half written; how many files that were."""
+        """Delete the unfinished files of killed writers; return their number."""
         names = [name for name in self.sizes(folder) if name.endswith(TEMPORARY_SUFFIX)]
         for name in names:
             self.fs.rm_file(self.path(posixpath.join(folder, name)))
@@ -237,7 +243,11 @@ class Store:
 
 
 def check_regular(path: str) -> None:
-    """Raises NotAFileError for a pipe, a socket or a device, without opening it, and OSError."""
+    """Raise NotAFileError for a pipe, a socket or a device, without opening it.
+
+    Raises:
+        OSError: there is nothing at this path, or it is a folder.
+    """
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
@@ -247,7 +257,7 @@ def check_regular(path: str) -> None:
 
 def write_locally(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own for each attempt: two writers of one shard must not share a temporary file
+    # A unique name for each attempt: two writers of one shard must not share a temporary file.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as file:
@@ -263,7 +273,7 @@ def write_locally(path: Path, content: bytes) -> None:
 
 @contextmanager
 def explained(location: str) -> Iterator[None]:
-    """Turn what a disk refuses into one line that says what to do."""
+    """Turn an error of the file system into one line that says what to do."""
     try:
         yield
     except OSError as error:

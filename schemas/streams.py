@@ -1,4 +1,4 @@
-"""Files of a store as streams: read by ranges, and written piece by piece but seen as a whole."""
+"""Stream the files of a store: read byte ranges, write in pieces that become visible as a whole."""
 
 import io
 import os
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class RangeReader(io.RawIOBase):
-    """A file of a store, of which only the ranges that are asked for are read.
+    """A file of a store, of which only the requested ranges are read.
 
-    Every `read` is one request to the store. Arrow reads a column of a row group by one.
+    Every `read` is one request to the store. Arrow reads a column of a row group with one `read`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,9 +58,9 @@ class RangeReader(io.RawIOBase):
 class StoreWriter(io.RawIOBase):
     """A new file of a store, written piece by piece; readers see all of it or nothing.
 
-    It appears when the `with` block ends, and does not when the block raises. On a local disk it is
-    written under a temporary name in its folder. For an object store it is written to a temporary
-    file of this machine (`TMPDIR`) and then uploaded as one file.
+    The file appears when the `with` block ends, and does not appear if the block raises. On a local
+    disk it is written under a temporary name in its folder. For an object store it is written to a
+    temporary file on this machine (`TMPDIR`) and then uploaded as one file.
 
     Raises:
         UserError: no space left, or no permission; from every method.
@@ -109,13 +109,13 @@ class StoreWriter(io.RawIOBase):
             self.discard()
 
     def discard(self) -> None:
-        """Remove what was written under the temporary name, if it is still there."""
+        """Remove the temporary file if it still exists."""
         self.file.close()
         self.temporary.unlink(missing_ok=True)
         self.close()
 
     def commit(self) -> None:
-        """Let the file appear under its name."""
+        """Make the file visible under its name."""
         self.file.flush()
         if self.store.is_local:
             os.fsync(self.file.fileno())
@@ -128,7 +128,7 @@ class StoreWriter(io.RawIOBase):
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a local folder last through a loss of power."""
+    """Make renames in a local folder survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Write the merged tables of a dataset as their rows come, and look for keys that come twice."""
+"""Write the merged tables of a dataset row group by row group, and find repeated keys."""
 
 import contextlib
 from array import array
@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 from schemas.storage import Store
 
 ROW_GROUP = 1024 * 1024
-"""Rows of a row group: what `pyarrow.parquet.write_table` takes when it is given a whole table, so
-that both ways give the same bytes. As many rows are held in memory, about 200 MB of samples."""
+"""Rows per row group: the number that `pyarrow.parquet.write_table` uses for a whole table, so that
+both ways give the same bytes. This many rows are held in memory, about 200 MB of samples.
+"""
 
 
 class TableWriter:
-    """A parquet file of a store that grows by tables; readers see all of it or nothing.
+    """A parquet file of a store that grows table by table; readers see all of it or nothing.
 
-    The file appears when the `with` block ends, and has the bytes that `to_parquet` gives for all
-    its rows together.
+    The file appears when the `with` block ends, and has the same bytes as `to_parquet` gives for
+    all its rows together.
 
     Raises:
         UserError: no space left, or no permission; from every method.
@@ -36,7 +37,7 @@ class TableWriter:
         self.parquet = pq.ParquetWriter(self.stream, schema, compression="zstd")
 
     def add(self, table: pa.Table) -> None:
-        """Append the rows of a table of this schema."""
+        """Append the rows of a table that has this schema."""
         self.waiting.append(table)
         self.waiting_rows += len(table)
         self.rows += len(table)
@@ -51,9 +52,9 @@ class TableWriter:
         self.groups += 1
 
     def discard(self) -> None:
-        """End without a file."""
-        # An open writer would write its footer when it is collected. No file appears, so it does
-        # not matter whether that can be written.
+        """Stop writing and leave no file."""
+        # An open writer would write its footer when it is garbage-collected. No file appears, so it
+        # does not matter whether that write succeeds.
         with contextlib.suppress(Exception):
             self.parquet.close()
         self.stream.discard()
@@ -77,9 +78,9 @@ class TableWriter:
 
 
 class KeyHashes:
-    """Find keys that come twice among any number of them, in 8 bytes of memory for each.
+    """Find repeated keys among any number of keys, with 8 bytes of memory for each.
 
-    A set of strings takes more than 100 bytes for each. Keys that differ may have one hash, so
+    A set of strings takes more than 100 bytes for each. Different keys may have the same hash, so
     `repeated` gives the hashes of candidates, which must then be compared as text.
     """
 
@@ -90,7 +91,7 @@ class KeyHashes:
         self.hashes.extend(map(hash, keys))
 
     def repeated(self) -> set[int]:
-        """Return the hashes that came more than once; no key can be added after that."""
+        """Return the hashes that occur more than once; no key can be added after that."""
         hashes = np.frombuffer(self.hashes, np.int64)
         hashes.sort()
         return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())

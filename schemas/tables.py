@@ -1,4 +1,4 @@
-"""The tables beside the shards, and the card that says the dataset is whole."""
+"""The tables beside the shards, and the card that marks the dataset as complete."""
 
 import dataclasses
 import functools
@@ -29,9 +29,9 @@ SAMPLES_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("shard", pa.int32()),
-        ("index", pa.int32()),  # place within its shard, from 0
-        ("label", pa.int32()),  # -1: none
-        ("height", pa.int32()),  # pixels, EXIF orientation applied
+        ("index", pa.int32()),  # position within its shard, from 0
+        ("label", pa.int32()),  # -1 for no label
+        ("height", pa.int32()),  # pixels, after the EXIF orientation is applied
         ("width", pa.int32()),
         ("image_bytes", pa.int64()),
         ("image_sha256", pa.string()),
@@ -46,23 +46,24 @@ SHARDS_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("samples", pa.int32()),
-        ("bytes", pa.int64()),  # of the tar
-        ("sha256", pa.string()),  # of the tar
+        ("bytes", pa.int64()),  # size of the tar
+        ("sha256", pa.string()),  # hash of the tar
     ]
 )
 REJECTS_SCHEMA = pa.schema(
     [("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
 MERGED_SAMPLES = 10**8
-"""A dataset of more samples has no samples.parquet (it would have 8 GB): the shards' own tables
-hold its rows (ours)."""
+"""Number of samples above which a dataset has no samples.parquet (it would exceed 8 GB): the rows
+are then only in the shards' own tables. (Our choice.)
+"""
 OPTIONAL_COLUMNS: dict[str, Any] = {
-    "foreground": None,  # it follows from the map
+    "foreground": None,  # can be computed from the map
     "source": "",
     "reencoded": False,
     "detail": "",
 }
-"""Columns that a reader can do without, and what stands in their place."""
+"""Columns that may be missing in a file, and the value that replaces each."""
 
 
 class ShardRow(NamedTuple):
@@ -77,7 +78,7 @@ class ShardRow(NamedTuple):
 class Reject(NamedTuple):
     """One row of rejects.parquet: an input that was not written.
 
-    `reason` is a short fixed word to count by, `detail` a line for a person.
+    `reason` is a short fixed word for counting, `detail` a line that explains it to the user.
     """
 
     source: str
@@ -86,13 +87,13 @@ class Reject(NamedTuple):
 
 
 def stored_reject(reject: Reject) -> Reject:
-    """Return the reject as the table holds it: in UTF-8, its detail in one line."""
+    """Return the reject in the form that the table stores: in UTF-8, its detail on one line."""
     detail = " ".join(to_bytes(reject.detail).decode("utf-8", "backslashreplace").split())
     return Reject(to_stored(reject.source), reject.reason, detail)
 
 
 def shard_name(shard: int, suffix: str) -> str:
-    """The name of a shard's file: `shard_name(3, "tar")` is `shards/000003.tar`."""
+    """Return the name of a shard's file: `shard_name(3, "tar")` is `shards/000003.tar`."""
     return f"{SHARD_FOLDER}/{shard:06d}.{suffix}"
 
 
@@ -116,7 +117,7 @@ def from_parquet(content: bytes, schema: pa.Schema, location: str) -> pa.Table:
 
 
 def open_parquet(source: Any, location: str) -> pq.ParquetFile:
-    """Read the footer of a parquet file. Raises FormatError when it is none.
+    """Read the footer of a parquet file. Raises FormatError if it is not one.
 
     Args:
         source: a `pyarrow.BufferReader` or a `RangeReader`.
@@ -124,7 +125,7 @@ def open_parquet(source: Any, location: str) -> pq.ParquetFile:
     """
     try:
         # Without pre_buffer: Arrow would read a Python file in a thread of its own, which aborts
-        # the process (apache/arrow#34314) when it lets go of the file while Python exits.
+        # the process (apache/arrow#34314) if it releases the file while Python exits.
         return pq.ParquetFile(source, pre_buffer=False)
     except pa.ArrowException as error:
         raise FormatError(f"{location}: not a readable parquet file ({error})") from error
@@ -133,13 +134,13 @@ def open_parquet(source: Any, location: str) -> pq.ParquetFile:
 def read_columns(
     file: pq.ParquetFile, schema: pa.Schema, location: str, row_group: int | None = None
 ) -> pa.Table:
-    """Read the columns of `schema`, in its order, of a row group or of the whole file.
+    """Read the columns of `schema`, in its order, from a row group or from the whole file.
 
-    Columns that this version does not know are not read. An absent one of OPTIONAL_COLUMNS has its
-    default, which is logged. Types of other widths are converted where no value changes.
+    Columns that this version does not know are not read. A missing column of OPTIONAL_COLUMNS gets
+    its default, which is logged. Types of other widths are converted if no value changes.
 
     Raises:
-        FormatError: the file is damaged, a column is missing or of another kind.
+        FormatError: the file is damaged, or a column is missing or of another type.
     """
     names = columns_there(file, schema, location)
     groups = range(file.num_row_groups) if row_group is None else [row_group]
@@ -164,10 +165,10 @@ def read_columns(
 
 
 def columns_there(file: pq.ParquetFile, schema: pa.Schema, location: str) -> list[str]:
-    """Return which columns of `schema` a file has; log the defaults of those that it lacks.
+    """Return the columns of `schema` that a file has; log the defaults of those that it lacks.
 
     Raises:
-        FormatError: a column that has no default is missing, or there are two of its name.
+        FormatError: a column that has no default is missing, or two columns have its name.
     """
     there = file.schema_arrow
     names = []
@@ -189,30 +190,30 @@ def columns_there(file: pq.ParquetFile, schema: pa.Schema, location: str) -> lis
 
 @functools.cache
 def tell_default(file: str, name: str, value: str) -> None:
-    """Log that `name` is absent in files of this name; once in a process."""
+    """Log once per process that `name` is absent in files of this name."""
     log.warning("%s: has no %s; %s stands in its place", file, name, value)
 
 
 def known_fields(names: Iterable[str], record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a JSON object that this version knows; the others are ignored."""
+    """Return the fields of a JSON object that this version knows; ignore the others."""
     return {name: record[name] for name in names if name in record}
 
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """`dataset.json`, written last: its presence means that the dataset is whole.
+    """Content of `dataset.json`, which is written last: it marks the dataset as complete.
 
     A field with a default here may be absent in a file.
 
     Attributes:
-        name, split: as the user called them.
-        samples, shards, rejects: rows of the three tables.
-        classes: names by label; empty when nothing is labelled.
+        name, split: as given by the user.
+        samples, shards, rejects: numbers of rows of the three tables.
+        classes: names by label; empty when nothing is labeled.
         saliency_side: cells on a side of every stored map.
         estimator: its name, all its parameters, and the sha256 of its weights (None without any).
-        plan: sha256 of which source image belongs to which shard.
-        seed: of the global shuffle.
-        versions: of the packages that wrote it.
+        plan: sha256 of the assignment of source images to shards.
+        seed: random seed of the global shuffle.
+        versions: versions of the packages that wrote the dataset.
     """
 
     name: str
@@ -235,10 +236,11 @@ class DatasetCard:
 
     @classmethod
     def from_json(cls, content: bytes, location: str) -> "DatasetCard":
-        """Read a card; fields that this version does not know are ignored.
+        """Read a card; ignore fields that this version does not know.
 
         Raises:
-            FormatError: no JSON, another format version, or a field without a default is missing.
+            FormatError: the content is not JSON, has another format version, or lacks a field that
+                has no default.
         """
         try:
             fields = json.loads(content)

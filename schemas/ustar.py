@@ -1,8 +1,8 @@
 """Write plain USTAR archives in memory, byte for byte as Python's tarfile does.
 
-tarfile makes a header in about 50 microseconds, and a sample has three of them: a third of the
+tarfile takes about 50 microseconds for a header, and a sample has three of them: a third of the
 time that it takes to pack a shard. All members here are plain files with fixed times and owners, so
-their headers differ in name, size and checksum alone.
+their headers differ only in name, size and checksum.
 """
 
 import tarfile
@@ -10,9 +10,9 @@ import tarfile
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_NAME = tarfile.LENGTH_NAME
 LARGEST = 8**11 - 1
-"""Bytes of a member whose size fits into eleven octal digits."""
+"""Maximum size of a member in bytes: the largest number of eleven octal digits."""
 
-# TarInfo's defaults are fixed: no time, no owner, mode 0644
+# TarInfo's defaults are fixed: no time, no owner, mode 0644.
 TEMPLATE = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 NAME, SIZE, CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
 
@@ -21,7 +21,8 @@ def make_header(name: str, size: int) -> bytes:
     """Return the header of a plain file.
 
     Raises:
-        ValueError: the name is not ASCII or longer than 100 bytes, or the file too large for USTAR.
+        ValueError: the name is not ASCII or longer than 100 bytes, or the file is too large for
+            USTAR.
     """
     encoded = name.encode("ascii")
     if not 0 < len(encoded) <= LONGEST_NAME or not 0 <= size <= LARGEST:
@@ -42,7 +43,7 @@ class UstarWriter:
         self.length = 0
 
     def add(self, name: str, content: bytes) -> int:
-        """Add a plain file; return the offset of its content."""
+        """Add a plain file and return the offset of its content."""
         padding = bytes(-len(content) % BLOCK)
         self.parts += (make_header(name, len(content)), content, padding)
         offset = self.length + BLOCK
@@ -50,7 +51,7 @@ class UstarWriter:
         return offset
 
     def getvalue(self) -> bytes:
-        """Return the whole archive, its end padded to a record as tarfile pads it."""
+        """Return the whole archive, padded to a full record as tarfile pads it."""
         end = 2 * BLOCK
         end += -(self.length + end) % tarfile.RECORDSIZE
         return b"".join([*self.parts, bytes(end)])

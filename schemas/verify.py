@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 Placed = tuple[ShardRow, tuple[int, int]]
-"""A shard, and where its rows of the table of samples begin and end."""
+"""A shard, and the (start, stop) of its rows in the table of samples."""
 CheckShards = Callable[[Sequence[Placed]], Iterable[tuple[ShardRow, list[Problem]]]]
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was read, and every problem that was found in it.
+    """Result of a verification: the amount of data read, and every problem found in it.
 
     Attributes:
-        shards, samples, bytes: read by this run.
-        skipped: shards that an earlier run of the same record had read.
-        total: shards of the dataset.
+        shards, samples, bytes: amounts read by this run.
+        skipped: number of shards that earlier runs with the same record had read.
+        total: number of shards in the dataset.
     """
 
     url: str
@@ -68,13 +68,15 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """How much of a dataset is verified, and how.
+    """Options of a verification.
 
     Attributes:
-        workers: shards read at a time; each is held in memory as a whole.
-        shards: verify only so many, drawn at random by `seed`; None for all of them. Columns of all
-            rows (keys that come twice, labels without a class) are then not looked at.
-        record: file that notes the shards without a problem, to go on from; None for none.
+        workers: number of shards read in parallel; each is held in memory as a whole.
+        shards: number of shards to verify, drawn at random by `seed`; None for all of them. With a
+            number, the checks over the columns of all rows (repeated keys, labels without a class)
+            are skipped.
+        record: file that records the shards verified without a problem, to resume from; None for
+            none.
     """
 
     workers: int = 4
@@ -105,9 +107,9 @@ def verify_dataset(
     """Compare the bytes of a dataset with its tables; see `ShardDataset.verify`.
 
     Args:
-        progress: called with the number of samples of each shard when it is done.
-        check: checks shards elsewhere by `check_shard`, and yields them in the order given; by
-            default threads of this process do.
+        progress: called after each shard with its number of samples.
+        check: runs `check_shard` on the shards elsewhere, and yields the results in the order
+            given; by default threads of this process do it.
 
     Raises:
         UserError: the record cannot be used.
@@ -168,7 +170,7 @@ def check_counts(dataset: ShardDataset) -> Iterator[Problem]:
 
 
 def check_columns(dataset: ShardDataset) -> Iterator[Problem]:
-    """Look for keys that come twice and labels without a class, one part of the table at a time."""
+    """Find repeated keys and labels without a class, one part of the table at a time."""
     hashes, labels = KeyHashes(), set()
     for batch in dataset.samples.batches(["key", "label"]):
         hashes.add(batch["key"].to_pylist())
@@ -188,7 +190,7 @@ def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) ->
     """Compare one shard's tar, index and marker with the tables.
 
     Args:
-        place: where its rows of the table of samples begin and end.
+        place: (start, stop) of its rows in the table of samples.
     """
     store, name = dataset.store, shard_name(row.shard, "tar")
     try:
@@ -242,7 +244,7 @@ def check_samples(
     for place, (key, members) in enumerate(samples.items()):
         if key not in by_key:
             yield Problem(f"{name}: {key}", f"in the tar but not in {SAMPLES}")
-        elif readable or place < len(samples) - 1:  # the last one may be cut in the middle
+        elif readable or place < len(samples) - 1:  # the last one may be cut short
             fields = by_key[key]
             if fields["index"] != place:
                 yield Problem(f"{name}: {key}", f"at place {place}, not {fields['index']}")

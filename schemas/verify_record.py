@@ -1,4 +1,4 @@
-"""What a verification has read so far, in a file: an interrupted one goes on from there."""
+"""A record of the shards verified so far, so that an interrupted verification can resume."""
 
 import json
 from collections.abc import Iterable
@@ -11,23 +11,23 @@ from schemas.tables import ShardRow
 
 
 class Problem(NamedTuple):
-    """`where`: a file, or a sample in a file. `what`: what is wrong with it."""
+    """One problem: `where` is a file, or a sample in a file; `what` says what is wrong with it."""
 
     where: str
     what: str
 
 
 class VerifyRecord:
-    """A JSON line for the dataset, then one for each shard that was found without a problem.
+    """A JSON-lines file: one line for the dataset, then one per shard verified without a problem.
 
-    Shards with problems are not noted, so that they are read again.
+    Shards with problems are not recorded, so that they are read again.
 
     Args:
-        path: the record, a file of this machine; it is made if it is not there. None for none.
+        path: the record, a local file; it is created if it does not exist. None for no record.
         digest: `ShardDataset.digest`.
 
     Raises:
-        UserError: the record is of another dataset, or cannot be written.
+        UserError: the record belongs to another dataset, or cannot be written.
     """
 
     def __init__(self, path: Path | None, digest: str):
@@ -63,7 +63,7 @@ class VerifyRecord:
             self.file.close()
 
     def add(self, row: ShardRow, problems: Iterable[Problem]) -> None:
-        """Note a shard that was read."""
+        """Record a shard that was read, if it has no problem."""
         if self.file and not list(problems):
             self.write({"shard": row.shard})
 
@@ -74,7 +74,7 @@ class VerifyRecord:
 
 
 def shards_of(line: str) -> list[int]:
-    """Return the shard that a line notes; none for a line that was cut short."""
+    """Return the shard that a line records; an empty list for a line that was cut short."""
     try:
         return [int(json.loads(line)["shard"])]
     except (ValueError, KeyError, TypeError):

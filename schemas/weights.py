@@ -1,10 +1,9 @@
-"""Weights in a file from anywhere: its state_dict, and the prefix of a network's names in it.
+"""Find a network's weights in a file from any project: its state_dict and the prefix of its names.
 
-MoCo keeps `module.encoder_q.conv1.weight`, solo-learn `backbone.conv1.weight` below `state_dict`,
-DINO a dict for `student` and one for `teacher`, lightly a `Sequential` whose parts have numbers for
-names. None of that is asked of the user: the prefix is found by comparing names and shapes.
-
-This file knows no torch: whoever has it hands in how a file is read.
+MoCo stores `module.encoder_q.conv1.weight`, solo-learn `backbone.conv1.weight` below `state_dict`,
+DINO one dict for `student` and one for `teacher`, lightly a `Sequential` whose parts have numbers
+for names. The user need not specify any of that: the prefix is found by comparing names and shapes.
+This module does not import torch: the caller passes the functions that read a file.
 """
 
 import re
@@ -21,30 +20,32 @@ Shapes = Mapping[str, tuple[int, ...]]
 Stub = tuple[type, str]
 
 DEPTH = 6
-"""Levels of mappings that are looked through (VISSL's has five)."""
+"""Number of nested levels of mappings that are searched (VISSL's files have five)."""
 PREFERRED = ("teacher",)
-"""Of several copies of a network the one that its authors evaluate; else the first in the file."""
+"""Names of the copy to take if a file has several copies of a network: the one that its authors
+evaluate; otherwise the first in the file.
+"""
 SHOWN = 3
 UNKNOWN_CLASS = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
 MOST_CLASSES = 200
 
 
 class Items(OrderedDict):
-    """Stands for an object of a class that is not loaded (options, a logger): a plain mapping."""
+    """Stand-in for an object of a class that is not loaded (options, a logger): a plain mapping."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
-        return OrderedDict()  # whose items and attributes the reader of pickles may fill
+        return OrderedDict()  # the unpickler may set its items and attributes
 
 
 class Elements(list):
-    """Likewise for a sequence, a plain list."""
+    """Stand-in for a sequence of a class that is not loaded: a plain list."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         return []
 
 
 class Opaque:
-    """Likewise for a number or a type of numpy; it forgets what it is given."""
+    """Stand-in for a NumPy number or type; it discards its arguments."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         pass
@@ -54,22 +55,25 @@ class Opaque:
 
 
 def stubs_of(name: str) -> list[Stub]:
-    """What stands for an unknown class of a pickle, so that no code of it is loaded or run."""
+    """Return stand-ins for an unknown class of a pickle, so that its code is neither loaded nor
+    run.
+    """
     kind: type = Opaque if name.startswith("numpy.") else Items
     if name.endswith((".deque", ".UserList")):
         kind = Elements
-    # the reader names what is built in without its module
+    # The unpickler names builtins without their module.
     names = [name] if "." in name else [f"builtins.{name}", f"__builtin__.{name}"]
     return [(type(full, (kind,), {}), full) for full in names]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Where a network's weights lie in a file.
+    """A network's weights as found in a file.
 
     Attributes:
         tensors: the network's own names -> tensors of the file.
-        told: one line on what was taken; empty where the names are the network's own.
+        told: one line that says which tensors were taken; empty where the names are the network's
+            own.
     """
 
     tensors: dict[str, Any]
@@ -84,11 +88,11 @@ def read_weights(
     """Read the content of a file of weights, whatever its suffix.
 
     Args:
-        load_pickle: reads with `weights_only`, taking each (class, "module.name") for safe.
+        load_pickle: reads with `weights_only`, treating each (class, "module.name") as safe.
         load_safetensors: reads a safetensors file.
 
     Raises:
-        UserError: no such file, or one that neither can read.
+        UserError: there is no such file, or neither function can read it.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
@@ -96,7 +100,7 @@ def read_weights(
     try:
         with path.open("rb") as file:
             head = file.read(9)
-        if head[8:] == b"{":  # behind the length of its header
+        if head[8:] == b"{":  # follows the 8 bytes with the length of the safetensors header
             return load_safetensors(path)
         while True:
             try:
@@ -108,7 +112,7 @@ def read_weights(
                 if not added or added[0][1] in known or len(stubs) > MOST_CLASSES:
                     raise
                 stubs += added
-    except Exception as error:  # of the readers: there is no list of what they raise
+    except Exception as error:  # the readers do not document what they raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable state_dict ({reason[:200]})") from error
 
@@ -118,18 +122,20 @@ def fit_weights(
 ) -> Fit:
     """Find a network's weights in the content of a file.
 
-    All wanted names must be there in their shapes, under one prefix; further layers of the
-    network's own parts are another network. What else there is (a head, a queue) is left out.
+    All wanted names must be there with their shapes, under one prefix; additional layers inside the
+    network's own parts mean that it is another network. Other content (a head, a queue) is left
+    out.
 
     Args:
-        content: of `read_weights`.
+        content: result of `read_weights`.
         wanted: the network's names -> shapes, without batch counters.
         where: the file, for messages.
-        network: what it is called in messages.
-        children: names of the network's parts in order, to know them again in a Sequential.
+        network: name of the network in messages.
+        children: names of the network's parts in order, to recognize them in a Sequential.
 
     Raises:
-        UserError: nothing fits; with the first names of both, and what is wrong with the nearest.
+        UserError: nothing fits; the message has the first names of both, and what is wrong with the
+            nearest match.
     """
     found = list(state_dicts(content))
     if not found:
@@ -165,7 +171,7 @@ def fit_weights(
 def state_dicts(
     content: Any, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Tensors]]:
-    """All mappings of names to tensors in nested ones, each with the keys that lead to it."""
+    """Yield every mapping of names to tensors at any depth, with the keys that lead to it."""
     if not isinstance(content, Mapping):
         return
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and is_tensor(v)}
@@ -182,7 +188,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def namings(wanted: Shapes, children: Sequence[str]) -> Iterator[dict[str, str]]:
-    """The network's names -> how a file may call them: so, or with numbers for its parts."""
+    """Yield mappings from the network's names to a file's: the same names, or numbers for parts."""
     yield {name: name for name in wanted}
     if children:
         number = {child: str(place) for place, child in enumerate(children)}
@@ -192,7 +198,7 @@ def namings(wanted: Shapes, children: Sequence[str]) -> Iterator[dict[str, str]]
 
 
 def prefixes(tensors: Tensors, names: Mapping[str, str]) -> list[str]:
-    """What stands before one of the names in any of the tensors' names, in the file's order."""
+    """Return every prefix before one of the names in the tensors' names, in the file's order."""
     own = set(names.values())
     found: dict[str, None] = {}
     for key in tensors:
@@ -206,7 +212,7 @@ def prefixes(tensors: Tensors, names: Mapping[str, str]) -> list[str]:
 def misfit(
     tensors: Tensors, prefix: str, names: Mapping[str, str], wanted: Shapes
 ) -> tuple[str, int]:
-    """What is wrong with the tensors under a prefix, empty if nothing; and how many names fit."""
+    """Return what is wrong with the tensors under a prefix ("" if nothing), and how many fit."""
     under = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     own = set(names.values())
     parts = {name.partition(".")[0] for name in own}
@@ -233,5 +239,5 @@ def misfit(
 
 
 def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """A state_dict's names and shapes without its batch counters, which many files lack."""
+    """Return a state_dict's names and shapes without batch counters, which many files lack."""
     return {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")}

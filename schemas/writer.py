@@ -1,4 +1,4 @@
-"""From written shards to a dataset: merge the tables, then write the card."""
+"""Turn written shards into a dataset: merge their tables, then write the card."""
 
 import contextlib
 import itertools
@@ -51,13 +51,14 @@ def finish_dataset(
 ) -> ShardDataset:
     """Merge the markers of shards 0 .. `shards` - 1 into the tables, then write the card.
 
-    Markers are read many at a time, and the tables are written as they come. In memory are one row
-    group of each table and 8 bytes for every key.
+    Markers are read in parallel, and the tables are written as they arrive. One row group of each
+    table and 8 bytes for every key are held in memory.
 
     Args:
-        rejects: inputs that no shard knows of; the rejects of the shards come after them.
-        packages: whose versions the card names.
-        The rest is as in `DatasetCard`.
+        rejects: inputs that belong to no shard; the rejects of the shards come after them.
+        packages: packages whose versions the card records.
+
+    The other arguments are fields of `DatasetCard`.
 
     Raises:
         UserError: two samples have the same key.
@@ -83,7 +84,7 @@ def finish_dataset(
 
 
 class Merged(NamedTuple):
-    """The rows of shards.parquet, and how many rows rejects.parquet has."""
+    """The rows of shards.parquet, and the number of rows of rejects.parquet."""
 
     shards: list[ShardRow]
     rejects: int
@@ -111,7 +112,7 @@ def merge_markers(store: Store, shards: int, rejects: Sequence[Reject]) -> Merge
             if samples and samples.rows + len(marker.samples) > MERGED_SAMPLES:
                 samples.discard()
                 samples = None
-                store.remove(SAMPLES)  # of the dataset before it was extended
+                store.remove(SAMPLES)  # left from before the dataset was extended
             if samples:
                 samples.add(marker.samples)
         if repeated := hashes.repeated():
@@ -120,7 +121,7 @@ def merge_markers(store: Store, shards: int, rejects: Sequence[Reject]) -> Merge
 
 
 def check_unique(store: Store, shards: int, repeated: set[int]) -> None:
-    """Compare the keys that have one of the hashes as text. Raises UserError naming the first."""
+    """Compare the keys with these hashes as text. Raises UserError with the first repeated key."""
     seen: set[str] = set()
     for marker in read_markers(store, range(shards)):
         for key in marker.samples["key"].to_pylist():
@@ -140,19 +141,20 @@ def write_dataset(
     split: str = "train",
     estimator: dict[str, Any] | None = None,
 ) -> ShardDataset:
-    """Write samples that are at hand, in the order given, as a whole dataset.
+    """Write samples in the order given as a complete dataset.
 
-    For maps that come from elsewhere. The order is kept, so shuffle before: a loader's own shuffle
-    reaches only a buffer's length. To make the maps, and to use many cores, there is `precompute`.
+    Meant for maps that come from elsewhere. The order is kept, so shuffle first: a loader's own
+    shuffle reaches only as far as its buffer. Use `precompute` to compute maps, and to use many
+    cores.
 
     Args:
         url: an empty or new folder.
-        samples: all of one map side.
-        shard_samples: samples a shard, at most.
-        estimator: how the maps were made, for the card.
+        samples: samples whose maps all have the same side.
+        shard_samples: maximum number of samples per shard.
+        estimator: description of how the maps were made, for the card.
 
     Raises:
-        UserError: the folder has a dataset already, there is no sample, or a key comes twice.
+        UserError: the folder has a dataset already, there is no sample, or a key is repeated.
     """
     store = Store(url)
     if store.exists(CARD) or store.sizes(SHARD_FOLDER):
