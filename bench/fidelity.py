@@ -75,9 +75,7 @@ def scda_options(options: Options, **changes: Any) -> ScdaOptions:
 
 
 def candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions], str]]:
-    """Return, by name, the estimators whose z-scored maps are averaged, and the number of
-    forwards.
-    """
+    """Return, by name, estimators whose z-scored maps are averaged, and the number of forwards."""
 
     def scda(*areas: float, size: int = 224) -> ScdaOptions:
         return scda_options(options, areas=areas, size=size)
@@ -166,9 +164,7 @@ class Study:
         return (torch.from_numpy(np.array(i.cpu())) for batch in self.photos for i in batch)
 
     def views(self) -> Iterator[Tensor]:
-        """Cut all crops again and yield them in the order of `crops`, each (side, side, 3)
-        uint8.
-        """
+        """Cut all crops again and yield them in the order of `crops`: (side, side, 3) uint8."""
         images = list(self.images())
         for crop in self.crops:
             window = torch.tensor(crop.window)

@@ -186,6 +186,7 @@ CHECKS: dict[str, Callable[[str, str, int, int], str | None]] = {
     "formats": check_formats,
     "no waits": check_no_waits,
 }
-"""Checks by name; each raises AssertionError on failure, else returns its figures, or None if it
-cannot run.
+"""Checks by name; each raises AssertionError on failure, else returns its figures or None.
+
+None means that the check cannot run here.
 """

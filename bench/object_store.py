@@ -24,9 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 PIECE = 1 << 18
-"""Number of bytes sent at a time; in between, other connections get their share of the
-bandwidth.
-"""
+"""Bytes sent at a time; in between, other connections get their share of the bandwidth."""
 
 Fault = Callable[[str, int], str | None]
 """A function (path, number of earlier GETs of it) -> None, "500", "503", "403", "cut" (the
@@ -113,9 +111,7 @@ class ObjectServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore the error: a client that hangs up, such as one killed by a test, is not a server
-        error.
-        """
+        """Ignore the error: a client that hangs up is not an error of the server."""
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
-"""Rates of the precompute job beside its two ceilings, and how fast it finds nothing to do.
+"""Measure the rate of the precompute job and of its two ceilings, and how fast it resumes.
 
-The job is run as a user runs it: Ray, workers, files and all. Its rate is that of the workers at
-work, without the seconds in which Ray and they start.
+The job is run as a user runs it: Ray, workers, files and all. Its rate covers only the time in
+which the workers are at work, without the seconds in which Ray and the workers start.
 """
 
 import os
@@ -36,19 +36,20 @@ from schemas.storage import Store
 
 @dataclass(frozen=True)
 class Options:
-    """Images/s of the precompute job with one and two workers, and of its ceilings."""
+    """Measure images/s of the precompute job with one and two workers, and of its ceilings."""
 
     root: str = tyro.MISSING
-    """A folder of photos."""
+    """Folder of photos."""
     out: Path = Path("out/bench-precompute.json")
-    """File that the figures are written to."""
+    """JSON file for the figures."""
     rows: tuple[Literal["cpu", "scda", "fp32", "spectral"], ...] = (
         *("cpu", "scda", "fp32", "spectral"),
     )
-    """Rows to measure: `cpu`, the CPU time of all but network and pixels; rates of `scda`, of the
-    same in fp32, and of `spectral`, which wants thousands of images."""
+    """Rows to measure: `cpu`, the CPU time of everything but network and pixels; the rates of
+    `scda`, of the same in fp32, and of `spectral`, which needs thousands of images.
+    """
     backbone: str = "resnet50"
-    """A torchvision classification CNN by name."""
+    """Name of a torchvision classification CNN."""
     images: int = 128
     """Images per repeat."""
     shard_samples: int = 32
@@ -56,11 +57,13 @@ class Options:
     repeats: int = 3
     """Number of repeats of each row."""
     finished_shards: int = 10_000
-    """Shards of a finished job that is given again; 0 leaves it out."""
+    """Number of shards of a finished job that is run again to time how fast it finds nothing to do;
+    0 skips this.
+    """
 
 
 class Rated:
-    """One row: `rate()` does the work once and gives images a second."""
+    """The measurements of one estimator; each does its work once and returns images per second."""
 
     def __init__(self, options: Options, estimator: EstimatorOptions, folder: Path):
         self.options, self.estimator, self.folder = options, estimator, folder
@@ -69,7 +72,7 @@ class Rated:
         self.images = (listed * (options.images // len(listed) + 1))[: options.images]
 
     def job(self, workers: int) -> float:
-        """The whole job, on all cores, in so many workers."""
+        """Run the whole job on all cores, with this number of workers."""
         unique = list(dict.fromkeys(self.images))
         plan = make_plan(unique, seed=0, shard_samples=self.options.shard_samples)
         out = self.folder / f"{time.monotonic_ns()}"
@@ -78,7 +81,7 @@ class Rated:
         return summary.images / summary.at_work
 
     def reading(self) -> float:
-        """Read, decode and cut the windows, no more, on all cores of one process."""
+        """Read, decode and cut the windows, nothing else, on all cores of one process."""
         options = self.estimator
         builder = ShardBuilder(self.source, Nothing(), Store(self.folder), 32, Resize(), {})
         start = time.perf_counter()
@@ -89,7 +92,7 @@ class Rated:
         return len(self.images) / (time.perf_counter() - start)
 
     def backbone(self) -> float:
-        """The backbone alone, on windows that are ready, on all cores of one process."""
+        """Run the backbone alone, on prepared windows, on all cores of one process."""
         estimator = self.estimator.build()
         if not isinstance(estimator, ScdaEstimator):
             raise TypeError(f"{self.estimator.name} has no backbone")
@@ -109,7 +112,7 @@ class Rated:
 
 
 class Nothing:
-    """A stand-in for an estimator where none is to run."""
+    """Stand-in for an estimator that is never run."""
 
     side, weights_sha256, device = 1, None, "cpu"
 
@@ -118,7 +121,7 @@ class Nothing:
 
 
 def parts(images: Any, options: ScdaOptions) -> Iterator[list]:
-    """The windows of a batch as the estimator takes them, a chunk at a time."""
+    """Yield the windows of a batch in chunks, as the estimator takes them."""
     for area in options.areas:
         shapes = enumerate(image.shape[:2] for image in images)
         places = [
@@ -171,7 +174,7 @@ def cpu_time(options: Options, folder: Path) -> str:
 
 
 def bases(names: Sequence[str]) -> dict[str, str]:
-    """Compare each job with its lower ceiling, and two workers with one."""
+    """Return the row to compare each row with: a job's lower ceiling, or one worker for two."""
     found = {
         "scda: job, 1 worker": "scda: backbone alone",
         "scda: job, 2 workers": "scda: job, 1 worker",
@@ -184,7 +187,7 @@ def bases(names: Sequence[str]) -> dict[str, str]:
 
 
 def memory(options: Options, folder: Path) -> tuple[float, float]:
-    """Return the resident MB of a worker's process after 4 shards and after 24."""
+    """Return the resident memory of a worker's process in MB, after 4 shards and after 24."""
     rated = Rated(options, SpectralOptions(), folder)
     builder = ShardBuilder(
         rated.source, SpectralOptions().build(), Store(folder / "memory"), 32, Resize(), {}
@@ -198,7 +201,7 @@ def memory(options: Options, folder: Path) -> tuple[float, float]:
 
 
 class Listed(Source):
-    """A source of images that nobody reads."""
+    """A source whose images are listed and never read."""
 
     def __init__(self, count: int):
         self.count = count
@@ -211,7 +214,7 @@ class Listed(Source):
 
 
 def finished(options: Options, folder: Path) -> float:
-    """Return the seconds that a finished job of so many shards takes to find nothing to do."""
+    """Return the seconds that a finished job of this many shards takes to find nothing to do."""
     source, out = Listed(options.finished_shards), folder / "finished"
     images, _ = list_images(source.images())
     plan = make_plan(images, seed=0, shard_samples=1)

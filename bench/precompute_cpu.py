@@ -1,11 +1,11 @@
 """Measure the CPU milliseconds per image of a precompute worker without network and pixels.
 
-With a GPU, the network, the decoding and the cutting of windows run there. What is left to the CPU
-bounds a worker's rate: reading, looking at headers, calling DALI and PyTorch, pasting maps, packing
-and writing. All of that runs here as in a worker, over real photos and their true shapes, while
-pixels and network are replaced by as little as possible: a decoded image has 8 x 8 pixels, a window
-one pixel, and the maps of windows are given. The CPU time of all threads counts, so other work on
-the machine disturbs it less than a rate.
+With a GPU, the network, the decoding and the cutting of windows run there. The rest, which runs on
+the CPU, bounds a worker's rate: reading, parsing headers, calling DALI and PyTorch, pasting maps,
+packing and writing. All of that runs here as in a worker, over real photos with their true shapes,
+while pixels and network are replaced by the smallest possible stand-ins: a decoded image has 8 x 8
+pixels, a window has one pixel, and the maps of windows are constant. The CPU time of all threads is
+counted, because other work on the machine disturbs it less than a rate.
 """
 
 import io
@@ -35,14 +35,14 @@ CELLS = 7
 
 
 class Photo:
-    """A stand-in for a decoded image of this shape."""
+    """Stand-in for a decoded image of this shape."""
 
     def __init__(self, shape: tuple[int, int, int]):
         self.shape = shape
 
 
 class Photos:
-    """A stand-in for a decoded batch: DALI's tensors of a few pixels, the photos' true shapes."""
+    """Stand-in for a decoded batch: DALI tensors of a few pixels, with the photos' true shapes."""
 
     def __init__(self, decoded: Any, photos: list[Photo]):
         self.tensors, self.photos = decoded.tensors, photos
@@ -52,7 +52,7 @@ class Photos:
 
 
 class GivenMaps(nn.Module):
-    """A stand-in for the network: the same maps for any windows."""
+    """Stand-in for the network: it returns the same maps for any windows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ def without_pixels(source: Source, images: list[SourceImage]) -> Iterator[None]:
 def measure_cpu(
     source: Source, images: list[SourceImage], folder: Path, repeats: int
 ) -> list[float]:
-    """Return CPU milliseconds an image for building one shard, `repeats` values after one more.
+    """Return CPU milliseconds per image for building one shard: `repeats` values after a warm-up.
 
-    One thread each for PyTorch and DALI: a pool's waiting threads would count as work.
+    PyTorch and DALI get one thread each: the waiting threads of a pool would count as work.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

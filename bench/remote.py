@@ -1,7 +1,7 @@
-"""Training data from S3 at a distance: the first batch, the rate, and the requests.
+"""Measure training data from a distant S3: the first batch, the rate, and the requests.
 
-A server of its own process answers each request after a delay and shares one bandwidth among all
-connections. The dataset lies in its bucket; the cache holds only a share of it.
+A separate server process answers each request after a delay and shares one bandwidth limit among
+all connections. The dataset lies in its bucket; the cache holds only a share of it.
 """
 
 import itertools
@@ -29,16 +29,16 @@ BUCKET = "shards"
 
 @dataclass(frozen=True)
 class Options:
-    """First batch and images/s of shards in S3 beside the same shards on the local disk."""
+    """Compare first batch and images/s of shards in S3 with the same shards on the local disk."""
 
     data: str = tyro.MISSING
-    """A local dataset of shards; it is served as the bucket of an S3 server."""
+    """Local dataset of shards, which is served as the bucket of an S3 server."""
     out: Path = Path("out/bench-remote.json")
-    """File that the figures are written to."""
+    """JSON file for the figures."""
     latency: float = 0.02
     """Seconds before the server answers a request."""
     bandwidth: float = 200e6
-    """Bytes/s of all connections to the server together; 0 for no limit."""
+    """Bandwidth of all connections to the server together in bytes/s; 0 for no limit."""
     cache_share: float = 0.5
     """Size of the cache as a share of the dataset."""
     recipe: str = "hp"
@@ -48,18 +48,18 @@ class Options:
     shuffle_shards: int = 2
     """Shards per window of the shuffle."""
     epochs: int = 2
-    """Epochs that are timed; the first batch of each repeat comes before."""
+    """Number of timed epochs in each repeat, after its first batch."""
     repeats: int = 3
-    """Repeats, each with an empty cache; local and remote in turn."""
+    """Number of repeats, each with an empty cache; local and remote alternate."""
     crop_size: int = 224
     """Side of a view in pixels."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Device of the loader: cpu or cuda."""
 
 
 @contextmanager
 def s3_server(folder: Path, options: Options) -> Iterator[str]:
-    """Serve a folder as S3 from another process, and point this one's environment at it."""
+    """Serve a folder as S3 from another process, and set this process's environment to use it."""
     command = [
         sys.executable, "-m", "bench.object_store", str(folder),
         "--latency", str(options.latency), "--bandwidth", str(options.bandwidth),
@@ -91,7 +91,7 @@ def requests_of(url: str) -> int:
 
 
 def time_views(url: str, options: Options, cache: Cache | None) -> tuple[float, float]:
-    """Return seconds to the first batch, from the start, and images/s of the epochs after it."""
+    """Return the seconds from the start to the first batch, and images/s of the epochs after it."""
     recipe = replace(get_recipe(options.recipe), crop_size=options.crop_size)
     start = time.perf_counter()
     views = MaskedViews(
@@ -117,7 +117,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     """Time the local dataset and the same one behind S3 in turn.
 
     Args:
-        folder: an empty one, for the bucket and the caches.
+        folder: an empty folder for the bucket and the caches.
     """
     dataset = ShardDataset.open(options.data)
     if not dataset.store.is_local:

@@ -1,4 +1,4 @@
-"""What a large dataset costs: listing, planning, finishing and verifying of made-up images."""
+"""Measure listing, planning, finishing and verifying a large dataset of made-up images."""
 
 import os
 import re
@@ -29,32 +29,35 @@ from schemas.verify import VerifyOptions, verify_dataset
 from schemas.writer import finish_dataset
 
 PER_FOLDER = 10_000
-"""Made-up images of a part of the source."""
+"""Number of made-up images in each part of the source."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Seconds and memory of the parts of a job that touch every image but no pixel."""
+    """Measure seconds and memory of the stages of a job that touch every image but no pixels."""
 
     rows: tuple[str, ...] = ("list", "plan", "finish")
-    """What to measure: list (tars in a store that waits), plan (in this process), cluster (that by
-    Ray), finish (tables, info and verify of a dataset with many shards)."""
+    """Measurements to run: list (tars in a store with latency), plan (in this process), cluster
+    (planning with Ray), finish (tables, info and verify of a dataset with many shards).
+    """
     images: int = 100_000
-    """Images of `plan` and `cluster`."""
+    """Number of images for `plan` and `cluster`."""
     tars: int = 10_000
-    """Tars of `list`."""
+    """Number of tars for `list`."""
     tar_samples: int = 3
-    """Samples in each tar of `list`: small ones, so that a request takes the store's time alone."""
+    """Number of samples in each tar for `list`; the samples are small, so that a request takes only
+    the store's latency.
+    """
     request_seconds: float = 0.02
-    """Time that the store of `list` and of `finish` takes for a request."""
+    """Latency in seconds of a request to the store of `list` and `finish`."""
     shards: int = 10_000
-    """Shards of `finish`."""
+    """Number of shards for `finish`."""
     shard_samples: int = 10
-    """Samples per shard of `finish`."""
+    """Samples per shard for `finish`."""
 
 
 class MadeUp(PartedSource):
-    """Images that are nowhere, in folders of PER_FOLDER; keys and locations as of ImageNet."""
+    """Made-up images in folders of PER_FOLDER, with keys and locations like ImageNet's."""
 
     def __init__(self, count: int):
         self.count = count
@@ -75,20 +78,20 @@ class MadeUp(PartedSource):
 
 
 def peak_megabytes() -> float:
-    """Return the most memory that this process has had (getrusage counts its parent's too)."""
+    """Return the peak memory of this process in MB (getrusage would include its parent's)."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Return what `work` returns, its seconds, and the CPU seconds of this process."""
+    """Return the result of `work`, its seconds, and the CPU seconds of this process."""
     start, cpu = time.perf_counter(), time.process_time()
     result = work()
     return result, time.perf_counter() - start, time.process_time() - cpu
 
 
 def measure_list(options: Options) -> None:
-    """List tars of a store that waits for each request."""
+    """List the tars of a store that delays each request."""
     tar = UstarWriter()
     for number in range(options.tar_samples):
         tar.add(f"{number:05d}.jpg", bytes(1000))
@@ -126,7 +129,7 @@ def measure_plan(options: Options) -> None:
 
 
 def measure_cluster(options: Options) -> None:
-    """Plan made-up images by a local Ray, and read shards of the plan as workers do."""
+    """Plan made-up images with a local Ray, and read shards of the plan as workers do."""
     import ray
 
     from precompute.cluster import cluster
@@ -153,7 +156,7 @@ def measure_cluster(options: Options) -> None:
 
 
 class MemoryWatch:
-    """Follows the largest worker of Ray, in MB, without the object store that all of them share."""
+    """Track the largest Ray worker in MB, without the object store that all of them share."""
 
     def __init__(self) -> None:
         self.most = 0.0
@@ -176,15 +179,15 @@ class MemoryWatch:
 
 
 def is_worker(command: Path) -> bool:
-    """Return whether a process is a worker of Ray, by its /proc/PID/cmdline."""
+    """Return whether a process is a Ray worker, by its /proc/PID/cmdline."""
     try:
         return command.read_bytes().startswith(b"ray::")
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return False
 
 
 def private_megabytes(process: Path) -> float:
-    """Return a process's own memory, without what it shares; 0 if it has ended."""
+    """Return a process's private memory in MB; 0 if it has ended."""
     try:
         fields = (process / "statm").read_text().split()
     except OSError:
@@ -197,7 +200,7 @@ def measure_finish(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         saliency = np.random.default_rng(0).normal(size=(28, 28)).astype(np.float32)
-        with unittest.mock.patch("os.fsync"):  # not what is measured, and slow for small files
+        with unittest.mock.patch("os.fsync"):  # slow for small files, not part of the measurement
             for shard in range(options.shards):
                 first = shard * options.shard_samples
                 numbers = range(first, first + options.shard_samples)
@@ -252,7 +255,7 @@ MEASURES = {
 
 
 def show(options: Options) -> None:
-    """Measure each row in a process of its own, whose memory is the row's, and print a table."""
+    """Run each measurement in its own process, so that memory is its own, and print a table."""
     print("| what | seconds | CPU seconds of the driver | MB of the driver, peak |")
     print("| --- | ---: | ---: | ---: |", flush=True)
     for name in options.rows:

@@ -1,9 +1,9 @@
-"""A study on real data: each arm pretrains under the same settings, then its encoder is evaluated.
+"""Run a study on real data: pretrain each arm under the same settings, then evaluate its encoder.
 
 The settings are fixed beforehand (`study_arms`). An encoder is evaluated by kNN and by a linear
 probe on the classes of its pretraining, and by a linear probe on each transfer set. A run that was
-stopped resumes from its last checkpoint. A finished one is a file of `rows`, which is committed, so
-that nothing is trained twice even where the runs themselves are lost.
+stopped resumes from its last checkpoint. A finished run is a file in `rows`, which is committed, so
+that nothing is trained twice even if the runs themselves are lost.
 
     python -m bench study --shards out/study/shards --side-by-side 2
 """
@@ -40,7 +40,7 @@ from train.metrics_logger import is_step
 from train.trainer import train
 
 NICENESS = 10
-"""Priority of the runs side by side (ours): whoever works on the machine comes first."""
+"""Niceness of the parallel runs (our choice): other work on the machine takes precedence."""
 NEIGHBORS = (20, 200)
 VERSIONS = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
 
@@ -54,23 +54,25 @@ class Options:
     out: Path = Path("out/study")
     """Folder of the runs."""
     rows: Path = Path("bench/results/study")
-    """Folder of the finished runs' results, one file each; commit it."""
+    """Folder for the results of finished runs, one file each; commit it."""
     scale: ScaleName = "cpu"
-    """Settings of all arms: cpu (imagenette160 on CPU cores), gpu (ResNet-50 on ImageNet-100 by its
-    published settings) or gpu-small (imagenette on one GPU)."""
+    """Settings of all arms: cpu (imagenette160 on CPU cores), gpu (ResNet-50 on ImageNet-100 with
+    its published settings) or gpu-small (imagenette on one GPU).
+    """
     tier: Literal[1, 2] = 1
-    """1: all arms, one seed. 2: the main arms, longer, three seeds."""
+    """Tier of the study. 1: all arms, one seed. 2: the main arms, longer, three seeds."""
     arms: tuple[str, ...] = ()
-    """Names of arms; those of the tier when not given."""
+    """Names of the arms; by default those of the tier."""
     seeds: tuple[int, ...] = ()
-    """Random seeds; those of the tier when not given."""
+    """Random seeds; by default those of the tier."""
     epochs: int | None = None
-    """Epochs of pretraining; those of the tier when not given."""
+    """Epochs of pretraining; by default those of the tier."""
     side_by_side: int = 1
-    """Number of runs at a time, each pinned to a CPU core of its own, with one thread and a low
-    priority; 0 trains in this process, as a machine with one GPU needs it."""
+    """Number of parallel runs, each pinned to its own CPU core, with one thread and a low priority;
+    0 trains in this process, as needed on a machine with one GPU.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where torch finds a GPU."""
+    """Device of the trainings; auto is cuda where torch finds a GPU."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Run:
     """One arm with one seed.
 
     Attributes:
-        name: ARM-EPOCHS-SEED, of its folder and its row.
+        name: ARM-EPOCHS-SEED, the name of its folder and of its row.
     """
 
     arm: str
@@ -91,7 +93,7 @@ class Run:
 
 
 def tier_of(options: Options) -> Tier:
-    """Return the arms, seeds and epochs that the options ask for."""
+    """Return the arms, seeds and epochs selected by the options."""
     tier = SCALES[options.scale].tiers[options.tier]
     return Tier(
         epochs=options.epochs or tier.epochs,
@@ -101,7 +103,7 @@ def tier_of(options: Options) -> Tier:
 
 
 def list_runs(options: Options) -> list[Run]:
-    """Return all runs in their order: every arm once before any is trained again.
+    """Return all runs in order: every arm once before any is trained with another seed.
 
     Raises:
         UserError: there is no arm of a given name.
@@ -129,16 +131,16 @@ def list_runs(options: Options) -> list[Run]:
 
 
 def run(options: Options) -> None:
-    """Train and evaluate what has no row yet.
+    """Train and evaluate every run that has no row yet.
 
     Raises:
-        UserError: a dataset is missing, a row was made with other settings, or runs failed; it
-            names their logs.
+        UserError: a dataset is missing, a row was made with other settings, or runs failed (the
+            message names their logs).
     """
     runs = list_runs(options)
     for urls in evaluation_sets(options.shards).values():
         for url in urls:
-            ShardDataset.open(url)  # a missing one is reported before hours of training
+            ShardDataset.open(url)  # report a missing one before hours of training
     missing = [each for each in runs if find_row(options, each) is None]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished", flush=True)
     if options.side_by_side == 0:
@@ -152,7 +154,7 @@ def run(options: Options) -> None:
 
 
 def run_side_by_side(options: Options, runs: Sequence[Run]) -> Iterator[Path | None]:
-    """Start each run as a process of its own; yield the log of each that failed, else None."""
+    """Run each training in its own process; yield the log path of a failed run, None otherwise."""
     cores: queue.SimpleQueue[int] = queue.SimpleQueue()
     available = sorted(os.sched_getaffinity(0))
     for place in range(options.side_by_side):
@@ -184,7 +186,7 @@ def run_side_by_side(options: Options, runs: Sequence[Run]) -> Iterator[Path | N
 
 def child_command(options: Options, run: Run, core: int) -> list[str]:
     """Return the command that trains one run in a process pinned to `core`."""
-    # pinned before torch is imported, which counts the cores
+    # Pin the process before importing torch, which counts the cores.
     code = (
         f"import os, sys; os.sched_setaffinity(0, {{{core}}}); os.nice({NICENESS}); "
         "from bench import study; from schemas.cli import parse, run; "
@@ -223,10 +225,10 @@ def row_path(options: Options, run: Run) -> Path:
 
 
 def find_row(options: Options, run: Run) -> dict[str, Any] | None:
-    """Return the row of a finished run, or None.
+    """Return the row of a finished run, or None if there is none.
 
     Raises:
-        UserError: it was made with other settings.
+        UserError: the row was made with other settings.
     """
     path = row_path(options, run)
     if not path.exists():
@@ -256,7 +258,7 @@ def comparable(options: Options, run: Run) -> dict[str, Any]:
 def evaluation_sets(shards: Path) -> dict[str, tuple[str, str]]:
     """Return the shards to train a probe on and those to test it on, by name.
 
-    The name is "" for the data of the pretraining, else that of a transfer set.
+    The name is "" for the data of the pretraining, otherwise the name of a transfer set.
 
     Raises:
         UserError: a transfer set has no test shards.
@@ -272,7 +274,7 @@ def evaluation_sets(shards: Path) -> dict[str, tuple[str, str]]:
 
 
 def evaluate(options: Options, run: Run) -> None:
-    """Evaluate a trained run wherever it has not been evaluated yet."""
+    """Run the evaluations that a trained run still lacks."""
     folder, config = Path(run.config.out), run.config
     exists = (folder / results.RESULTS).exists()
     done = results.collect([str(folder)]) if exists else []
@@ -304,7 +306,7 @@ def evaluate(options: Options, run: Run) -> None:
 
 
 def accuracies(options: Options, run: Run) -> dict[str, float]:
-    """Return the shares of test images that each evaluation of a run got right."""
+    """Return the accuracy of each evaluation of a run as a share of the test images."""
     names = {}
     for name, (train_set, _) in evaluation_sets(options.shards).items():
         dataset = ShardDataset.open(train_set)

@@ -1,4 +1,4 @@
-"""The arms of the study, and the settings that they share at each scale."""
+"""Define the arms of the study, and the settings that they share at each scale."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,18 +20,18 @@ from train.presets import PRESETS, SUPERVISED_VIEWS
 
 FILLS = ("hp", "blur", "mean")
 ABLATION = "mean"
-"""Fill of the arms that vary the branch and rho (ours)."""
+"""Fill of the arms that vary the branch and rho (our choice)."""
 
 ScaleName = Literal["cpu", "gpu", "gpu-small"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """Which arms are trained for how long.
+    """The arms to train, and for how long.
 
     Attributes:
-        epochs: times that the images are seen.
-        seeds: each arm is trained once with each.
+        epochs: number of passes over the images.
+        seeds: random seeds; each arm is trained once with each.
         arms: names of arms.
     """
 
@@ -42,13 +42,14 @@ class Tier:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Settings that every arm of a study has.
+    """Settings that every arm of a study shares.
 
     Attributes:
-        config: of the training, with MoCo v2's own numbers; an arm changes method and recipe.
+        config: settings of the training, with MoCo v2's own numbers; an arm changes method and
+            recipe.
         supervised: optimizer of the supervised arm.
-        probe_epochs: of each linear probe.
-        tiers: by their number, 1 or 2.
+        probe_epochs: epochs of each linear probe.
+        tiers: the tiers by their number, 1 or 2.
     """
 
     config: TrainConfig
@@ -59,7 +60,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Arm:
-    """What sets an arm apart: its recipe, its method, and its optimizer where that differs."""
+    """Settings that distinguish an arm: its recipe, its method, and its optimizer if it differs."""
 
     recipe: Recipe
     method: MethodConfig
@@ -94,7 +95,8 @@ def tiers(first: int, second: int) -> dict[int, Tier]:
 
 
 SCALES: dict[ScaleName, Scale] = {
-    # Imagenette at 160 pixels on a CPU (all numbers ours): a cell of a 56 pixel view has 8 pixels
+    # Imagenette at 160 pixels on a CPU (all numbers are our choice): a cell of a 56 pixel view has
+    # 8 pixels.
     "cpu": Scale(
         config=TrainConfig(
             method=MoCoConfig(queue=4096, ema_momentum=0.99),
@@ -107,14 +109,14 @@ SCALES: dict[ScaleName, Scale] = {
         probe_epochs=30,
         tiers=tiers(24, 96),
     ),
-    # The paper's first table: ResNet-50 on ImageNet-100 by the preset's published numbers
+    # The paper's first table: ResNet-50 on ImageNet-100 with the preset's published numbers.
     "gpu": Scale(
         config=replace(PRESETS["moco-in100"].config, encoder="resnet50", epochs=200),
         supervised=PRESETS["supervised"].config.optim,
         probe_epochs=100,
         tiers=tiers(200, 200),
     ),
-    # Imagenette at its full size on one GPU (all numbers ours)
+    # Imagenette at its full size on one GPU (all numbers are our choice).
     "gpu-small": Scale(
         config=TrainConfig(
             method=MoCoConfig(queue=4096, ema_momentum=0.99),
@@ -131,7 +133,7 @@ SCALES: dict[ScaleName, Scale] = {
 
 
 def build_arms(scale: Scale) -> dict[str, Arm]:
-    """Return every arm by its name. Arms that no tier has are trained when they are named."""
+    """Return every arm by its name. Arms that are in no tier are trained only on request."""
     moco = scale.config.method
     assert isinstance(moco, MoCoConfig)
     memory: dict[str, Any] = {"queue": moco.queue, "ema_momentum": moco.ema_momentum}
@@ -164,7 +166,7 @@ def build_arms(scale: Scale) -> dict[str, Arm]:
 
 
 def rhos(moco: MoCoConfig) -> dict[str, float]:
-    """Return the values of rho beside the published 2; `balanced` is tau ln(queue / 3)."""
+    """Return the values of rho besides the published 2; `balanced` is tau ln(queue / 3)."""
     return {"balanced": compute_balanced_rho(moco.temperature, moco.queue), "1": 1.0, "3": 3.0}
 
 
@@ -190,7 +192,7 @@ DESCRIPTIONS: dict[str, Callable[[str], str]] = {
 
 
 def describe_arm(name: str) -> str:
-    """Return a line of the table for an arm."""
+    """Return the description of an arm for the table."""
     fixed = {
         "plain": "plain MoCo v2",
         "high-pass": "high-pass filter only, no masks",

@@ -1,4 +1,4 @@
-"""The table and the plot of a study, made of its committed rows."""
+"""Make the table and the plot of a study from its committed rows."""
 
 import json
 import statistics
@@ -57,7 +57,7 @@ def spread(values: Sequence[float]) -> str:
 
 def plot(options: Options, path: Path) -> None:
     """Draw the linear probe's accuracy of every arm: runs as dots, means as bars."""
-    import matplotlib  # slow to import, and needed here alone
+    import matplotlib  # slow to import, and needed only here
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -1,4 +1,4 @@
-"""Measure the rates of several ways to do a thing in turn in one run."""
+"""Measure the rates of several ways to do the same work, alternating between them in one run."""
 
 import json
 import os
@@ -19,12 +19,12 @@ PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "ray", "numpy", "pill
 
 QUIET_SECONDS = 0.2
 QUIET_SHARE = 0.1
-"""A machine less busy than this, of all its cores, is quiet."""
+"""Maximum CPU use of a quiet machine, as a share of all cores."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Images per second, one value per repeat, each measured right after the other rows' values."""
+    """Images per second, one value per repeat; the repeats of all rows alternate."""
 
     name: str
     rates: list[float]
@@ -36,11 +36,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do a thing.
+    """One way to do the work that is compared.
 
     Attributes:
-        run: does its work once and returns how many images that were.
-        settle: called before the clock starts: uses up what was made while others ran.
+        run: does the work once and returns the number of images.
+        settle: called before the clock starts to use up batches prefetched while other ways ran.
     """
 
     run: Callable[[], int]
@@ -50,7 +50,8 @@ class Way:
 def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
     """Time each way `repeats` times after one run that is not counted, in turn: A B C A B C ...
 
-    In turn, so that a machine whose speed drifts slows all of them alike; ratios then hold.
+    They alternate so that a machine whose speed drifts slows all of them alike; the ratios then
+    hold.
     """
     for way in ways.values():
         way.run()
@@ -66,9 +67,9 @@ def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
 
 
 def wait_until_quiet(limit: float = 15.0) -> None:
-    """Wait until the worker processes of other ways have filled their queues and do nothing.
+    """Wait until the worker processes of other ways have filled their queues and are idle.
 
-    Without this a way pays for the one before it: its workers go on after its last batch.
+    Otherwise a way would pay for the one before it, whose workers continue after its last batch.
     """
     for _ in range(round(limit / QUIET_SECONDS)):
         before = busy_and_all()
@@ -79,7 +80,7 @@ def wait_until_quiet(limit: float = 15.0) -> None:
 
 
 def busy_and_all() -> tuple[int, int]:
-    """Return the ticks of all cores since the machine's start: those not idle, and all."""
+    """Return the clock ticks of all cores since boot: those not idle, and all."""
     user, nice, system, idle, waiting, *others = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     )
@@ -88,7 +89,7 @@ def busy_and_all() -> tuple[int, int]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the facts about this machine that figures depend on."""
+    """Return the facts about this machine that affect the figures."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.processor() or platform.machine(),
@@ -102,7 +103,7 @@ def machine() -> dict[str, Any]:
 def version_of(package: str) -> str:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a machine for some of the targets only
+    except metadata.PackageNotFoundError:  # a machine set up for only some of the targets
         return "not installed"
 
 

@@ -25,26 +25,29 @@ FP32, RELEASED = "step alone, fp32 NCHW", "the released way"
 SUPERVISED, COMPILED = "supervised step alone", "step alone, compiled"
 SIMCLR, ADIOS_S, ADIOS = "simclr step alone", "adios-s step alone", "adios step alone, 4 masks"
 AHEAD = {JOB: 3, ONLINE: 3}
-"""Steps that use up what DALI has made ahead; a DataLoader's queue lasts for less than a step."""
+"""Number of steps that use up the batches DALI has prefetched; a DataLoader's queue lasts for less
+than a step.
+"""
 SIMCLR_OF_ADIOS = SimCLRConfig(hidden=ADIOSConfig().hidden)
 PAIR, IMAGE = 5, 3
-"""Forwards of an encoder that a step costs an image, a backward counted as two: a pair with a hard
-negative (query forward and backward, two momentum forwards), and supervised training."""
+"""Forward passes of an encoder per image and step, a backward counted as two: for a pair with a
+hard negative (query forward and backward, two momentum forwards), and for supervised training.
+"""
 
 
 @dataclass(frozen=True)
 class Options(Settings):
-    """Images/s of MoCo v2 with hard negatives in several ways, in one run."""
+    """Measure images/s of MoCo v2 with hard negatives in several ways, in one run."""
 
     out: Path = Path("out/bench-train.json")
-    """File that the figures are written to."""
+    """JSON file for the figures."""
     rows: tuple[str, ...] = (ALONE, JOB, ONLINE, FP32, RELEASED, SUPERVISED)
     """Rows to measure."""
 
 
 def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
     """Return a trainer per row; rows that need image files find them in `folder`."""
-    torch.backends.cudnn.benchmark = True  # as the loop and the released code have it
+    torch.backends.cudnn.benchmark = True  # as in the training loop and in the released code
     (folder / "run").mkdir()
     released: dict[str, Any] = dict(precision="fp32", plain=True)
     makers: dict[str, Callable[[], Trainer]] = {
@@ -66,12 +69,12 @@ def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
     if RELEASED in options.rows:
         (folder / "images").mkdir()
         write_folder(options.data, folder / "images")
-    # the released way first: its workers are forked, best before DALI's threads exist
+    # The released way comes first: it is best to fork its workers before DALI's threads exist.
     return {name: makers[name]() for name in makers if name in options.rows}
 
 
 def ways(options: Options, made: Mapping[str, Trainer]) -> dict[str, Way]:
-    """Return the ways to time; steps before the clock use up what was made ahead."""
+    """Return the ways to time; steps before the clock starts use up prefetched batches."""
 
     def way(trainer: Trainer, ahead: int) -> Way:
         def run() -> int:
@@ -91,7 +94,7 @@ def ways(options: Options, made: Mapping[str, Trainer]) -> dict[str, Way]:
 
 
 def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
-    """Return the ratios that the project's goals are about."""
+    """Return the ratios for which the project has goals."""
     median = {row.name: row.median for row in rows}
 
     def times(one: str, other: str, text: str, factor: float = 1.0) -> list[str]:
@@ -118,6 +121,6 @@ def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
 
 
 def shares(made: Mapping[str, Trainer], rows: list[Row], options: Options) -> dict[str, float]:
-    """Return the share of the last repeat's time that a row waited for its data."""
+    """Return the share of the last repeat's time in which a row waited for its data."""
     seconds = {row.name: options.steps * options.batch_size / row.rates[-1] for row in rows}
     return {name: made[name].waited / seconds[name] for name in (JOB,) if name in made}

@@ -1,4 +1,4 @@
-"""Ways to train, one class each: fed by made-up batches, by the loader, as the release does it."""
+"""Ways to train, one class each: fed by synthetic batches, by the loader, by the released code."""
 
 import io
 import os
@@ -32,10 +32,10 @@ ON_GPU = torch.cuda.is_available()
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that all ways of training have in common."""
+    """Options that all ways of training share."""
 
     data: str = tyro.MISSING
-    """A local dataset of shards."""
+    """Local dataset of shards."""
     encoder: str = "resnet50"
     """Architecture of the encoder."""
     recipe: str = "hp"
@@ -45,25 +45,26 @@ class Settings:
     batch_size: int = 256 if ON_GPU else 16
     """Images per step."""
     queue: int = 65_536
-    """Keys in MoCo's queue."""
+    """Number of keys in MoCo's queue."""
     steps: int = 20 if ON_GPU else 2
     """Steps per repeat."""
     repeats: int = 5
-    """Repeats, after a first one that is not counted."""
+    """Number of repeats, after a first one that is not counted."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Worker processes of the released way."""
+    """Number of worker processes of the released way."""
     device: Literal["cpu", "cuda"] = "cuda" if ON_GPU else "cpu"
     """Device of the training: cpu or cuda."""
 
 
 class Trainer:
-    """One way to train: an encoder of its own, fed by `batches`.
+    """One way to train: an encoder, fed by `batches`.
 
     Args:
-        preset: whose method and optimiser; masks are those of `options.recipe` for MoCo, else none.
-        method: in place of the preset's.
-        plain: NCHW memory, as the released code has it.
-        changes: of the preset's options.
+        preset: preset of the method and optimizer; masks are those of `options.recipe` for MoCo,
+            otherwise none.
+        method: method to use in place of the preset's.
+        plain: True for NCHW memory, as in the released code.
+        changes: options that replace those of the preset.
     """
 
     def __init__(
@@ -113,12 +114,12 @@ class Trainer:
         for _ in range(steps):
             scalars = self.step(self.stream.next_parts(1), lr=1e-3)
             self.waited += self.stream.waited
-        float(scalars["loss"])  # as the loop does now and then
+        float(scalars["loss"])  # synchronizes, as the training loop does now and then
         return steps * self.config.batch_size
 
 
 class WholeJob(Trainer):
-    """A trainer fed by the training loop itself, which writes its record into `folder`."""
+    """A trainer driven by the actual training loop, which writes its logs into `folder`."""
 
     def __init__(self, options: Settings, folder: Path) -> None:
         super().__init__(options, from_shards, out=str(folder))
@@ -139,14 +140,14 @@ class WholeJob(Trainer):
     def run(self, steps: int) -> int:
         for _ in range(steps):
             self.done += 1
-            with redirect_stdout(io.StringIO()):  # its log lines
+            with redirect_stdout(io.StringIO()):  # hides its log lines
                 self.loop.run(self.done, self.done)
             self.waited += self.loop.stream.waited
         return steps * self.config.batch_size
 
 
 class EndlessEpoch(TrainingJob):
-    """A job within its first epoch: what comes once an epoch would weigh too much here.
+    """A job that never leaves its first epoch: work done once per epoch would weigh too much here.
 
     That is a checkpoint, a picture of the views, and an evaluation.
     """
@@ -161,7 +162,7 @@ def synthetic(options: Settings, config: TrainConfig, device: torch.device) -> S
 
 
 def contiguous(options: Settings, config: TrainConfig, device: torch.device) -> SyntheticViews:
-    """The same trainer with images in NCHW memory."""
+    """Return synthetic views whose images are in NCHW memory."""
     views = synthetic(options, config, device)
     batch = views.batch
     assert batch.key is not None
@@ -180,9 +181,10 @@ def from_shards(options: Settings, config: TrainConfig, device: torch.device) ->
 
 
 class OnlineViews:
-    """Our loader without its saliency: a ResNet-50 finds it for query and key in every step.
+    """The loader without stored saliency: a ResNet-50 computes it for query and key in each step.
 
-    At the trainer's own precision, in channels_last, with vectorised masks: the best of this way.
+    It runs at the trainer's own precision, in channels_last, with vectorized masks: the best case
+    of online saliency.
     """
 
     def __init__(self, options: Settings, config: TrainConfig, device: torch.device) -> None:

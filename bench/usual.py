@@ -1,8 +1,9 @@
 """Make masked views in the usual ways, as a good user of torchvision or webdataset writes them.
 
-`usual` is the released code's way (methods of the paper: ImageFolder, PIL, a two-crop transform in
-worker processes, saliency of every crop by a ResNet-50, masks by Python loops over images and
-cells), without its defects. `on_tensors` and `from_webdataset` are what one would write today.
+`pil_view` and `looped` follow the released code (method of the paper: ImageFolder, PIL, a two-crop
+transform in worker processes, saliency of every crop by a ResNet-50, masks by Python loops over
+images and cells), without its defects. `tensor_view` and `from_webdataset` are what one would write
+today, with the masks of `vectorised`.
 """
 
 import itertools
@@ -38,7 +39,10 @@ class PilBlur:
 
 
 class TwoCrops:
-    """Two views and what the fill needs of them, each (3, S, S) float32, in a worker process."""
+    """Make two views and the blurred images that the fill needs, each (3, S, S) float32.
+
+    Runs in a worker process.
+    """
 
     def __init__(self, recipe: Recipe, view: Callable[[Any], Tensor]):
         self.recipe, self.view = recipe, view
@@ -57,7 +61,7 @@ class TwoCrops:
 
 
 def pil_view(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
-    """MoCo v2's augmentation of a PIL image (main_moco.py --aug-plus)."""
+    """Return MoCo v2's augmentation of a PIL image (main_moco.py --aug-plus)."""
     jitter = transforms.ColorJitter(
         recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
     )
@@ -75,13 +79,13 @@ def pil_view(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
 
 
 def tensor_view(recipe: Recipe) -> v2.Compose:
-    """The same with torchvision's v2 on uint8 tensors."""
+    """Return the same augmentation with torchvision's v2 on uint8 tensors."""
     cut = v2.RandomResizedCrop(recipe.crop_size, recipe.crop_area, antialias=True)
     return v2.Compose([cut, v2.RandomHorizontalFlip(), colours(recipe)])
 
 
 def colours(recipe: Recipe) -> v2.Compose:
-    """Return what torchvision's v2 does to a view that is cut."""
+    """Return the photometric part of the augmentation with torchvision's v2."""
     jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
     soft = v2.GaussianBlur(13, recipe.soft_blur_sigma)
     return v2.Compose(
@@ -102,7 +106,9 @@ def endless(loader: DataLoader) -> Iterator[Any]:
 def from_folder(
     root: Path, recipe: Recipe, batch_size: int, workers: int, tensors: bool
 ) -> Iterator[Views]:
-    """Yield batches of an image folder by worker processes; (3, S, S) views stacked, on the CPU."""
+    """Yield batches of an image folder from worker processes: (3, S, S) views, stacked on the
+    CPU.
+    """
     views = TwoCrops(recipe, tensor_view(recipe) if tensors else pil_view(recipe))
     options: dict[str, Any] = {"loader": decoded} if tensors else {}
     loader = DataLoader(
@@ -124,8 +130,8 @@ def decoded(path: str) -> Tensor:
 def from_webdataset(
     urls: list[str], recipe: Recipe, batch_size: int, workers: int
 ) -> Iterator[Views]:
-    """Yield batches of our shards by webdataset: one window for image and saliency, then v2."""
-    import webdataset  # here: it belongs to the development packages
+    """Yield batches of the shards with webdataset: one window for image and saliency, then v2."""
+    import webdataset  # imported here: it is one of the development packages
 
     cut = v2.RandomResizedCrop(recipe.crop_size, recipe.crop_area, antialias=True)
     flip = v2.RandomHorizontalFlip()
@@ -134,7 +140,7 @@ def from_webdataset(
     def two_views(sample: dict[str, Any]) -> Views:
         image = next(sample[name] for name in ("jpg", "png", "webp") if name in sample)
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        # as large as the image, so that one transform cuts both
+        # Resize the saliency to the image, so that one transform cuts both.
         saliency = torch.from_numpy(np.array(sample["saliency.png"].convert("L")))
         heat = v2.functional.resize(saliency.unsqueeze(0), list(image.shape[1:]))
         found: Views = {}
@@ -151,18 +157,19 @@ def from_webdataset(
     loader = webdataset.WebLoader(
         data.repeat(), batch_size=None, num_workers=min(workers, len(urls)), persistent_workers=True
     )
-    # webdataset adds the keys of the samples
+    # Drop the keys of the samples, which webdataset adds.
     return ({name: batch[name] for name in batch if name != "__key__"} for batch in loader)
 
 
 class Localiser:
-    """Saliency by the released way: a ResNet-50's last map of every crop, summed over channels.
+    """Compute saliency the released way: a ResNet-50's last map of every crop, summed over
+    channels.
 
-    In fp32 as released; random weights, on which the speed does not depend.
+    In fp32 as released; the weights are random, because the speed does not depend on them.
     """
 
     def __init__(self, device: str, grid: int):
-        self.grid = grid  # 7 x 7 is what it has at 224 pixels
+        self.grid = grid  # the network's own map is 7 x 7 at 224 pixels
         network = models.resnet50(weights=None)
         self.body = nn.Sequential(*list(network.children())[:-2]).to(device).eval()
 
@@ -215,7 +222,7 @@ def mask_by_loops(
 
 
 def split(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], ...]:
-    """Return (row, column) of the foreground's and of the background's cells."""
+    """Return the (row, column) of the foreground's and of the background's cells."""
     threshold = saliency.mean() - recipe.foreground_margin * saliency.std()
     found: tuple[list[tuple[int, int]], ...] = ([], [])
     for row in range(recipe.grid):
@@ -238,7 +245,7 @@ def looped(views: Views, recipe: Recipe, localiser: Localiser | None) -> list[Te
 
 
 def vectorised(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
-    """Return the same for the whole batch at once: our masks, the worker's fills."""
+    """Return the same for the whole batch at once, with the pipeline's masks and fills."""
     found = []
     roles: tuple[tuple[str, masks.Role], ...] = (("query", "query"), ("key", "hard_negative"))
     for name, role in roles:

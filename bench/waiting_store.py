@@ -1,4 +1,4 @@
-"""An object store in memory that takes its time: `waiting://bucket/name`, for fsspec.
+"""An in-memory object store with latency: `waiting://bucket/name`, for fsspec.
 
 Importing this module registers the protocol.
 """
@@ -15,15 +15,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class WaitingFileSystem(MemoryFileSystem):
-    """Answers each request after `seconds`, and counts them.
+    """Answer each request after `seconds`, and count the requests.
 
-    A range is read by a request of its own, a folder listed by one, as in S3 (whose pages of 1,000
+    Reading a range takes one request, and so does listing a folder, as in S3 (whose pages of 1,000
     names are not imitated).
 
     Attributes:
         seconds: time until a request is answered.
         requests: number of requests by their kind.
-        most_at_once: largest number of requests that were in progress together.
+        most_at_once: largest number of requests that were in progress at the same time.
     """
 
     protocol = "waiting"
@@ -37,7 +37,7 @@ class WaitingFileSystem(MemoryFileSystem):
 
     @classmethod
     def reset(cls, seconds: float) -> None:
-        """Forget all files and counts."""
+        """Delete all files and counts, and set the latency."""
         cls.store.clear()
         cls.pseudo_dirs[:] = [""]
         cls.requests.clear()
@@ -94,12 +94,12 @@ class WaitingFileSystem(MemoryFileSystem):
 
 
 def put(name: str, content: bytes) -> None:
-    """Lay a file into the store without waiting."""
+    """Put a file into the store without waiting."""
     MemoryFileSystem.pipe_file(fsspec.filesystem("waiting"), f"/{name}", content)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what `work` returns, and how many seconds it took."""
+    """Return the result of `work`, and the seconds it took."""
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start

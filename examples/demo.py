@@ -1,11 +1,11 @@
-"""Show what masking by saliency is for, on generated scenes, each step by an installed command.
+"""Show what masking by saliency is for, on generated scenes, running each step by its command.
 
     make demo          or          python examples/demo.py --out out/demo
 
 No download and no GPU. Saliency goes into shards, a contact sheet shows the views, and MoCo v2 is
-trained twice for the same number of steps: on plain views, and on views that are masked by the `hp`
-recipe. The end is one table and one picture: the kNN accuracy of both encoders beside an untrained
-one. Run the same command again after an interruption: it resumes.
+trained twice for the same number of steps: on plain views, and on views masked by the `hp` recipe.
+At the end it prints one table and draws one picture: the kNN accuracy of both encoders and of an
+untrained one. After an interruption, run the same command again to resume.
 """
 
 import argparse
@@ -27,10 +27,10 @@ NEIGHBORS = 20
 SETTINGS = (
     *("--method", "moco", "--encoder", "timm:regnetx_002", "--crop-size", CROP, "--device", "cpu"),
     *("--batch-size", 64, "--queue", 512),
-    # the published numbers are for 200 epochs of 126,689 images; these learn within 150 steps
+    # The published numbers are for 200 epochs of 126,689 images; these learn within 150 steps.
     *("--ema-momentum", 0.99, "--lr", 0.06),
 )
-"""Options of both trainings. They differ in the recipe alone."""
+"""Options of both trainings, which differ only in the recipe."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def collect_rows(out: Path) -> list[Row]:
     """Return the lines of the table.
 
     The encoder of `hp` sees high-pass images, so an untrained encoder has two accuracies: one on
-    the images that the plain encoder sees, one on those that the masked encoder sees. The line is
-    the higher one.
+    the images that the plain encoder sees, one on those that the masked encoder sees. The table
+    shows the higher one.
     """
     plain, masked = latest_accuracy(out, PLAIN), latest_accuracy(out, MASKED)
     untrained = max(plain["untrained"], masked["untrained"])
@@ -120,8 +120,8 @@ def format_table(rows: list[Row]) -> str:
 
 
 def draw_picture(rows: list[Row], path: Path, test_images: int) -> None:
-    """Write the table as a bar chart."""
-    import matplotlib as mpl  # here: a second to import, for the last step alone
+    """Draw the table as a bar chart."""
+    import matplotlib as mpl  # imported here: it takes a second and is needed only at the end
 
     mpl.use("Agg")
     from matplotlib import pyplot
@@ -132,7 +132,7 @@ def draw_picture(rows: list[Row], path: Path, test_images: int) -> None:
     axes.bar_label(bars, fmt="%.1f %%", padding=3)
     axes.set(xlim=(0, 100), xlabel=f"kNN top-1 on {test_images} generated scenes, %")
     axes.invert_yaxis()
-    figure.savefig(path, dpi=150, metadata={"Software": None})  # equal runs, equal bytes
+    figure.savefig(path, dpi=150, metadata={"Software": None})  # equal runs give equal bytes
     pyplot.close(figure)
 
 

@@ -1,4 +1,4 @@
-"""Two loaders for other experiments, made from the parts of `pipeline`.
+"""Build two loaders for other experiments from the parts of `pipeline`.
 
 python examples/other_masks.py out/photos
 

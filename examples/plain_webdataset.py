@@ -24,7 +24,7 @@ def view(sample: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
     content = next(sample[name] for name in TYPES if name in sample)
     image = v2.functional.to_image(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     png = v2.functional.to_image(Image.open(io.BytesIO(sample["saliency.png"])))
-    # the map is of the whole image: stretched over it, one window and one flip cut both
+    # The map covers the whole image: once stretched over it, one window and one flip cut both.
     stretched = v2.functional.resize(png.float(), list(image.shape[-2:]))
     image, saliency = CUT(v2.functional.grayscale_to_rgb(image), tv_tensors.Mask(stretched))
     cells = adaptive_avg_pool2d(saliency, GRID)[0]
@@ -32,7 +32,7 @@ def view(sample: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 def loader(folder: str, batch_size: int = 32) -> webdataset.WebLoader:
-    """Load batches of views, in an order that is shuffled further."""
+    """Return a loader of batches of views, with a further shuffle in memory."""
     shards = sorted(glob.glob(f"{folder}/shards/*.tar"))
     data = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(500).map(view)
     return webdataset.WebLoader(data.batched(batch_size), batch_size=None)

@@ -22,9 +22,7 @@ Config = TypeVar("Config")
 
 
 class TerminatedError(Exception):
-    """Raised when a signal asks to end; the message says how to resume, `status` is for the
-    exit.
-    """
+    """Raised when a signal asks to end: `message` says how to resume, `status` is for the exit."""
 
     def __init__(self, message: str = "", status: int = 143):
         super().__init__(message)

@@ -58,9 +58,7 @@ class SaliencyMap:
         return (self.minimum + self.grid.astype(np.float64) * (span / LEVELS)).astype(np.float32)
 
     def foreground(self) -> float:
-        """Return the share (0 .. 1) of the whole image's cells that relaxed SCDA calls
-        foreground.
-        """
+        """Return the share (0 .. 1) of the image's cells that relaxed SCDA calls foreground."""
         grid = self.grid.astype(np.float64)
         return float((grid >= grid.mean() - MARGIN * grid.std()).mean())
 

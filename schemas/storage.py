@@ -59,9 +59,7 @@ class Store:
         return posixpath.join(self.root, name) if name else self.root
 
     def location(self, name: str) -> str:
-        """Return the location for other tools: a plain path if the folder is local, otherwise a
-        URL.
-        """
+        """Return the location for other tools: a plain path for a local folder, otherwise a URL."""
         return self.path(name) if self.is_local else self.fs.unstrip_protocol(self.path(name))
 
     @contextmanager

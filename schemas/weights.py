@@ -55,9 +55,7 @@ class Opaque:
 
 
 def stubs_of(name: str) -> list[Stub]:
-    """Return stand-ins for an unknown class of a pickle, so that its code is neither loaded nor
-    run.
-    """
+    """Return stand-ins for an unknown class of a pickle, so that none of its code is run."""
     kind: type = Opaque if name.startswith("numpy.") else Items
     if name.endswith((".deque", ".UserList")):
         kind = Elements
