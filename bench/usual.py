@@ -106,9 +106,7 @@ def endless(loader: DataLoader) -> Iterator[Any]:
 def from_folder(
     root: Path, recipe: Recipe, batch_size: int, workers: int, tensors: bool
 ) -> Iterator[Views]:
-    """Yield batches of an image folder from worker processes: (3, S, S) views, stacked on the
-    CPU.
-    """
+    """Yield batches of an image folder by worker processes: (3, S, S) views, stacked on the CPU."""
     views = TwoCrops(recipe, tensor_view(recipe) if tensors else pil_view(recipe))
     options: dict[str, Any] = {"loader": decoded} if tensors else {}
     loader = DataLoader(

@@ -1,4 +1,4 @@
-"""A page in a real browser, headless."""
+"""Open a page in a headless browser."""
 
 import html
 import shutil
@@ -13,7 +13,7 @@ BROWSER = next((path for path in map(shutil.which, NAMES) if path), None)
 
 FRAME = """<!doctype html><title></title><body style="margin:0">
 <iframe style="border:0;width:{width}px;height:900px" srcdoc="{page}"></iframe>"""
-"""A browser's window is at least 500 pixels wide, a phone's is not: so the page lies in a frame."""
+"""A page in a frame: a browser window is at least 500 pixels wide, and a phone's is narrower."""
 
 MEASURE = """<script>addEventListener("load", () => {{
     const broken = [...document.images].filter(one => !one.naturalWidth).length
@@ -23,10 +23,10 @@ MEASURE = """<script>addEventListener("load", () => {{
 
 
 def shown(page: Path, folder: Path, width: int, selector: str) -> int:
-    """Show a page in a frame of `width` pixels; how many elements `selector` finds on it.
+    """Show a page in a frame of `width` pixels; return how many elements `selector` finds on it.
 
-    There is no console message, no picture that does not load, nothing over the right edge, and
-    something to be seen. A screenshot stays in `folder`.
+    Checks that there is no console message, that every picture loads, that nothing extends over the
+    right edge, and that something is visible. A screenshot stays in `folder`.
     """
     if BROWSER is None:
         pytest.skip("no chromium here")

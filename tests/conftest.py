@@ -1,4 +1,4 @@
-"""What tests of several rooms share: small pictures, small datasets, the real data beside us."""
+"""Fixtures shared by tests of several packages: small pictures, small datasets, the real data."""
 
 import io
 import random
@@ -12,26 +12,26 @@ from PIL import Image
 
 from schemas import Sample
 
-# Real photos and weights for development; they are no part of the project.
+# Real photos and weights for development; they are not part of the project.
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    """A folder of ImageNet photos of their original size, in one class folder."""
+    """Return a folder of ImageNet photos at their original size, in one class folder."""
     return existing(DATA / "photos")
 
 
 @pytest.fixture(scope="session")
 def mobilenet_weights() -> Path:
-    """ImageNet weights of torchvision's mobilenet_v2, float16."""
+    """Return the path of torchvision's ImageNet weights of mobilenet_v2, in float16."""
     return existing(DATA / "weights" / "mobilenet_v2_imagenet_f16.pt")
 
 
 @pytest.fixture(scope="session")
 def shared_ray() -> Iterator[None]:
-    """A Ray that the jobs of this process use one after the other: starting one takes seconds."""
-    from precompute.cluster import cluster  # here: most tests need no Ray
+    """Provide one Ray that all jobs of this process share in turn: starting one takes seconds."""
+    from precompute.cluster import cluster  # imported here: most tests need no Ray
 
     with cluster(None):
         yield
@@ -44,21 +44,21 @@ def existing(path: Path) -> Path:
 
 
 def encode(pixels: np.ndarray, image_format: str = "JPEG", **options: object) -> bytes:
-    """(height, width, 3) uint8 -> an image file's bytes."""
+    """Encode (height, width, 3) uint8 pixels as the bytes of an image file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=image_format, **options)
     return buffer.getvalue()
 
 
 def noise(seed: int, height: int = 40, width: int = 56) -> np.ndarray:
-    """Smooth random colours, (height, width, 3) uint8."""
+    """Return smooth random colors, (height, width, 3) uint8."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @pytest.fixture(scope="session")
 def make_sample() -> Callable[..., Sample]:
-    """`make_sample(index, classes=3)`: a sample that follows from its index."""
+    """Return `make_sample(index, classes=3)`, which builds a sample determined by its index."""
 
     def make(index: int, classes: int = 3, side: int = 28) -> Sample:
         pixels = noise(index)
@@ -79,19 +79,19 @@ def make_sample() -> Callable[..., Sample]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Each test draws the same numbers in every run, alone or beside others."""
+    """Give each test the same random numbers in every run, alone or with other tests."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    if torch := sys.modules.get("torch"):  # tests of `schemas` alone need none
+    if torch := sys.modules.get("torch"):  # tests of `schemas` alone do not import torch
         torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
+    """Skip tests marked `gpu` where there is none."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch  # here, so that tests of `schemas` alone need no torch
+    import torch  # imported here: tests of `schemas` alone need no torch
 
     if not torch.cuda.is_available():
         for item in marked:

@@ -1,6 +1,7 @@
-"""Shards read by tools that know nothing of this project. Each yields what it sees of a sample:
+"""Read shards with tools that do not know this project.
 
-(label, (height, width) of the image as stored, (height, width) of the map)
+Each function yields what the tool sees of a sample: (label, (height, width) of the image as stored,
+(height, width) of the map).
 """
 
 import io

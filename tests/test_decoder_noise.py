@@ -1,4 +1,4 @@
-"""What decoders print on file descriptor 2, as it was seen, and what must not be taken for it."""
+"""Test which lines on file descriptor 2 count as decoder messages: samples of both kinds."""
 
 import subprocess
 import sys

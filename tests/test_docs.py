@@ -1,4 +1,4 @@
-"""README and docs name what exists: links, files, make targets, modules, options, messages."""
+"""Check that README and docs name what exists: links, files, make targets, options, messages."""
 
 import ast
 import dataclasses
@@ -26,7 +26,7 @@ MAX_PARAGRAPH = 6
 
 
 def blocks(page: Path) -> list[str]:
-    """The shell commands of a page, one string each."""
+    """Return the shell commands of a page, one string each."""
     found = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
     lines = "\n".join(found).replace("\\\n", " ").splitlines()
     return [line.split(" # ")[0].strip() for line in lines if line.strip()]
@@ -65,7 +65,7 @@ def test_commands_name_what_exists():
 
 
 def test_training_commands_are_understood():
-    """Every training of the pages parses, whatever its URLs are."""
+    """Parse every training command of the pages, whatever its URLs are."""
     seen = 0
     for page in PAGES:
         for line in blocks(page):
@@ -120,7 +120,7 @@ def test_contributing_names_the_registries():
 
 
 def test_references_in_the_code_resolve():
-    """Every D-number is a row of docs/method.md; nothing refers to text outside of the project."""
+    """Check that every D-number is a row of docs/method.md; no reference leaves the project."""
     rows = set(re.findall(r"^\| (D\d+) \|", (ROOT / "docs/method.md").read_text(), re.M))
     seen = set()
     for path in [
@@ -137,7 +137,7 @@ def test_references_in_the_code_resolve():
 
 
 def strings_of_the_code() -> list[str]:
-    """Every text in the code, as a message is written there; a value within is "\\0"."""
+    """Return every string in the code as it is written there; a value in it becomes "\\0"."""
     texts = []
     for path in [
         ROOT / "saliency_shards.py",
@@ -153,7 +153,7 @@ def strings_of_the_code() -> list[str]:
 
 
 def quoted_as(message: str) -> re.Pattern[str]:
-    """What a text of the code must hold for a message of docs/troubleshooting.md to be its."""
+    """Return the pattern that a string of the code matches if it is this documented message."""
     parts = re.split(r"\.\.\.|\bHOST:PORT\b|\bFILE\b|\bN\b", message)
     return re.compile(".*".join(map(re.escape, parts)), re.S)
 

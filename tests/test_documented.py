@@ -1,8 +1,7 @@
-"""Run the commands and the Python of README and docs, on a few small pictures.
+"""Run the commands and the Python of README and docs on a few small pictures.
 
-A block that is not run has a comment in front of it with the reason:
-`<!-- not run by a test: ... -->`. Every other block runs as it stands; further options make small
-what is only large.
+A block that is not run is preceded by a comment with the reason: `<!-- not run by a test: ... -->`.
+Every other block runs as written; additional options only make it smaller.
 """
 
 import importlib
@@ -40,7 +39,7 @@ SMALL = {
     "train.evaluate linear": "--epochs 1 --batch-size 4 --device cpu",
     "pipeline preview": "--samples 2 --crop-size 56",
 }
-"""Further options of a command; one that the page gives itself is left as it is."""
+"""Additional options of a command; an option that the page gives itself is not replaced."""
 COMMANDS = {
     "saliency-shards": "schemas",
     "saliency-precompute": "precompute",
@@ -56,25 +55,25 @@ VARIABLES = {
     "evaluate": {"ARGS": "--neighbors 1 --device cpu"},
     "preview": {"ARGS": "--samples 2 --crop-size 56"},
 }
-"""Of a make target, where its command does not give them."""
+"""Variables of a make target, where its command does not give them."""
 SMALLER = {'device="cuda"': 'device="cpu"', "batch_size=256": "batch_size=4"}
-"""In Python."""
+"""Replacements in the Python of a page that make it smaller."""
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
-    """(reason why a block is not run or "", its language, its text) of a page, in order."""
+    """Return (reason why it is not run or "", language, text) of each block of a page, in order."""
     return [(reason, kind, text) for reason, kind, text in BLOCK.findall(page.read_text())]
 
 
 @pytest.fixture
 def home(make_sample, tmp_path, monkeypatch) -> Path:
-    """Make a user's folder: the checkout, photos, shards of some and an encoder."""
+    """Make a user's folder: the checkout, photos, shards of some of them, and an encoder."""
     for name in ("Makefile", "requirements.txt", "pyproject.toml", "examples", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/bin").symlink_to(Path(sys.prefix) / "bin")
     (tmp_path / ".venv/.ready").touch()
-    for index in range(36):  # as many as the examples take for a batch
+    for index in range(36):  # the examples need this many for a batch
         photo = tmp_path / "photos" / "ab"[index % 2] / f"{index}.jpg"
         photo.parent.mkdir(parents=True, exist_ok=True)
         photo.write_bytes(encode(noise(index, 80, 96)))
@@ -93,7 +92,7 @@ def home(make_sample, tmp_path, monkeypatch) -> Path:
 
 
 def prepare(home: Path, page: str) -> None:
-    """Prepare what a page of docs takes for granted; its first Python is mine.py."""
+    """Prepare what a page of docs takes for granted; its first Python block becomes mine.py."""
     if page != "README.md":
         (home / "out").mkdir()
         (home / "out/photos").symlink_to(home / "shards")
@@ -103,12 +102,12 @@ def prepare(home: Path, page: str) -> None:
     (home / "list.csv").write_text("\n".join(lines))
     code = [text for _, kind, text in blocks(ROOT / "docs" / page) if kind == "python"]
     (home / "mine.py").write_text(code[0] if code else "")
-    # not a module that the workers of a Ray could import which is there already
+    # Pickle by value: the workers of a running Ray cannot import this module.
     cloudpickle.register_pickle_by_value(importlib.import_module("mine"))
 
 
 def typed(command: str, small: bool = False) -> None:
-    """Run one line of a shell, in this process: its imports, seconds long, are paid once."""
+    """Run one shell line in this process, so that imports, which take seconds, happen only once."""
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         for line in expanded(words):
@@ -134,22 +133,22 @@ def typed(command: str, small: bool = False) -> None:
 
 
 def further(options: list[str], given: list[str]) -> list[str]:
-    """Return `--name value ...` options without those that are given already."""
+    """Return the `--name value ...` options without those that are given already."""
     starts = [place for place, word in enumerate(options) if word.startswith("--")]
     pairs = [options[start:end] for start, end in pairwise([*starts, len(options)])]
     return [word for pair in pairs if pair[0] not in given for word in pair]
 
 
 def execute(code: str, home: Path) -> None:
-    """Run Python as a page has it, where `url` is that of a dataset."""
+    """Run the Python of a page, where `url` is the URL of a dataset."""
     for large, small in SMALLER.items():
         code = code.replace(large, small)
     exec(code, {"url": str(home / "shards")})
 
 
 def expanded(words: list[str]) -> list[str]:
-    """The commands that make would run."""
-    # without the variables of the make that runs the tests
+    """Return the commands that make would run."""
+    # Leave out the variables of the make that runs the tests.
     own = {name: x for name, x in os.environ.items() if name != "ARGS" and "MAKE" not in name}
     environment = own | VARIABLES.get(words[1], {})
     done = subprocess.run(
@@ -183,7 +182,7 @@ def test_a_page_does_what_it_says(home, monkeypatch, page):
             for line in text.replace("\\\n", " ").splitlines():
                 typed(line)
         elif own:
-            own = False  # it is mine.py
+            own = False  # the first block is mine.py
         else:
             execute(text, home)
 

@@ -1,4 +1,7 @@
-"""Commands run the project's rooms beside a user's own, and load a user's files by their path."""
+"""Test commands in a folder whose own files have the names of the project's packages.
+
+Also test that a user's files are loaded by their path.
+"""
 
 import os
 import shutil
@@ -63,7 +66,7 @@ class SimSiamConfig(MethodConfig):
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch) -> Path:
-    """Someone's repository, the current folder; what is loaded from it goes with the test."""
+    """Make a user's repository the current folder; drop modules loaded from it afterwards."""
     for room in ROOMS:
         (tmp_path / room).mkdir()
         (tmp_path / room / "__init__.py").write_text(f"print('the {room} of a user')\n")
@@ -90,7 +93,7 @@ def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedP
     )
 
 
-# as an installed script does, from a folder where the project is no neighbor
+# Start as an installed script does, from a folder that does not contain the project.
 SCRIPT = (
     f"import sys; sys.path.append({str(ROOT)!r}); import saliency_shards; saliency_shards.shards()"
 )
@@ -102,7 +105,7 @@ def test_an_installed_command_runs_the_projects_own_rooms(repository, path):
     assert done.returncode == 0, done.stderr
     assert "verify" in done.stdout
     assert "of a user" not in done.stdout
-    # the current folder is on the path of `python -c`
+    # The current folder is on the path of `python -c`.
     assert f"note: {repository / 'train.py'} is passed over" in done.stderr or (
         f"note: {repository / 'train'} is passed over: train is this project's" in done.stderr
     )
@@ -110,7 +113,7 @@ def test_an_installed_command_runs_the_projects_own_rooms(repository, path):
 
 
 def test_a_program_can_put_the_projects_pipeline_before_its_own(repository):
-    """What docs/troubleshooting.md says of `from pipeline import MaskedViews`."""
+    """Do what docs/troubleshooting.md says about `from pipeline import MaskedViews`."""
     code = "from importlib.util import find_spec; print(find_spec('pipeline').origin)"
     path = f".{os.pathsep}{ROOT}"
     assert run(code, PYTHONPATH=path).stdout == f"{repository}/pipeline/__init__.py\n"
@@ -125,7 +128,7 @@ def test_a_program_can_put_the_projects_pipeline_before_its_own(repository):
 
 @pytest.mark.slow
 def test_torchrun_starts_the_installed_command_beside_a_users_own_train(repository):
-    """`--no-python saliency-train`, as the docs have it; `-m train` would run the user's file."""
+    """Use `--no-python saliency-train`, as the docs do; `-m train` would run the user's file."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = Path(sysconfig.get_path("scripts")) / "saliency-train"
     done = subprocess.run(
@@ -149,7 +152,7 @@ def test_lines_of_an_installed_command_reach_a_pipe_at_once(repository):
 
 
 def test_rooms_that_are_not_installed_are_nobodys(tmp_path):
-    """`bench` is not installed: a module of that name is the user's, and nothing is said of it."""
+    """Expect no message about `bench`, which is not installed: the name is the user's."""
     shutil.copy(ROOT / "saliency_shards.py", tmp_path)
     for room in ROOMS:
         (tmp_path / "elsewhere" / room).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The wheel in a clean environment: `schemas` needs neither torch nor DALI nor Ray."""
+"""Install the wheel in a clean environment: `schemas` needs neither torch nor DALI nor Ray."""
 
 import shutil
 import subprocess
@@ -42,7 +42,7 @@ def test_the_wheel_alone_reads_shards(tmp_path, make_sample):
 
     data = tmp_path / "data"
     write_dataset(str(data), [make_sample(i) for i in range(5)], name="t", classes=["a", "b", "c"])
-    source = tmp_path / "source"  # a build leaves files behind
+    source = tmp_path / "source"  # a build leaves files in its folder
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "out", "build", "tests"))
     uv("build", "--wheel", "--out-dir", tmp_path / "dist", source, folder=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("*.whl")

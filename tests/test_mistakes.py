@@ -1,6 +1,6 @@
-"""Mistakes of a first day: each message names the thing, the reason and the next step.
+"""Test typical mistakes of a first day: each message names the thing, the reason and the next step.
 
-In at most three lines, by the command that a user would give.
+The message has at most three lines, and the command is one that a user would run.
 """
 
 import errno
@@ -31,7 +31,7 @@ MAINS = {
 
 @pytest.fixture(scope="module")
 def place(make_sample, tmp_path_factory) -> Path:
-    """A dataset of 12 images, an unfinished one, an unlabelled one, one of version 9, a run."""
+    """Make datasets (12 images, unfinished, unlabeled, version 9) and a run."""
     root = tmp_path_factory.mktemp("mistakes")
     for name in ("d", "unfinished", "version9", "unlabelled"):
         labelled = name != "unlabelled"
@@ -59,7 +59,7 @@ def place(make_sample, tmp_path_factory) -> Path:
 TRAIN = "--encoder resnet18 --crop-size 56 --batch-size 4 --queue 8 --device cpu --out {p}/out"
 
 MISTAKES = [
-    # the command, then what its message must name: thing, reason, next step
+    # Each row has the command, then what its message must name: thing, reason, next step.
     (f"train --data {{p}}/nowhere {TRAIN}", "nowhere", "no dataset here", "make precompute"),
     (f"train --data {{p}}/photos {TRAIN}", "photos", "no dataset here", "make precompute"),
     (f"train --data {{p}}/unfinished {TRAIN}", "unfinished", "not finished", "same precompute"),
@@ -105,7 +105,7 @@ MISTAKES = [
 
 
 def said(monkeypatch, place: Path, command: str) -> str:
-    """What a command says to a mistake: at most three lines."""
+    """Return a command's message for a mistake: at most three lines."""
     name, *arguments = command.replace("{p}", str(place)).split()
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(UserError) as error:
@@ -123,10 +123,10 @@ def test_the_message_helps(place, tmp_path, monkeypatch, mistake):
     message = said(monkeypatch, place, command)
     for part in parts:
         assert part in message
-    assert not os.listdir(tmp_path)  # nothing was begun
+    assert not os.listdir(tmp_path)  # nothing was started
 
 
-# mistakes that lie in the machine, not in the command
+# Mistakes in the machine's state, not in the command.
 
 ANY = "train --data {p}/d --encoder resnet18 --crop-size 56 --batch-size 4 --queue 8 --out {p}/any"
 

@@ -1,4 +1,4 @@
-"""Who reads what a command says may leave: `| head`, `>&-`, a closed terminal, a full disk."""
+"""Test readers of the output that leave: `| head`, `>&-`, a closed terminal, a full disk."""
 
 import errno
 import io
@@ -19,7 +19,7 @@ from tests.train.runs import metrics
 
 @pytest.fixture
 def broken() -> Callable[[], io.TextIOWrapper]:
-    """Streams whose reader has left."""
+    """Return a function that makes streams whose reader has left."""
     streams = []
 
     def make() -> io.TextIOWrapper:
@@ -35,7 +35,7 @@ def broken() -> Callable[[], io.TextIOWrapper]:
 
 
 class Full(io.StringIO):
-    """Each write fails, as to a full disk (ENOSPC) or a terminal that is gone (EIO)."""
+    """A stream whose writes all fail, as to a full disk (ENOSPC) or a closed terminal (EIO)."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_both_may_be_closed(broken, monkeypatch):
 
 
 def test_streams_that_were_never_open(monkeypatch):
-    """Python has None for them: `>&- 2>&-`."""
+    """Use None for both, as Python does after `>&- 2>&-`."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     with lasting_output():
@@ -115,7 +115,7 @@ def test_what_is_in_the_buffer_at_the_end_is_no_traceback(monkeypatch):
         os.close(reading)
 
     assert status(main) == 141
-    stream.close()  # as Python does when it ends: must not raise
+    stream.close()  # as Python does at exit: must not raise
 
 
 def test_a_mistake_is_exit_status_2_though_nobody_reads_it(broken, monkeypatch):

@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, and how large a file may grow."""
+"""Check the project's rules: which package may import which, and how large a file may grow."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"schemas", "precompute", "pipeline", "train", "bench"}
-# what each room may import of the others, and heavy packages it must do without
+# The packages that each package may import, and the heavy ones it must do without.
 MAY_IMPORT = {
     "schemas": set(),
     "precompute": {"schemas"},

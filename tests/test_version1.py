@@ -1,6 +1,6 @@
-"""What was written by the code of commit e04945f is read, resumed and extended by today's.
+"""Test that files written by the code of commit e04945f are read, resumed and extended today.
 
-tests/fixtures/version1/README.md says how it was made.
+tests/fixtures/version1/README.md says how they were made.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def test_the_dataset_is_read_and_clean():
 
 
 def test_what_a_newer_version_adds_is_ignored(dataset: Path):
-    """Unknown columns of every table, unknown fields of the card and of the markers."""
+    """Add unknown columns to every table, and unknown fields to the card and the markers."""
     for name in ("samples", "shards", "rejects", "shards/000000", "shards/000001"):
         change_parquet(
             dataset / f"{name}.parquet",
@@ -189,7 +189,7 @@ def test_precompute_resumes_and_extends_it(dataset: Path):
 
 
 def new_option(cls: type, name: str, default):
-    """The same class in a version that has one more option."""
+    """Return the same class in a version that has one more option."""
     field = (name, type(default), dataclasses.field(default=default, kw_only=True))
     newer = dataclasses.make_dataclass(cls.__name__, [field], bases=(cls,), frozen=True)
     newer.__doc__ = cls.__doc__
@@ -233,7 +233,7 @@ def kept(step: int) -> tuple[Path, dict]:
 
 
 def checkpoints(given: TrainConfig) -> Checkpoints:
-    """Make the checkpoints of a run of today, as `train.trainer` does."""
+    """Make the checkpoints of a current run, as `train.trainer` does."""
     decided = resolve_config(given, torch.device("cpu"))
     settings = collect_settings(decided, ShardDataset.open(given.data).digest)
     return Checkpoints(
@@ -251,7 +251,7 @@ def test_the_checkpoint_has_the_settings_of_today(tmp_path: Path, step: int):
 
 
 def test_options_that_were_renamed_compare_under_their_former_names(tmp_path: Path):
-    """The kept checkpoints have the former names; another value of one is still refused."""
+    """Use the former names in the kept checkpoints; another value of one is still refused."""
     folder, state = kept(3)
     former = RENAMED.keys() & state["settings"].keys()
     assert former == {"accumulate", "optim.trust", "optim.drop_epochs"}
@@ -279,7 +279,7 @@ def test_config_files_and_command_lines_with_former_names_are_read(tmp_path: Pat
 
 
 def test_every_option_but_the_data_may_be_newer_than_a_checkpoint(tmp_path: Path):
-    """Whichever option the older version lacked: at its default nothing differs."""
+    """Remove each option from the older version in turn: at its default nothing differs."""
     plain = config(tmp_path, method=MoCoConfig(), crop_size=None, recipe=Recipe(), batch_size=256)
     plain = replace(plain, epochs=200, encoder="resnet50", precision="auto")
     now = checkpoints(plain)
@@ -305,7 +305,7 @@ def test_an_option_that_was_set_differs_from_a_checkpoint_without_it(tmp_path: P
 
 
 def test_a_training_goes_on_from_where_an_epoch_ended(tmp_path: Path):
-    """Also where the checkpoint's version did not know options that there are today."""
+    """Also test a checkpoint whose version did not know some of today's options."""
     folder = tmp_path / "checkpoints" / "step-00000003"
     shutil.copytree(FIXTURES / "run" / "checkpoints" / folder.name, folder)
     state = read_state(folder / "state.pt")

@@ -1,4 +1,4 @@
-"""The first session with a GPU, in its small form on a CPU."""
+"""Test the precompute part of the first GPU session, in its small version on a CPU."""
 
 import ast
 import queue
@@ -20,13 +20,13 @@ def test_workers_side_by_side_without_ray() -> None:
     for count in (1, 2):
         assert result.figures[f"images_per_second_{count}_workers"] > 0
         assert result.figures[f"cpu_milliseconds_per_image_{count}_workers"] > 0
-    # two workers may be slower than one on a busy CPU, and the verdict says so; nothing else may
-    # have failed
+    # Two workers may be slower than one on a busy CPU, and the verdict says so; nothing else may
+    # have failed.
     assert result.passed or "2 workers give" in result.lines[0]
 
 
 def test_a_worker_that_fails_says_why_and_frees_the_others(tmp_path: Path) -> None:
-    """In this process: a worker is a function of a barrier and a queue."""
+    """Run the worker in this process: it is a function of a barrier and a queue."""
     settings = Settings("no-such-net", 2, 1, 8, 8, workers=(2,))
     warm, reports = threading.Barrier(2), queue.Queue()
     work(settings, tmp_path, warm, reports)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def imports_at_start(module: str, seen: set[str]) -> set[str]:
-    """Every module that importing this one imports, of this project's own followed further."""
+    """Return every module that importing this one imports, following the project's own modules."""
     path = ROOT / (module.replace(".", "/") + ".py")
     if not path.exists():
         path = ROOT / module.replace(".", "/") / "__init__.py"

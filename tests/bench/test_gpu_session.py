@@ -1,4 +1,4 @@
-"""The command of the first session with a GPU, in its small form on a CPU."""
+"""Test the command of the first GPU session, in its small version on a CPU."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""The goal of issue "the pixel chain": under 80 kernels and 8 GB per batch of 256 at 224 pixels.
+"""Check the goal of issue "the pixel chain": under 80 kernels and 8 GB per batch of 256 at 224 px.
 
 `bench.kernels` says what is counted: operators by fake tensors, and the kernels that Inductor
-generates for an H100 with the bytes that its scheduler has for each.
+generates for an H100, with the bytes that its scheduler reports for each.
 """
 
 import pytest
@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 def test_hp_takes_few_kernels_and_few_bytes() -> None:
     cost = kernels.count(RECIPES["hp"], 256)
     assert 10 < cost.kernels < 80
-    # the images alone are read once (77 MB) and written once (3 x 154 MB)
+    # The images alone are read once (77 MB) and written once (3 x 154 MB).
     assert 0.5e9 < cost.bytes < 8e9
 
 

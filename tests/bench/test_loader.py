@@ -1,4 +1,4 @@
-"""The usual ways do what they are compared for, and the command runs from end to end."""
+"""Test that the usual ways do what they are compared for, and run the command end to end."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def test_loops_mask_as_many_cells_as_the_method_says(name: str, hard: bool) -> N
     recipe = dataclasses.replace(
         RECIPES[name], query_ratio=(0.2, 0.2), hard_negative_ratio=(0.5, 0.5), crop_size=56
     )
-    image = torch.rand(6, 3, 56, 56) + 1  # nowhere 0, the fill
+    image = torch.rand(6, 3, 56, 56) + 1  # nowhere 0, which is the fill
     maps = np.random.default_rng(0).random((6, 7, 7))
     blurred = torch.zeros_like(image) if name == "blur" else None
     masked = usual.mask_by_loops(image, maps, recipe, hard, blurred)
@@ -58,7 +58,7 @@ def test_the_command_runs(
     arguments = ["--data", str(tmp_path / "d"), "--out", str(out), "--crop-size", "56"]
     arguments += ["--batch-size", "2", "--batches", "1", "--repeats", "1", "--workers", "1"]
     monkeypatch.setattr("sys.argv", ["bench", "loader", *arguments])
-    monkeypatch.setattr("bench.table.wait_until_quiet", lambda: None)  # other tests run beside it
+    monkeypatch.setattr("bench.table.wait_until_quiet", lambda: None)  # other tests run now
     assert command.main() == 0
     table = capsys.readouterr().out
     rates = json.loads(out.read_text())["images_per_second"]["Loader"]

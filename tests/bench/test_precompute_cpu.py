@@ -1,4 +1,4 @@
-"""The CPU time of a worker's work on the host: the work is real, the pixels and the network not."""
+"""Test the CPU time of a worker: its work is real, only the pixels and the network are not."""
 
 from pathlib import Path
 

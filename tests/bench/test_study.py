@@ -1,4 +1,4 @@
-"""The study's arms differ in nothing but what they are for; finished runs are kept and compared."""
+"""Test that arms differ only in what they compare, and that finished runs are kept and compared."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_hard_negatives_guidance_and_branches_change_one_thing(fill: str) -> Non
 
 
 def test_the_balanced_rho_is_that_of_the_queue() -> None:
-    """tau ln(4096 / 3) = 0.2 x 7.219 for the CPU's queue."""
+    """Expect tau ln(4096 / 3) = 0.2 x 7.219 for the CPU's queue."""
     method = build_arms(SCALES["cpu"])["mean-hard-rho-balanced"].method
     assert method.rho == pytest.approx(1.4438, abs=1e-3)  # type: ignore[attr-defined]
 
@@ -82,7 +82,7 @@ def test_what_is_missing_is_told_before_training(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study.Options:
-    """A study of seconds: generated pictures, an encoder of one convolution."""
+    """Return a study of a few seconds: generated pictures, an encoder of one convolution."""
     add_tiny_encoders()
     for name in ("train", "val"):
         write_images(tmp_path / "shards" / name)
@@ -148,7 +148,7 @@ def test_runs_side_by_side_have_a_core_each_and_failures_are_named(
 
 
 def test_a_child_is_told_what_to_do(tmp_path: Path) -> None:
-    """The command of a child, read back by its own parser, is the one run and nothing else."""
+    """Parse the command of a child with its own parser: it is exactly the one run."""
     from schemas.cli import parse
 
     given = options(tmp_path, arms=("plain", "supervised"), side_by_side=2, device="cpu")

@@ -1,4 +1,4 @@
-"""How rates are taken and shown."""
+"""Test how rates are measured and shown."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from bench.table import Row, Way, measure, show, write
 def test_ways_are_measured_in_turn_after_one_run_that_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(table, "wait_until_quiet", lambda: None)  # other tests are never quiet
+    monkeypatch.setattr(table, "wait_until_quiet", lambda: None)  # other tests run now
     calls: list[str] = []
 
     def way(name: str) -> int:

@@ -1,4 +1,4 @@
-"""The training bench runs from end to end, and its ratios are what they say."""
+"""Run the training benchmark end to end, and check its ratios."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.pipeline.conftest import picture, sample_of
 def test_the_command_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bench.table.wait_until_quiet", lambda: None)  # other tests run beside it
+    monkeypatch.setattr("bench.table.wait_until_quiet", lambda: None)  # other tests run now
     samples = [sample_of(index, picture(index)) for index in range(12)]
     write_dataset(tmp_path / "d", samples, name="t", classes=["a"] * 11, shard_samples=6)
     out = tmp_path / "rates.json"
@@ -39,6 +39,6 @@ def test_ratios_are_of_the_rows_that_they_name() -> None:
     rows = [Row(train.ALONE, [10.0]), Row(train.JOB, [9.0]), Row(train.SUPERVISED, [20.0])]
     found = train.summary(rows, {train.JOB: 0.125})
     assert found[0].endswith(": 0.900")
-    # a supervised step of 3 forwards at 20 images/s allows 12 pairs/s of 5 forwards
+    # A supervised step of 3 forwards at 20 images/s allows 12 pairs/s of 5 forwards.
     assert found[1].endswith(f": {10 / 12:.3f}")
     assert found[2] == "the whole job: 12.5% of the time waiting for data"

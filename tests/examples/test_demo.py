@@ -1,4 +1,4 @@
-"""The demo's parts: its trainings differ in the recipe alone, and it prints what was found.
+"""Test the demo's parts: its trainings differ only in the recipe, and it prints the results.
 
 `make demo` itself takes minutes and is not run here.
 """
@@ -26,7 +26,7 @@ def demo() -> Iterator[ModuleType]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
@@ -43,7 +43,7 @@ def result(weights: str, accuracy: float) -> dict:
 
 @pytest.fixture
 def finished(demo, make_sample, tmp_path: Path) -> Path:
-    """Make the folder of a finished demo; the first evaluation of the plain encoder is outdated."""
+    """Make the folder of a finished demo; the plain encoder's first evaluation is outdated."""
     samples = [make_sample(index) for index in range(3)]
     write_dataset(str(tmp_path / "test"), samples, name="t", classes=["a", "b", "c"])
     write_lines(

@@ -1,4 +1,4 @@
-"""The example programs run as written, on a small dataset, and say what is true of it."""
+"""Run the example programs as written on a small dataset, and check what they print."""
 
 import io
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def dataset(make_sample, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("examples") / "d"
     samples = [make_sample(index) for index in range(40)]
-    # all of one class is foreground: constant maps
+    # With constant maps, all cells of one class are foreground.
     flat = np.ones((28, 28), np.float32)
     samples = [
         sample.__class__(**{**vars(sample), "saliency": flat}) if sample.label == 1 else sample
@@ -57,7 +57,7 @@ def test_plain_webdataset(dataset):
 
 
 def test_plain_webdataset_cuts_image_and_map_alike():
-    """One half is white and salient."""
+    """Use images with one half that is white and salient."""
     view = runpy.run_path(str(ROOT / "examples/plain_webdataset.py"))["view"]
     pixels, checked = np.zeros((60, 80), np.uint8), 0
     pixels[:, 40:] = 255
@@ -69,7 +69,7 @@ def test_plain_webdataset_cuts_image_and_map_alike():
             assert crop.shape == (3, 112, 112)
             assert label == 2
             white = crop[0].reshape(7, 16, 7, 16).float().mean(dim=(1, 3)) > 127
-            # with less white, mean - 0.6 std is below zero, and all is foreground
+            # With less white, mean - 0.6 std is below zero, and everything is foreground.
             if 0.3 < white.float().mean() < 1:
                 assert (white == foreground).float().mean() > 0.8
                 checked += 1

@@ -1,7 +1,7 @@
-"""The manifest for KubeRay has the fields that its API has, and runs a command that exists.
+"""Check that the KubeRay manifest fits KubeRay's API and runs a command that exists.
 
-The schema holds the part of `ray.io/v1` that the manifest may use, by the types of KubeRay's
-`rayjob_types.go` and `raycluster_types.go`. A field that is none of them is refused, as by the API.
+The schema holds the part of `ray.io/v1` that the manifest may use, with the types of KubeRay's
+`rayjob_types.go` and `raycluster_types.go`. Any other field is refused, as by the API.
 """
 
 import re
@@ -21,7 +21,7 @@ MANIFEST = ROOT / "examples" / "kuberay.yaml"
 
 
 def fields(required: str, **properties: Any) -> dict[str, Any]:
-    """An object that has these fields and no others."""
+    """Return the schema of an object that has these fields and no others."""
     return {
         "type": "object",
         "properties": properties,

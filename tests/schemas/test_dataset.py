@@ -1,4 +1,4 @@
-"""A dataset on disk: written, opened, iterated, on any fsspec URL, by anyone's reader."""
+"""Test a dataset on disk: write, open and iterate it, on any fsspec URL, with any reader."""
 
 import dataclasses
 import io
@@ -206,7 +206,7 @@ def test_schemas_imports_neither_torch_nor_dali_nor_ray() -> None:
 
 
 def test_opening_starts_no_thread(samples: list[Sample], tmp_path: Path) -> None:
-    """A thread of Arrow's that holds a Python object when Python exits aborts the process."""
+    """Check for threads: Python aborts if an Arrow thread holds a Python object at exit."""
     write(tmp_path, samples)
     code = (
         "import os, sys, schemas\n"
@@ -231,7 +231,7 @@ def test_info_names_what_a_person_asks(samples: list[Sample], tmp_path: Path) ->
 
 
 def test_the_members_are_the_formats_own(samples: list[Sample], tmp_path: Path) -> None:
-    """The label of an unlabelled sample is the two characters -1; the map is 8-bit gray."""
+    """Expect the two characters -1 as the label of an unlabeled sample, and an 8-bit gray map."""
     sample = dataclasses.replace(samples[0], label=-1)
     dataset = write_dataset(tmp_path, [sample], name="one")
     with tarfile.open(dataset.shard_urls[0]) as tar:

@@ -1,10 +1,10 @@
-"""Errors of a device, of memory and of the data are told apart by their text."""
+"""Test that errors of a device, of memory and of the data are distinguished by their text."""
 
 import pytest
 
 from schemas.device_errors import classify_error, first_line
 
-# as DALI 2.4 (strings of its library), PyTorch 2.15 and nvimgcodec.h write them
+# The wording of DALI 2.4 (strings of its library), PyTorch 2.15 and nvimgcodec.h.
 MEMORY = [
     "CUDA allocation failed",
     "Can't allocate 1234567 bytes on device 0.",

@@ -1,6 +1,7 @@
-"""Tools that know nothing of this project read the tars and the tables, as docs/format.md says.
+"""Read the tars and tables with tools that do not know this project, as docs/format.md shows.
 
-webdataset, tarfile and DALI are in test_dataset.py. Those that are not installed are skipped.
+webdataset, tarfile and DALI are tested in test_dataset.py. Tools that are not installed are
+skipped.
 """
 
 import re
@@ -19,7 +20,7 @@ COUNT = 25
 def dataset(
     make_sample: Callable[..., Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ShardDataset:
-    """Written to `out/photos` of the current folder, where the page's lines look for it."""
+    """Write a dataset to `out/photos` in the current folder, where the page's lines look for it."""
     monkeypatch.chdir(tmp_path)
     samples = [make_sample(index) for index in range(COUNT)]
     return write_dataset(
@@ -56,7 +57,7 @@ def test_polars_reads_the_tables(dataset: ShardDataset) -> None:
     table = run_line("Polars")
     assert table["key"].to_list() == dataset.samples["key"].to_pylist()
     parts = polars.read_parquet("out/photos/shards/*.parquet")
-    assert parts.equals(table)  # the shards' own tables are the same rows
+    assert parts.equals(table)  # the shards' own tables have the same rows
     assert polars.DataFrame(dataset.samples).equals(table)
 
 

@@ -1,4 +1,4 @@
-"""Work in threads whose results come in order and in bounded number."""
+"""Test that results of threads arrive in order, and that their number is bounded."""
 
 import threading
 
@@ -22,7 +22,7 @@ def test_results_come_in_order_and_are_bounded() -> None:
 
 
 def test_as_many_run_together_as_there_are_workers() -> None:
-    """Each call waits until all four run; one at a time would break the barrier."""
+    """Let each call wait until all four run; running one at a time would break the barrier."""
     barrier = threading.Barrier(4, timeout=10)
     assert len(list(map_ahead(lambda item: barrier.wait(), range(8), 4))) == 8
 

@@ -1,4 +1,4 @@
-"""SaliencyMap: what 8 bits keep of a float map."""
+"""Test how much of a float map the 8 bits of a SaliencyMap keep."""
 
 import io
 
@@ -10,7 +10,7 @@ from schemas import SaliencyMap
 
 
 def relaxed_foreground(grid: np.ndarray) -> np.ndarray:
-    """The rule as the poster writes it: A >= mean, or within 0.6 population std of it."""
+    """Apply the rule as the poster writes it: A >= mean, or within 0.6 population std of it."""
     grid = grid.astype(np.float64)
     mean = sum(grid.flat) / grid.size
     std = (sum((value - mean) ** 2 for value in grid.flat) / grid.size) ** 0.5

@@ -1,4 +1,4 @@
-"""The table of samples: read in parts, written in parts, in bounded memory, to the same bytes."""
+"""Test that the table of samples is read and written in parts, in bounded memory, unchanged."""
 
 import io
 import pickle
@@ -56,7 +56,7 @@ def dataset(
 
 
 def whole_table(dataset: ShardDataset) -> pa.Table:
-    """The rows by the markers alone, read with no code of the table."""
+    """Return the rows from the markers alone, without the code under test."""
     shards = range(len(dataset.shards))
     return pa.concat_tables([read_marker(dataset.store, shard).samples for shard in shards])
 
@@ -82,7 +82,7 @@ def test_what_a_table_of_arrow_can_do_works(dataset: ShardDataset) -> None:
     assert samples.to_pylist() == expected.to_pylist()
     assert samples.slice(5)["key"].to_pylist() == expected.slice(5)["key"].to_pylist()
     assert samples.filter(pc.field("label") == 1).num_rows == 8
-    assert pa.table(samples).equals(expected)  # as Polars and DuckDB take it
+    assert pa.table(samples).equals(expected)  # the interface that Polars and DuckDB use
     with pytest.raises(AttributeError):
         _ = samples.no_such_method
 
@@ -159,7 +159,7 @@ def test_a_shards_table_of_another_length_is_named(
 
 
 def test_reading_a_part_starts_no_thread(make_sample: Make, tmp_path: Path) -> None:
-    """A thread of Arrow's that holds a Python object when Python exits aborts the process."""
+    """Check for threads: Python aborts if an Arrow thread holds a Python object at exit."""
     write(tmp_path, make_sample)
     code = (
         "import os, sys, schemas\n"
@@ -228,7 +228,7 @@ def test_keys_are_compared_by_their_text_where_hashes_collide(
     hashes.add(["a", "b", "c"])
     hashes.add(["d", "b"])
     assert hashes.repeated() == {hash("b")}
-    # every key a candidate: none of them comes twice
+    # Every key is a candidate, but none is repeated.
     monkeypatch.setattr(
         KeyHashes, "repeated", lambda self: {hash(f"sample-{i:04d}") for i in range(99)}
     )

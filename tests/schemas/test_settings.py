@@ -1,4 +1,4 @@
-"""One comparison of settings, whatever kept them: what an older file does not know is a default."""
+"""Test the comparison of settings: an option that an older file lacks has its default."""
 
 import json
 from dataclasses import dataclass, field
@@ -65,7 +65,7 @@ def test_an_option_that_an_older_version_did_not_know_counts_as_its_default():
     assert differences(then, changed, defaults_of(Options)) == [
         Difference("recipe.choice", "random", "salient")
     ]
-    # and a newer file is read by a version without that option, as long as nobody set it
+    # A version without that option reads the newer file too, as long as nobody set it.
     assert differences(now, then, defaults_of(Options)) == []
 
 

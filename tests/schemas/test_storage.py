@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Test that a file is written as a whole or not at all."""
 
 import errno
 import os
@@ -57,7 +57,9 @@ def test_list_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key, and nobody at the address: the driver has errors of its own for these."""
+    """Use a missing key and an address without a server: drivers have their own errors for
+    these.
+    """
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

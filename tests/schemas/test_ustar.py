@@ -1,4 +1,4 @@
-"""Archives are those of Python's tarfile, byte for byte."""
+"""Test that archives equal those of Python's tarfile, byte for byte."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""`verify` finds and names whatever is wrong."""
+"""Test that `verify` finds and names everything that is wrong."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def problems(folder: Path) -> list[Problem]:
 
 
 def member(folder: Path, shard: int, extension: str) -> tuple[Path, Member]:
-    """A shard's file, and its middle sample's member."""
+    """Return the path of a shard's tar, and a member of its middle sample."""
     path = folder / "shards" / f"{shard:06d}.tar"
     found = [m for m in members_of(path.read_bytes()) if m.extension == extension]
     return path, found[1]
@@ -67,7 +67,7 @@ def test_a_flipped_byte_is_named_by_its_member(folder: Path, extension: str) -> 
 
 
 def test_no_flipped_byte_of_a_shard_goes_unseen(folder: Path) -> None:
-    """Headers, contents, padding, end: a byte in each block of the tar."""
+    """Flip a byte in each block of the tar: headers, contents, padding and end."""
     path = folder / "shards" / "000002.tar"
     good = path.read_bytes()
     for place in range(7, len(good), 509):
