@@ -19,7 +19,9 @@ from typing import Any
 NEEDED = ("torch", "torchvision", "nvidia.dali", "numpy", "pyarrow", "fsspec", "PIL")
 
 GAIN = 0.95
-"""Share of the best rate of fewer workers that more workers must reach: the rest is noise."""
+"""Share of the best rate of fewer workers that more workers must reach; the rest is noise
+margin.
+"""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def work(settings: Settings, out: Path, warm: Barrier, results: Any) -> None:
 
 
 def count_nothing(written: int, rejected: int) -> None:
-    """Replace the job's progress actor with a function that does nothing."""
+    """Do nothing, in place of the job's progress actor."""
 
 
 def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:

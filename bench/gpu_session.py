@@ -35,7 +35,7 @@ class Report:
         print(f"{verdict} {part}{f': {text}' if text else ''}", flush=True)
 
     def run(self, part: str, function: Callable[[], str | None], needed: tuple[str, ...]) -> None:
-        """Run one part; an exception makes it fail, and its traceback is printed."""
+        """Run one part; any exception makes it fail."""
         if missing := [name for name in needed if not is_installed(name)]:
             self.add(part, SKIP, f"not installed here: {', '.join(missing)}")
             return

@@ -56,7 +56,7 @@ class Options:
 
 
 def way(batches: Iterator[Any], use: Callable[[Any], int], count: int, ahead: int) -> Way:
-    """Time `count` batches, after discarding the `ahead` ones prefetched while other rows ran."""
+    """Return a way that times `count` batches, after discarding `ahead` prefetched ones."""
 
     def settle() -> None:
         for batch in itertools.islice(batches, ahead):

@@ -1,4 +1,4 @@
-"""python -m schemas verify|info URL"""
+"""Check or describe a dataset: python -m schemas verify|info URL."""
 
 from pathlib import Path
 

@@ -80,7 +80,7 @@ def lasting_output() -> Iterator[None]:
     A stream that is closed from the start is replaced by the null device.
     """
     before = sys.stdout, sys.stderr
-    errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  as long as the process
+    errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  open until exit
     output = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = cast(TextIO, LastingStream(errors))
     sys.stdout = cast(TextIO, LastingStream(output, errors))
@@ -137,7 +137,7 @@ def status_of(main: Callable[[], int | None]) -> int | None:
         complain("interrupted; the same command again goes on from here")
         status = 130
     except BrokenPipeError:
-        # The reader of our output has left; keep Python from writing to it once more at exit.
+        # The reader of the output has left; keep Python from writing to it once more at exit.
         discard(sys.stdout)
         status = 141
     return status

@@ -44,11 +44,11 @@ def differences(
     """Compare the settings of an earlier run with those of this one.
 
     A name that is missing on one side has its default there: an option that is newer than `saved`
-    changes nothing until somebody sets it. An option that the current code no longer has is a
-    difference, unless `defaults` still lists it and `saved` has that default: then nothing depended
-    on it. A name that is missing on one side and has no default is a difference. Tuples equal
-    lists, 1 equals 1.0, and NaN equals NaN, so that values that went through JSON or YAML compare
-    equal to the originals.
+    changes nothing until it is set. An option that the current code no longer has is a difference,
+    because its effect is gone, unless `defaults` still lists it and `saved` has that value. A name
+    that is missing on one side and has no default is a difference. Tuples equal lists, 1 equals
+    1.0, and NaN equals NaN, so that values that went through JSON or YAML compare equal to the
+    originals.
 
     Args:
         saved: name -> value, as an earlier run stored it. Values may be mappings or dataclasses;

@@ -57,9 +57,7 @@ def test_list_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a missing key and an address without a server: drivers have their own errors for
-    these.
-    """
+    """Use a missing key and an address without a server: drivers raise their own errors."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
