@@ -19,9 +19,7 @@ from typing import Any
 NEEDED = ("torch", "torchvision", "nvidia.dali", "numpy", "pyarrow", "fsspec", "PIL")
 
 GAIN = 0.95
-"""Share of the best rate of fewer workers that more workers must reach; the rest is noise
-margin.
-"""
+"""Share of the best rate of fewer workers that more workers must reach, to allow for noise."""
 
 
 @dataclass(frozen=True)

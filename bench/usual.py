@@ -230,7 +230,7 @@ def split(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], 
 
 
 def looped(views: Views, recipe: Recipe, localiser: Localiser | None) -> list[Tensor]:
-    """Return query, key and hard negative; without a localiser the saliency is random."""
+    """Return query, key and hard negative; the saliency is random if `localiser` is None."""
     found = []
     for name, hard in (("query", False), ("key", True)):
         image = views[name]
