@@ -26,8 +26,8 @@ from schemas.errors import UserError
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 25
-"""Seconds that `ray.init` may take. After that, a given cluster is treated as unreachable; a local Ray
-is only reported as still starting (a loaded machine may need longer)."""
+"""Seconds that `ray.init` may take. After that, a given cluster is treated as unreachable; a local
+Ray is only reported as still starting (a loaded machine may need longer)."""
 VITAL = {"raylet", "gcs_server"}
 LOG_PREFIX = re.compile(r"^\S*\[?\d{4}-\d\d-\d\d[^\]]*\] *|^\(\w+\) +|\x1b\[[0-9;]*m")
 """Prefix of a line of Ray's log (time, level and process), and terminal color codes."""
