@@ -1,4 +1,4 @@
-"""Show how far listing and a job are: a bar on a terminal, plain lines otherwise."""
+"""Show the progress of listing and of a job: a bar on a terminal, plain lines otherwise."""
 
 import sys
 import threading
@@ -19,7 +19,7 @@ SHOWN = 8
 
 
 def listed(entries: Iterable[T]) -> Iterator[T]:
-    """Yield the entries of a source; show their number and rate where that takes long."""
+    """Yield the entries of a source; show their number and rate if listing takes long."""
     shown = tqdm(
         entries,
         desc="listing",
@@ -53,7 +53,7 @@ def listed(entries: Iterable[T]) -> Iterator[T]:
 
 @contextmanager
 def watch_count(actor: Any) -> Iterator[None]:
-    """Show the number that a CountActor has counted, and its rate, until the block ends."""
+    """Show the count of a CountActor, and its rate, until the block ends."""
     over = threading.Event()
     thread = threading.Thread(target=show_count, args=(actor, over), daemon=True)
     thread.start()
@@ -129,11 +129,11 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
 
 
 def stalled(pending: dict[int, float], reads: Mapping[str, float] | None = None) -> str:
-    """Say of a job in which nothing is done any more what it waits for.
+    """Return a message that says what a job without progress is waiting for.
 
     Args:
-        pending: shards that are begun, and for how many seconds.
-        reads: inputs whose bytes do not come, and for how many seconds.
+        pending: seconds since each unfinished shard was begun.
+        reads: seconds that each slow read has taken so far, by input.
     """
     if reads:
         shown = [f"{name} (for {seconds:.0f} s)" for name, seconds in reads.items()][:SHOWN]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 OVERLAP = 3
-"""Neighboring windows are at most a third of their side apart (our choice; see docs/saliency.md)."""
+"""Neighboring windows are at most a third of their side apart (our choice: docs/saliency.md)."""
 
 MOST = 8
 """Maximum number of windows along one axis; in very long images, windows are longer instead."""
