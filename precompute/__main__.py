@@ -81,9 +81,9 @@ class Options:
     seed: int = 0
     """Random seed of the global shuffle, which decides the shard and position of every image."""
     plan: Literal["auto", "driver", "cluster"] = "auto"
-    """Where images are listed and planned: in this process (`driver`) or by Ray tasks (`cluster`),
-    which need no node with memory for all images. `auto` uses the cluster above 2 million images.
-    The shards are the same either way."""
+    """Place where images are listed and planned: this process (`driver`), or Ray tasks (`cluster`),
+    so that no node needs memory for all images. `auto` uses the cluster above 2 million images. The
+    shards are the same either way."""
     limit: int | None = None
     """Maximum number of images: keep only the first ones of the shuffled order."""
     resize: int | None = None

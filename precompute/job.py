@@ -109,9 +109,9 @@ class Usable(NamedTuple):
     """Hardware that workers can use.
 
     Attributes:
-        cores: CPU cores of all nodes.
-        devices: GPUs of all nodes.
-        node_cores: CPU cores of the largest node.
+        cores: CPU cores that workers can use, of all nodes together.
+        devices: GPUs of all nodes together.
+        node_cores: CPU cores of the largest node that workers can use.
     """
 
     cores: float
@@ -142,7 +142,8 @@ def usable_resources(nodes: Sequence[Mapping[str, Any]]) -> Usable:
 
 MOST_WORKERS_PER_GPU = 3
 CORES_PER_WORKER = 2
-"""A worker reads, decodes, estimates and packs in separate threads (both numbers: our choice)."""
+"""CPU cores per worker, in which reading, decoding, estimating and packing run in separate threads
+(both numbers are our choice)."""
 
 
 def workers_per_gpu(cores_per_gpu: float) -> int:

@@ -76,7 +76,7 @@ class RayRunner:
     def shuffle(
         self, source: Source, groups: list[PartGroup], place: str, seed: int, buckets: int
     ) -> set[str]:
-        """See `Runner.shuffle`."""
+        """Implement `Runner.shuffle` with Ray Data."""
         # as JSON, because file names need not be valid UTF-8
         items = [{"first": first, "parts": json.dumps(parts)} for first, parts in groups]
         counter = start_beside_driver(CountActor)
@@ -95,7 +95,7 @@ class RayRunner:
     def map(
         self, function: Callable[..., R], arguments: Iterable[tuple], most: int | None = None
     ) -> Iterator[R]:
-        """See `Runner.map`."""
+        """Implement `Runner.map` with Ray tasks."""
 
         def call_function(*argument: Any) -> R:
             return function(*argument)

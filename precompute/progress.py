@@ -77,12 +77,12 @@ def show_count(actor: Any, over: threading.Event) -> None:
             try:
                 bar.update(ray.get(actor.total.remote()) - bar.n)
             except ray.exceptions.RayError:
-                return  # the job itself meets it, and says so
+                return  # the job itself meets the error and reports it
 
 
 @contextmanager
 def watch(actor: Any, images: int, shards: int) -> Iterator[None]:
-    """Show the actor's counts until the block ends, and the pending shards when nothing moves."""
+    """Show the actor's counts until the block ends, and the pending shards when it stalls."""
     over = threading.Event()
     thread = threading.Thread(target=show, args=(actor, images, shards, over), daemon=True)
     thread.start()
@@ -107,7 +107,7 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
                 pending = ray.get(actor.pending.remote())
                 reads = ray.get(actor.slow_reads.remote())
             except ray.exceptions.RayError:
-                return  # the job itself meets it, and says so
+                return  # the job itself meets the error and reports it
             now, done = time.monotonic(), written + rejected
             if done != counted:
                 moved, counted = now, done

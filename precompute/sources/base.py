@@ -102,7 +102,7 @@ class PartedSource(Source):
 
     @abstractmethod
     def list_part(self, part: str) -> Iterator[Entry]:
-        """List every input of a part once, in a fixed order; several threads may do so at a time.
+        """List every input of a part once, in a fixed order; may be called by several threads.
 
         Args:
             part: one of `parts`.

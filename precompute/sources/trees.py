@@ -125,7 +125,8 @@ def refuse_splits(store: Store, folders: list[str]) -> None:
 class Files(Source):
     """Unlabeled images, given by a glob (`photos/**/*.jpg`) or a text file.
 
-    The text file has one location per line. Lines are paths relative to the text file's folder, absolute paths, or fsspec URLs.
+    The text file has one location per line: a path relative to the text file's folder, an absolute
+    path, or an fsspec URL.
     """
 
     def __init__(self, root: str, split: str, download: bool):

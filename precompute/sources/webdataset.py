@@ -116,7 +116,7 @@ class WebDatasetShards(PartedSource):
         self.others: set[str] = set()
 
     def look_beside(self) -> None:
-        """Find the sizes of the tars and the indices beside them, by one listing of each folder."""
+        """Find the sizes of the tars and the indices beside them, with one listing per folder."""
         tars, indices = set(self.tars), set(map(index_name, self.tars))
         for folder in sorted({posixpath.dirname(tar) for tar in self.tars}):
             for name, size in self.store.sizes(folder).items():
