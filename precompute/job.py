@@ -183,7 +183,7 @@ class Resources:
             node_cores: CPU cores of the largest node; a worker cannot span two nodes.
 
         Raises:
-            UserError: a worker is to have more than the cluster has.
+            UserError: a worker requests more than the cluster has.
         """
         if self.gpus > devices or self.cpus > min(cores, node_cores):
             raise UserError(

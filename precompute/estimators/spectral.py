@@ -1,8 +1,8 @@
 """Spectral residual saliency, which needs no weights and runs on any machine.
 
 X. Hou and L. Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007: the difference
-between an image's log amplitude spectrum and its local average, transformed back into the image,
-shows where the image is unexpected.
+between an image's log amplitude spectrum and the spectrum's local average, transformed back to
+pixels, is large where the image is unexpected.
 """
 
 from typing import Any

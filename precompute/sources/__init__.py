@@ -52,7 +52,7 @@ SOURCES = {
     "webdataset": "precompute.sources.webdataset:WebDatasetShards",
     "demo": "precompute.demo:DemoScenes",
 }
-"""Class of each source, as text, because importing all of them would always import torchvision."""
+"""Import path of each source's class; importing them all here would always import torchvision."""
 
 
 def open_source(name: str, root: str, split: str, download: bool, **options: Any) -> Source:
