@@ -1,3 +1,3 @@
-"""Source images -> shards with saliency, a Ray job."""
+"""Turn source images into shards with saliency maps, as a Ray job."""
 
-import saliency_shards  # noqa: F401  under `python -m` it puts the project's own folder first
+import saliency_shards  # noqa: F401  under `python -m` it puts the project's folder first

@@ -1,7 +1,8 @@
 """python -m precompute --dataset folder --root ROOT --out OUT
 
-Reads the images of a source, estimates their saliency and writes both into WebDataset shards. Run
-it again after an interruption: it does only what is missing, and ends with the same bytes.
+Read the images of a source, estimate their saliency and write both into WebDataset shards. After
+an interruption, run the same command again: it builds only the missing shards, and the result is
+identical to that of an uninterrupted run.
 """
 
 import contextlib
@@ -39,73 +40,78 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_IN_DRIVER = 2_000_000
-"""Images that this process plans by itself: with 540 bytes each, 1.1 GB (docs/scale.md)."""
+"""Maximum number of images planned in this process: 1.1 GB at 540 bytes each (docs/scale.md)."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Estimate the saliency of images and write both into shards. Goes on where it was stopped.
+    """Estimate the saliency of images and write both into shards; resumes an interrupted run.
 
-    --dataset chooses one of: imagenet, imagenet100, imagenette, caltech101, flowers102, stl10,
-    cifar10, voc, coco, coco-instances, folder (one folder a class), files (a glob or a list),
-    webdataset (tars that exist already), demo (generated scenes), or FILE.py:Class of your own.
+    --dataset is one of: imagenet, imagenet100, imagenette, caltech101, flowers102, stl10, cifar10,
+    voc, coco, coco-instances, folder (one folder per class), files (a glob or a list of files),
+    webdataset (existing tars), demo (generated scenes), or FILE.py:Class for a custom source.
     """
 
     dataset: str = tyro.MISSING
-    """Where the images come from, one of the names above."""
+    """Source of the images: one of the names listed above."""
     out: str = tyro.MISSING
     """Folder for the shards: a plain path or any fsspec URL (s3://bucket/folder)."""
     root: str = ""
-    """Folder of the images, as torchvision lays the dataset out; for `files` a glob or a text file;
-    `demo` needs none. `folder`, `files`, `webdataset` and ImageNet's trees take any fsspec URL."""
+    """Folder of the images, in torchvision's layout for the dataset; for `files` a glob or a text
+    file; `demo` needs none. `folder`, `files`, `webdataset` and `imagenet` accept any fsspec
+    URL."""
     split: str = "train"
-    """Of the dataset, as it calls them (train, val, test; voc: 07+12-trainval; caltech101: all)."""
+    """Split of the dataset, by the dataset's own name for it (train, val, test; voc:
+    07+12-trainval; caltech101: all)."""
     download: bool = False
     """Let torchvision download the dataset into ROOT first."""
     image_member: str = ""
-    """webdataset: extension of the image, where a sample has several (`input.jpg`)."""
+    """webdataset only: extension of the image, if a sample has several images (`input.jpg`)."""
     label_member: str = ""
-    """webdataset: extension of the label (`txt`), `json:FIELD` for a field of a JSON member, or
-    `none`; by default `cls`, and where there is none a field `label` of `json`."""
+    """webdataset only: extension of the label (`txt`), `json:FIELD` for a field of a JSON member,
+    or `none`; by default `cls`, and without a `cls` member the field `label` of `json`."""
     label_text: bool = False
-    """webdataset: labels are names of classes even where they are digits."""
+    """webdataset only: treat labels as class names even if they are digits."""
     keys_with_dots: bool = False
-    """webdataset: the extension begins at the last dot of a name (`img.0001.jpg`)."""
+    """webdataset only: the extension begins at the last dot of a name (`img.0001.jpg`)."""
     name: str = ""
-    """Name of the dataset, for the card; by default what --dataset says."""
+    """Name of the dataset in its card; by default the value of --dataset."""
     shard_samples: int = 1000
-    """Images a shard, at most."""
+    """Maximum number of images per shard."""
     seed: int = 0
-    """Random seed of the global shuffle: which image goes into which shard, in which order."""
+    """Random seed of the global shuffle, which decides the shard and position of every image."""
     plan: Literal["auto", "driver", "cluster"] = "auto"
-    """Where images are listed and planned: in this process, or by tasks of Ray, which need no node
-    with memory for all of them; `auto` for the cluster above 2 million images. Same shards."""
+    """Place where images are listed and planned: this process (`driver`), or Ray tasks (`cluster`),
+    so that no node needs memory for all images. `auto` uses the cluster above 2 million images. The
+    shards are the same either way."""
     limit: int | None = None
-    """Take only so many images, the first of the shuffled order."""
+    """Maximum number of images: keep only the first ones of the shuffled order."""
     resize: int | None = None
-    """Shrink images whose shorter side has more pixels than this to it, and write them as JPEG; by
-    default every image keeps its own bytes."""
+    """Shrink images whose shorter side has more pixels than this to this size, and write them as
+    JPEG; by default the bytes of every image stay unchanged."""
     resize_quality: int = 90
-    """JPEG quality of what --resize writes, 1 to 95."""
+    """JPEG quality of images shrunk by --resize, 1 to 95."""
     extend: bool = False
-    """Add the source's new images to a dataset that is whole, in new shards."""
+    """Add the source's new images to a complete dataset, in new shards."""
     dry_run: bool = False
-    """Print the plan (images, shards, bytes, time, from a few batches) and write nothing."""
+    """Print the plan (images, shards, bytes and time, estimated from a few batches) without writing
+    anything."""
     batch_size: int = 32
-    """Images that are decoded and estimated together; the saliency's last bits depend on it."""
+    """Number of images decoded and estimated together; the last bits of the saliency maps depend
+    on it."""
     workers: int = 0
-    """Shards that are built at a time; 0 for 1 to 3 per GPU (one for every 2 CPU cores per GPU), or
-    one per CPU core without a GPU."""
+    """Number of shards built at the same time. 0: 1 to 3 per GPU (one for every 2 CPU cores per
+    GPU), or one per CPU core without a GPU."""
     cpus_per_worker: float = 0
-    """CPU cores of each; 0 for an even share."""
+    """CPU cores per worker; 0 for an even share."""
     gpus_per_worker: float = 0
-    """GPUs of each worker, also a part of one (0.5: two workers per GPU); 0 for an even share. A
-    GPU in exclusive-process mode takes one worker: 1."""
+    """GPUs per worker; may be a fraction (0.5: two workers per GPU); 0 for an even share. Use 1 for
+    a GPU in exclusive-process mode, which accepts only one worker."""
     address: str | None = None
-    """Address of a running Ray cluster (`auto` for the one of this machine); by default a local one
-    is started and ended."""
+    """Address of an existing Ray cluster (`auto` for the one on this machine); by default a local
+    one is started for the job."""
     estimator: EstimatorOptions = field(default_factory=ScdaOptions)
-    """How saliency is estimated."""
+    """Saliency estimator and its options."""
 
     def __post_init__(self) -> None:
         least = {
@@ -122,13 +128,13 @@ def main() -> int:
     options = parse(
         Options, named={"estimator": ESTIMATORS}, by_path={"estimator": FunctionOptions}
     )
-    with contextlib.ExitStack() as stack:  # a cluster that plans goes on to build
+    with contextlib.ExitStack() as stack:  # the cluster that plans also builds the shards
         return run_command(options, stack)
 
 
 def run_command(options: Options, stack: contextlib.ExitStack) -> int:
-    """Do what the options say; clusters are entered into the stack. Raises UserError."""
-    from precompute.job import Resources, run_job  # torch, DALI and Ray: not before it is time
+    """Run the job; a cluster is entered into the stack, to outlive planning. Raises UserError."""
+    from precompute.job import Resources, run_job  # slow: imports torch, DALI and Ray
 
     job = resolve(options, stack)
     resources = Resources(
@@ -158,7 +164,7 @@ def resolve(options: Options, stack: contextlib.ExitStack) -> "Job":
     from precompute.job import Job
 
     resize = Resize(options.resize, options.resize_quality)
-    # workers have another current folder where they run in a cluster that is there already
+    # Absolute paths, because workers of an existing cluster have another current folder.
     out, root = Store(options.out).location(""), options.root
     if root and "://" not in root:
         root = os.path.abspath(root)
@@ -184,7 +190,7 @@ def resolve(options: Options, stack: contextlib.ExitStack) -> "Job":
 
 
 class Planned(NamedTuple):
-    """A plan, what listing rejected, and the dataset that the plan's shards are added to."""
+    """A plan, the rejects found while listing, and the card of the dataset to extend, if any."""
 
     plan: Plan
     rejects: list[Reject]
@@ -229,10 +235,12 @@ def plan_here(options: Options, source: Source, root: str, out: str, most: int |
 def plan_there(
     options: Options, source: Source, root: str, out: str, stack: contextlib.ExitStack
 ) -> Planned:
-    """Plan on the cluster, which is entered into the stack, as is the removal of the plan's folder.
+    """Plan on the cluster.
+
+    The cluster and the removal of the plan's folder are entered into the stack.
 
     Raises:
-        UserError: of the source or the cluster.
+        UserError: the source or the cluster fails.
     """
     from precompute.cluster import cluster
     from precompute.plan_job import plan_on_cluster
@@ -256,7 +264,7 @@ def plan_there(
 
 
 class TooManyImagesError(Exception):
-    """More images than this process is to plan."""
+    """Raised when a source has more images than this process may plan."""
 
 
 def at_most(most: int | None, entries: Iterable[T]) -> Iterator[T]:
@@ -268,7 +276,7 @@ def at_most(most: int | None, entries: Iterable[T]) -> Iterator[T]:
 
 
 def count_classes(labels: Counter[int], source: Source) -> str:
-    """Say what was listed: a wrong ROOT shows before the work begins.
+    """Describe the listing, so that a wrong ROOT is noticed before the work begins.
 
     Args:
         labels: number of images of each label.
@@ -284,7 +292,7 @@ def count_classes(labels: Counter[int], source: Source) -> str:
 
 
 def no_images(root: str, rejects: list[Reject]) -> str:
-    """Say why a source gives no image: the reasons, how often, and the first input of each."""
+    """Explain why a source has no usable image: each reason, its count and its first input."""
     if not rejects:
         return f"{root}: no images in it; see `python -m precompute --help` for ROOT"
     first = {reject.reason: reject for reject in reversed(rejects)}
@@ -297,6 +305,7 @@ def no_images(root: str, rejects: list[Reject]) -> str:
 
 
 def report(summary: "Summary") -> str:
+    """Return a summary of a run as text for the terminal."""
     dataset = summary.dataset
     if not summary.shards:
         return f"nothing to do: {dataset.url} is whole, {len(dataset)} samples"
@@ -316,7 +325,7 @@ def report(summary: "Summary") -> str:
 
 def start() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # folder names need not be valid UTF-8
     run(main, outlives_reader=True, decodes=True)
 
 

@@ -1,8 +1,8 @@
-"""Plan a source of many images bucket by bucket: no process holds them all.
+"""Plan a source of many images bucket by bucket, so that no process holds all of them.
 
-The steps of `plan_stages.py`, one after the other, by whatever runs them: `plan_job.py` has Ray do
-it. The plan and the rejects are those of `list_images` and `make_plan`, so a dataset may be begun
-one way and completed the other.
+Calls the steps of `plan_stages.py` in order through a `Runner`; `plan_job.py` has one that uses
+Ray. The plan and the rejects equal those of `list_images` and `make_plan`, so a dataset may be
+begun one way and completed the other.
 """
 
 from collections import Counter
@@ -29,22 +29,23 @@ from schemas.tables import Reject
 R = TypeVar("R")
 
 BUCKETS = 256
-"""Buckets of a plan (ours): 40,000 images each of 10^7, 4 million of 10^9, about 1 GB in a task."""
+"""Number of buckets in a plan (our choice). A bucket has 40,000 of 10^7 images, or 4 million of
+10^9 images, which take about 1 GB in a task."""
 TEXTS_AT_ONCE = 8
-"""Buckets whose texts are on their way to the driver: 0.5 GB each of 10^9 images."""
+"""Number of buckets whose texts are sent to the driver at a time; 0.5 GB each for 10^9 images."""
 PARTS_AT_ONCE = 64
-"""Parts of a source that a task lists, several at a time."""
+"""Number of a source's parts that one task lists, several of them in parallel."""
 
 
 class PartGroup(NamedTuple):
-    """Consecutive parts of a source, from place `first` of `parts_of(source)`."""
+    """Consecutive parts of a source, starting at index `first` of `parts_of(source)`."""
 
     first: int
     parts: list[str]
 
 
 class Runner(Protocol):
-    """Runs the steps of a plan somewhere."""
+    """Interface that runs the steps of a plan, in this process or on a cluster."""
 
     def shuffle(
         self, source: Source, groups: list[PartGroup], place: str, seed: int, buckets: int
@@ -52,26 +53,26 @@ class Runner(Protocol):
         """Call `list_rows` for each group, and `write_rows` for the rows of each bucket.
 
         Returns:
-            the different labels that are text.
+            the distinct labels that are text.
         """
 
     def map(
         self, function: Callable[..., R], arguments: Iterable[tuple], most: int | None = None
     ) -> Iterator[R]:
-        """Yield `function(*argument)` for each argument, in their order.
+        """Yield `function(*argument)` for each argument, in order.
 
         Args:
-            most: calls that may be in progress, or done and not yet yielded.
+            most: maximum number of calls that are in progress, or done and not yet yielded.
         """
 
 
 @dataclass(frozen=True)
 class StoredListing:
-    """A plan and what else the listing of its source has shown.
+    """A plan and the other results of listing its source.
 
     Attributes:
         labels: number of images of each label.
-        linked: local folders outside of ROOT that listing was led to by links.
+        linked: local folders outside of ROOT that listing reached through links.
     """
 
     plan: StoredPlan
@@ -94,10 +95,10 @@ def plan_in_buckets(
 
     Args:
         place: an empty or new folder for the plan, which every node can read and write.
-        The rest is as in `make_plan`.
+        The other arguments are those of `make_plan`.
 
     Raises:
-        UserError: of the source.
+        UserError: the source fails.
     """
     parts = parts_of(source)
     groups = [
@@ -134,10 +135,10 @@ def plan_in_buckets(
 def move_renamed(
     renamed: list[SourceImage], place: str, runner: Runner, seed: int, buckets: int
 ) -> Iterator[tuple[int, int]]:
-    """Rename images whose keys were taken, and write them where their new keys belong.
+    """Rename images whose keys were taken, and write them to the buckets of their new keys.
 
     Yields:
-        each bucket that changed, and how many images it has now.
+        each bucket that changed, and its new number of images.
     """
     if not renamed:
         return
@@ -156,7 +157,7 @@ def move_renamed(
 
 
 def bucket_text(shards: StoredShards, bucket: int) -> bytes:
-    """Return the text of a bucket's images, see `plan_text`."""
+    """Return a bucket's part of the text that the plan's digest covers; see `plan_text`."""
     first, end = shards.starts[bucket], min(shards.starts[bucket + 1], shards.images)
     if first >= end:
         return b""

@@ -1,4 +1,4 @@
-"""Ray for the length of a job: a running cluster, or a local one that ends with it."""
+"""Connect to Ray for the duration of a job: to an existing cluster, or to a local one it starts."""
 
 import contextlib
 import logging
@@ -26,25 +26,25 @@ from schemas.errors import UserError
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 25
-"""How long `ray.init` may be silent: a cluster that does not answer by then is given up, a local
-Ray that is still starting is reported (a loaded machine may need longer)."""
+"""Seconds that `ray.init` may take. After that, a given cluster is treated as unreachable; a local
+Ray is only reported as still starting (a loaded machine may need longer)."""
 VITAL = {"raylet", "gcs_server"}
 LOG_PREFIX = re.compile(r"^\S*\[?\d{4}-\d\d-\d\d[^\]]*\] *|^\(\w+\) +|\x1b\[[0-9;]*m")
-"""Time, level and process before a line of Ray's log, and colors."""
+"""Prefix of a line of Ray's log (time, level and process), and terminal color codes."""
 
 
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Connect to Ray, or use the connection of this process that is there already.
+    """Connect to Ray, or reuse this process's existing connection.
 
-    SIGTERM ends the block by `TerminatedError`.
+    SIGTERM raises `TerminatedError` inside the block.
 
     Raises:
-        UserError: no cluster answers, or no local one starts.
+        UserError: the cluster does not answer, or no local one starts.
     """
-    # Ray reports at length on itself; what concerns the job comes back in rows
+    # Silence Ray's own log, which is long: errors of the job are returned in the result rows.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # and, unless told otherwise, to its makers; that would take a process of its own too
+    # Off by default: usage reports to Ray's developers, which would also take another process.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for logger in ("ray", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
@@ -54,7 +54,7 @@ def cluster(address: str | None) -> Iterator[None]:
     try:
         if ours:
             connect(address)
-            signal.signal(signal.SIGTERM, terminate)  # Ray has put its own in place
+            signal.signal(signal.SIGTERM, terminate)  # again: Ray installs its own handler
         ray.data.DataContext.get_current().enable_progress_bars = False
         if ours and not address:
             threading.Thread(target=end_with_ray, args=(over,), daemon=True).start()
@@ -81,12 +81,12 @@ def connect(address: str | None) -> None:
                 )
         except (UserError, TerminatedError):
             raise
-        except Exception as error:  # a node that is slow to start is a plain Exception of Ray's
+        except Exception as error:  # Ray raises a plain Exception for a node that starts too slowly
             raise UserError(refusal(address, error, last_words(said))) from error
 
 
 def refusal(address: str | None, error: Exception, said: str) -> str:
-    """Say in one line why Ray is not there, in its own words, and what to do."""
+    """Return one line that says why Ray is unavailable, in its own words, and what to do."""
     reason = " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
     if said and said not in reason:
         reason = f"{reason} ({said})"
@@ -101,7 +101,7 @@ def refusal(address: str | None, error: Exception, said: str) -> str:
             f"no Ray cluster answers at {address}: {reason}; look at the address and whether "
             "`ray start` still runs there, or leave --address out"
         )
-    # a cluster of another version, or with another token
+    # The cluster answers, but runs another version or expects another token.
     return (
         f"the Ray cluster at {address} takes no job of this checkout: {reason}; start one from "
         "here (docs/cluster.md), or leave --address out"
@@ -109,7 +109,7 @@ def refusal(address: str | None, error: Exception, said: str) -> str:
 
 
 def reach(address: str) -> None:
-    """Find out in seconds whether anything listens there: Ray itself tries for many minutes.
+    """Check within seconds that something listens at `address`; Ray would try for many minutes.
 
     Raises:
         OSError, ValueError: nothing listens there, or there is no such host or cluster.
@@ -118,7 +118,7 @@ def reach(address: str) -> None:
         try:
             address = services.canonicalize_bootstrap_address(address) or ""
         except ConnectionError:
-            return  # ray.init finds none either, and says so
+            return  # ray.init will not find a cluster either, and reports it
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ValueError("an address is HOST:PORT, or `auto` for the Ray of this machine")
@@ -127,11 +127,11 @@ def reach(address: str) -> None:
 
 @contextlib.contextmanager
 def token(address: str | None) -> Iterator[None]:
-    """Choose the token that Ray asks for, where the user has not said what it is to be.
+    """Choose Ray's authentication token, unless the user has set `RAY_AUTH_MODE`.
 
-    A cluster that was started on a machine with a token file asks for it, yet Ray gives it to a
-    cluster of a given address only if `RAY_AUTH_MODE` says so. A local Ray would write such a file
-    into the home; one that lives as long as the job takes a token of its own instead.
+    A cluster started on a machine with a token file requires that token, yet Ray sends it to a
+    cluster at a given address only if `RAY_AUTH_MODE` says so. A local Ray would write a token file
+    into the home folder; the local one started here gets a temporary token instead.
     """
     if "RAY_AUTH_MODE" in os.environ:
         yield
@@ -147,10 +147,12 @@ def token(address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_stderr() -> Iterator[tuple[int, int]]:
-    """Send stderr, Ray's C++ part's too, to a file in memory, to be shown if Ray does not start.
+    """Redirect stderr, including that of Ray's C++ code, to a file in memory.
+
+    Its last line is part of the error message if Ray does not start.
 
     Returns:
-        descriptors of that file and of what stderr was before.
+        descriptors of that file and of the original stderr.
     """
     try:
         kept = os.dup(2)
@@ -167,8 +169,8 @@ def kept_stderr() -> Iterator[tuple[int, int]]:
 
 
 def last_words(said: int) -> str:
-    """The last line that Ray wrote, without time and process; "" if there is none."""
-    # pread: the descriptor shares its position with stderr
+    """Return the last line that Ray wrote, without its log prefix; "" if there is none."""
+    # pread, because the descriptor shares its file position with stderr
     text = os.pread(said, os.fstat(said).st_size, 0).decode(errors="replace")
     lines = [LOG_PREFIX.sub("", line).strip() for line in text.splitlines()]
     return next((line[:300] for line in reversed(lines) if line), "")
@@ -176,10 +178,10 @@ def last_words(said: int) -> str:
 
 @contextlib.contextmanager
 def watched_start(address: str | None, said: int, terminal: int) -> Iterator[None]:
-    """Hear SIGTERM and Ctrl-C while `ray.init` runs, and end when a cluster does not answer.
+    """Handle SIGTERM and Ctrl-C while `ray.init` runs, and exit when a cluster does not answer.
 
-    Python runs no handler while Ray's C++ part waits, so a thread hears of signals through the
-    wakeup descriptor, which is written to at once.
+    Python runs no signal handler while Ray's C++ code waits, so a thread learns of signals from the
+    wakeup descriptor, which is written to immediately.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -190,7 +192,7 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
     before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
     def tell(message: str) -> None:
-        with contextlib.suppress(OSError):  # who reads it may have left
+        with contextlib.suppress(OSError):  # the reader of stderr may be gone
             os.write(terminal, f"{message}\n".encode())
 
     def end(message: str, status: int) -> None:
@@ -229,17 +231,17 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
 
 
 def start_beside_driver(actor: type) -> Any:
-    """Start an actor without CPUs on this node, so that it goes only where the job goes."""
+    """Start an actor on this node, so that it fails only with the driver; it reserves no CPU."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(actor).remote()
 
 
 def end_with_ray(over: threading.Event) -> None:
-    """End this process when a process that the local Ray consists of has died.
+    """End this process when a vital process of the local Ray has died.
 
-    Left alone, Ray ends its driver too, but up to a minute later and without a word.
+    Ray would end its driver by itself, but up to a minute later and without a message.
     """
-    node = ray._private.worker._global_node  # Ray has no public way to ask
+    node = ray._private.worker._global_node  # Ray has no public API for this
     while not over.wait(POLL_SECONDS):
         if dead := VITAL & {name for name, _ in node.dead_processes()}:
             print(

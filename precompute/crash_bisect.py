@@ -1,11 +1,11 @@
-"""Find the images that kill the process that reads them, by bisection in a process that may die.
+"""Find images that kill the process that reads them, by bisection in a child process.
 
-A decoder that crashes or an image that needs all memory cannot be caught as an exception. When a
-shard has killed its worker again and again, its images are made, but not written, by a child
-process. A list that kills the child is halved until single images are left.
+A decoder that crashes, or an image that uses up all memory, cannot be caught as an exception. After
+a shard has killed its worker repeatedly, a child process makes its samples without writing them. A
+list of images that kills the child is halved until single images are left.
 """
 
-# A child imports this file first: torch, DALI and Ray are imported only where they are used.
+# The child imports this file first, so torch, DALI and Ray are imported only where they are used.
 import multiprocessing
 import pickle
 import signal
@@ -24,14 +24,14 @@ SURVIVED = ""
 
 
 class CrashProbe:
-    """A child process that makes images; a new one is started after one has died.
+    """A child process that makes samples of images; it is restarted after it has died.
 
     Attributes:
         cause: the name of the signal, or the exit code, of the last death.
     """
 
     def __init__(self, make_builder: "Callable[[], ShardBuilder]"):
-        from ray import cloudpickle  # by value where Ray has given us classes by value
+        from ray import cloudpickle  # unlike pickle, can send classes by value, as Ray does
 
         self.make_builder = cloudpickle.dumps(make_builder)
         self.process: multiprocessing.process.BaseProcess | None = None
@@ -39,11 +39,11 @@ class CrashProbe:
         self.cause = ""
 
     def survives(self, images: Sequence[SourceImage]) -> bool:
-        """Return whether the child lives through all of these images.
+        """Return whether the child survives all of these images.
 
         Raises:
-            UserError: the child lives and meets an exception. The search would not see what comes
-                behind it, so the exception ends the search.
+            UserError: the child survives but meets an exception. The images after it were not
+                tried, so the search cannot continue.
         """
         if self.process is None or self.connection is None:
             self.process, self.connection = self.start()
@@ -79,9 +79,9 @@ class CrashProbe:
 
 
 def serve_probe(connection: Connection, make_builder: bytes) -> None:
-    """Make each list of images that arrives, in the child, and answer with the error or `SURVIVED`.
+    """Run the child: make the samples of each list received, reply with the error or `SURVIVED`.
 
-    Ends when the other side closes the connection.
+    Returns when the other side closes the connection.
     """
     builder: ShardBuilder | None = None
     while True:
@@ -105,12 +105,13 @@ def serve_probe(connection: Connection, make_builder: bytes) -> None:
 def find_crashing_images(
     images: Sequence[SourceImage], make_builder: "Callable[[], ShardBuilder]"
 ) -> dict[str, str]:
-    """Return the keys of the images that kill a process on their own, and how it died.
+    """Return the keys of the images that kill a process on their own, each with the cause of death.
 
-    Empty if none of them does so alone.
+    Returns:
+        a dictionary, empty if no image does so alone.
 
     Raises:
-        UserError: the images could not be made for another reason.
+        UserError: the samples could not be made for another reason.
     """
     probe = CrashProbe(make_builder)
     crashing: dict[str, str] = {}

@@ -1,8 +1,8 @@
-"""Encoded bytes -> pixels, by the decoder that the training loader uses.
+"""Decode images with the decoder that the training loader uses.
 
-What is called readable here is what DALI reads in training: a corrupt image stops a DALI pipeline
-and cannot be skipped there, so none may get into a shard. Where there is a GPU it decodes there, as
-the loader does.
+An image is readable if DALI can read it in training: a corrupt image stops a DALI pipeline and
+cannot be skipped there, so none may get into a shard. If there is a GPU, images are decoded on it,
+as the loader does.
 """
 
 import io
@@ -23,26 +23,27 @@ from schemas.device_errors import first_line
 from schemas.tables import Reject
 
 PIXELS_AT_ONCE = 2**27
-"""Decoded together, but for an image that is larger alone: 400 MB. Photos of ImageNet have 0.2
-million pixels, so this only parts batches of very large images, which would not fit in memory."""
+"""Maximum number of pixels decoded together (400 MB), unless a single image has more. ImageNet's
+photos have 0.2 million pixels, so this splits only batches of very large images, which would not
+fit in memory."""
 
 
 def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Reject]]:
-    """Decode a batch; where it fails, one by one, to find the images at fault.
+    """Decode a batch; if that fails, decode the images one by one to find those at fault.
 
-    What DALI cannot read but Pillow can is re-encoded.
+    Images that DALI cannot read but Pillow can are re-encoded.
 
     Returns:
         the images that decode, their pixels as a DALI batch of (height, width, 3) uint8 RGB with
-        EXIF orientation applied (None when there are none), and the others.
+        EXIF orientation applied (None when there are none), and the rejects.
 
     Raises:
-        UserError: the decoder itself fails, whatever the image: no memory is left, the GPU is in
-            error. Nothing is rejected then.
+        UserError: the decoder itself fails whatever the image, because memory has run out or the
+            GPU is in error. No image is rejected then.
     """
     try:
         return images, decode_batch(images), []
-    except Exception as error:  # a damaged image may raise anything; which one it is shows below
+    except Exception as error:  # a damaged image may raise anything; it is identified below
         raise_unless_decoder_works(error)
         good, rejects = [], []
         for encoded in images:
@@ -52,7 +53,7 @@ def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Re
                 rejects.append(rejected.reject)
     try:
         return good, decode_batch(good) if good else None, rejects
-    except Exception as error:  # each of them was decoded alone a moment ago
+    except Exception as error:  # each image was just decoded on its own, so none is at fault
         raise device_error(error, "the decoder fails") from error
 
 
@@ -61,8 +62,8 @@ def raise_unless_decoder_works(error: Exception) -> None:
 
     Raises:
         UserError: the error's text names a GPU or memory, or a JPEG that is known to be good does
-            not decode either. After some errors of CUDA every later call fails, so images would be
-            rejected one after the other, all of them sound.
+            not decode either. After some CUDA errors every later call fails, so every following
+            image would be rejected although it is valid.
     """
     if classify(error) != "data":
         raise device_error(error, "the decoder fails") from error
@@ -81,7 +82,7 @@ def good_jpeg() -> EncodedImage:
 
 
 def within_memory(images: list[EncodedImage]) -> Iterator[list[EncodedImage]]:
-    """The same images in order, in groups of at most `PIXELS_AT_ONCE`, or of one."""
+    """Split images, in order, into groups of at most `PIXELS_AT_ONCE` pixels or a single image."""
     group: list[EncodedImage] = []
     pixels = 0
     for image in images:
@@ -95,7 +96,7 @@ def within_memory(images: list[EncodedImage]) -> Iterator[list[EncodedImage]]:
 
 
 def readable(encoded: EncodedImage) -> EncodedImage:
-    """Return the image as it is, or re-encoded, such that DALI decodes it.
+    """Return an image that DALI decodes: the one given, or a re-encoded copy of it.
 
     Raises:
         RejectedError: it does not decode.
@@ -103,14 +104,19 @@ def readable(encoded: EncodedImage) -> EncodedImage:
     """
     try:
         decode_batch([encoded])
-    except Exception as error:  # as above
+    except Exception as error:  # a damaged image may raise anything
         raise_unless_decoder_works(error)
         return reencoded(encoded)
     return encoded
 
 
 def reencoded(encoded: EncodedImage) -> EncodedImage:
-    """Return a PNG of what only Pillow reads, which DALI decodes. Raises as `readable` does."""
+    """Re-encode an image that only Pillow reads as a PNG that DALI decodes.
+
+    Raises:
+        RejectedError: it does not decode.
+        UserError: the decoder itself fails.
+    """
     png = read_by_pillow(encoded)
     try:
         decode_batch([png])

@@ -1,7 +1,7 @@
-"""Generated scenes: one textured object on a textured ground, with the object's true mask known.
+"""Generate scenes of one textured object on a textured background, with the object's true mask.
 
-A class is a shape together with a texture; colours, place, size, angle, ground and noise vary and
-say nothing about the class. Everything follows from (split, index).
+A class is a shape with a texture. Colors, position, size, angle, background and noise vary
+independently of the class. A scene is a function of (split, index) alone.
 """
 
 import io
@@ -26,12 +26,17 @@ CLASSES = [
     "speckled bar",
 ]
 SCENES = 2000
-SIDES = (112, 144)  # pixels, least and most, of either side
+SIDES = (112, 144)  # minimum and maximum of height and width, in pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """`image` (height, width, 3) uint8 RGB; `mask` (height, width) bool, True on the object."""
+    """A generated image with its mask and label.
+
+    Attributes:
+        image: (height, width, 3) uint8 RGB.
+        mask: (height, width) bool, True on the object.
+    """
 
     image: np.ndarray
     mask: np.ndarray
@@ -43,7 +48,7 @@ def label_of(index: int) -> int:
 
 
 def scene(index: int, split: str) -> Scene:
-    """The scene of this index; another split holds other scenes of the same classes."""
+    """Generate the scene of this index; other splits hold other scenes of the same classes."""
     label = label_of(index)
     rng = np.random.default_rng([zlib.crc32(split.encode()), index])
     height, width = rng.integers(SIDES[0], SIDES[1] + 1, size=2)
@@ -73,17 +78,20 @@ def to_jpeg(image: np.ndarray) -> bytes:
 
 
 def away(colour: np.ndarray, distance: np.ndarray | float) -> np.ndarray:
-    """The RGB colour in [0, 1] that far darker or lighter, whichever has more room."""
+    """Return an RGB color in [0, 1] that is darker or lighter by `distance`.
+
+    The direction is the one with more room.
+    """
     return np.clip(colour + (-1 if colour.mean() > 0.5 else 1) * distance, 0, 1)
 
 
 def mix(amount: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(H, W) in [0, 1] -> (H, W, 3), from the first colour to the second."""
+    """Blend two colors: (H, W) amounts in [0, 1] of the second give (H, W, 3) pixels."""
     return first + amount[..., None] * (second - first)
 
 
 def cloud(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Smooth noise in [0, 1], (height, width), of three octaves."""
+    """Return smooth noise of three octaves: (height, width), in [0, 1]."""
     total = np.zeros((height, width), np.float32)
     for cells, weight in ((4, 0.5), (8, 0.3), (16, 0.2)):
         coarse = Image.fromarray(rng.uniform(0, 1, (cells, cells)).astype(np.float32))
@@ -92,7 +100,7 @@ def cloud(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def shape(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The object's mask in its own coordinates, within the unit circle."""
+    """Return the object's mask, given the object's own coordinates (it fits the unit circle)."""
     r, theta = np.hypot(u, v), np.arctan2(v, u)
     match label:
         case 0:
@@ -114,13 +122,13 @@ def shape(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def polygon(r: np.ndarray, theta: np.ndarray, corners: int) -> np.ndarray:
-    """Distance along the normal of the nearest side of a regular polygon."""
+    """Return the distance from the center along the normal of a regular polygon's nearest side."""
     sector = 2 * math.pi / corners
     return r * np.cos((theta + sector / 2) % sector - sector / 2)
 
 
 def texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The object's surface in [0, 1], in its own coordinates."""
+    """Return the object's texture in [0, 1], given the object's own coordinates."""
     phase = rng.uniform(0, 2 * math.pi)
     match label:
         case 0:
@@ -140,7 +148,7 @@ def texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) 
 
 
 class DemoScenes(Source):
-    """The scenes as a source; `root` is not used."""
+    """Source of the generated scenes; `root` is not used."""
 
     classes = CLASSES
 

@@ -1,4 +1,4 @@
-"""Errors of a GPU or of memory in a worker: one line with the reason and what to do."""
+"""Report GPU and out-of-memory errors of a worker in one line, with the reason and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,16 @@ from schemas.errors import UserError
 
 
 def classify(error: Exception) -> Literal["memory", "device", "data"]:
-    """Return what an error of DALI's or PyTorch's is about: see `classify_error`."""
+    """Classify an error raised by DALI or PyTorch; see `classify_error`."""
     return "memory" if isinstance(error, MemoryError) else classify_error(str(error))
 
 
 @contextmanager
 def device_errors_named(what: str) -> Iterator[None]:
-    """Raise UserError in place of an error of a GPU or of memory; others stay as they are.
+    """Raise UserError in place of a GPU or out-of-memory error; other errors pass unchanged.
 
     Args:
-        what: what failed, the begin of the line.
+        what: what failed, the beginning of the message.
     """
     try:
         yield
@@ -31,11 +31,11 @@ def device_errors_named(what: str) -> Iterator[None]:
 
 
 def device_error(error: Exception, what: str) -> UserError:
-    """Return a UserError that ends the job.
+    """Return the UserError that ends the job.
 
     Args:
-        error: an error of DALI's or PyTorch's.
-        what: what failed, the begin of the line.
+        error: an error raised by DALI or PyTorch.
+        what: what failed, the beginning of the message.
     """
     reason = first_line(str(error))
     if classify(error) == "memory":

@@ -1,4 +1,4 @@
-"""--dry-run: print the plan, size and time of a job without writing anything."""
+"""Estimate the plan, size and time of a job without writing anything (`--dry-run`)."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from schemas.saliency import SaliencyMap
 from schemas.storage import Store
 
 BATCHES = 3
-"""Batches that are made to measure rate and size; the first one warms up and is not timed."""
+"""Number of batches made to measure rate and size; the first one warms up and is not timed."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a few batches took: `size` bytes of `written` images and `rejected` ones, and
-    `seconds` for `timed` of them."""
+    """Measurements of a few batches.
+
+    Attributes:
+        size: bytes of the images that would be written, with their maps.
+        written: number of these images.
+        rejected: number of rejected images.
+        seconds: time that the timed images took.
+        timed: number of timed images.
+    """
 
     size: int
     written: int
@@ -47,9 +54,12 @@ class Sampled:
 
 
 def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
-    """Return images, shards, bytes and time of a job, from a few batches made in one worker.
+    """Estimate images, shards, bytes and time of a job from a few batches made in this process.
 
-    Nothing is written. Raises UserError as the job itself would.
+    Nothing is written.
+
+    Raises:
+        UserError: in the same cases as the job itself.
     """
     estimator = job.estimator.build()
     missing = missing_shards(
@@ -85,7 +95,7 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
 
 
 def make_batches(job: Job, estimator: Estimator, sample: list[SourceImage]) -> Sampled:
-    """Make images as a worker does, up to their maps, and count what comes of them."""
+    """Make samples as a worker does, but write none; count and time them."""
     size, written, rejected, seconds, timed = 0, 0, 0, 0.0, 0
     with TemporaryDirectory() as folder:
         builder = ShardBuilder(
@@ -105,10 +115,10 @@ def make_batches(job: Job, estimator: Estimator, sample: list[SourceImage]) -> S
 
 
 def speed_up(device: str, workers: int, machine: Machine) -> tuple[int, str]:
-    """Return how many times one worker's rate the job reaches, and what its workers share.
+    """Return the job's rate as a multiple of one worker's, and the hardware that workers share.
 
-    Workers on one GPU share it: counting it once promises least. Workers on the CPU have their
-    own cores, but cores that share caches give less than this says.
+    Workers on one GPU share it, so a GPU counts once, which is the cautious estimate. Workers on
+    the CPU have separate cores, but cores that share caches reach less than this number.
     """
     if device == "cuda" and machine.devices:
         times = min(workers, machine.devices)

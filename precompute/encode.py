@@ -1,4 +1,4 @@
-"""Headers and re-encoding: what of an input's bytes is written."""
+"""Check the headers of input images, and re-encode or shrink them where needed."""
 
 import io
 import warnings
@@ -15,30 +15,30 @@ from schemas.errors import UserError
 from schemas.sample import IMAGE_EXTENSIONS
 from schemas.tables import Reject
 
-# Pillow warns at 89 million pixels and refuses at twice that: the latter is our limit. Set once, as
-# warnings.catch_warnings is not safe in the threads that read.
+# Pillow warns at 89 million pixels and refuses at twice that; only the latter is a limit here. The
+# filter is set once, because warnings.catch_warnings is not safe in the threads that read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that swap height and width."""
+"""Values of EXIF's orientation that swap height and width."""
 
 MAX_JPEG_SIDE = 65500
-"""Pixels of the longest side of a JPEG that libjpeg writes."""
+"""Longest side of a JPEG that libjpeg can write, in pixels."""
 
 MISREAD_BY_DALI = {"TIFF": {"LA", "La", "PA", "F", "LAB"}}
-"""By Pillow's format, modes whose pixels DALI 2.4 reads without an error, yet not as they are
-meant: alpha taken for a color, floats outside of 0 .. 1 cut off, L*a*b* taken for RGB."""
+"""Pillow's modes, by format, that DALI 2.4 reads without an error but wrongly: it takes alpha for a
+color, clips floats outside of 0 .. 1, or takes L*a*b* for RGB."""
 
 
 @dataclass(frozen=True)
 class Resize:
-    """Make larger images smaller before they are written; smaller ones stay as they are.
+    """Options for shrinking large images before they are written; smaller ones stay unchanged.
 
     Attributes:
-        short_side: pixels of the shorter side, the aspect ratio kept (256 is what evaluation
-            protocols on ImageNet resize to). None: every image keeps its own bytes.
-        quality: of the JPEG that is written, 1 .. 95 (ours).
+        short_side: pixels of the shorter side; the aspect ratio is kept (evaluation protocols on
+            ImageNet resize to 256). None: the bytes of every image stay unchanged.
+        quality: quality of the JPEG that is written, 1 .. 95 (the default is our choice).
     """
 
     short_side: int | None = None
@@ -53,9 +53,15 @@ class Resize:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An input that looks like an image; its pixels are not read yet.
+    """An input whose header is that of an image; its pixels have not been decoded yet.
 
-    `pixels` is how many its header claims, `members` what is kept beside it.
+    Attributes:
+        image: the input in its source.
+        content: the bytes to write.
+        extension: the extension of `content`'s format.
+        reencoded: whether `content` differs from the input's own bytes.
+        pixels: number of pixels according to the input's header.
+        members: other members of the sample, by extension.
     """
 
     image: SourceImage
@@ -67,7 +73,7 @@ class EncodedImage:
 
 
 class RejectedError(Exception):
-    """This input cannot be written. Carries the row for rejects.parquet."""
+    """Raised for an input that cannot be written; carries its row of rejects.parquet."""
 
     def __init__(self, image: SourceImage, reason: str, detail: str):
         super().__init__(detail)
@@ -76,13 +82,14 @@ class RejectedError(Exception):
 
 @contextmanager
 def rejecting(image: SourceImage, name: str) -> Iterator[None]:
-    """Turn any error of a decoder, of EXIF or of a codec's plug-in into that input's reject.
+    """Turn any error of a decoder, of EXIF parsing or of a codec's plug-in into a RejectedError.
 
-    Their classes say nothing: damaged inputs raise OSError, SyntaxError, OverflowError,
-    RuntimeError, struct.error, ZeroDivisionError and more, and a plug-in in Rust a BaseException.
+    The classes of these errors carry no information: damaged inputs raise OSError, SyntaxError,
+    OverflowError, RuntimeError, struct.error, ZeroDivisionError and more, and a plug-in written in
+    Rust raises a BaseException.
 
     Args:
-        name: of the format, for the reject.
+        name: the format's name, for the reject.
     """
     try:
         yield
@@ -98,13 +105,13 @@ def rejecting(image: SourceImage, name: str) -> Iterator[None]:
 def check(
     image: SourceImage, content: bytes, members: dict[str, bytes], resize: Resize
 ) -> EncodedImage:
-    """Look at the header: the format by its content, not by the file's name.
+    """Check an image's header; the format is that of the content, not of the file's name.
 
-    Formats that DALI does not read are decoded by Pillow and re-encoded as PNG, without loss, their
-    first frame, oriented. What is larger than `resize` asks for becomes a JPEG.
+    Formats that DALI does not read are decoded by Pillow, and their first frame is oriented and
+    re-encoded as PNG, without loss. Images larger than `resize` allows become JPEGs.
 
     Raises:
-        RejectedError: empty, not an image, too many pixels, or not decodable.
+        RejectedError: it is empty, no image, has too many pixels, or cannot be decoded.
     """
     if not content:
         raise RejectedError(image, "empty", "the file has no bytes; replace or remove it")
@@ -132,7 +139,7 @@ def check(
 
 
 def to_png(image: SourceImage, opened: Image.Image) -> bytes:
-    """Return a PNG of the first frame, oriented, RGB. Raises RejectedError."""
+    """Return the first frame as an oriented RGB PNG. Raises RejectedError."""
     with rejecting(image, opened.format or "image"):
         buffer = io.BytesIO()
         oriented(opened).save(buffer, format="PNG")
@@ -142,15 +149,15 @@ def to_png(image: SourceImage, opened: Image.Image) -> bytes:
 def shrink(
     image: SourceImage, opened: Image.Image, short_side: int, quality: int
 ) -> tuple[bytes, str]:
-    """Make the shorter side so many pixels, oriented, RGB. Raises RejectedError.
+    """Resize an image to this shorter side, oriented and as RGB. Raises RejectedError.
 
     Returns:
-        a JPEG, or a PNG where a side is too long for one, and the extension.
+        a JPEG, or a PNG if a side is too long for a JPEG, and its extension.
     """
     with rejecting(image, opened.format or "image"):
         scale = short_side / min(opened.size)
         width, height = (max(1, round(side * scale)) for side in opened.size)
-        # a JPEG may be decoded at a half, a quarter ... of its size, if that is twice ours
+        # faster: lets libjpeg decode at 1/2, 1/4 ... of the size, but at twice the target or more
         opened.draft("RGB", (2 * width, 2 * height))
         if opened.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
             width, height = height, width
@@ -164,12 +171,12 @@ def shrink(
 
 
 def oriented(opened: Image.Image) -> Image.Image:
-    """Return the pixels as they are meant to be seen, RGB. Raises whatever the decoder raises."""
+    """Return the image as RGB with EXIF orientation applied. Raises whatever the decoder raises."""
     return to_rgb(ImageOps.exif_transpose(opened))
 
 
 def read_by_pillow(encoded: EncodedImage) -> EncodedImage:
-    """Re-encode what DALI does not read as a PNG, without loss. Raises RejectedError."""
+    """Re-encode an image that DALI does not read as a lossless PNG. Raises RejectedError."""
     if encoded.reencoded:
         raise RejectedError(encoded.image, "undecodable", "DALI does not read its re-encoded copy")
     with rejecting(encoded.image, "damaged or cut short; replace or remove it"):

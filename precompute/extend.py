@@ -1,4 +1,4 @@
-"""New images for a dataset that is whole: shards of their own, behind those that are there."""
+"""Find the images that `--extend` adds to a complete dataset, in new shards after the existing."""
 
 from precompute.sources import SourceImage
 from precompute.sources.base import free_key
@@ -15,11 +15,11 @@ def only_new(
 ) -> tuple[DatasetCard, list[SourceImage], list[Reject]]:
     """Return the card of the dataset, the images that are new to it, and the rejects.
 
-    An image is new if its location was neither written nor rejected before. Keys that are there
-    stay; a new image whose key is taken gets a digest into its own.
+    An image is new if its location was neither written nor rejected before. Existing keys stay; if
+    the key of a new image is taken, a digest is added to the new one.
 
     Raises:
-        UserError: there is no whole dataset, or its labels would change their meaning.
+        UserError: there is no complete dataset, or its labels would change their meaning.
     """
     if not Store(out).exists(CARD):
         raise UserError(f"{out}: no whole dataset that could be extended; leave --extend out")
@@ -30,7 +30,8 @@ def only_new(
             f"{out}: its labels would change: it has the classes {', '.join(there[:5])} ..., the "
             f"source {', '.join(classes[:5])} ...; new classes must come behind the old ones"
         )
-    # by the markers: the tables may be those of an extension that was interrupted at its very end
+    # Read from the shards' markers, because an extension that was interrupted at its very end may
+    # have written the tables already.
     keys: set[str] = set()
     known: set[str] = set()
     for marker in read_markers(dataset.store, range(dataset.card.shards)):

@@ -1,4 +1,4 @@
-"""Names of formats that no decoder here reads, by their first bytes: a reject says them."""
+"""Recognize formats that no decoder here reads, so that a reject can name the format."""
 
 import struct
 
@@ -25,17 +25,18 @@ BRANDS = {
     b"crx ": "Canon raw (CR3)",
     b"jxl ": "JPEG XL",
 }
-"""Major brands of ISO base media files (ISO/IEC 14496-12)."""
+"""Format names by the major brand of an ISO base media file (ISO/IEC 14496-12)."""
 
 FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
 JPEG_LS = 0xF7
 STANDALONE = {0x01, *range(0xD0, 0xD9)}
-"""Markers of JPEG (ITU-T T.81, table B.1): those that begin a frame, and those without a length."""
+"""JPEG markers without a length field (ITU-T T.81, table B.1); FRAME_HEADERS are those that begin a
+frame."""
 
 
 def name_format(content: bytes) -> str:
-    """Name a format that is known but not read; "" where the bytes are of none of them."""
+    """Return the name of a known format that cannot be read; "" for any other content."""
     if content[:3] == b"\xff\xd8\xff":
         return name_jpeg(content)
     if content[4:8] == b"ftyp":
@@ -52,7 +53,7 @@ def name_format(content: bytes) -> str:
 
 
 def name_jpeg(content: bytes) -> str:
-    """Name a JPEG of a kind that is not read: 12 bits, lossless, JPEG-LS; "" for any other."""
+    """Name a kind of JPEG that cannot be read: 12-bit, lossless or JPEG-LS; "" for any other."""
     position = 2
     while position + 4 <= len(content):
         if content[position] != 0xFF:

@@ -1,4 +1,4 @@
-"""A dataset must not be written among its own inputs, whatever names they go by."""
+"""Refuse to write a dataset among its own inputs, also if links or mounts give them other names."""
 
 import os
 import posixpath
@@ -40,7 +40,7 @@ def refuse_linked_inputs(out: str, links: Iterable[str]) -> None:
 
 
 def overlap(out: Store, inputs: Store) -> bool:
-    """Whether shards that are written to OUT lie among the inputs, or the inputs among them."""
+    """Return whether OUT lies inside the inputs' folder, or the inputs inside OUT's shards."""
     if type(out.fs) is not type(inputs.fs):
         return False
     base, *others = (real_place(store) for store in (inputs, out, Store(shards_of(out))))
@@ -54,25 +54,25 @@ def shards_of(out: Store) -> str:
 
 
 def real_place(store: Store) -> list[str]:
-    """Return where a folder lies: its device and the parts of its path there, links resolved.
+    """Return the device of a folder and the parts of its path on it, with links resolved.
 
-    A bind mount shows one folder under two names that no resolving of links tells apart, so a local
-    path is given as on its own file system.
+    A bind mount shows one folder under two paths, which resolving links does not reveal, so a local
+    path is given relative to its own file system.
     """
     if not store.is_local:
         return posixpath.normpath(store.root).split("/")
     path = os.path.realpath(store.root)
     device, there, below = "", "/", path
     for mounted, place, folder in mounts():
-        if f"{path}/".startswith(f"{folder.rstrip('/')}/"):  # of several, the last lies on top
+        if f"{path}/".startswith(f"{folder.rstrip('/')}/"):  # the last match is on top
             device, there, below = mounted, place, os.path.relpath(path, folder)
     return [device, *(part for part in f"{there}/{below}".split("/") if part not in ("", "."))]
 
 
 def mounts() -> list[tuple[str, str, str]]:
-    """Device, folder on that device and mount point of every mount; none where there is no /proc.
+    """Return device, folder on that device and mount point of every mount; empty without /proc.
 
-    Sorted such that a mount comes behind those that it covers.
+    The order is such that a mount comes after those that it covers.
     """
     try:
         with open(MOUNTS, "rb") as file:
@@ -88,7 +88,7 @@ def unescape(field: bytes) -> str:
 
 
 def matched(out: Store, pattern: str) -> str:
-    """The first of the files of a dataset at OUT that a glob finds; "" if it finds none."""
+    """Return the first file of a dataset at OUT that a glob would match; "" if there is none."""
     inputs = Store(posixpath.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0]) or ".")
     place, base = real_place(out), real_place(inputs)
     if type(out.fs) is not type(inputs.fs) or place[: len(base)] != base:

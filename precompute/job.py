@@ -1,4 +1,4 @@
-"""The Ray Data job over shard plans: resume, bounded attempts, merging of the tables."""
+"""Run a precompute job on Ray Data: build the missing shards, then write tables and card."""
 
 import hashlib
 import json
@@ -37,19 +37,19 @@ STATS = "stats.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One precompute job, resolved: nothing in it depends on the machine that runs it.
+    """A complete description of a precompute job, independent of the machine that runs it.
 
     Attributes:
-        name, split: for the card.
-        source: where the images are.
-        plan: which image goes into which shard.
-        rejects: what the listing of the source rejected.
+        name, split: name and split of the dataset, for its card.
+        source: the source of the images.
+        plan: assignment of the images to shards.
+        rejects: inputs rejected while the source was listed.
         estimator: options of the estimator.
-        seed: of the plan.
+        seed: random seed of the plan.
         out: folder of the dataset, a plain path or any fsspec URL.
-        batch_size: images that are decoded and estimated together.
-        resize: what is made smaller before it is written.
-        before: the dataset that the plan's shards are added to; None for a new one.
+        batch_size: number of images decoded and estimated together.
+        resize: options for shrinking large images.
+        before: card of the dataset that the plan's shards extend; None for a new one.
     """
 
     name: str
@@ -70,13 +70,13 @@ class Job:
 
     @property
     def plan_digest(self) -> str:
-        """Of the plan of all shards, with those that were there before."""
+        """Digest of the plan of all shards, including those of the dataset that is extended."""
         if self.before is None:
             return self.plan.digest
         return hashlib.sha256(f"{self.before.plan} {self.plan.digest}".encode()).hexdigest()
 
     def settings(self, weights_sha256: str | None) -> dict[str, Any]:
-        """What the shards depend on: another run may add to them only if all of it is the same."""
+        """Return everything that the shards depend on; a job resumes only if all of it agrees."""
         settings = {
             "name": self.name,
             "split": self.split,
@@ -91,11 +91,11 @@ class Job:
             settings |= {"resize": self.resize.short_side, "resize_quality": self.resize.quality}
         if self.before is not None:
             settings["first_shard"] = self.first_shard
-        return json.loads(json.dumps(settings))  # as a marker gives them back: tuples are lists
+        return json.loads(json.dumps(settings))  # as read from a marker: tuples become lists
 
     @property
     def default_settings(self) -> dict[str, Any]:
-        """What a setting counts as that a marker of an older version does not know."""
+        """Values to assume for settings that are missing from an older version's markers."""
         resize = Resize()
         return {
             "resize": resize.short_side,
@@ -106,7 +106,13 @@ class Job:
 
 
 class Usable(NamedTuple):
-    """The CPU cores and GPUs that workers can have: of all nodes, and cores of the largest one."""
+    """Hardware that workers can use.
+
+    Attributes:
+        cores: CPU cores that workers can use, of all nodes together.
+        devices: GPUs of all nodes together.
+        node_cores: CPU cores of the largest node that workers can use.
+    """
 
     cores: float
     devices: float
@@ -114,13 +120,14 @@ class Usable(NamedTuple):
 
 
 def usable_resources(nodes: Sequence[Mapping[str, Any]]) -> Usable:
-    """Return what workers can have of a cluster.
+    """Return the part of a cluster's hardware that workers can use.
 
-    Where there are GPUs, workers go to nodes with GPUs only, and each has an even share of cores:
-    that of the node with the fewest cores per GPU, as a worker must fit on any of them.
+    If there are GPUs, workers run only on nodes with GPUs, and each gets an even share of the
+    cores. The share is that of the node with the fewest cores per GPU, because a worker must fit
+    on any of these nodes.
 
     Args:
-        nodes: as `ray.nodes` returns them.
+        nodes: the result of `ray.nodes`.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     usable = [node for node in alive if node.get("GPU", 0) > 0]
@@ -135,27 +142,29 @@ def usable_resources(nodes: Sequence[Mapping[str, Any]]) -> Usable:
 
 MOST_WORKERS_PER_GPU = 3
 CORES_PER_WORKER = 2
-"""A worker reads, decodes, estimates and packs in threads of their own (both numbers are ours)."""
+"""CPU cores per worker, in which reading, decoding, estimating and packing run in separate threads
+(both numbers are our choice)."""
 
 
 def workers_per_gpu(cores_per_gpu: float) -> int:
     """Return how many workers share a GPU by default.
 
-    One process cannot keep a GPU busy: what is left to its CPU is one Python process's work (see
-    docs/performance.md), and the GPU waits at the begin and the end of each shard.
+    A single process cannot keep a GPU busy: its CPU work runs in one Python process (see
+    docs/performance.md), and the GPU waits at the beginning and the end of each shard.
     """
     return max(1, min(MOST_WORKERS_PER_GPU, int(cores_per_gpu // CORES_PER_WORKER)))
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the job may take of a cluster.
+    """Hardware that the job may use.
 
     Attributes:
-        address: of a running Ray cluster; None for a local one that ends with the job.
-        workers: shards at a time; 0 for as many as the cluster's GPUs, or CPU cores, allow.
-        cpus: cores of each worker; 0 for an even share of what the cluster has.
-        gpus: GPUs of each worker; 0 for a part of one, see `workers_per_gpu`.
+        address: address of an existing Ray cluster; None for a local one that ends with the job.
+        workers: number of shards built at the same time; 0 for as many as the cluster's GPUs, or
+            CPU cores, allow.
+        cpus: CPU cores per worker; 0 for an even share of the cluster's.
+        gpus: GPUs per worker; 0 for a fraction of one, see `workers_per_gpu`.
     """
 
     address: str | None = None
@@ -166,15 +175,15 @@ class Resources:
     def split(
         self, cores: float, devices: float, shards: int, node_cores: float = math.inf
     ) -> tuple[int, float, float]:
-        """Return the count of workers, and the cores and GPUs of each.
+        """Return the number of workers, and the CPU cores and GPUs of each.
 
         Args:
             cores, devices: CPU cores and GPUs of the cluster.
-            shards: how many are to be built.
-            node_cores: cores of the largest node; a worker does not reach over two.
+            shards: number of shards to build.
+            node_cores: CPU cores of the largest node; a worker cannot span two nodes.
 
         Raises:
-            UserError: a worker is to have more than the cluster has.
+            UserError: a worker requests more than the cluster has.
         """
         if self.gpus > devices or self.cpus > min(cores, node_cores):
             raise UserError(
@@ -188,23 +197,24 @@ class Resources:
         else:
             fitting = cores // (self.cpus or 1)
         workers = max(1, min(self.workers or int(fitting), shards))
-        # Ray puts workers that fit together onto one GPU, so each asks for the part that spreads
-        # them over all GPUs; Ray keeps such parts as ten-thousandths
+        # Ray packs onto one GPU all workers that fit, so each requests the fraction that spreads
+        # them over all GPUs. Ray stores fractions as ten-thousandths, so it is rounded down.
         even = math.floor(10_000 / math.ceil(workers / devices)) / 10_000 if devices else 0.0
-        # more workers than cores share them
+        # if there are more workers than the hardware allows for, each gets an even share
         gpus = min(self.gpus or even, devices / workers if self.gpus else 1.0)
         return workers, self.cpus or min(cores / workers, node_cores), gpus
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run of the job did.
+    """Result of a run of the job.
 
     Attributes:
-        shards, images: that were missing before.
-        seconds: from start to end.
-        at_work: seconds from the first shard's begin to the last one's end: without the start of
-            Ray and of its workers.
+        dataset: the complete dataset.
+        shards, images: number of shards and images that were missing before this run.
+        seconds: duration of the run.
+        at_work: seconds from the start of the first shard to the end of the last one, which
+            excludes the start of Ray and of its workers.
     """
 
     dataset: ShardDataset
@@ -214,7 +224,7 @@ class Summary:
     at_work: float
 
     def stats(self) -> dict[str, Any]:
-        """What `stats.json` says, of the run and of the dataset."""
+        """Return the content of `stats.json`: statistics of the run and of the dataset."""
         dataset = self.dataset
         share = mean_foreground(dataset)
         return {
@@ -246,7 +256,7 @@ def mean_foreground(dataset: ShardDataset) -> float | None:
 
 
 def run_job(job: Job, resources: Resources) -> Summary:
-    """Do what is missing of a job, then write the tables and the card.
+    """Build the missing shards of a job, then write the tables and the card.
 
     Raises:
         UserError: the output has other settings or another format version, cannot be written, or a
@@ -254,13 +264,13 @@ def run_job(job: Job, resources: Resources) -> Summary:
     """
     start = time.monotonic()
     store = Store(job.out)
-    # Loaded here too, so that weights that are wrong or missing are found before Ray is started; on
-    # the CPU, because the driver's context would stay on the GPU for the whole job, and a GPU in
-    # exclusive-process mode would take no worker beside it.
+    # The driver loads the weights too, so that wrong or missing weights are noticed before Ray is
+    # started. It does so on the CPU, because its context would stay on the GPU for the whole job,
+    # and a GPU in exclusive-process mode would then accept no worker.
     estimator = job.estimator.build(device="cpu")
     settings = job.settings(estimator.weights_sha256)
     card = None
-    if store.exists(CARD):  # of a newer format its shards would look damaged, and be written over
+    if store.exists(CARD):  # shards of a newer format would look damaged and be overwritten
         card = DatasetCard.from_json(store.read(CARD), store.location(CARD))
     missing = missing_shards(store, settings, job.default_settings)
     store.make_folder(SHARD_FOLDER)
@@ -284,7 +294,7 @@ def run_job(job: Job, resources: Resources) -> Summary:
     )
     images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
     summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
-    store.remove_folder(PLAN_FOLDER)  # of this run, and of any that was killed
+    store.remove_folder(PLAN_FOLDER)  # with the plans of this run and of any that were killed
     store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
     return summary
 
@@ -292,15 +302,15 @@ def run_job(job: Job, resources: Resources) -> Summary:
 def build_shards(
     job: Job, settings: dict[str, Any], missing: list[int], resources: Resources
 ) -> float:
-    """Build the missing shards, as many at a time as there are workers. Raises UserError.
+    """Build the missing shards, one per worker at a time. Raises UserError.
 
     Returns:
-        seconds from the first shard's begin to the last one's end.
+        seconds from the start of the first shard to the end of the last one.
     """
     first, plan = job.first_shard, job.plan
     images = sum(plan.size(shard - first) for shard in missing)
     store = Store(job.out)
-    for module in loaded_files():  # a source of the user's own, named by its file
+    for module in loaded_files():  # workers cannot import a custom source's file by its name
         cloudpickle.register_pickle_by_value(module)
 
     def so_far() -> str:

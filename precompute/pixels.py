@@ -1,17 +1,17 @@
-"""Pixels of every mode of Pillow -> 8-bit RGB that shows the picture."""
+"""Convert pictures of every Pillow mode to 8-bit RGB, without clipping their range."""
 
 import numpy as np
 from PIL import Image, ImageCms
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return the picture as 8-bit RGB; alpha is left out, as DALI leaves it out.
+    """Return the picture as 8-bit RGB, dropping alpha as DALI does.
 
     Pillow itself clips 16-bit, 32-bit and float pixels to 0 .. 255, which makes most of them white
-    or black, and does not convert L*a*b*. Here 16 bits are divided by 257, as DALI does. A 32-bit
-    or float picture does not say what its white is: values within 0 .. 1 (floats only), 0 .. 255
-    and 0 .. 65535 are taken to span that range, all others are stretched from their minimum to
-    their maximum (ours).
+    or black, and does not convert L*a*b*. Here, 16-bit values are divided by 257, as DALI does. A
+    32-bit or float picture does not define its white value: values within 0 .. 1 (floats only),
+    0 .. 255 or 0 .. 65535 are assumed to span that range, and all others are stretched from their
+    minimum to their maximum (our choice).
     """
     mode = picture.mode
     if mode.startswith("I;16"):
@@ -32,7 +32,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def scale_to_bytes(values: np.ndarray, whites: tuple[int, ...]) -> np.ndarray:
-    """Scale any values to 0 .. 255; what is not finite becomes the limit that is nearest to it."""
+    """Scale any values to 0 .. 255; infinities become the nearest limit, and NaN the lower one."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
@@ -44,5 +44,5 @@ def scale_to_bytes(values: np.ndarray, whites: tuple[int, ...]) -> np.ndarray:
 
 
 def from_gray(values: np.ndarray) -> Image.Image:
-    """(height, width) float, 0 .. 255 -> an RGB picture."""
+    """Return (height, width) floats in 0 .. 255 as an RGB picture."""
     return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)).convert("RGB")

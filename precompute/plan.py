@@ -1,4 +1,4 @@
-"""Seeded global shuffle -> shard plans; the same inputs give the same plan.
+"""Shuffle all images with a seed and cut them into shards; the same inputs give the same plan.
 
 This file plans in memory, with about 540 bytes per image; `plan_job.py` plans on a cluster.
 """
@@ -14,11 +14,11 @@ from precompute.sources import SourceImage
 
 @dataclass(frozen=True)
 class Plan:
-    """Which images go into which shard, in which order.
+    """The assignment of images to shards, in order.
 
     Attributes:
         shards: the images of each shard.
-        digest: sha256 over all of it.
+        digest: sha256 over all images, their order and their shards.
     """
 
     shards: Sequence[Sequence[SourceImage]]
@@ -34,7 +34,7 @@ class Plan:
         return len(self.shards[shard])
 
     def message(self, shard: int) -> str:
-        """Return a shard's images as text for a worker; "" where the worker reads the plan."""
+        """Return a shard's images as text for a worker; "" if workers read the plan themselves."""
         return json.dumps(self.shards[shard])
 
     def images_of(self, shard: int, message: str) -> list[SourceImage]:
@@ -42,20 +42,20 @@ class Plan:
         return [SourceImage(*image) for image in json.loads(message)]
 
     def for_workers(self) -> "Plan":
-        """Return what a worker needs to call `images_of`: not the images themselves."""
+        """Return a copy without the images, enough for a worker to call `images_of`."""
         return Plan([], self.digest)
 
 
 def plan_order(seed: int, key: str) -> bytes:
-    """Return what images are sorted by: 32 bytes, a hash of seed and key."""
+    """Return the sort key of an image: 32 bytes, a hash of the seed and the image's key."""
     return hashlib.sha256(f"{seed}:{key}".encode()).digest()
 
 
 def cut_shards(images: int, shard_samples: int) -> list[int]:
-    """Return where shards begin and end in the sorted images; they are of equal size (within one).
+    """Return the bounds of shards of equal size (to within one) in the sorted images.
 
     Returns:
-        ascending places, one more than there are shards; empty without images.
+        ascending indices, one more than there are shards; empty without images.
     """
     count = -(-images // shard_samples)
     return [images * shard // count for shard in range(count + 1)] if count else []
@@ -66,13 +66,13 @@ def make_plan(
 ) -> Plan:
     """Shuffle all images together and cut them into shards of equal size (to within one).
 
-    Loaders shuffle only within a buffer, so the shuffle that matters is this one. The order is that
-    of a hash of seed and key: it depends neither on the order of listing nor on a library's random
-    numbers, and stays what it is on any machine.
+    Loaders shuffle only within a buffer, so this global shuffle is the one that matters. Images are
+    sorted by a hash of seed and key, so the order depends neither on the order of listing nor on a
+    library's random numbers, and is the same on any machine.
 
     Args:
         shard_samples: maximum number of images per shard.
-        limit: keep only so many images of the shuffled order.
+        limit: maximum number of images; the first ones of the shuffled order are kept.
     """
     order = sorted(images, key=lambda image: plan_order(seed, image.key))[:limit]
     cuts = cut_shards(len(order), shard_samples)

@@ -1,4 +1,4 @@
-"""Plan on a Ray cluster: Ray Data lists and shuffles, tasks settle the buckets."""
+"""Plan on a Ray cluster: Ray Data lists and shuffles the images, tasks complete the buckets."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from schemas.errors import UserError
 R = TypeVar("R")
 
 IN_FLIGHT_PER_CORE = 2
-"""Tasks that are submitted and not yet done, for each CPU core."""
+"""Maximum number of submitted and unfinished tasks per CPU core."""
 PARTITIONS_PER_CORE = 4
 LEAST_PARTITIONS = 8
 
@@ -35,13 +35,13 @@ def plan_on_cluster(
     """List a source and plan its shards by tasks of the connected Ray cluster.
 
     Args:
-        The arguments are as in `plan_in_buckets`.
+        The arguments are those of `plan_in_buckets`.
 
     Raises:
-        UserError: of the source, or Ray failed.
-        TerminatedError: by SIGTERM.
+        UserError: the source or Ray fails.
+        TerminatedError: on SIGTERM.
     """
-    for module in loaded_files():  # a source of the user's own, named by its file
+    for module in loaded_files():  # workers cannot import a custom source's file by its name
         cloudpickle.register_pickle_by_value(module)
     try:
         return plan_in_buckets(
@@ -58,7 +58,7 @@ def plan_on_cluster(
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """Return the UserError that a task raised, out of Ray's own exceptions around it."""
+    """Return the UserError that a task raised, unwrapped from Ray's exceptions, if there is one."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, UserError) and not isinstance(seen, ray.exceptions.RayError):
@@ -76,8 +76,8 @@ class RayRunner:
     def shuffle(
         self, source: Source, groups: list[PartGroup], place: str, seed: int, buckets: int
     ) -> set[str]:
-        """See `Runner.shuffle`."""
-        # as JSON: the name of a file may be no UTF-8
+        """Implement `Runner.shuffle` with Ray Data."""
+        # as JSON, because file names need not be valid UTF-8
         items = [{"first": first, "parts": json.dumps(parts)} for first, parts in groups]
         counter = start_beside_driver(CountActor)
         rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -95,7 +95,7 @@ class RayRunner:
     def map(
         self, function: Callable[..., R], arguments: Iterable[tuple], most: int | None = None
     ) -> Iterator[R]:
-        """See `Runner.map`."""
+        """Implement `Runner.map` with Ray tasks."""
 
         def call_function(*argument: Any) -> R:
             return function(*argument)
@@ -114,7 +114,7 @@ class RayRunner:
 def list_group(
     group: pa.Table, source: Source, seed: int, buckets: int, counter: Any
 ) -> Iterator[pa.Table]:
-    """`list_rows` as Ray Data calls it: groups of parts in, tables of rows out."""
+    """Call `list_rows` for Ray Data, which passes groups of parts and takes tables of rows."""
     for row in group.to_pylist():
         parts = json.loads(row["parts"])
         for table in stages.list_rows(source, row["first"], parts, seed, buckets):

@@ -1,14 +1,15 @@
-"""The steps of a plan that is made on a cluster, each for one bucket. They know no Ray.
+"""The steps of planning on a cluster, as functions that do not depend on Ray.
 
-1. `list_rows`: inputs of some parts of a source, as rows that name their bucket
-2. `write_rows`: the rows of one bucket, as the shuffle brings them together, into a file
-3. `settle`: one bucket: labels are numbered, keys that come twice are found, images are sorted
-4. `rename`: the images whose keys were taken get others, on the driver
-5. `add_images`: these move into the bucket of their new key
+1. `list_rows`: list the inputs of some parts of a source as rows with a bucket number
+2. `write_rows`: write the rows of one bucket, gathered by the shuffle, into a file
+3. `settle`: number the labels of one bucket, find duplicate keys and sort the images
+4. `rename`: give new keys to the images whose keys were taken, on the driver
+5. `add_images`: move these images into the buckets of their new keys
 
 `place` is the folder of the plan, which every node can read and write.
 
-Together they give the plan and the rejects of `list_images` and `make_plan`, in the same order.
+Together the steps give the plan and the rejects of `list_images` and `make_plan`, in the same
+order.
 """
 
 import json
@@ -49,15 +50,15 @@ LISTED = "listed"
 ROWS_SCHEMA = pa.schema(
     [
         ("bucket", pa.int32()),
-        ("order", pa.int64()),  # place in the listing: part << 32 | place within the part
+        ("order", pa.int64()),  # position in the listing: part << 32 | position within the part
         ("text", pa.binary()),  # the label of a LabeledText, else null
-        *PLAN_SCHEMA,  # of a reject: reason, source, 0, detail; of facts: "", "", 0, JSON
+        *PLAN_SCHEMA,  # for a reject: reason, source, 0, detail; for facts: "", "", 0, JSON
     ]
 )
 
 
 class Ordered(NamedTuple):
-    """A reject and where it stands: those found while listing, then those found among images."""
+    """A reject and its sort order: rejects found while listing come before those among images."""
 
     phase: int
     order: int
@@ -65,13 +66,13 @@ class Ordered(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What step 3 found in a bucket.
+    """Result of step 3 for one bucket.
 
     Attributes:
-        images: how many were written; they keep their keys.
-        labels: how many images have each label, with those that are to be renamed.
-        rejects: images that were listed twice or have a label that is none.
-        renamed: images whose key another one keeps.
+        images: number of images written; they keep their keys.
+        labels: number of images with each label, including the images to be renamed.
+        rejects: images that were listed twice or have an invalid label.
+        renamed: images to be renamed, because another image keeps their key.
     """
 
     images: int
@@ -81,12 +82,12 @@ class Settled(NamedTuple):
 
 
 def rejects_bucket(buckets: int) -> int:
-    """Return the number that rejects bear in place of a bucket's."""
+    """Return the number that marks rows of rejects, in place of a bucket's number."""
     return buckets
 
 
 def facts_bucket(buckets: int) -> int:
-    """Return the number of the rows that say what a source knows when it is listed."""
+    """Return the number that marks rows with a source's classes and links after listing."""
     return buckets + 1
 
 
@@ -100,7 +101,7 @@ def list_rows(
     """List some parts of a source, several at a time, as tables of ROWS_SCHEMA.
 
     Args:
-        first: place of the first of these parts in `parts_of(source)`.
+        first: index of the first of these parts in `parts_of(source)`.
     """
     rows: list[tuple] = []
     for order, entry in ordered_entries(source, first, parts):
@@ -117,7 +118,7 @@ def ordered_entries(
     source: Source, first: int, parts: Sequence[str]
 ) -> Iterator[tuple[int, Entry]]:
     listed: Iterable[Iterable[Entry]]
-    if len(parts) == 1:  # of any length: it is not gathered in memory
+    if len(parts) == 1:  # may be of any length, so it is not gathered in memory
         listed = [list_part(source, parts[0])]
     else:
         listed = map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
@@ -143,10 +144,11 @@ def rows_table(rows: Sequence[tuple]) -> pa.Table:
 
 
 def write_rows(table: pa.Table, place: str) -> pa.Table:
-    """Write the rows of one bucket, all that there are of it.
+    """Write all rows of one bucket.
 
     Returns:
-        its number, how many rows it has, and the different labels that are text, as JSON.
+        a table of one row: the bucket's number, its number of rows, and the distinct labels that
+        are text, as JSON.
     """
     bucket = table.column("bucket")[0].as_py()
     table = table.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA).sort_by("order")
@@ -157,7 +159,7 @@ def write_rows(table: pa.Table, place: str) -> pa.Table:
 
 
 def read_rows(store: Store, bucket: int) -> pa.Table:
-    """Return the rows of a bucket in the order of listing; none if nothing was listed for it."""
+    """Return the rows of a bucket in the order of listing; an empty table if there are none."""
     name = rows_name(bucket)
     try:
         return from_parquet(store.read(name), ROWS_SCHEMA, store.location(name))
@@ -166,7 +168,7 @@ def read_rows(store: Store, bucket: int) -> pa.Table:
 
 
 def read_rejects(store: Store, buckets: int) -> list[Ordered]:
-    """Return what the source rejected while it was listed."""
+    """Return the rejects that the source found while it was listed."""
     table = read_rows(store, rejects_bucket(buckets))
     orders = table.column("order").to_pylist()
     return [
@@ -176,7 +178,7 @@ def read_rejects(store: Store, buckets: int) -> list[Ordered]:
 
 
 def read_facts(store: Store, buckets: int) -> list[dict[str, Any]]:
-    """Return what the source knew after each of its parts was listed."""
+    """Return the source's classes and linked folders, once for each group of parts listed."""
     table = read_rows(store, facts_bucket(buckets))
     return [json.loads(fact) for fact in table.column("annotation").to_pylist()]
 
@@ -184,10 +186,10 @@ def read_facts(store: Store, buckets: int) -> list[dict[str, Any]]:
 def settle(
     place: str, bucket: int, seed: int, numbers: Mapping[str, int], bad: Mapping[str, str]
 ) -> Settled:
-    """Number the labels of a bucket, keep one image of each key, and write them in order.
+    """Number the labels of a bucket, keep one image per key, and write the images in order.
 
     Args:
-        numbers, bad: as `PartedSource.number_labels` returns them.
+        numbers, bad: the results of `PartedSource.number_labels`.
     """
     store = Store(place)
     table = read_rows(store, bucket)
@@ -223,16 +225,16 @@ def candidates(image: SourceImage) -> list[str]:
 
 
 def taken_keys(place: str, bucket: int, keys: Container[str]) -> list[str]:
-    """Return which of the keys an image of the bucket has."""
+    """Return those of the keys that images of the bucket have."""
     there = read_bucket(Store(place), bucket).column("key").to_pylist()
     return [key for key in map(from_bytes, there) if key in keys]
 
 
 def rename(renamed: Iterable[SourceImage], taken: Iterable[str]) -> list[SourceImage]:
-    """Give images keys of their own, as `list_images` does.
+    """Give images unique keys, in the same way as `list_images`.
 
     Args:
-        taken: which of their `candidates` other images have.
+        taken: those of their `candidates` that other images have.
     """
     keys = set(taken)
     images = []
@@ -254,10 +256,10 @@ def by_bucket(
 
 
 def add_images(place: str, bucket: int, seed: int, table: pa.Table) -> int:
-    """Add images to a bucket that is written; return how many it has then.
+    """Add images to a bucket that has been written; return its new number of images.
 
     Args:
-        table: of `to_table`.
+        table: the images, as a table from `to_table`.
     """
     store = Store(place)
     there = to_images(read_bucket(store, bucket))

@@ -1,4 +1,4 @@
-"""Show how far listing and a job are: a bar on a terminal, plain lines otherwise."""
+"""Show the progress of listing and of a job: a bar on a terminal, plain lines otherwise."""
 
 import sys
 import threading
@@ -19,7 +19,7 @@ SHOWN = 8
 
 
 def listed(entries: Iterable[T]) -> Iterator[T]:
-    """Yield the entries of a source; show their number and rate where that takes long."""
+    """Yield the entries of a source; show their number and rate if listing takes long."""
     shown = tqdm(
         entries,
         desc="listing",
@@ -53,7 +53,7 @@ def listed(entries: Iterable[T]) -> Iterator[T]:
 
 @contextmanager
 def watch_count(actor: Any) -> Iterator[None]:
-    """Show the number that a CountActor has counted, and its rate, until the block ends."""
+    """Show the count of a CountActor, and its rate, until the block ends."""
     over = threading.Event()
     thread = threading.Thread(target=show_count, args=(actor, over), daemon=True)
     thread.start()
@@ -77,12 +77,12 @@ def show_count(actor: Any, over: threading.Event) -> None:
             try:
                 bar.update(ray.get(actor.total.remote()) - bar.n)
             except ray.exceptions.RayError:
-                return  # the job itself meets it, and says so
+                return  # the job itself meets the error and reports it
 
 
 @contextmanager
 def watch(actor: Any, images: int, shards: int) -> Iterator[None]:
-    """Show the actor's counts until the block ends, and the pending shards when nothing moves."""
+    """Show the actor's counts until the block ends, and the pending shards when it stalls."""
     over = threading.Event()
     thread = threading.Thread(target=show, args=(actor, images, shards, over), daemon=True)
     thread.start()
@@ -107,7 +107,7 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
                 pending = ray.get(actor.pending.remote())
                 reads = ray.get(actor.slow_reads.remote())
             except ray.exceptions.RayError:
-                return  # the job itself meets it, and says so
+                return  # the job itself meets the error and reports it
             now, done = time.monotonic(), written + rejected
             if done != counted:
                 moved, counted = now, done
@@ -129,11 +129,11 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
 
 
 def stalled(pending: dict[int, float], reads: Mapping[str, float] | None = None) -> str:
-    """Say of a job in which nothing is done any more what it waits for.
+    """Return a message that says what a job without progress is waiting for.
 
     Args:
-        pending: shards that are begun, and for how many seconds.
-        reads: inputs whose bytes do not come, and for how many seconds.
+        pending: seconds since each unfinished shard was begun.
+        reads: seconds that each slow read has taken so far, by input.
     """
     if reads:
         shown = [f"{name} (for {seconds:.0f} s)" for name, seconds in reads.items()][:SHOWN]

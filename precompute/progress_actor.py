@@ -1,13 +1,13 @@
-"""Actors that count what a job has done so far.
+"""Ray actors that count the progress of a job.
 
-Alone in their file: an actor's process need not import torch and DALI.
+They have a file without other imports, so that an actor's process need not import torch and DALI.
 """
 
 import time
 
 
 class ProgressActor:
-    """Counts what the workers have done, and how often each shard was begun: one actor of a job."""
+    """Counts a job's finished images and the attempts at each shard; each job has one."""
 
     def __init__(self) -> None:
         self.attempts: dict[int, int] = {}
@@ -17,7 +17,7 @@ class ProgressActor:
         self.first = self.last = time.monotonic()
 
     def begin(self, shard: int) -> int:
-        """The number of this attempt, from 1; what an earlier one counted is forgotten."""
+        """Return the number of this attempt, from 1; resets the counts of an earlier attempt."""
         if not self.attempts:
             self.first = time.monotonic()
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
@@ -31,7 +31,7 @@ class ProgressActor:
         self.counts[shard] = (before[0] + written, before[1] + rejected)
 
     def report_reads(self, shard: int, slow: dict[str, float]) -> None:
-        """Keep which inputs of a shard have been read for long, and for how many seconds."""
+        """Record a shard's slow reads: the seconds that each has taken so far, by input."""
         self.reads[shard] = slow
 
     def slow_reads(self) -> dict[str, float]:
@@ -43,22 +43,22 @@ class ProgressActor:
         self.last = time.monotonic()
 
     def at_work(self) -> float:
-        """Seconds from the first shard's begin to the last one's end."""
+        """Return the seconds from the start of the first shard to the end of the last one."""
         return self.last - self.first
 
     def totals(self) -> tuple[int, int, int]:
-        """Images written, images rejected and shards finished so far."""
+        """Return the numbers of images written, images rejected and shards finished so far."""
         written, rejected = zip(*self.counts.values(), strict=True) if self.counts else ((), ())
         return sum(written), sum(rejected), len(self.counts) - len(self.begun)
 
     def pending(self) -> dict[int, float]:
-        """Shards that are begun and not finished, and for how many seconds."""
+        """Return the seconds since each unfinished shard was begun."""
         now = time.monotonic()
         return {shard: now - begun for shard, begun in sorted(self.begun.items())}
 
 
 class CountActor:
-    """Counts what tasks have listed."""
+    """Counts the inputs that tasks have listed."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Reads that do not end: a dead NFS mount or a store gives neither bytes nor an error."""
+"""Report reads that hang: a dead NFS mount or object store may give neither bytes nor an error."""
 
 import threading
 import time
@@ -9,11 +9,11 @@ from schemas.names import to_stored
 
 REPORT_SECONDS = 10.0
 SLOW_SECONDS = 30.0
-"""A read that takes longer is reported, so that a job that stands still can name the file."""
+"""Reads that take longer are reported, so that a stalled job can name the files it waits for."""
 
 
 class PendingReads:
-    """The inputs that are being read, and since when; used by several threads."""
+    """Tracks the inputs that are being read, each with its start time; safe for several threads."""
 
     def __init__(self) -> None:
         self.begun: dict[int, tuple[str, float]] = {}
@@ -33,7 +33,7 @@ class PendingReads:
                 del self.begun[number]
 
     def slow(self, seconds: float) -> dict[str, float]:
-        """Return the inputs that have been read for longer, and for how many seconds."""
+        """Return the reads that have taken longer than this: their seconds so far, by input."""
         with self.lock:
             begun = list(self.begun.values())
         now = time.monotonic()
@@ -42,7 +42,7 @@ class PendingReads:
 
 @contextmanager
 def reported(reads: PendingReads, report: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """Report slow reads every few seconds until the block ends; once more when there are none."""
+    """Report slow reads every few seconds until the block ends, and once more when none is left."""
     over = threading.Event()
 
     def watch() -> None:

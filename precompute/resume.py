@@ -11,7 +11,7 @@ from schemas.tables import SHARD_FOLDER, shard_name
 
 SUFFIXES = ("tar", "idx", "parquet")
 OF_ONE_PLAN = ("images", "shards", "plan", "first_shard")
-"""Settings in which a dataset and what it is extended by differ."""
+"""Settings that may differ between a dataset and its extension."""
 
 
 def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, Any]) -> list[int]:
@@ -19,10 +19,10 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
 
     Args:
         settings: `Job.settings`.
-        defaults: `Job.default_settings`, for what the markers of an older version do not say.
+        defaults: `Job.default_settings`, for settings missing from an older version's markers.
 
     Raises:
-        UserError: the shards that are there were made with other settings.
+        UserError: the existing shards were made with other settings.
     """
     first = settings.get("first_shard", 0)
     if first:
@@ -54,7 +54,7 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
 
 
 def sound_marker(store: Store, shard: int) -> ShardMarker | None:
-    """Return a shard's marker, or None if it is damaged: then the shard is written again."""
+    """Return a shard's marker, or None if it is damaged, in which case the shard is rewritten."""
     try:
         return read_marker(store, shard)
     except FormatError:
@@ -64,7 +64,7 @@ def sound_marker(store: Store, shard: int) -> ShardMarker | None:
 def refuse_other_settings(
     store: Store, there: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]
 ) -> None:
-    """Compare two jobs' settings. Raises UserError that names each difference."""
+    """Compare the settings of two jobs. Raises a UserError that names each difference."""
     found = differences(there, now, defaults)
     if not found:
         return

@@ -1,8 +1,8 @@
-"""ShardBuilder: read, check, estimate and write one shard. Runs inside a Ray actor.
+"""Build shards inside a Ray actor: read and check images, estimate saliency, write samples.
 
-Reading, decoding, and packing with writing run in threads of their own, beside the estimator. The
-threads last as long as the builder: DALI keeps its decoders by thread, and builds them anew in a
-new one.
+Reading, decoding and packing (with writing) each run in separate threads, beside the estimator.
+The threads live as long as the builder, because DALI keeps its decoders by thread and would create
+new ones in a new thread.
 """
 
 import errno
@@ -30,11 +30,11 @@ from schemas.tables import Reject
 
 T = TypeVar("T")
 
-# called after each batch with how many of its images were written and how many rejected
+# called after each group of images with the numbers of written and rejected ones
 Advance = Callable[[int, int], None]
 
 PACKED_LATER = 2
-"""Groups of samples that may wait for the packer before the estimator waits for it."""
+"""Number of groups of samples that may wait for the packer before the estimator waits too."""
 
 WAIT_SECONDS = 0.1
 
@@ -44,13 +44,13 @@ OF_ONE_FILE = frozenset(
         *(errno.ELOOP, errno.ENAMETOOLONG),
     }
 )
-"""Errors that say something of one file. Any other (no memory, too many open files, a store that
-does not answer, rights that have run out) would reject image after image that is sound, so it ends
-the job."""
+"""Errors that concern a single file. Any other error (no memory, too many open files, a store that
+does not answer, expired credentials) would cause valid images to be rejected one after the other,
+so it ends the job."""
 
 
 class Decoded(NamedTuple):
-    """A group of images with their pixels (None when there are none), and what was rejected."""
+    """A group of images with their pixels (None if there are no images), and the rejects."""
 
     images: list[EncodedImage]
     pixels: Any
@@ -58,15 +58,18 @@ class Decoded(NamedTuple):
 
 
 class ShardBuilder:
-    """Builds shards one at a time.
+    """Builds shards, one at a time.
 
-    Batches are cut by the plan and the images' headers alone, before anything is rejected for what
-    its pixels are, so a shard's bytes do not depend on where an earlier run was interrupted.
+    Batches depend only on the plan and the images' headers, not on whether images decode, so the
+    bytes of a shard do not depend on where an earlier run was interrupted.
 
     Args:
-        batch_size: images that are decoded and estimated together.
-        resize: what is made smaller before it is written.
-        settings: what the job was asked to do, for the shard's marker.
+        source: the source of the images.
+        estimator: the saliency estimator.
+        store: folder of the dataset.
+        batch_size: number of images decoded and estimated together.
+        resize: options for shrinking large images.
+        settings: the job's settings, for the shard's marker.
     """
 
     def __init__(
@@ -101,13 +104,16 @@ class ShardBuilder:
         """Write one shard.
 
         Args:
-            refused: keys of images that must not be touched, and why.
+            shard: the number of the shard.
+            images: the images of the shard, in order.
+            advance: called with the progress.
+            refused: reasons for images that must not be read, by key.
 
         Raises:
             UserError: its folder cannot be written to, the source does not answer, or the decoder
-                or the estimator fails for the machine's sake.
+                or the estimator fails because of the machine.
         """
-        rejects: list[Reject] = []  # complete when the last sample is handed over
+        rejects: list[Reject] = []  # write_shard reads it only after the last sample
         samples = Handover[Sample]()
         shard_written = self.packer.submit(
             write_shard, self.store, shard, samples, rejects, self.settings
@@ -127,7 +133,7 @@ class ShardBuilder:
     def make(
         self, images: list[SourceImage], refused: Mapping[str, str]
     ) -> Iterator[tuple[list[Sample], list[Reject]]]:
-        """Do everything but the writing, a group of images at a time."""
+        """Make samples without writing them; yield samples and rejects, a group at a time."""
         for group in ahead(self.decoded(self.read(images, refused)), self.decoder):
             samples, rejects = self.estimate(group.images, group.pixels)
             yield samples, group.rejects + rejects
@@ -135,7 +141,7 @@ class ShardBuilder:
     def read(
         self, images: list[SourceImage], refused: Mapping[str, str]
     ) -> Generator[list[EncodedImage | Reject]]:
-        """Read and check batch after batch, the images behind a batch already on their way."""
+        """Read and check batch after batch, prefetching images of the following batches."""
         reading: deque[Future[EncodedImage | Reject]] = deque()
         coming = iter(images)
         try:
@@ -169,11 +175,11 @@ class ShardBuilder:
             return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # of the source's own reader, say of a damaged archive
+        except Exception as error:  # from the source's own reader, such as for a damaged archive
             return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
 
     def decoded(self, batches: Generator[list[EncodedImage | Reject]]) -> Generator[Decoded]:
-        """Decode batch after batch; closing it closes the batches."""
+        """Decode batch after batch; closing this generator closes `batches`."""
         with closing(batches):
             yield from self.decode_groups(batches)
 
@@ -189,12 +195,12 @@ class ShardBuilder:
     def estimate(
         self, encoded: list[EncodedImage], pixels: Any
     ) -> tuple[list[Sample], list[Reject]]:
-        """Make samples of decoded images, and reject those that the estimator alone fails on.
+        """Make samples of decoded images, and reject images on which the estimator fails.
 
         Raises:
-            UserError: a GPU fails, or memory runs out; nothing is rejected then.
-            Exception: the estimator's own, where it has not worked on any image so far, or fails
-                on images together that it takes one by one.
+            UserError: a GPU fails, or memory runs out; no image is rejected then.
+            Exception: the estimator's own error, if it has not worked on any image so far, or
+                fails on a batch of images but on none of them alone.
         """
         if not encoded:
             return [], []
@@ -204,7 +210,7 @@ class ShardBuilder:
             raise
         except Exception:
             samples, rejects = self.estimate_one_by_one(encoded)
-            if not rejects:  # no image is at fault, and alone their maps differ in the last bits
+            if not rejects:  # no image is at fault; maps made one by one differ in the last bits
                 raise
             return samples, rejects
 
@@ -223,7 +229,7 @@ class ShardBuilder:
                 last = error
                 detail = f"{type(error).__name__}: {error}"
                 rejects.append(Reject(one.image.location, "estimator-fails", detail))
-        if last and not self.has_estimated:  # on no image so far: the estimator is at fault
+        if last and not self.has_estimated:  # it has never worked: the estimator is at fault
             raise last from None
         return samples, rejects
 
@@ -254,7 +260,7 @@ class ShardBuilder:
 
 
 def read_members(source: Source, image: SourceImage) -> dict[str, bytes]:
-    """Read what is kept beside an image. Raises RejectedError, OSError, UserError."""
+    """Read the other members of an image's sample. Raises RejectedError, OSError, UserError."""
     try:
         return source.members(image)
     except (OSError, UserError, MemoryError):
@@ -264,10 +270,10 @@ def read_members(source: Source, image: SourceImage) -> dict[str, bytes]:
 
 
 class Handover(Iterator[T]):
-    """Hand items in groups from one thread to another, which iterates over them one by one.
+    """A queue that passes groups of items to another thread, which iterates over single items.
 
-    Whoever puts names the future of the thread that takes: when that has ended, by an error, there
-    is nobody left to take.
+    The producer's methods take the consumer's future, because a consumer that has ended by an error
+    would leave the producer waiting forever.
     """
 
     def __init__(self) -> None:
@@ -276,7 +282,7 @@ class Handover(Iterator[T]):
         self.abandoned = False
 
     def put(self, group: list[T] | None, taker: Future) -> bool:
-        """Wait until there is room for a group; return False if nobody takes it any more."""
+        """Wait until there is room for a group; return False if the consumer has ended."""
         while not taker.done():
             try:
                 self.groups.put(group, timeout=WAIT_SECONDS)
@@ -286,11 +292,11 @@ class Handover(Iterator[T]):
         return False
 
     def end(self, taker: Future) -> None:
-        """Say that no item follows."""
+        """Signal that no item follows."""
         self.put(None, taker)
 
     def abandon(self, taker: Future) -> None:
-        """Make the taker fail, so that it writes nothing, and wait until it has."""
+        """Make the consumer fail, so that it writes nothing, and wait until it has ended."""
         self.abandoned = True
         self.end(taker)
         taker.exception()
@@ -308,11 +314,11 @@ class Handover(Iterator[T]):
 
 
 class AbandonedError(Exception):
-    """What the samples come from has failed; the shard must not be written."""
+    """Raised in the consumer when the producer has failed, so that no shard is written."""
 
 
 def ahead(items: Generator[T], executor: ThreadPoolExecutor) -> Generator[T]:
-    """Yield the same items, the next one made by the executor's one thread meanwhile."""
+    """Yield the items, prefetching the next one in the executor's single thread."""
     end = object()
 
     def advance() -> Any:

@@ -1,8 +1,8 @@
-"""A plan that lies in parquet files of a folder, for more images than fit in memory.
+"""Store a plan in parquet files, for more images than fit in memory.
 
-The images are split into buckets by the first bits of the hash that orders them, so the buckets one
-after the other, each sorted, are the global order. A shard is a range of that order: a worker reads
-its rows from one bucket, or from two.
+The images are split into buckets by the first bits of the hash that orders them, so the sorted
+buckets one after the other form the global order. A shard is a range of that order, and a worker
+reads its rows from one or two buckets.
 """
 
 import bisect
@@ -24,12 +24,12 @@ from schemas.storage import Store
 from schemas.tables import open_parquet, read_columns
 
 PLAN_FOLDER = "plan"
-"""Below OUT. Each run plans in a folder of its own there, so that it changes no other's plan."""
+"""Folder of plans below OUT. Each run has a separate subfolder, so that runs cannot interfere."""
 ROW_GROUP = 5_000
-"""Rows that a worker reads at least: a few shards' worth (ours)."""
+"""Rows of a row group, the least that a worker reads: a few shards' worth (our choice)."""
 PLAN_SCHEMA = pa.schema(
     [
-        # names of files may be no UTF-8, so text is kept as bytes
+        # file names need not be valid UTF-8, so text is stored as bytes
         ("key", pa.binary()),
         ("location", pa.binary()),
         ("label", pa.int32()),
@@ -39,7 +39,7 @@ PLAN_SCHEMA = pa.schema(
 
 
 def bucket_of(order: bytes, buckets: int) -> int:
-    """Return the bucket of an image by `plan_order`; buckets follow each other in that order."""
+    """Return the bucket of an image, given its `plan_order`; buckets ascend in that order."""
     return int.from_bytes(order[:4], "big") * buckets >> 32
 
 
@@ -48,7 +48,7 @@ def bucket_name(bucket: int) -> str:
 
 
 def from_bytes(content: bytes) -> str:
-    """Return the text that `schemas.names.to_bytes` was given."""
+    """Return the text encoded by `schemas.names.to_bytes`."""
     return content.decode("utf-8", "surrogateescape")
 
 
@@ -65,7 +65,7 @@ def to_table(images: Sequence[SourceImage]) -> pa.Table:
 
 
 def to_images(table: pa.Table) -> list[SourceImage]:
-    """Return the images that `to_table` was given."""
+    """Return the images of a table made by `to_table`."""
     keys, locations, labels, annotations = (
         table.column(name).to_pylist() for name in PLAN_SCHEMA.names
     )
@@ -78,7 +78,7 @@ def to_images(table: pa.Table) -> list[SourceImage]:
 
 
 def write_bucket(store: Store, bucket: int, seed: int, images: Iterable[SourceImage]) -> int:
-    """Sort the images of a bucket and write them; return how many they are."""
+    """Sort the images of a bucket and write them; return their number."""
     order = sorted(images, key=lambda image: plan_order(seed, image.key))
     buffer = io.BytesIO()
     pq.write_table(to_table(order), buffer, row_group_size=ROW_GROUP, compression="zstd")
@@ -87,7 +87,7 @@ def write_bucket(store: Store, bucket: int, seed: int, images: Iterable[SourceIm
 
 
 def read_bucket(store: Store, bucket: int, start: int = 0, stop: int | None = None) -> pa.Table:
-    """Return the images of a bucket from place `start` up to `stop`, in order.
+    """Return a table of the images of a bucket from index `start` up to `stop`, in order.
 
     Raises:
         FileNotFoundError, FormatError: the plan is missing or damaged.
@@ -109,13 +109,13 @@ def read_bucket(store: Store, bucket: int, start: int = 0, stop: int | None = No
 
 
 class StoredShards(Sequence[list[SourceImage]]):
-    """The images of each shard, read from the plan's folder when they are asked for.
+    """Sequence of the images of each shard, read from the plan's folder on access.
 
     Args:
         place: folder of the plan.
-        counts: images in each bucket.
-        limit: take only so many images of the global order.
+        counts: number of images in each bucket.
         shard_samples: maximum number of images per shard.
+        limit: maximum number of images; the first ones of the global order are kept.
     """
 
     def __init__(self, place: str, counts: Sequence[int], shard_samples: int, limit: int | None):
@@ -157,7 +157,7 @@ class StoredShards(Sequence[list[SourceImage]]):
 
 @dataclass(frozen=True)
 class StoredPlan(Plan):
-    """A plan whose images lie in a folder; workers read their part from there."""
+    """A plan whose images are stored in a folder, from which workers read their shards."""
 
     shards: StoredShards
 
@@ -181,12 +181,13 @@ class StoredPlan(Plan):
 def plan_text(images: Sequence[SourceImage], first: int, cuts: np.ndarray) -> bytes:
     """Return a range of the global order as `json.dumps` writes it within the whole plan.
 
-    The texts of all ranges, one after the other between "[[" and "]]", are what the digest of a
-    plan is made of, so a plan has one digest wherever it was made.
+    The digest of a plan covers the texts of all ranges, concatenated between "[[" and "]]", so it
+    does not depend on how the plan was made.
 
     Args:
-        images: from place `first` of the global order.
-        cuts: of `cut_shards`.
+        images: the images of the range.
+        first: index of the first of them in the global order.
+        cuts: the bounds of the shards, from `cut_shards`.
     """
     begins = set(cuts[np.searchsorted(cuts, first) :].tolist())
     pieces = []
@@ -198,7 +199,7 @@ def plan_text(images: Sequence[SourceImage], first: int, cuts: np.ndarray) -> by
 
 
 def digest_of(texts: Iterator[bytes], shards: int) -> str:
-    """Return the digest of a plan by its texts, see `plan_text`."""
+    """Return the digest of a plan from the texts of all its ranges; see `plan_text`."""
     digest = hashlib.sha256(b"[[" if shards else b"[]")
     for text in texts:
         digest.update(text)

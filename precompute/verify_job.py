@@ -1,6 +1,6 @@
 """python -m precompute.verify_job DATA --address HOST:6379
 
-Verifies a dataset on a Ray cluster, as `python -m schemas verify` does on one machine.
+Verify a dataset on a Ray cluster, as `python -m schemas verify` does on one machine.
 """
 
 from collections import deque
@@ -23,7 +23,8 @@ from schemas.verify import Placed, VerifyOptions, VerifyReport, check_shard, ver
 from schemas.verify_record import Problem
 
 SHARDS_PER_TASK = 8
-"""Shards that a task reads one after the other (ours): their rows lie together in one table."""
+"""Number of consecutive shards that one task reads (our choice); their rows are adjacent in the
+table of samples."""
 IN_FLIGHT_PER_CORE = 2
 
 Checked = tuple[ShardRow, list[Problem]]
@@ -36,29 +37,29 @@ class Options:
     data: tyro.conf.Positional[str] = tyro.MISSING
     """Folder of the dataset, a plain path or any fsspec URL that all nodes can read."""
     address: str | None = None
-    """Address of a running Ray cluster (`auto` for the one of this machine); by default a local one
-    is started and ended."""
+    """Address of an existing Ray cluster (`auto` for the one on this machine); by default a local
+    one is started for the job."""
     shards: int | None = None
-    """Verify only so many shards, drawn at random; by default all of them."""
+    """Number of shards to verify, drawn at random; by default all are verified."""
     seed: int = 0
-    """Random seed of --shards: another one draws other shards."""
+    """Random seed for drawing the shards of --shards."""
     record: Path | None = None
-    """File that notes the shards without a problem; with it, the same command goes on where an
-    interrupted one stopped."""
+    """File that records the shards without problems; the same command then resumes after an
+    interruption."""
 
 
 def check_rows(url: str, rows: Sequence[Placed]) -> list[Checked]:
     """Check some shards of a dataset, one after the other.
 
     Args:
-        rows: shards, each with the places where its rows of the table of samples begin and end.
+        rows: shards, each with the range of its rows in the table of samples.
     """
     dataset = ShardDataset.open(url)
     return [(row, list(check_shard(dataset, row, place))) for row, place in rows]
 
 
 def check_on_cluster(url: str) -> Callable[[Sequence[Placed]], Iterator[Checked]]:
-    """Return what checks shards by tasks of the connected cluster, and yields them in order."""
+    """Return a function that checks shards in tasks of the cluster and yields them in order."""
 
     def check(rows: Sequence[Placed]) -> Iterator[Checked]:
         call = ray.remote(num_cpus=1)(check_rows)
@@ -76,14 +77,14 @@ def check_on_cluster(url: str) -> Callable[[Sequence[Placed]], Iterator[Checked]
 
 
 def verify_on_cluster(options: Options) -> VerifyReport:
-    """Verify a dataset by the options.
+    """Verify a dataset on a Ray cluster according to the options.
 
     Raises:
-        UserError: there is no dataset, the record is of another one, or Ray failed.
+        UserError: there is no dataset, the record belongs to another one, or Ray failed.
     """
     dataset = ShardDataset.open(options.data)
     how = VerifyOptions(shards=options.shards, seed=options.seed, record=options.record)
-    url = dataset.store.location("")  # tasks have another current folder
+    url = dataset.store.location("")  # absolute, because tasks have another current folder
     total = sum(row.samples for row in how.choose(dataset.shards))
     with cluster(options.address), tqdm(total=total, unit="sample", disable=None) as bar:
         try:

@@ -1,4 +1,4 @@
-"""Build shards in a worker of Ray: the actor, and how often a shard is tried."""
+"""Build shards in a Ray worker: the actor, and the limit on attempts per shard."""
 
 import logging
 from collections.abc import Mapping
@@ -19,17 +19,18 @@ from precompute.sources import Source, SourceImage
 from schemas.errors import UserError
 from schemas.storage import Store
 
-# A worker that dies takes its shard with it; Ray starts both again without end. Twice may be bad
-# luck; before the third attempt the images that kill it are looked for.
+# When a worker dies, Ray restarts it with the same shard, without limit. Two deaths may be chance;
+# before the third attempt, the images that kill the worker are searched for.
 MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class BuilderFactory:
-    """What a worker needs to make its own ShardBuilder: no images, no model, no open file.
+    """Creates the ShardBuilder of a worker; pickled, so it holds no images, model or open file.
 
     Attributes:
-        plan: of `Plan.for_workers`; None where the images are handed over.
+        threads: number of CPU threads for PyTorch and DALI.
+        plan: the plan from `Plan.for_workers`; None if the images are passed directly.
         first_shard: number of the plan's first shard.
     """
 
@@ -57,7 +58,7 @@ class BuilderFactory:
 
 
 class ShardActor:
-    """A ShardBuilder as Ray Data calls it: a shard's plan in, an error or "" out."""
+    """Adapts ShardBuilder to Ray Data: takes the plan of a shard, returns an error or ""."""
 
     def __init__(self, make_builder: BuilderFactory, progress: Any):
         self.make_builder = make_builder
@@ -71,7 +72,7 @@ class ShardActor:
         return {"shard": shard, "error": self.build(shard, images)}
 
     def build(self, shard: int, images: list[SourceImage]) -> str:
-        """Build one shard; why not, or an empty string."""
+        """Build one shard; return the error message, or "" on success."""
         attempt = ray.get(self.progress.begin.remote(shard))
         if attempt > MAX_ATTEMPTS:
             return f"its worker died {MAX_ATTEMPTS} times, and no image of it kills one alone"

@@ -1,6 +1,6 @@
-"""Images -> saliency maps: one protocol, a registry.
+"""Saliency estimators: the protocol, the implementations and the registry of names.
 
-A new estimator is one file, and its options in `options.py`.
+To add an estimator, write one file and add its options to `options.py`.
 """
 
 from precompute.estimators.base import Estimator

@@ -1,4 +1,4 @@
-"""What every saliency estimator is."""
+"""The protocol that every saliency estimator implements."""
 
 from typing import Any, Protocol
 
@@ -6,32 +6,32 @@ import numpy as np
 
 
 class Estimator(Protocol):
-    """Estimates maps, in the worker that made it."""
+    """Estimator of saliency maps; stays in the worker that created it."""
 
     @property
     def side(self) -> int:
-        """Cells on a side of every map."""
+        """Number of cells along one side of every map."""
         ...
 
     @property
     def device(self) -> str:
-        """`cuda` or `cpu`: where its work is done, which decides how far workers share it."""
+        """Device that does the work, `cuda` or `cpu`; decides what workers share in `--dry-run`."""
         ...
 
     @property
     def weights_sha256(self) -> str | None:
-        """Of the backbone's weights; None without any."""
+        """Digest of the backbone's weights; None for an estimator without weights."""
         ...
 
     def __call__(self, images: Any) -> np.ndarray:
-        """Saliency of whole images.
+        """Estimate the saliency of whole images.
 
         Args:
             images: DALI batch of N images, (height, width, 3) uint8 RGB each, oriented, on the
-                GPU if there is one. `squash` makes one tensor of them; `[np.asarray(image.cpu())
-                for image in images]` makes arrays.
+                GPU if there is one. `squash` turns them into one tensor;
+                `[np.asarray(image.cpu()) for image in images]` gives arrays.
 
         Returns:
-            (N, side, side) float32 on any scale; more is more salient.
+            (N, side, side) float32 on any scale; higher is more salient.
         """
         ...

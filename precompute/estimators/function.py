@@ -1,4 +1,4 @@
-"""A user's own function as an estimator: `--estimator ./my_maps.py:centre`."""
+"""Estimator that calls a user's function: `--estimator ./my_maps.py:centre`."""
 
 import hashlib
 import inspect
@@ -12,11 +12,15 @@ from schemas.errors import UserError
 
 
 class FunctionEstimator:
-    """See `Estimator`. Its sha256 is that of the function's file: changed code is other settings.
+    """Implement `Estimator` with a user's function.
+
+    `weights_sha256` is the digest of the function's file, so a job is not resumed after its code
+    has changed.
 
     Args:
-        path: `FILE.py:function` or `module:function`; takes a list of (height, width, 3)
-            uint8 arrays, returns (N, side, side) floats, more is more salient.
+        path: `FILE.py:function` or `module:function`. The function takes a list of
+            (height, width, 3) uint8 arrays and returns (N, side, side) floats; higher is more
+            salient.
 
     Raises:
         UserError: there is no such function, or it does not return maps.
@@ -29,8 +33,8 @@ class FunctionEstimator:
         except (TypeError, OSError) as error:
             raise UserError(f"estimator {path!r}: {error}") from error
         self.path = path
-        # what the function uses is not known: that it uses a GPU where there is one is the choice
-        # that promises less of further workers
+        # It is unknown whether the function uses a GPU. Assuming that it does gives the more
+        # cautious estimate of what further workers gain.
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.weights_sha256 = hashlib.sha256(source.encode()).hexdigest()
         self.side = self.maps([np.zeros((32, 32, 3), np.uint8)]).shape[-1]

@@ -1,7 +1,7 @@
 """Options of each estimator, and the registry of names.
 
-Each `build` imports its estimator when it is called: torch and torchvision take seconds to import,
-and a command line's `--help` needs neither.
+Each `build` imports its estimator when it is called, because torch and torchvision take seconds to
+import and `--help` needs neither.
 """
 
 import dataclasses
@@ -15,50 +15,52 @@ from schemas.errors import UserError
 
 @dataclass(frozen=True)
 class EstimatorOptions:
-    """Options of one estimator: pickled to the workers, and written to the card."""
+    """Options of one estimator, pickled to the workers and written to the dataset's card."""
 
     name: ClassVar[str]
 
     def build(self, device: str = "auto") -> Estimator:
-        """Load what the estimator needs. Raises UserError.
+        """Build the estimator and load its weights. Raises UserError.
 
         Args:
-            device: `auto`, the GPU if there is one; or `cpu`, to look at the weights and at the
-                map's side without a context on a GPU.
+            device: `auto` for the GPU if there is one; `cpu` to inspect the weights and the map's
+                side without creating a context on a GPU.
         """
         raise NotImplementedError
 
     def parameters(self) -> dict[str, Any]:
-        """The name and all options, as the card and the refusal of other settings have them."""
+        """Return the name and all options, for the card and for comparing settings on resume."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True)
 class ScdaOptions(EstimatorOptions):
-    """The summed last convolutional map of a torchvision CNN, of overlapping windows."""
+    """Sum over channels of a CNN's last convolutional map, computed on overlapping windows."""
 
     name: ClassVar[str] = "scda"
 
     backbone: str = "resnet50"
-    """A torchvision classification CNN by name, or one of timm: timm:convnext_tiny."""
+    """Name of a torchvision classification CNN, or of a timm network (timm:convnext_tiny)."""
     weights: str = "DEFAULT"
-    """A torchvision weights name (downloaded as torchvision does), `random`, a run's folder, or any
-    file of weights: a state_dict or a checkpoint (MoCo's .pth.tar, Lightning's .ckpt, safetensors)
-    in which the backbone's names have some prefix."""
+    """Weights of the backbone: a torchvision name (downloaded by torchvision), `random`, the folder
+    of a training run, or a file with a state_dict or a checkpoint (MoCo's .pth.tar, Lightning's
+    .ckpt, safetensors), in which parameter names may have a prefix."""
     layer: str = ""
-    """The map to sum, as torch.fx calls it (layer3, features.8 ...); the last one by default."""
+    """Layer whose output is summed, by its name in torch.fx (layer3, features.8 ...); by default
+    the last convolutional map."""
     size: int = 224
-    """Side of the input in pixels, which every window is squashed to: that of the views."""
+    """Side of the backbone's input in pixels, to which every window is resized; the default is the
+    side of the training views."""
     areas: tuple[float, ...] = (1.0, 0.45)
-    """Areas of the windows as shares of the image, 1 for all of it. Windows of one area cover the
-    image, overlapping; their maps are pasted back, z-scored and averaged over the areas.
-    docs/saliency.md has how close each choice comes to the online map."""
+    """Areas of the windows as fractions of the image; 1 is the whole image. Overlapping windows of
+    each area cover the image; their maps are pasted back, z-scored and averaged over the areas.
+    docs/saliency.md compares the choices with the online map."""
     side: int = 28
-    """Cells on a side of the stored map."""
+    """Number of cells along one side of the stored map."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the backbone's forward pass."""
+    """Precision of the backbone's forward pass."""
     compile: bool = False
-    """Compile the backbone by torch.compile: minutes at the start of every worker."""
+    """Compile the backbone with torch.compile, which adds minutes to the start of every worker."""
 
     def __post_init__(self) -> None:
         check(len(self.areas) > 0, "areas", "give at least one area")
@@ -74,19 +76,19 @@ class ScdaOptions(EstimatorOptions):
 
 @dataclass(frozen=True)
 class SpectralOptions(EstimatorOptions):
-    """The spectral-residual map of Hou & Zhang 2007: no weights, no labels, 64 x 64 pixels."""
+    """Spectral residual of Hou & Zhang 2007 at 64 x 64 pixels; needs no weights and no labels."""
 
     name: ClassVar[str] = "spectral"
 
     size: int = 64
-    """Pixels on a side of the input (Hou & Zhang: 64)."""
+    """Side of the input in pixels (Hou & Zhang: 64)."""
     average: int = 3
     """Side of the box filter over the log amplitude, in frequency bins (Hou & Zhang: 3)."""
     sigma: float = 2.5
-    """Of the Gaussian over the map, in input pixels (the paper's MATLAB listing; general knowledge,
-    not looked up)."""
+    """Standard deviation of the Gaussian blur of the map, in input pixels (as in the paper's MATLAB
+    listing, from general knowledge; not looked up)."""
     side: int = 28
-    """Cells on a side of the stored map."""
+    """Number of cells along one side of the stored map."""
 
     def __post_init__(self) -> None:
         check(self.size >= 1, "size", "must be 1 pixel or more")
@@ -102,19 +104,22 @@ class SpectralOptions(EstimatorOptions):
 
 @dataclass(frozen=True)
 class FunctionOptions(EstimatorOptions):
-    """A function of your own: N images, (height, width, 3) uint8 RGB each -> (N, side, side)."""
+    """Custom function: N images of (height, width, 3) uint8 RGB in, (N, side, side) maps out."""
 
     name: ClassVar[str] = "function"
 
     function: str = ""
-    """`FILE.py:function` or `module:function`."""
+    """Function that returns the maps, as `FILE.py:function` or `module:function`."""
 
     def __post_init__(self) -> None:
-        # workers have another current folder
+        # an absolute path, because workers have another current folder
         object.__setattr__(self, "function", absolute(self.function))
 
     def parameters(self) -> dict[str, Any]:
-        """Of a file its name alone: what is in it counts, by its sha256, and not where it lies."""
+        """Return the name and the function, with the file's name only.
+
+        The folder does not matter for resuming; the content does, by `weights_sha256`.
+        """
         module, _, name = self.function.rpartition(":")
         return {"name": self.name, "function": f"{module.rpartition('/')[2]}:{name}"}
 

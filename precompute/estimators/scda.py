@@ -1,10 +1,10 @@
-"""Relaxed-SCDA saliency: where a ConvNet's last map is active.
+"""Relaxed-SCDA saliency: the activity of a ConvNet's last convolutional map.
 
 Wei et al., "Selective Convolutional Descriptor Aggregation", IEEE TIP 2017: the aggregation map A
 is the sum over channels of the last convolutional map, after its ReLU. The relaxed rule of "Masking
 Improves Contrastive Self-Supervised Learning for ConvNets" (WACV 2024) takes as foreground the
-cells with A >= mean(A) - 0.6 std(A), of a view; the map is stored, not the rule's outcome, because
-a view's crop has a mean and a spread of its own.
+cells of a view with A >= mean(A) - 0.6 std(A). The map is stored and not the outcome of the rule,
+because the mean and std differ for every crop.
 """
 
 from collections.abc import Iterator
@@ -25,24 +25,24 @@ from precompute.estimators.windows import Window, cut, paste, windows
 from schemas.cli import lookup
 from schemas.errors import UserError
 
-# of ImageNet in RGB, on [0, 1]: what torchvision's weights were trained with
+# ImageNet's RGB mean and std on [0, 1], with which torchvision's weights were trained
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 WINDOWS_AT_ONCE = {"cpu": 64, "cuda": 256}
-"""Windows in one forward pass: keeps its memory the same whatever the images' shapes, and a GPU
-busy."""
+"""Number of windows in one forward pass, by device: large enough to keep a GPU busy, and fixed so
+that memory does not depend on the images' shapes."""
 
 Place = tuple[int, Window]
-"""Which image of a batch, and where in it."""
+"""Index of an image in a batch, and a window in that image."""
 
 
 class ScdaEstimator:
-    """See `Estimator`.
+    """Estimator of relaxed-SCDA maps; see `Estimator` and `ScdaOptions`.
 
     Raises:
-        UserError: unknown backbone or weights, weights that do not fit or cannot be downloaded, a
-            network without a convolutional map.
+        UserError: the backbone or the weights are unknown, the weights do not fit or cannot be
+            downloaded, or the network has no convolutional map.
     """
 
     def __init__(self, options: ScdaOptions, device: str = "auto"):
@@ -83,8 +83,8 @@ class ScdaEstimator:
     def chunks(self, levels: list[list[Place]]) -> Iterator[list[Place]]:
         """Split the windows of all areas into forward passes.
 
-        A GPU takes those of several areas together, to have fewer and fuller passes. On a CPU that
-        gains nothing, and would change the last bits of maps in datasets that were begun before.
+        On a GPU, a pass may mix areas, which gives fewer and fuller passes. On a CPU this gains
+        nothing, and would change the last bits of maps when older datasets are resumed.
         """
         if self.device == "cuda":
             levels = [[place for level in levels for place in level]]
@@ -93,7 +93,11 @@ class ScdaEstimator:
             yield from (level[n : n + at_once] for n in range(0, len(level), at_once))
 
     def aggregation_map(self, pixels: torch.Tensor) -> torch.Tensor:
-        """A of (N, size, size, 3) uint8 pixels: (N, u, v) float32, on the estimator's device."""
+        """Return the aggregation map A of (N, size, size, 3) uint8 pixels.
+
+        Returns:
+            (N, u, v) float32, on the estimator's device.
+        """
         normalised = (pixels.to(self.device).float() - self.mean) / self.std
         inputs = normalised.permute(0, 3, 1, 2)  # NHWC in memory: channels_last, no copy
         reduced = self.options.precision == "bf16"
@@ -108,16 +112,16 @@ def list_places(shapes: list[tuple[int, int]], area: float) -> list[Place]:
 
 
 def prepare(trunk: nn.Module, device: str, precision: str) -> nn.Module:
-    """Return the trunk as it runs on the device, its weights channels_last.
+    """Move the trunk to the device and optimize it for inference, with channels_last weights.
 
-    On a GPU, batch norms are folded into the convolutions before them, each of which is a pass over
-    memory, and the weights are kept in bf16, to which autocast would cast them in every forward
-    pass. The maps' last bits change by the former, so a CPU, whose time goes into the convolutions
-    themselves, runs the network as it is.
+    On a GPU, each batch norm is folded into the convolution before it, which saves a pass over
+    memory, and weights are stored in bf16, so that autocast does not cast them in every forward
+    pass. Folding changes the last bits of the maps; a CPU spends its time in the convolutions
+    themselves, so it runs the network unchanged.
     """
     prepared: nn.Module = trunk.requires_grad_(False).to(device)
     if device == "cuda":
-        if isinstance(trunk, fx.GraphModule):  # networks of timm run as they are
+        if isinstance(trunk, fx.GraphModule):  # timm networks run unchanged
             prepared = fold_batch_norms(trunk)
         if precision == "bf16":
             cast_convolutions_(prepared)
@@ -125,21 +129,21 @@ def prepare(trunk: nn.Module, device: str, precision: str) -> nn.Module:
 
 
 def cast_convolutions_(trunk: nn.Module) -> None:
-    """Keep the weights in bf16 that autocast would cast in every forward pass; norms stay fp32."""
+    """Store convolution and linear weights in bf16, sparing autocast the casts; norms stay fp32."""
     for module in trunk.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(torch.bfloat16)
 
 
 def fold_batch_norms(trunk: fx.GraphModule) -> nn.Module:
-    """Return a copy whose batch norms behind a convolution are part of that convolution."""
-    # without torchvision's second graph, for training, a copy of which would be in training mode
+    """Return a copy with every batch norm merged into the convolution before it."""
+    # torchvision's module also has a graph for training, of which a copy would be in training mode
     evaluated = fx.GraphModule(trunk, trunk.graph).eval()
     return fuse(evaluated, no_trace=True).eval().requires_grad_(False)
 
 
 def build_backbone(name: str) -> nn.Module:
-    """Build a network of torchvision, or of timm by `timm:NAME`. Raises UserError."""
+    """Build a torchvision network, or a timm network named `timm:NAME`. Raises UserError."""
     if is_timm(name):
         return build_timm_backbone(name)
     known = {name: name for name in torchvision.models.list_models(torchvision.models)}
@@ -147,7 +151,11 @@ def build_backbone(name: str) -> nn.Module:
 
 
 def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:
-    """The part of a network up to a layer's output, the last map by default. Raises UserError."""
+    """Return the part of a network up to a layer's output. Raises UserError.
+
+    Args:
+        layer: name of the layer; "" for the last convolutional map.
+    """
     if not layer:
         return last_convolutional_map(model, name)
     _, nodes = get_graph_node_names(model)
@@ -158,17 +166,17 @@ def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:
 
 
 def last_convolutional_map(model: nn.Module, name: str) -> fx.GraphModule:
-    """The part of a network up to its last map that still has a height and a width.
+    """Return the part of a network up to its last map that still has a height and a width.
 
-    For ResNets that is layer4, for MobileNetV2 `features`, for DenseNets the ReLU after the last
-    norm: the last 4-d value with more than one cell, whatever the network calls it.
+    This is the last 4-d value with more than one cell, whatever its name: layer4 of ResNets,
+    `features` of MobileNetV2, the ReLU after the last norm of DenseNets. Raises UserError.
     """
     probe = torch.zeros(1, 3, 224, 224)
     try:
         _, nodes = get_graph_node_names(model)
         with torch.inference_mode():
             values = create_feature_extractor(model, nodes)(probe)
-    except Exception as error:  # torch.fx fails in many ways on what it cannot trace
+    except Exception as error:  # torch.fx raises many kinds of errors for untraceable networks
         raise UserError(f"backbone {name}: torch.fx cannot trace it ({error})") from error
     maps = [
         node

@@ -1,8 +1,8 @@
-"""Spectral residual saliency: no weights, runs anywhere.
+"""Spectral residual saliency, which needs no weights and runs on any machine.
 
-X. Hou and L. Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007: what of an
-image's log amplitude spectrum stands out from its own local average is, back in the image, where
-something unexpected is.
+X. Hou and L. Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007: the difference
+between an image's log amplitude spectrum and the spectrum's local average, transformed back to
+pixels, is large where the image is unexpected.
 """
 
 from typing import Any
@@ -14,15 +14,19 @@ import torch.nn.functional as F
 from precompute.estimators.maps import squash
 from precompute.estimators.options import SpectralOptions
 
-# Luma of ITU-R BT.601, as Pillow's and MATLAB's conversion to gray
+# Luma of ITU-R BT.601, which Pillow and MATLAB use for the conversion to gray
 LUMA = torch.tensor([0.299, 0.587, 0.114])
-# Of the amplitude, in gray levels summed over the picture: ours. Rounding a picture to 8 bits alone
-# gives each frequency about 18; a flat one has nothing but its mean, and log 0 has no average.
+# Lower limit of the amplitude, in gray levels summed over the picture (our choice). Rounding to 8
+# bits alone gives each frequency about 18. A flat picture has only its mean, and the log of a zero
+# amplitude would make the local averages infinite.
 FLOOR = 1.0
 
 
 class SpectralEstimator:
-    """See `Estimator`. Runs on the CPU: 64 x 64 pixels are little work."""
+    """Estimator of spectral residual maps; see `Estimator`.
+
+    Runs on the CPU, because 64 x 64 pixels are little work.
+    """
 
     weights_sha256 = None
     device = "cpu"
@@ -38,7 +42,7 @@ class SpectralEstimator:
 
 
 def saliency(gray: torch.Tensor, average: int, sigma: float, side: int) -> torch.Tensor:
-    """(N, S, S) gray values -> (N, side, side) maps."""
+    """Compute (N, side, side) maps from (N, S, S) gray values."""
     spectrum = torch.fft.fft2(gray)
     log_amplitude = torch.log(spectrum.abs().clamp_min(FLOOR))
     padded = F.pad(log_amplitude[:, None], [average // 2] * 4, mode="replicate")
@@ -49,7 +53,7 @@ def saliency(gray: torch.Tensor, average: int, sigma: float, side: int) -> torch
 
 
 def blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian out to four sigma, the border repeated."""
+    """Blur maps with a Gaussian of radius four sigma, repeating the border."""
     radius = int(4 * sigma + 0.5)
     steps = torch.arange(-radius, radius + 1, dtype=maps.dtype)
     kernel = torch.exp(-0.5 * (steps / sigma) ** 2)

@@ -1,6 +1,6 @@
-"""timm's ConvNets as backbones of SCDA: `--estimator.backbone timm:convnext_tiny`.
+"""Use timm's ConvNets as backbones of SCDA: `--estimator.backbone timm:convnext_tiny`.
 
-timm is no dependency of this room: whoever names one of its networks has it installed.
+timm is an optional dependency: only users who name one of its networks must install it.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from schemas.errors import UserError
 
 PREFIX = "timm:"
 PUBLISHED = "DEFAULT"
-"""The weights that timm itself gives a name; `name.tag` chooses others."""
+"""Selects timm's default weights for a network's name; `name.tag` selects others."""
 
 
 def is_timm(backbone: str) -> bool:
@@ -22,10 +22,10 @@ def is_timm(backbone: str) -> bool:
 
 
 def build_timm_backbone(backbone: str) -> nn.Module:
-    """Build a network with random weights.
+    """Build a timm network with random weights.
 
     Raises:
-        UserError: timm is not installed or knows no such name; the network is no ConvNet.
+        UserError: timm is not installed or has no such network, or the network is no ConvNet.
     """
     timm, name = import_timm(backbone), backbone.removeprefix(PREFIX)
     if not timm.is_model(name):
@@ -42,7 +42,7 @@ def build_timm_backbone(backbone: str) -> nn.Module:
 
 
 def download_timm(backbone: str, weights: str) -> Mapping[str, torch.Tensor]:
-    """Fetch the weights that timm publishes, from its cache or the network. Raises UserError."""
+    """Return the weights that timm publishes, cached or downloaded. Raises UserError."""
     if weights != PUBLISHED:
         raise UserError(
             f"weights {weights!r} of {backbone}: give {PUBLISHED}, random or the path of a file; "
@@ -51,7 +51,7 @@ def download_timm(backbone: str, weights: str) -> Mapping[str, torch.Tensor]:
     timm = import_timm(backbone)
     try:
         model = timm.create_model(backbone.removeprefix(PREFIX), pretrained=True)
-    except Exception as error:  # of whatever client timm asks: requests, httpx, huggingface_hub
+    except Exception as error:  # timm uses various clients: requests, httpx, huggingface_hub
         raise UserError(
             f"weights {weights} of {backbone} could not be downloaded ({error}); give a file by "
             "--estimator.weights PATH, or use --estimator spectral, which needs none"

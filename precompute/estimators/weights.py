@@ -1,4 +1,4 @@
-"""Weights of a backbone: by torchvision's name, by path, or random when asked for."""
+"""Load a backbone's weights by torchvision's name or by path, or leave them random."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,14 @@ RANDOM = "random"
 
 
 def load_weights(trunk: nn.Module, model: nn.Module, backbone: str, weights: str) -> None:
-    """Fill the trunk of a backbone.
+    """Load weights into the trunk of a backbone.
 
-    In a file the trunk's names may have any prefix, and other layers (a classifier, a projector)
-    may be there or not: see `schemas.weights`.
+    In a file, the trunk's parameter names may have any prefix, and other layers (a classifier, a
+    projector) may be present: see `schemas.weights`.
 
     Raises:
-        UserError: no such name or file, a failed download, or weights of another network.
+        UserError: there is no such name or file, the download fails, or the weights belong to
+            another network.
     """
     if weights == RANDOM:
         return
@@ -41,7 +42,10 @@ def load_weights(trunk: nn.Module, model: nn.Module, backbone: str, weights: str
 
 
 def file_of(backbone: str, weights: str) -> Path | None:
-    """The file that is meant, None for a name of torchvision's. A run's folder has its encoder."""
+    """Return the file that `weights` names, or None for the name of published weights.
+
+    For the folder of a training run, the file is its encoder.
+    """
     if is_timm(backbone):
         published = weights == PUBLISHED
     else:
@@ -60,13 +64,13 @@ def unpickle(path: Path, stubs: Sequence[tuple[type, str]]) -> Any:
 
 
 def unpack(path: Path) -> Any:
-    import safetensors.torch  # here: networks by torchvision's names need none
+    import safetensors.torch  # imported here, because published weights do not need it
 
     return safetensors.torch.load_file(path)
 
 
 def download(backbone: str, name: str) -> Mapping[str, torch.Tensor]:
-    """Weights that torchvision publishes, from its cache or the network. Raises UserError."""
+    """Return weights that torchvision or timm publishes, cached or downloaded. Raises UserError."""
     if is_timm(backbone):
         return download_timm(backbone, name)
     known = torchvision.models.get_model_weights(backbone).__members__
@@ -81,7 +85,7 @@ def download(backbone: str, name: str) -> Mapping[str, torch.Tensor]:
 
 
 def sha256_of(state: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names and values, in the order of the names."""
+    """Return the sha256 over names and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())

@@ -1,7 +1,7 @@
-"""Windows over an image, and maps of windows pasted back.
+"""Cut an image into windows, and paste the windows' maps back into a map of the image.
 
-A view shows a network a part of an image, enlarged. A map of parts that are enlarged alike comes
-closer to what the network would say of the view than a map of the whole image does.
+A training view shows the network an enlarged part of an image. A map made of similarly enlarged
+windows is closer to the map of a view than the map of the whole image is.
 """
 
 import math
@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 OVERLAP = 3
-"""Neighbouring windows are a third of their side apart, or less (ours; see docs/saliency.md)."""
+"""Neighboring windows are at most a third of their side apart (our choice: docs/saliency.md)."""
 
 MOST = 8
-"""Windows along one axis, for images that are very long: they are longer then."""
+"""Maximum number of windows along one axis; in very long images, windows are longer instead."""
 
 
 CACHED_SHAPES = 4096
-"""Shapes of images whose windows and weights are kept, about 15 KB each: photos come in few."""
+"""Number of image shapes whose windows and weights are cached, at about 15 KB each; most photos
+share few shapes."""
 
 
 class Window(NamedTuple):
-    """In pixels of an image."""
+    """A rectangle in an image, in pixels."""
 
     top: int
     left: int
@@ -35,9 +36,10 @@ class Window(NamedTuple):
 
 @lru_cache(maxsize=CACHED_SHAPES)
 def windows(height: int, width: int, area: float) -> tuple[Window, ...]:
-    """Return square windows of this share of the image's area, evenly spread; for 1 all of it.
+    """Return evenly spread square windows that each have this fraction of the image's area.
 
-    A side that would be longer than the image's ends with it.
+    For an area of 1, the only window is the whole image. A side that would be longer than the
+    image's is cut to it.
     """
     side = math.sqrt(area * height * width)
     rows, columns = (spread(length, side) for length in (height, width))
@@ -47,7 +49,7 @@ def windows(height: int, width: int, area: float) -> tuple[Window, ...]:
 
 
 def spread(length: int, side: float) -> list[tuple[int, int]]:
-    """(start, extent) of windows along one axis, the first at its start and the last at its end."""
+    """Return the (start, extent) of windows that cover one axis from its start to its end."""
     if side >= length:
         return [(0, length)]
     count = min(MOST, math.ceil((length - side) / (side / OVERLAP)) + 1)
@@ -56,10 +58,11 @@ def spread(length: int, side: float) -> list[tuple[int, int]]:
 
 
 def cut(images: Any, places: list[tuple[int, Window]], size: int) -> Tensor:
-    """Cut windows and squash each to size x size: (windows, size, size, 3) uint8.
+    """Cut out windows and resize each to size x size: (windows, size, size, 3) uint8.
 
     Args:
-        images: a DALI batch. places: which image, and where in it.
+        images: a DALI batch.
+        places: for each window, the index of its image and the window in that image.
     """
     tensors = images.tensors
     corners = np.array([window for _, window in places], np.float32)
@@ -74,11 +77,11 @@ def cut(images: Any, places: list[tuple[int, Window]], size: int) -> Tensor:
 
 
 def paste(maps: Tensor, shapes: list[tuple[int, int]], area: float, side: int) -> Tensor:
-    """Paste maps of windows into one map for each image, their mean where windows overlap.
+    """Combine the maps of windows into one map per image, averaging where windows overlap.
 
     Args:
-        maps: (windows, u, v) float32, of the images' `windows` of this area, in order.
-        shapes: (height, width) of the images.
+        maps: (windows, u, v) float32 maps of the images' `windows` of this area, in order.
+        shapes: (height, width) of each image.
 
     Returns:
         (images, side, side) float32.
@@ -93,10 +96,12 @@ def paste(maps: Tensor, shapes: list[tuple[int, int]], area: float, side: int) -
 
 
 class Weights(NamedTuple):
-    """How the cells of an image's map read the cells of its windows' maps.
+    """Weights that resample the maps of an image's windows into the map of the image.
 
-    y: (windows, side, u), x: (windows, side, v) float32, bilinear weights along each axis.
-    cover: (side, side) float32, how many windows lie over a cell.
+    Attributes:
+        y: (windows, side, u) float32, bilinear weights along the vertical axis.
+        x: (windows, side, v) float32, bilinear weights along the horizontal axis.
+        cover: (side, side) float32, number of windows that cover each cell.
     """
 
     y: Tensor
@@ -106,7 +111,7 @@ class Weights(NamedTuple):
 
 @lru_cache(maxsize=CACHED_SHAPES)
 def weights(height: int, width: int, area: float, side: int, u: int, v: int) -> Weights:
-    """Return the weights of all windows of one area over an image of this shape."""
+    """Return the resampling weights of all windows of one area in an image of this shape."""
     found = windows(height, width, area)
     y, inside_y = axis([(w.top, w.height, height) for w in found], side, u)
     x, inside_x = axis([(w.left, w.width, width) for w in found], side, v)
@@ -114,7 +119,7 @@ def weights(height: int, width: int, area: float, side: int, u: int, v: int) -> 
 
 
 def axis(extents: list[tuple[int, int, int]], side: int, cells: int) -> tuple[Tensor, Tensor]:
-    """How the middles of an image's cells read a window's cells, bilinearly.
+    """Return bilinear weights from each window's cells to the image's cell centers, along one axis.
 
     Args:
         extents: start and extent of each window and length of its image, in pixels.
@@ -126,7 +131,7 @@ def axis(extents: list[tuple[int, int, int]], side: int, cells: int) -> tuple[Te
     start, extent, length = (column.unsqueeze(1) for column in torch.tensor(extents).double().T)
     points = (torch.arange(side) + 0.5) / side
     place = (points * length - start) / extent
-    # a window narrower than a cell holds the point that is nearest to its middle
+    # a window narrower than a cell counts for the cell center nearest to the window's middle
     nearest = ((start + extent / 2) / length * side).long().clamp(max=side - 1)
     inside = (place >= 0) & (place <= 1) | (torch.arange(side) == nearest)
     position = (place * cells - 0.5).clamp(0, cells - 1)

@@ -1,7 +1,7 @@
-"""`DATASET=` names -> listed source images.
+"""Sources of images, selected by `--dataset`.
 
-A source lists its images without reading them, and reads one when asked to. A new source is one
-class and one line in `SOURCES`, or `--dataset FILE.py:Class` or `module:Class`.
+A source lists its images without reading them, and reads single images on request. To add one,
+write a class and a line in `SOURCES`, or pass it as `--dataset FILE.py:Class` or `module:Class`.
 """
 
 from collections import ChainMap
@@ -52,17 +52,17 @@ SOURCES = {
     "webdataset": "precompute.sources.webdataset:WebDatasetShards",
     "demo": "precompute.demo:DemoScenes",
 }
-"""Where each is: importing them all would import torchvision for a folder of files."""
+"""Import path of each source's class; importing them all here would always import torchvision."""
 
 
 def open_source(name: str, root: str, split: str, download: bool, **options: Any) -> Source:
     """Open a source by its name in `SOURCES` or as `FILE.py:Class`.
 
     Args:
-        options: what only some sources understand, such as `image_member` of tars.
+        options: options that only some sources have, such as `image_member` of tars.
 
     Raises:
-        UserError: there is no such source or root, or it does not understand an option.
+        UserError: there is no such source or root, or the source does not have an option.
     """
     path = name if ":" in name else lookup("dataset", name, SOURCES)
     make: Callable[..., Source] = imported("dataset", path)
@@ -73,7 +73,7 @@ def open_source(name: str, root: str, split: str, download: bool, **options: Any
 
 
 def list_source(source: Source) -> Iterator[SourceImage | Reject]:
-    """List a source as `source.images()` does, several of its parts at a time."""
+    """List a source as `source.images()` does, but several of its parts in parallel."""
     parts = parts_of(source)
     if not isinstance(source, PartedSource) or len(parts) == 1:
         return source.images()
@@ -82,11 +82,11 @@ def list_source(source: Source) -> Iterator[SourceImage | Reject]:
 
 
 def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceImage], list[Reject]]:
-    """List all images of a source with keys of their own, and what cannot be one of them.
+    """Give all images of a source unique keys, and collect the rejects.
 
-    Of different images with one key, the first in the order of a tree keeps it; each of the others
-    gets a digest of its location into its key. Which one that is does not depend on the order of
-    the entries. An image that is listed twice is a reject the second time.
+    If several images have the same key, the first one by `walk_order` keeps it, and a digest of the
+    location is added to the keys of the others, so the result does not depend on the order of the
+    entries. An image that is listed a second time becomes a reject.
     """
     first: dict[str, SourceImage] = {}
     groups: dict[str, dict[str, SourceImage]] = {}

@@ -1,4 +1,4 @@
-"""Detection sets: images whose labels are more than one class, kept in a member of their own."""
+"""Detection datasets, in which an image has several labels; a separate member stores them."""
 
 import json
 import posixpath
@@ -19,7 +19,7 @@ from schemas.tables import Reject
 VOC_YEARS = {"07": ("2007",), "12": ("2012",), "07+12": ("2007", "2012")}
 VOC_SETS = ("train", "val", "trainval", "test")
 VOC_CLASSES = tuple(FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:])
-"""The twenty, in the order of their names; before them torchvision has the background."""
+"""The twenty classes in alphabetical order; torchvision's list begins with the background."""
 
 COCO_SETS = {
     "train": "train2017",
@@ -30,13 +30,13 @@ COCO_SETS = {
 
 
 class Voc(Source):
-    """Pascal VOC, `root/VOCdevkit/VOC2007|VOC2012/...`.
+    """Pascal VOC in `root/VOCdevkit/VOC2007|VOC2012/...`.
 
-    Splits are YEARS-SET: `07+12-trainval`, `12-train`, `07-test`; a set alone means both years
-    (`test` is of 2007 only, the only one with public annotations).
+    Splits are named YEARS-SET: `07+12-trainval`, `12-train`, `07-test`. A set alone means both
+    years, except that `test` means 2007, the only year with public annotations of the test set.
 
-    The member `labels.json` holds `{"labels": [...], "difficult": [...]}`: the classes of which
-    there is an object that is not difficult, and those whose objects all are.
+    The member `labels.json` holds `{"labels": [...], "difficult": [...]}`: the classes that have an
+    object that is not difficult, and the classes whose objects are all difficult.
     """
 
     classes = VOC_CLASSES
@@ -74,7 +74,7 @@ class Voc(Source):
 
 
 def voc_labels(xml: bytes, location: str) -> bytes:
-    """The classes of a VOC annotation as JSON. Raises ValueError."""
+    """Return the classes in a VOC annotation as JSON. Raises ValueError."""
     known = {name: label for label, name in enumerate(VOC_CLASSES)}
     plain: set[int] = set()
     difficult: set[int] = set()
@@ -89,7 +89,7 @@ def voc_labels(xml: bytes, location: str) -> bytes:
 
 
 class Coco(Source):
-    """COCO 2017 images without labels, `root/train2017/*.jpg` (or below `root/images`)."""
+    """COCO 2017 images without labels, in `root/train2017/*.jpg` (or below `root/images`)."""
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("coco", split, list(COCO_SETS))
@@ -112,9 +112,9 @@ class Coco(Source):
 
 
 class CocoInstances(Coco):
-    """COCO 2017 images with `root/annotations/instances_SET2017.json`.
+    """COCO 2017 images with annotations from `root/annotations/instances_SET2017.json`.
 
-    The member `instances.json` holds the image's annotations as they are there.
+    The member `instances.json` holds the image's annotations, unchanged.
     """
 
     def __init__(self, root: str, split: str, download: bool):

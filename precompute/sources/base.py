@@ -1,4 +1,4 @@
-"""The interface of a source of images, and what its implementations share."""
+"""The interface of image sources, and helpers shared by the implementations."""
 
 import hashlib
 import re
@@ -17,24 +17,27 @@ T = TypeVar("T")
 
 LOCAL_READERS = 8
 REMOTE_READERS = 64
-"""Images, or parts of a source, that are read at a time. An object store answers after about 50 ms,
-so 64 give 1,280 images/s."""
+"""Number of images, or parts of a source, read in parallel. An object store answers after about
+50 ms, so 64 readers give 1,280 images/s."""
 
 KEY_DIGITS = (8, 16, 32, MAX_KEY_LENGTH - 1)
-"""Digits of a location's sha256 that keep keys apart: the first number that is enough."""
+"""Numbers of digits of a location's sha256 to try, in order, until a key is unique."""
 
 WHOLE = ""
-"""The only part of a source that is listed as a whole."""
+"""Name of the only part of a source that cannot be listed in parts."""
 
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-"""What archives, file servers and systems leave behind: no class and no input, as hidden ones."""
+"""Folders left by archives, file servers and operating systems; ignored like hidden ones."""
 
 
 class SourceImage(NamedTuple):
-    """One input.
+    """One image of a source, not read yet.
 
-    `key` names the sample, `location` finds the image in its source, `label` is its class (-1 for
-    none), and `annotation` is text of the source's own that `Source.members` makes members of.
+    Attributes:
+        key: key of the sample.
+        location: position of the image in its source, such as a path.
+        label: number of its class; -1 for none.
+        annotation: text in a format of the source, which `Source.members` turns into members.
     """
 
     key: str
@@ -44,7 +47,7 @@ class SourceImage(NamedTuple):
 
 
 class LabeledText(NamedTuple):
-    """An image whose label is known as text; its number follows when all labels are known."""
+    """An image whose label is text; labels are numbered once all of them are known."""
 
     image: SourceImage
     text: str
@@ -54,52 +57,52 @@ Entry = SourceImage | LabeledText | Reject
 
 
 class Source(ABC):
-    """Images that are somewhere. Pickled to every worker, so it holds no image and no open file.
+    """Base class of image sources. Pickled to every worker, so it holds no image and no open file.
 
     Attributes:
-        classes: names by label, known once all images are listed; empty when nothing is labelled.
+        classes: class names by label, complete once all images are listed; empty without labels.
     """
 
     classes: Sequence[str] = ()
 
     def hint(self) -> str:
-        """Return what a user should know where no image has a class, as the end of a sentence."""
+        """Return a hint for the user if no image has a class, as the end of a sentence."""
         return ""
 
     def linked_folders(self) -> Sequence[str]:
-        """Return the local folders outside of ROOT that listing was led to by links."""
+        """Return the local folders outside of ROOT that listing reached through links."""
         return ()
 
     @abstractmethod
     def images(self) -> Iterator[SourceImage | Reject]:
-        """List every input once, in a fixed order; what cannot be an image comes as a reject."""
+        """List every input once, in a fixed order; yield a reject for what cannot be an image."""
 
     @abstractmethod
     def read(self, image: SourceImage) -> bytes:
         """Return the encoded image. Raises OSError."""
 
     def members(self, image: SourceImage) -> dict[str, bytes]:
-        """Return what is kept beside the image, by the member's extension.
+        """Return further members of the image's sample, by extension.
 
         Raises:
-            OSError, ValueError: it cannot be read, or is damaged.
+            OSError, ValueError: they cannot be read, or are damaged.
         """
         return {}
 
 
 class PartedSource(Source):
-    """A source whose parts can be listed at the same time; `images` puts them together."""
+    """A source whose parts can be listed in parallel; `images` joins their listings."""
 
     def images(self) -> Iterator[SourceImage | Reject]:
         return join_parts(self, map(self.list_part, self.parts()))
 
     @abstractmethod
     def parts(self) -> Sequence[str]:
-        """Return the names of parts that can be listed at the same time, in a fixed order."""
+        """Return the names of parts that can be listed in parallel, in a fixed order."""
 
     @abstractmethod
     def list_part(self, part: str) -> Iterator[Entry]:
-        """List every input of a part once, in a fixed order; several threads may do so at a time.
+        """List every input of a part once, in a fixed order; may be called by several threads.
 
         Args:
             part: one of `parts`.
@@ -109,15 +112,15 @@ class PartedSource(Source):
         """Number the labels that `list_part` gave as text, and set `classes`.
 
         Returns:
-            the number of each label, and why others are no label.
+            the number of each valid label, and the reason for each invalid one.
         """
         raise NotImplementedError(f"{type(self).__name__} lists labels as text but numbers none")
 
 
 def parts_of(source: Source) -> Sequence[str]:
-    """Return the parts of a source that can be listed at the same time, [WHOLE] if it has none.
+    """Return the parts of a source that can be listed in parallel; [WHOLE] if it has none.
 
-    A class that derives from a PartedSource and has `images` of its own is listed by these.
+    A subclass of PartedSource that overrides `images` counts as having none.
     """
     if isinstance(source, PartedSource) and type(source).images is PartedSource.images:
         return source.parts()
@@ -125,7 +128,11 @@ def parts_of(source: Source) -> Sequence[str]:
 
 
 def list_part(source: Source, part: str) -> Iterable[Entry]:
-    """List the inputs of a part: one of `parts_of`."""
+    """List the inputs of one part.
+
+    Args:
+        part: one of `parts_of(source)`.
+    """
     if isinstance(source, PartedSource) and type(source).images is PartedSource.images:
         return source.list_part(part)
     return source.images()
@@ -134,10 +141,10 @@ def list_part(source: Source, part: str) -> Iterable[Entry]:
 def join_parts(
     source: PartedSource, parts: Iterable[Iterable[Entry]]
 ) -> Iterator[SourceImage | Reject]:
-    """Yield the inputs of the parts in order; those labeled by text come when all are known.
+    """Yield the inputs of all parts in order; those with text labels come last.
 
     Args:
-        parts: of each of `source.parts()` what `source.list_part` gives.
+        parts: the listing of each of `source.parts()` by `source.list_part`.
     """
     waiting: list[LabeledText] = []
     for part in parts:
@@ -154,10 +161,10 @@ def join_parts(
 def number_label(
     entry: LabeledText, numbers: Mapping[str, int], bad: Mapping[str, str]
 ) -> SourceImage | Reject:
-    """Return the image with the number of its label, or a reject if it has none.
+    """Return the image with the number of its label, or a reject if the label is invalid.
 
     Args:
-        numbers, bad: as `PartedSource.number_labels` returns them.
+        numbers, bad: the results of `PartedSource.number_labels`.
     """
     if entry.text in bad:
         return Reject(entry.image.location, "bad-label", bad[entry.text])
@@ -165,17 +172,17 @@ def number_label(
 
 
 def count_readers(source: Source) -> int:
-    """Return how many images to read at a time: more where one of the source's stores is remote."""
+    """Return how many images to read in parallel: more if one of the source's stores is remote."""
     stores = [value for value in vars(source).values() if isinstance(value, Store)]
     is_remote = any(not store.is_local for store in stores)
     return REMOTE_READERS if is_remote else LOCAL_READERS
 
 
 def key_of(location: str) -> str:
-    """A sample's key from its path below the root, without the extension.
+    """Return the key of a sample, made of its path below the root without the extension.
 
-    `a/b.jpg` becomes `a_b`. Where other characters have to be replaced too, or the path is too
-    long, eight digits of its sha256 keep different paths apart.
+    `a/b.jpg` becomes `a_b`. If other characters must be replaced too, or the path is too long,
+    eight digits of its sha256 are added to keep different paths apart.
     """
     stem = str(PurePosixPath(location).with_suffix("")).replace("/", "_")
     key = re.sub(r"[^0-9A-Za-z_-]", "_", stem)
@@ -185,13 +192,13 @@ def key_of(location: str) -> str:
 
 
 def digest_key(key: str, location: str, digits: int = 8) -> str:
-    """Return the key with so many digits of the sha256 of its location behind it."""
+    """Return the key followed by this many digits of the sha256 of the location."""
     digest = hashlib.sha256(to_bytes(location)).hexdigest()[:digits]
     return f"{key[: MAX_KEY_LENGTH - 1 - digits]}-{digest}"
 
 
 def free_key(key: str, location: str, taken: Container[str]) -> str:
-    """Return the key with as many digits as it needs to differ from those that are taken."""
+    """Return the key with as many digits of the location's sha256 as make it unique."""
     return next(
         candidate
         for digits in KEY_DIGITS
@@ -200,18 +207,18 @@ def free_key(key: str, location: str, taken: Container[str]) -> str:
 
 
 def walk_order(location: str) -> list[tuple[bool, str]]:
-    """Sort locations as a tree is listed: the files of a folder before those of its folders."""
+    """Return a sort key that orders files as in a walk: a folder's files before its subfolders."""
     *folders, name = location.split("/")
     return [*((True, folder) for folder in folders), (False, name)]
 
 
 def is_pattern(root: str) -> bool:
-    """Whether ROOT is a glob; a file or folder with such signs in its name is none."""
+    """Return whether ROOT is a glob, and not an existing file or folder with such characters."""
     return any(sign in root for sign in "*?[") and not Store(root).exists("")
 
 
 def check_split(dataset: str, split: str, known: Sequence[str]) -> None:
-    """Raises UserError that lists the splits."""
+    """Check that a dataset has a split. Raises a UserError that lists the splits."""
     if split not in known:
         raise UserError(f"{dataset} has no split {split!r}: there are {', '.join(known)}")
 
@@ -223,17 +230,19 @@ def opened(
     needs: Sequence[str] = (),
     download: bool = False,
 ) -> T:
-    """Let torchvision open a tree, after a look at what it would open or make.
+    """Open a dataset with torchvision, after checking that its files exist.
 
-    torchvision makes the folder of some sets before it finds that they are not there, and speaks of
-    its own arguments; here a wrong ROOT stays as it is, and the message names what is missing.
+    torchvision creates the folders of some datasets before it notices that they are missing, and
+    its messages refer to its own arguments. The check leaves a wrong ROOT untouched and names what
+    is missing.
 
     Args:
-        needs: files and folders below ROOT without which there is no such set.
-        download: whether torchvision fetches it, so that nothing need be there.
+        make: opens the dataset.
+        needs: files and folders below ROOT that the dataset needs.
+        download: whether torchvision downloads the dataset, so that nothing need exist.
 
     Raises:
-        UserError: with the reason.
+        UserError: the dataset is missing, damaged or cannot be downloaded.
     """
     if not root:
         raise UserError(f"--root is missing: the folder that {dataset} is in")
@@ -257,7 +266,7 @@ def opened(
         reason = f"its files are not found or corrupted: {type(error).__name__}"
         if isinstance(error, OSError) and error.filename:
             reason = f"{error.filename}: {error.strerror}"
-        elif isinstance(error, RuntimeError):  # torchvision has compared checksums
+        elif isinstance(error, RuntimeError):  # torchvision's error for wrong checksums
             reason = f"{', '.join(needs) or 'its files'}: not found or corrupted"
         raise UserError(not_there(dataset, root, reason)) from error
 
@@ -267,7 +276,7 @@ def not_there(dataset: str, root: str, reason: str) -> str:
 
 
 def class_folders(store: Store, advice: str = "") -> list[str]:
-    """Return the sorted names of the folders in a folder that are not hidden, nor a system's own.
+    """Return the sorted names of a store's top-level folders, except hidden and system folders.
 
     Raises:
         UserError: there is no such folder.
@@ -280,7 +289,7 @@ def class_folders(store: Store, advice: str = "") -> list[str]:
 
 
 def visible(store: Store, folder: str, below: bool = True) -> Iterator[str]:
-    """List the files in a folder, and below it, none of them hidden."""
+    """List the files in a folder and, if `below`, in its subfolders, except hidden files."""
     for location in store.walk(folder) if below else store.names(folder):
         parts = PurePosixPath(location).parts
         if not any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts):

@@ -1,4 +1,4 @@
-"""ImageNet as torchvision and as Kaggle lay it out."""
+"""Sources of ImageNet and ImageNet-100, in the layouts of torchvision and Kaggle."""
 
 import csv
 import posixpath
@@ -24,19 +24,19 @@ from schemas.tables import Reject
 WNID = re.compile(r"n\d{8}")
 CLASSES = 1000
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-"""Where Kaggle's archive has `train` and `val`, seen from the folders above."""
+"""Path to `train` and `val` in Kaggle's archive, relative to each of the folders above them."""
 KAGGLE_LABELS = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SHOWN = 5
 
 
 class ImageNet(ClassFolders):
-    """ILSVRC 2012: `root/train/WNID/*.JPEG` and `root/val/WNID/*.JPEG`, as torchvision lays it out.
+    """ILSVRC 2012 in torchvision's layout: `root/train/WNID/*.JPEG` and `root/val/WNID/*.JPEG`.
 
-    Where the folders are missing but the archives are there, torchvision unpacks them. Kaggle's
-    layout is read too: `root/ILSVRC/Data/CLS-LOC/train` and `val`, whose images lie in no class
-    folders but are listed in `LOC_val_solution.csv` beside ILSVRC. Labels by the sorted WordNet
-    ids, as everywhere.
+    If the folders are missing but the archives exist, torchvision unpacks them. Kaggle's layout is
+    read too: `root/ILSVRC/Data/CLS-LOC/train` and `val`, of which `val` has no class folders; its
+    labels are in `LOC_val_solution.csv` beside ILSVRC. Classes are numbered in the order of their
+    WordNet ids, as is usual.
     """
 
     def __init__(self, root: str, split: str, download: bool):
@@ -70,7 +70,7 @@ class ImageNet(ClassFolders):
                 yield Reject(name, "no-class", "a folder that is named by no WordNet id")
 
     def list_flat(self) -> Iterator[SourceImage | Reject]:
-        """List images that lie in no class folders, as Kaggle has `val`."""
+        """List images without class folders, as in `val` of Kaggle's layout."""
         for location in visible(self.store, ""):
             wnid = self.flat.get(posixpath.splitext(posixpath.basename(location))[0])
             if wnid is None:
@@ -80,9 +80,9 @@ class ImageNet(ClassFolders):
 
 
 class ImageNet100(ImageNet):
-    """The 100 classes of ImageNet-100 (the list of Tian et al., "Contrastive Multiview Coding").
+    """ImageNet-100: 100 classes of ImageNet (from Tian et al., "Contrastive Multiview Coding").
 
-    Out of an ImageNet tree, labels in the order of the list.
+    Reads an ImageNet tree; classes are numbered in the order of the list.
     """
 
     def choose(self, wnids: list[str], store: Store) -> list[str]:
@@ -97,7 +97,7 @@ class ImageNet100(ImageNet):
 
 
 def split_folder(root: str, split: str, download: bool) -> Store:
-    """Find the folder of a split, unpacking torchvision's archives. Raises UserError."""
+    """Find the folder of a split, unpacking torchvision's archives if needed. Raises UserError."""
     check_split("imagenet", split, ("train", "val"))
     if download:
         raise UserError(
@@ -111,7 +111,7 @@ def split_folder(root: str, split: str, download: bool) -> Store:
     store = next((store for store in stores if store.exists("")), stores[0])
     archive = f"ILSVRC2012_img_{split}.tar"
     if not store.exists("") and Store(root).exists(archive):
-        from torchvision import datasets  # seconds to import; only where it is used
+        from torchvision import datasets  # imported here, because the import takes seconds
 
         print(f"unpacking the archives in {root}", flush=True)
         make = partial(datasets.ImageNet, root, split)
@@ -131,10 +131,10 @@ def split_folder(root: str, split: str, download: bool) -> Store:
 
 
 def kaggle_labels(root: str, store: Store) -> dict[str, str]:
-    """Return the WordNet id of each image of a flat folder, by its name without the ending.
+    """Return the WordNet id of each image of a flat folder, by file name without the extension.
 
     Raises:
-        UserError: images without class folders, and no list of their classes.
+        UserError: there are images without class folders, and no list of their classes.
     """
     above = [store.url]
     while len(above) < 6 and "/" in above[-1].rstrip("/"):
@@ -154,7 +154,7 @@ def kaggle_labels(root: str, store: Store) -> dict[str, str]:
 
 
 def compare_splits(store: Store, wnids: list[str]) -> str:
-    """Say which classes the other split has and this one lacks, and the reverse."""
+    """Describe the classes that one of the two splits has and the other lacks."""
     other = {"train": "val", "val": "train"}[posixpath.basename(store.url)]
     beside = Store(f"{posixpath.dirname(store.url)}/{other}")
     if not beside.exists(""):

@@ -1,4 +1,4 @@
-"""Labels of samples in tars: digits, text, or a field of JSON -> numbers of classes."""
+"""Read labels of samples in tars (digits, text or a field of JSON) and number their classes."""
 
 import json
 import re
@@ -10,22 +10,22 @@ from schemas.sample import LABEL_MEMBER, UNLABELLED
 NUMBER = re.compile(r"-1|[0-9]{1,9}")
 NONE = str(UNLABELLED)
 MAX_BYTES = 1000
-"""Of a label's text: more is a file that is no label."""
+"""Maximum size of a label's text in bytes; a larger member is no label."""
 JSON_FIELDS = (LABEL_MEMBER, "label", "class", "label_id", "class_id", "target", "category")
-"""Fields of a JSON member that hold a label, by img2dataset's and Hugging Face's users."""
+"""Fields that may hold the label in a JSON member, as used with img2dataset and Hugging Face."""
 LABEL_NAMES = {LABEL_MEMBER, "label", "labels", "class", "classname", "target", "category"}
-"""Parts of an extension that speak of a label."""
+"""Parts of an extension that suggest that the member is a label."""
 PLAIN_CLASSES = 100_000
 SPARSE = 10
-"""A label is a class's number if it is below the former, or below so many times the number of
-different labels up to it; otherwise it is an identifier, and a list of classes up to it would have
-millions of empty ones (ours)."""
+"""Limits for numeric labels (our choice). A label is the number of a class if it is below
+PLAIN_CLASSES, or below SPARSE times the number of distinct labels up to it. Otherwise it is taken
+for an identifier, because a list of classes up to it would have millions of empty ones."""
 
 Members = Sequence[tuple[str, int, int]]
 
 
 class LabelError(Exception):
-    """A sample's label cannot be read; the message is a reject's detail."""
+    """Raised if a sample's label cannot be read; the message becomes the detail of a reject."""
 
 
 class LabelReader:
@@ -33,15 +33,15 @@ class LabelReader:
 
     Args:
         member: extension of the label's member; `json:FIELD` or `json.FIELD` for a field of a JSON
-            member, `none` for no labels; by default `cls`, and without one a field of `json`.
-        text: take digits for names too.
+            member; `none` for no labels; "" for `cls` and, without a `cls`, a field of `json`.
+        text: whether to treat labels as class names even if they are digits.
     """
 
     def __init__(self, member: str, text: bool):
         self.member, self.text = member.lstrip("."), text
 
     def reads(self, extension: str) -> bool:
-        """Return whether a sample's label may be read from its member of this extension."""
+        """Return whether a sample's label may be in its member with this extension."""
         if self.member == "none":
             return False
         if not self.member:
@@ -51,7 +51,7 @@ class LabelReader:
         )
 
     def read(self, members: Members, file: Any) -> tuple[str, str]:
-        """Return the label (`-1` without one) and the extension of the member that it is in.
+        """Return the label (`-1` if there is none) and the extension of the member it comes from.
 
         Raises:
             LabelError: the member is missing, is no label, or its label cannot be read.
@@ -89,7 +89,7 @@ class LabelReader:
         try:
             value: Any = json.loads(content)
         except (ValueError, RecursionError) as error:
-            if not self.member:  # carried over as it is, as any other member
+            if not self.member:  # not asked for: it is copied unchanged like any other member
                 return NONE
             raise LabelError(f"its {member} is no JSON ({error})") from error
         if isinstance(value, dict):
@@ -114,7 +114,11 @@ class LabelReader:
 
 
 def refuse_other_names(members: Iterable[str]) -> None:
-    """Raises LabelError where a label has another name: it would be lost without a word."""
+    """Refuse samples whose label seems to have another name, as it would be lost silently.
+
+    Raises:
+        LabelError: a member is named like a label.
+    """
     for name in members:
         if LABEL_NAMES.intersection(name.lower().split(".")):
             raise LabelError(
@@ -126,13 +130,14 @@ def refuse_other_names(members: Iterable[str]) -> None:
 def name_classes(
     labels: Iterable[str], reader: LabelReader
 ) -> tuple[dict[str, int], list[str], dict[str, str]]:
-    """Number the classes of a dataset by all the labels that there are.
+    """Number the classes of a dataset, given all its labels.
 
-    Digits are numbers of classes. Where no label is digits, or the reader is told so, labels are
-    names, numbered in sorted order.
+    Labels of digits are numbers of classes. If no label is digits, or if `reader.text` is set, all
+    labels are class names, numbered in sorted order.
 
     Returns:
-        the number of each label, the names of the classes, and why other labels are no class.
+        the number of each valid label, the names of the classes, and the reason for each invalid
+        label.
     """
     found = set(labels) - {NONE}
     numbers = {NONE: UNLABELLED}

@@ -1,4 +1,4 @@
-"""Small labelled sets that torchvision downloads and parses."""
+"""Sources of small labeled datasets that torchvision downloads and parses."""
 
 import hashlib
 import io
@@ -30,7 +30,8 @@ from schemas.storage import Store
 from schemas.tables import Reject
 
 CALTECH_TRAIN = 30
-"""Training images a class: the usual protocol; which ones, by a hash, is ours (docs/method.md)."""
+"""Number of training images per class, as in the usual protocol; choosing them by a hash is our
+choice (docs/method.md)."""
 
 CALTECH_BACKGROUND = "BACKGROUND_Google"
 CALTECH_IMAGE = re.compile(r"image_\d{4}\.jpg")
@@ -39,15 +40,17 @@ STL10_SIDE = 96
 
 
 class Caltech101(Source):
-    """`root/caltech101/101_ObjectCategories/CLASS/image_0001.jpg`, without the background class.
+    """Caltech 101 without the background class.
 
-    It has no official split: `train` is 30 images a class, drawn by a hash of their names, `test`
-    the rest, `all` both.
+    Reads `root/caltech101/101_ObjectCategories/CLASS/image_0001.jpg`. The dataset has no official
+    split: `train` has 30 images per class, chosen by a hash of their names, `test` has the
+    remaining ones, and `all` has both.
     """
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("caltech101", split, ("train", "test", "all"))
-        # its own lists take every file for an image, and what a system leaves behind for a class
+        # torchvision is used only to download: it would list every file as an image, and system
+        # folders as classes
         make = partial(datasets.Caltech101, root, download=True) if download else dict
         opened("caltech101", root, make, ["caltech101/101_ObjectCategories"], download)
         self.split = split
@@ -72,7 +75,7 @@ class Caltech101(Source):
 
 
 class Flowers102(Source):
-    """`root/flowers-102/jpg/image_00001.jpg`, labels and splits from its .mat files."""
+    """Flowers 102: `root/flowers-102/jpg/image_00001.jpg`, with labels and splits in .mat files."""
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("flowers102", split, ("train", "val", "test"))
@@ -100,7 +103,7 @@ class Flowers102(Source):
 
 
 class Arrays(Source):
-    """Images that are pixels in large files; each is handed out as a PNG, without loss."""
+    """Base class of sources that store pixels in large files; images are read as lossless PNGs."""
 
     pixels: Any  # index -> (height, width, 3) uint8; never pickled
 
@@ -114,9 +117,9 @@ class Arrays(Source):
 
 
 class Stl10(Arrays):
-    """`root/stl10_binary/*_X.bin`: 96 x 96 pixels; splits train, test, unlabeled.
+    """STL-10: `root/stl10_binary/*_X.bin`, 96 x 96 pixels; splits train, test, unlabeled.
 
-    The files are mapped: the unlabelled images alone take 2.8 GB.
+    The files are memory-mapped, because the unlabeled images alone take 2.8 GB.
     """
 
     def __init__(self, root: str, split: str, download: bool):
@@ -146,7 +149,7 @@ class Stl10(Arrays):
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """(N, 96, 96, 3) uint8; stored column by column."""
+        """Pixels of all images: (N, 96, 96, 3) uint8; the file stores them column by column."""
         flat = np.memmap(self.folder / f"{self.split}_X.bin", np.uint8, "r")
         return flat.reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
 
@@ -157,7 +160,7 @@ class Stl10(Arrays):
 
 
 class Cifar10(Arrays):
-    """`root/cifar-10-batches-py`: 32 x 32 pixels; splits train and test."""
+    """CIFAR-10: `root/cifar-10-batches-py`, 32 x 32 pixels; splits train and test."""
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("cifar10", split, ("train", "test"))
@@ -174,7 +177,7 @@ class Cifar10(Arrays):
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """(N, 32, 32, 3) uint8."""
+        """Pixels of all images: (N, 32, 32, 3) uint8."""
         return datasets.CIFAR10(self.root, self.split == "train").data
 
     def images(self) -> Iterator[SourceImage]:

@@ -12,19 +12,21 @@ from schemas.storage import Store
 log = logging.getLogger(__name__)
 
 BLOCK = 1 << 20
-"""Bytes read at a time from a tar in an object store (ours). With 20 ms and 50 MB/s a request, as
-many bytes pass in the time that one more request takes: smaller members are read over, and larger
-ones are left out."""
+"""Bytes read at a time from a tar in an object store (our choice). At 50 MB/s, this many bytes take
+the 20 ms of one more request, so smaller members are read along with their neighbors, and larger
+ones are skipped."""
 INDEX = "v1.2 "
-"""First word of a DALI index that has the names of the members."""
+"""First word of a DALI index whose version includes the names of the members."""
 
 
 class TarMember(NamedTuple):
     """A member of a tar.
 
     Attributes:
-        offset: of its content, in bytes.
-        kind: why it is no plain file; empty for a plain file.
+        name: path in the tar.
+        offset: position of the content in the tar, in bytes.
+        size: size of the content in bytes.
+        kind: kind of a member that is no plain file; empty for a plain file.
     """
 
     name: str
@@ -34,10 +36,10 @@ class TarMember(NamedTuple):
 
 
 class BlockReader(io.RawIOBase):
-    """A file of an object store, read in blocks that begin where something is asked for.
+    """File object for an object store that reads blocks, each beginning at a requested position.
 
     Args:
-        size: of the file in bytes.
+        size: size of the file in bytes.
     """
 
     def __init__(self, store: Store, name: str, size: int):
@@ -78,7 +80,7 @@ class BlockReader(io.RawIOBase):
         return content
 
     def keep(self, offset: int, size: int) -> None:
-        """Keep a range that will be read again when the block has moved on."""
+        """Keep a range in memory that will be read again after the block has moved on."""
         position = self.position
         self.seek(offset)
         self.kept[offset] = self.read(size)
@@ -86,7 +88,7 @@ class BlockReader(io.RawIOBase):
 
 
 def members_by_headers(archive: tarfile.TarFile) -> Iterator[TarMember]:
-    """Yield the members of an open tar. Raises tarfile.TarError."""
+    """Yield the members of an open tar by reading its headers. Raises tarfile.TarError."""
     for info in archive:
         if info.isdir():
             continue
@@ -97,11 +99,11 @@ def members_by_headers(archive: tarfile.TarFile) -> Iterator[TarMember]:
 
 
 def members_by_index(text: bytes, file: BlockReader) -> list[TarMember] | None:
-    """Return the plain files of a tar by its DALI index, in their order.
+    """Return the plain files of a tar from its DALI index, in their order in the tar.
 
     Returns:
-        None for an index of another version, or one that does not describe the end of the tar: then
-        its headers must be read.
+        None for an index of another version, or one that does not match the end of the tar; the
+        headers must be read then.
     """
     try:
         first, *lines = text.decode().splitlines()
@@ -117,7 +119,7 @@ def members_by_index(text: bytes, file: BlockReader) -> list[TarMember] | None:
 
 
 def members_of_line(line: str) -> Iterable[TarMember]:
-    """Read `extension offset size name` for each member of a sample. Raises ValueError."""
+    """Parse a line of an index: `extension offset size name` per member. Raises ValueError."""
     words = line.split(" ")
     for start in range(0, len(words), 4):
         extension, offset, size, name = words[start : start + 4]
@@ -127,7 +129,7 @@ def members_of_line(line: str) -> Iterable[TarMember]:
 
 
 def check_header(file: BlockReader, member: TarMember) -> None:
-    """Compare the header before a member's content. Raises ValueError, tarfile.TarError."""
+    """Check that a member matches its header in the tar. Raises ValueError, tarfile.TarError."""
     begin = member.offset - tarfile.BLOCKSIZE
     if begin < 0 or member.offset + member.size > file.size:
         raise ValueError(f"{member.name} would lie outside of the {file.size} bytes of the tar")

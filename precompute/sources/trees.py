@@ -1,4 +1,4 @@
-"""Sources that are folders of image files."""
+"""Sources that read folders or lists of image files."""
 
 import posixpath
 import re
@@ -26,9 +26,9 @@ IMAGENETTE_FOLDERS = ("imagenette2", "imagenette2-320", "imagenette2-160")
 
 
 class ClassFolders(PartedSource):
-    """`root/CLASS/**/image`, in the order of the given classes.
+    """Images in one folder per class: `root/CLASS/**/image`, in the order of the given classes.
 
-    Every file that is not hidden is listed; whether it is an image shows when it is read.
+    Every file that is not hidden is listed; a file that is no image is rejected when it is read.
     """
 
     def __init__(self, store: Store, folders: Sequence[str]):
@@ -53,9 +53,9 @@ class ClassFolders(PartedSource):
 
 
 class Folder(ClassFolders):
-    """An ImageFolder tree: labels by the sorted class folder names.
+    """A tree in the layout of ImageFolder, with classes in the order of the sorted folder names.
 
-    A root without class folders is a set of unlabelled images.
+    If the root has no class folders, its images are unlabeled.
 
     Args:
         root: a plain path or any fsspec URL.
@@ -65,7 +65,7 @@ class Folder(ClassFolders):
     """
 
     def __init__(self, root: str, split: str, download: bool):
-        del split, download  # a tree is one split; the name goes into the card only
+        del split, download  # a tree is a single split; the split's name is only for the card
         if not root:
             raise UserError("--root is missing: a folder with one folder a class")
         store = Store(root)
@@ -88,15 +88,16 @@ class Folder(ClassFolders):
 
 
 class Imagenette(ClassFolders):
-    """Imagenette v2 of any size, `root/imagenette2[-320|-160]/train|val/WNID/*.JPEG`.
+    """Imagenette v2 of any size, in `root/imagenette2[-320|-160]/train|val/WNID/*.JPEG`.
 
-    Downloads the full size. A root that holds several sizes is refused: name one of them.
+    A download fetches the full size. A root with several sizes is refused; ROOT must then be the
+    folder of one of them.
     """
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("imagenette", split, ("train", "val"))
         if download:
-            from torchvision import datasets  # seconds to import; only where it is used
+            from torchvision import datasets  # imported here, because the import takes seconds
 
             opened("imagenette", root, lambda: datasets.Imagenette(root, split, download=True))
         if not root:
@@ -109,7 +110,7 @@ class Imagenette(ClassFolders):
 
 
 def refuse_splits(store: Store, folders: list[str]) -> None:
-    """Refuse a ROOT that holds the splits of a dataset: they would become its classes."""
+    """Refuse a ROOT whose folders are splits of a dataset, which would be taken for classes."""
     below = ""
     if len(folders) == 1:
         below = f"{folders[0]}/"
@@ -122,9 +123,10 @@ def refuse_splits(store: Store, folders: list[str]) -> None:
 
 
 class Files(Source):
-    """Unlabelled images by a glob (`photos/**/*.jpg`) or a text file with one location a line.
+    """Unlabeled images, given by a glob (`photos/**/*.jpg`) or a text file.
 
-    Lines are paths relative to the text file's folder, absolute paths, or fsspec URLs.
+    The text file has one location per line: a path relative to the text file's folder, an absolute
+    path, or an fsspec URL.
     """
 
     def __init__(self, root: str, split: str, download: bool):
@@ -158,4 +160,4 @@ class Files(Source):
     def read(self, image: SourceImage) -> bytes:
         if "://" in image.location:
             return Store(posixpath.dirname(image.location)).read(posixpath.basename(image.location))
-        return self.store.read(image.location)  # an absolute path stays itself when it is joined
+        return self.store.read(image.location)  # joining keeps an absolute path unchanged

@@ -1,4 +1,4 @@
-"""Existing tar shards: saliency is added, and what else a sample has is carried over."""
+"""Source of existing tar shards; members other than the image are copied to the new shards."""
 
 import json
 import posixpath
@@ -37,17 +37,22 @@ from schemas.storage import NotAFileError, Store
 from schemas.tables import Reject
 
 EXTENSIONS = {*IMAGE_EXTENSIONS.values(), "jpeg", "jpe", "tif", "gif", "ppm", "pgm", "jp2", "avif"}
-"""Of images: those that DALI reads, and some that are re-encoded."""
+"""Extensions of images: those that DALI reads, and some that are re-encoded."""
 RARE_EXTENSIONS = {"jfif", "pbm", "j2k", "jpx", "tga", "ico", "qoi", "apng", "heic", "heif", "jxl"}
-"""Looked for where a sample has none of the others; what is not read is a reject that says why."""
+"""Extensions tried if a sample has none of the above; images that cannot be read become rejects."""
 SHOWN = 8
 RENAMED = "source."
-"""Put before a carried member that would be taken for one of this project's own."""
+"""Prefix for copied members whose names this project uses itself."""
 
 
 @dataclass
 class Group:
-    """The members of one sample: (extension, offset in the tar, size), and what is wrong."""
+    """The members of one sample.
+
+    Attributes:
+        members: (extension, offset in the tar, size) of each member.
+        wrong: the problem with a member that is no plain file; empty if there is none.
+    """
 
     members: list[tuple[str, int, int]] = field(default_factory=list)
     wrong: str = ""
@@ -59,20 +64,20 @@ class Group:
 
 
 class WebDatasetShards(PartedSource):
-    """Tars by a folder or a glob, as `webdataset` writes them.
+    """Tars in WebDataset format, given by a folder or a glob.
 
-    Members of a sample share the name up to its first dot; they need not lie side by side. The
-    image is the member with an image's extension, the label what `cls` says as digits or text, or
-    a field of `json`. Everything else is carried over byte for byte, but for an older
-    `saliency.png`. Keys are those of the tars behind the tar's name, because webdataset asks for
-    unique keys in a shard only.
+    Members of a sample share the name up to its first dot and need not be adjacent. The image is
+    the member with an image's extension; the label is the content of `cls`, as digits or text, or a
+    field of `json`. All other members are copied byte for byte, except an older `saliency.png`. A
+    key is the tar's name followed by the key in the tar, because keys in WebDataset format are
+    unique only within a shard.
 
     Args:
-        image_member: extension of the image, where a sample has several.
+        image_member: extension of the image, if a sample has several images.
         label_member: extension of the label; `json:FIELD` for a field of a JSON member, `none` for
             a dataset without labels.
-        label_text: take labels for names of classes even where they are digits.
-        keys_with_dots: the extension begins at the last dot of a name, not at the first.
+        label_text: whether to treat labels as class names even if they are digits.
+        keys_with_dots: whether the extension begins at the last dot of a name, not at the first.
 
     Raises:
         UserError: there are no tars, or one is damaged or compressed.
@@ -100,7 +105,7 @@ class WebDatasetShards(PartedSource):
         else:
             there = self.store.names("") if self.store.is_folder("") else []
             self.tars = [name for name in there if name.endswith(".tar")]
-        if not self.store.is_local:  # one listing in place of a request for every tar
+        if not self.store.is_local:  # one listing replaces a request per tar
             self.look_beside()
         if not self.tars:
             raise UserError(f"{root}: no tars; ROOT is a folder with tars, or a glob of them")
@@ -111,7 +116,7 @@ class WebDatasetShards(PartedSource):
         self.others: set[str] = set()
 
     def look_beside(self) -> None:
-        """Find the sizes of the tars and the indices beside them, by one listing of each folder."""
+        """Find the sizes of the tars and the indices beside them, with one listing per folder."""
         tars, indices = set(self.tars), set(map(index_name, self.tars))
         for folder in sorted({posixpath.dirname(tar) for tar in self.tars}):
             for name, size in self.store.sizes(folder).items():
@@ -135,7 +140,7 @@ class WebDatasetShards(PartedSource):
         return f"; they have the members {', '.join(names[:SHOWN])}: --label-member takes a label"
 
     def list_part(self, part: str) -> Iterator[LabeledText | Reject]:
-        """List the samples of a tar: by its headers, or in an object store by its index."""
+        """List the samples of a tar by its headers, or by its index if it is in an object store."""
         try:
             file = self.open_tar(part)
         except NotAFileError as error:
@@ -160,7 +165,7 @@ class WebDatasetShards(PartedSource):
         return BlockReader(self.store, tar, size)
 
     def members_of(self, tar: str, file: BinaryIO | BlockReader) -> Iterator[TarMember]:
-        """Yield the members of a tar that are no folders. Raises tarfile.TarError."""
+        """Yield the members of a tar, except folders. Raises tarfile.TarError."""
         if isinstance(file, BlockReader) and (index := index_name(tar)) in self.indices:
             members = members_by_index(self.store.read(index), file)
             if members is not None:
@@ -171,7 +176,7 @@ class WebDatasetShards(PartedSource):
             yield from members_by_headers(archive)
 
     def keep_labels(self, members: Iterable[TarMember], file: BlockReader) -> Iterator[TarMember]:
-        """Yield the members; keep those with a label while their block is in memory."""
+        """Yield the members; keep the content of labels in memory while their block is there."""
         for member in members:
             _, extension = self.split_name(posixpath.basename(member.name))
             if self.labels.reads(extension) and member.size <= BLOCK:
@@ -179,16 +184,17 @@ class WebDatasetShards(PartedSource):
             yield member
 
     def split_name(self, name: str) -> tuple[str, str]:
-        """Return what a member's name says: of which sample it is, and its extension."""
+        """Split a member's name into the name of its sample and its extension."""
         stem, dot, extension = name.rpartition(".") if self.keys_with_dots else name.partition(".")
-        if not dot or not extension:  # no sample's; a sample may bear its name
+        if not dot or not extension:  # its own group, as a sample may have the same name
             return f"{name} (no extension)", ""
         return stem, extension
 
     def groups(self, members: Iterable[TarMember]) -> dict[str, Group]:
-        """Gather the members of every sample of a tar, in the order of their first members.
+        """Group the members of a tar by sample, in the order of the samples' first members.
 
-        A name that comes again with a member that it had already is another sample of that name.
+        If a name appears again with an extension that its sample already has, another sample of
+        that name begins.
         """
         groups: dict[str, Group] = {}
         current: dict[str, str] = {}
@@ -246,9 +252,9 @@ class WebDatasetShards(PartedSource):
         return LabeledText(SourceImage(name, source, UNLABELLED, annotation), label)
 
     def candidates(self, group: Group) -> list[tuple[str, int, int]]:
-        """Return the members that may be the image: by the option, or by their extension.
+        """Return the members that may be the image, by the option or by their extension.
 
-        One whose whole extension is an image's (`jpg`) goes before compound ones (`input.jpg`).
+        A simple extension (`jpg`) takes precedence over compound ones (`input.jpg`).
         """
         if self.image_member:
             return [m for m in group.members if m[0].lower() == self.image_member]
@@ -275,7 +281,7 @@ class WebDatasetShards(PartedSource):
             yield extension, content
 
     def tar_of(self, location: str) -> str:
-        """Return the tar that a location begins with; a folder may bear a tar's name too."""
+        """Return the tar that a location begins with; folders may be named like tars too."""
         parts = location.split("/")
         heads = ("/".join(parts[:count]) for count in range(1, len(parts)))
         return next(head for head in heads if head in self.known_tars)
@@ -286,5 +292,5 @@ class WebDatasetShards(PartedSource):
 
 
 def index_name(tar: str) -> str:
-    """Return the name of DALI's index of a tar, which lies beside it."""
+    """Return the name of the DALI index beside a tar."""
     return f"{tar.removesuffix('.tar')}.idx"

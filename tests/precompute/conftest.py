@@ -25,14 +25,14 @@ from tests.conftest import encode, noise
 
 
 def run_here(*arguments: object) -> int:
-    """The command in this process: its imports, seconds long, are paid once."""
+    """Run the command in this process, which saves seconds of imports per call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["precompute", *map(str, arguments)])
         return main()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of every file but the one that says how long the run took."""
+    """Return the content of every file, except stats.json, which has the duration of the run."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "stats.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -43,7 +43,7 @@ def write(path: Path, content: bytes = b"") -> None:
 
 
 def listed(source: Source) -> dict[str, tuple[str, int]]:
-    """Location -> (key, label); nothing rejected, and every image can be read."""
+    """Return key and label by location; assert that nothing is rejected and images can be read."""
     images, rejects = list_images(source.images())
     assert not rejects
     for image in images:
@@ -62,7 +62,7 @@ def precompute(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def without_ray(job: Job) -> ShardDataset:
-    """The same job in this process."""
+    """Run a job in this process, without Ray."""
     store, settings = Store(job.out), job.settings(None)
     store.make_folder(SHARD_FOLDER)
     shards = list(range(len(job.plan.shards)))
@@ -89,7 +89,7 @@ def without_ray(job: Job) -> ShardDataset:
 
 
 def build_folder(root: Path, out: Path, **changes: object) -> ShardDataset:
-    """A folder's dataset by `spectral`, built in this process."""
+    """Build the dataset of a folder with the `spectral` estimator, in this process."""
     source = Folder(str(root), "train", False)
     images, rejects = list_images(source.images())
     plan = make_plan(images, seed=0, shard_samples=1000)

@@ -1,4 +1,4 @@
-"""VOC and COCO as precompute reads them."""
+"""Tests of the VOC and COCO sources."""
 
 import json
 from pathlib import Path

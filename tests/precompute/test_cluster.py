@@ -1,4 +1,4 @@
-"""Two nodes, one of which dies: the job ends with the bytes that one machine writes."""
+"""Tests of Ray clusters: a job survives the death of a node; workers fit on the nodes."""
 
 import threading
 import time
@@ -29,9 +29,9 @@ def job(out: Path) -> Job:
 def test_a_node_that_dies_costs_nothing_but_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # this cluster's processes have no token, whatever lies in the home
+    # the processes of this cluster have no token, even if the home folder has a token file
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    # five seconds: a node that only has to wait for its core is not taken for dead
+    # five seconds, so that a node that waits for a CPU core is not declared dead
     quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
     head = {"num_cpus": 1, "_system_config": quickly}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -81,13 +81,13 @@ def test_a_worker_cannot_have_more_than_there_is() -> None:
 @pytest.mark.parametrize(
     ("cores", "devices", "shards", "expected"),
     [
-        (16, 1, 100, (3, 16 / 3, 0.3333)),  # three a GPU, where each has two cores or more
+        (16, 1, 100, (3, 16 / 3, 0.3333)),  # three per GPU if each has two cores or more
         (4, 1, 100, (2, 2, 0.5)),
         (2, 1, 100, (1, 2, 1)),
         (1, 1, 100, (1, 1, 1)),
         (64, 8, 1000, (24, 64 / 24, 0.3333)),
         (32, 8, 1000, (16, 2, 0.5)),
-        (16, 4, 4, (4, 4, 1)),  # no more shards than GPUs: one on each, not all on one
+        (16, 4, 4, (4, 4, 1)),  # as many shards as GPUs: one on each, not all on one
         (16, 4, 6, (6, 16 / 6, 0.5)),
         (16, 4, 1, (1, 16, 1)),
     ],
@@ -114,10 +114,10 @@ def node(cpu: float, gpu: float = 0, alive: bool = True) -> dict:
     ("nodes", "expected"),
     [
         ([node(8)], (8, 0, 8)),
-        ([node(0), node(8), node(4), node(64, alive=False)], (12, 0, 8)),  # a head without work
+        ([node(0), node(8), node(4), node(64, alive=False)], (12, 0, 8)),  # a head without CPUs
         ([node(16, 2)], (16, 2, 16)),
         ([node(128), node(8, 1), node(8, 1)], (16, 2, 8)),  # CPU nodes beside GPU nodes
-        ([node(4, 1), node(64, 1)], (8, 2, 64)),  # a worker must fit on either
+        ([node(4, 1), node(64, 1)], (8, 2, 64)),  # a worker must fit on both
         ([node(8, 8), node(96, 4)], (12, 12, 96)),
         ([node(0)], (1, 0, 1)),
     ],
@@ -136,7 +136,7 @@ def test_workers_fit_on_every_node_that_they_may_go_to(nodes: list, expected: tu
 
 
 def test_the_last_shard_fits_on_one_node() -> None:
-    """One worker is not to have the cores of all nodes: Ray would wait for such a node for good."""
+    """A worker must not request the cores of all nodes: Ray would wait forever for such a node."""
     assert Resources().split(*usable_resources([node(2), node(2)])[:2], 1, 2) == (1, 2, 0)
     assert Resources().split(16, 2, 1, 8) == (1, 8, 1)
     with pytest.raises(UserError, match="its largest node 2 CPUs"):

@@ -1,4 +1,4 @@
-"""The search for images that kill their process: spawned children, and nothing suppressed."""
+"""Tests of the search for crashing images: children are spawned, exceptions are not suppressed."""
 
 import multiprocessing
 import os
@@ -13,14 +13,14 @@ from precompute.crash_bisect import CrashProbe, find_crashing_images
 from precompute.sources import SourceImage
 from schemas import UserError
 
-# this file is not a module that a spawned process could import
+# a spawned process cannot import this file as a module
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 IMAGES = [SourceImage(str(index), str(index), 0) for index in range(4)]
 
 
 class Builder:
-    """Stands for a ShardBuilder: some of its images kill the process, others raise."""
+    """Fake ShardBuilder: some of its images kill the process, others raise an exception."""
 
     def __init__(self, deadly: set[str], raising: set[str]):
         self.deadly, self.raising = deadly, raising
@@ -44,13 +44,13 @@ def test_images_that_kill_their_process_are_found() -> None:
 
 
 def test_an_exception_in_the_child_ends_the_search_with_its_text() -> None:
-    """Suppressed, it would read as 'no image kills a process', and hide those behind it."""
+    """If it were suppressed, the result would be "no image kills a process", hiding later ones."""
     with pytest.raises(UserError, match="RuntimeError: CUDA cannot be used, image 1"):
         find_crashing_images(IMAGES, Builder({"3"}, {"1"}))  # type: ignore[arg-type]
 
 
 def test_the_child_is_no_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fork of a process that has initialized CUDA cannot use CUDA, and DALI's import does so."""
+    """DALI's import initializes CUDA, and a fork of a process that has done so cannot use CUDA."""
     methods: list[str | None] = []
     get_context = multiprocessing.get_context
 

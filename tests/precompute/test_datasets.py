@@ -1,4 +1,4 @@
-"""Each dataset on a tree of its true layout and file names, made of a few generated images."""
+"""Tests of each source on a tree with the dataset's real layout and a few generated images."""
 
 import io
 import pickle
@@ -50,7 +50,7 @@ def test_imagenet(tmp_path: Path) -> None:
 
 
 def test_imagenet_is_unpacked_from_its_archives(tmp_path: Path) -> None:
-    """torchvision checks the devkit's sum, so that part is refused here, by its own words."""
+    """torchvision checks the devkit's checksum, so a fake archive can only test the refusal."""
     write(tmp_path / "ILSVRC2012_img_train.tar", b"no tar")
     with pytest.raises(UserError, match=r"no imagenet as torchvision lays it out .*devkit"):
         open_source("imagenet", str(tmp_path), "train", False)
@@ -106,7 +106,7 @@ def test_flowers102(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write(folder / "jpg" / f"image_{number:05d}.jpg")
     savemat(folder / "imagelabels.mat", {"labels": np.array([[77, 1, 102]])})
     savemat(folder / "setid.mat", {"trnid": [[3, 1]], "valid": [[2, 2]], "tstid": [[1, 2]]})
-    with pytest.raises(UserError, match="not found or corrupted"):  # torchvision knows the sums
+    with pytest.raises(UserError, match="not found or corrupted"):  # torchvision checks checksums
         open_source("flowers102", str(tmp_path), "train", False)
     monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda path, md5: True)
     source = open_source("flowers102", str(tmp_path), "train", False)
@@ -121,7 +121,7 @@ def test_stl10(tmp_path: Path) -> None:
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     images = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), dtype=np.uint8)
-    stored = images.transpose(0, 3, 2, 1)  # column by column
+    stored = images.transpose(0, 3, 2, 1)  # stored column by column
     for split in ("train", "unlabeled"):
         (folder / f"{split}_X.bin").write_bytes(stored.tobytes())
     (folder / "train_y.bin").write_bytes(bytes([1, 10, 3]))
@@ -130,7 +130,7 @@ def test_stl10(tmp_path: Path) -> None:
     source = open_source("stl10", str(tmp_path), "train", False)
     assert source.classes == names
     assert [label for _, label in listed(source).values()] == [0, 9, 2]
-    source = pickle.loads(pickle.dumps(source))  # as a worker gets it, after it was read from
+    source = pickle.loads(pickle.dumps(source))  # as for a worker, after it was read from
     png = source.read(SourceImage("", "1", 9))
     assert (np.asarray(Image.open(io.BytesIO(png))) == images[1]).all()
     assert len(pickle.dumps(source)) < 2000
@@ -224,7 +224,7 @@ def test_files_by_glob_and_by_list(tmp_path: Path) -> None:
 
 
 class OneImage(Source):
-    """A source of one's own."""
+    """Custom source with a single image."""
 
     def __init__(self, root: str, split: str, download: bool):
         self.split = split

@@ -1,4 +1,4 @@
-"""Which inputs get into a shard: whatever DALI reads, or can be made to; nothing else."""
+"""Tests of decoding: a shard gets only images that DALI reads, re-encoded if necessary."""
 
 import io
 import zlib
@@ -41,7 +41,7 @@ def check(image: SourceImage, content: bytes, resize: Resize = KEEP) -> EncodedI
 
 
 def ycck() -> bytes:
-    """A CMYK JPEG whose Adobe marker says that its colours are YCCK."""
+    """Return a CMYK JPEG whose Adobe marker says that its colors are YCCK."""
     content = bytearray(saved(IMAGE.convert("CMYK"), "JPEG"))
     content[content.index(b"Adobe") + 11] = 2
     return bytes(content)
@@ -52,7 +52,7 @@ def animated(image_format: str) -> bytes:
 
 
 def read(content: bytes) -> tuple[str, bool, np.ndarray]:
-    """Extension, whether it was re-encoded, and pixels; raises RejectedError."""
+    """Return the extension, whether it was re-encoded, and the pixels. Raises RejectedError."""
     encoded = check(SourceImage("key", "a/b.jpg", 0), content)
     good, pixels, rejects = decode([encoded])
     if rejects:
@@ -116,7 +116,7 @@ def test_what_dali_does_not_read_is_reencoded_without_loss(content: bytes) -> No
     assert (pixels == by_pillow(content)).all()
 
 
-# of noise, so that most of its bytes are pixels and a cut goes through them
+# noise, so that most of the bytes encode pixels and a cut damages them
 JPEG = encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_read_is_rejected_with_a_reason(content: bytes, reason: s
 
 
 def test_a_decompression_bomb_is_rejected_by_its_header() -> None:
-    """A PNG of 30,000 x 30,000 pixels in a few bytes: the size stands in the header."""
+    """Return a PNG of a few bytes whose header claims 30,000 x 30,000 pixels."""
     png = bytearray(encode(np.zeros((8, 8, 3), np.uint8), "PNG"))
     png[16:24] = (30000).to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
@@ -167,7 +167,7 @@ SOUND = [check(SourceImage(f"k{i}", f"{i}", 0), JPEG) for i in range(3)]
 
 
 class BreakingDecoder:
-    """Stands for DALI: from call `first` on every decode fails with `error`."""
+    """Fake for DALI's decoder: after `first` calls, every decode fails with `error`."""
 
     def __init__(self, first: int, error: Exception):
         self.first, self.error, self.calls = first, error, 0
@@ -208,7 +208,7 @@ def test_a_decoder_that_fails_rejects_no_image(
 def test_a_decoder_that_fails_behind_a_damaged_image_rejects_no_sound_one(
     first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first batch fails for its image; the decoder itself breaks anywhere in the search."""
+    """The first batch fails because of its image; the decoder then fails during the search."""
     damaged = check(SourceImage("bad", "bad", 0), JPEG[: len(JPEG) // 2])
     breaking = BreakingDecoder(first, RuntimeError("Failed to decode sample #0 :"))
     monkeypatch.setattr(decode_module, "decode_batch", breaking)
@@ -246,13 +246,13 @@ def test_formats_decode_on_a_gpu_as_on_a_cpu(image_format: str) -> None:
     on_gpu = np.asarray(decode_module.decode_batch([encoded]).tensors[0].cpu())
     on_cpu = by_pillow(encoded.content)
     assert on_gpu.shape == on_cpu.shape
-    # nvJPEG's inverse DCT and chroma upsampling are its own
+    # nvJPEG implements the inverse DCT and chroma upsampling differently
     assert abs(on_gpu.astype(int) - on_cpu).mean() < 2
 
 
 @pytest.mark.gpu
 def test_memory_that_runs_out_is_said_in_words_that_are_known() -> None:
-    """The text of the real error, of PyTorch and of DALI, is classified as memory."""
+    """The messages of real out-of-memory errors of PyTorch and DALI are classified as memory."""
     too_much = 2 * torch.cuda.get_device_properties(0).total_memory
     with pytest.raises(RuntimeError) as by_torch:
         torch.empty(too_much, dtype=torch.uint8, device="cuda")

@@ -1,4 +1,4 @@
-"""--dry-run's time follows what the estimator really runs on."""
+"""Tests of --dry-run: its time depends on the hardware that the estimator uses."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from schemas import UserError
 
 
 class OnGpu:
-    """Stands for an estimator whose network is on a GPU."""
+    """Fake estimator whose network is on a GPU."""
 
     side, weights_sha256, device = 1, None, "cuda"
 
@@ -54,7 +54,7 @@ def test_sixteen_cores_do_not_make_one_gpu_sixteen_times_as_fast(
 def test_the_driver_builds_its_estimator_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the GPU its context would stay for the whole job, and shut out the workers' own."""
+    """On the GPU, the driver's context would stay for the whole job and may exclude the workers."""
     devices = []
     build = SpectralOptions.build
 

@@ -1,4 +1,4 @@
-"""Saliency maps against independent references, and against objects whose place is known."""
+"""Tests of saliency maps against independent references and objects at known positions."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ from train.encoders import build_encoder, save_encoder
 
 
 def on_pixels(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A map, stretched over its image."""
+    """Resize a map to the shape of its image."""
     return np.asarray(Image.fromarray(grid).resize(shape[::-1], Image.Resampling.BILINEAR))
 
 
@@ -37,7 +37,7 @@ def test_maps_have_the_promised_form(name: str) -> None:
 
 
 def test_spectral_is_the_published_listing() -> None:
-    """Hou & Zhang's listing, step by step in float64 NumPy, on a picture of its own size."""
+    """Compare with Hou & Zhang's listing in float64 NumPy, on a picture that needs no resizing."""
     gray = np.asarray(Image.fromarray(noise(0, 64, 64)).convert("RGB"), np.float64) @ [
         0.299,
         0.587,
@@ -62,7 +62,7 @@ def test_spectral_is_the_published_listing() -> None:
 
 
 def test_spectral_finds_the_objects_of_generated_scenes() -> None:
-    """Chance is the object's share of the picture, about 0.14, for both figures."""
+    """By chance, a peak hits the object in about 0.14 of the scenes, its share of the picture."""
     scenes = [demo.scene(index, "train") for index in range(64)]
     maps = SpectralOptions().build()(batch(*[scene.image for scene in scenes]))
     peaks, lifts = [], []
@@ -104,7 +104,7 @@ def test_the_last_map_of_any_cnn(backbone: str, channels: int, side: int) -> Non
 
 
 def test_aggregation_is_the_sum_over_channels() -> None:
-    """The whole image, and the map's own side: the z-scored channel sum and no more."""
+    """With the whole image and the map's native side, the result is the z-scored channel sum."""
     estimator = ScdaOptions("resnet18", "random", areas=(1.0,), side=7, precision="fp32").build()
     pixels = noise(0, 224, 224)
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_bf16_keeps_the_foreground_of_fp32(photos: Path, mobilenet_weights: Path
 
 
 def brightness(images: list[np.ndarray]) -> np.ndarray:
-    """An estimator of one's own: the mean of each quarter."""
+    """Custom estimator: the mean of the upper and of the lower half."""
     quarters = [[[i[: len(i) // 2].mean(), 0], [i[len(i) // 2 :].mean(), 0]] for i in images]
     return np.array(quarters)
 
@@ -270,7 +270,7 @@ def test_an_encoder_that_train_wrote_can_guide_its_successor(tmp_path: Path) -> 
 
 
 def test_a_timm_backbone_gives_the_summed_map_that_timm_computes(tmp_path: Path) -> None:
-    """With the weights of an encoder that `train` wrote; a classifier is not asked for."""
+    """The weights are those of an encoder that `train` wrote, which has no classifier."""
     encoder, _ = build_encoder("timm:test_convnext")
     save_encoder(tmp_path / "encoder.safetensors", encoder, {"encoder": "timm:test_convnext"})
     weights = str(tmp_path / "encoder.safetensors")

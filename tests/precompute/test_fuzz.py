@@ -1,6 +1,6 @@
-"""Mutated images: each is written or rejected, and all that is written can be trained on.
+"""Fuzz tests: each mutated image is written or rejected, and all written ones can be trained on.
 
-The inputs follow from their number alone, so `mutated(N)` gives again what a failure names.
+Every input is a function of its number, so `mutated(N)` reproduces the input named by a failure.
 """
 
 import io
@@ -53,11 +53,11 @@ def sound(name: str) -> bytes:
 
 
 def mutated(number: int) -> bytes:
-    """One sound image with flipped bits, cut, with swapped, doubled or wiped segments."""
+    """Return a valid image with flipped bits, a cut, or a swapped, duplicated or zeroed segment."""
     random = np.random.default_rng(number)
     name = list(FORMATS)[number % len(FORMATS)]
     content = bytearray(sound(name))
-    end = min(len(content), 200) if random.random() < 0.5 else len(content)  # half: the header
+    end = min(len(content), 200) if random.random() < 0.5 else len(content)  # half: header only
     kind = number // len(FORMATS) % 5
     first, second = sorted(random.integers(1, end - 16, 2).tolist())
     length = int(random.integers(1, 16))
@@ -79,7 +79,7 @@ def mutated(number: int) -> bytes:
 
 
 def with_checksums(png: bytes) -> bytearray:
-    """The same PNG with the sums of its chunks mended, so that damage gets past them."""
+    """Return the PNG with corrected checksums of its chunks, so that they do not reveal damage."""
     fixed, position = bytearray(png), 8
     while position + 12 <= len(png):
         length = int.from_bytes(png[position : position + 4])
@@ -92,7 +92,7 @@ def with_checksums(png: bytes) -> bytearray:
 
 
 class Mutated(Source):
-    """The mutated images by their numbers."""
+    """Source of mutated images, located by their numbers."""
 
     def __init__(self, count: int):
         self.count = count
@@ -106,7 +106,7 @@ class Mutated(Source):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from Pillow, about damaged tags
 def test_mutated_images_are_written_or_rejected_and_what_is_written_trains(tmp_path: Path) -> None:
     source = Mutated(COUNT)
     images, _ = list_images(source.images())
@@ -118,7 +118,7 @@ def test_mutated_images_are_written_or_rejected_and_what_is_written_trains(tmp_p
     assert sorted(map(int, written + rejected)) == list(range(COUNT))
     reasons = Counter(dataset.rejects["reason"].to_pylist())
     assert reasons.keys() <= {"undecodable", "not-an-image", "too-large"}, reasons
-    assert min(len(written), len(rejected)) > COUNT / 10  # the mutations are neither mild nor wild
+    assert min(len(written), len(rejected)) > COUNT / 10  # both outcomes are common
 
     recipe = replace(get_recipe("none"), crop_size=56)
     views = MaskedViews(str(tmp_path / "out"), recipe, batch_size=8, device="cpu", report=["keys"])

@@ -1,13 +1,13 @@
-"""Hostile inputs: each is written, or rejected with a reason, and none ends the job or is lost.
+"""Tests of hostile inputs: each is written or rejected with a reason; none ends the job or is lost.
 
-What is no file: a named pipe, a link to one, a socket, a link to a device, a dangling link, a link
-to itself, a folder with an image's name. Names: in Latin-1, with a line break, with quotes and
-backslashes, of 255 bytes, with emoji, in two cases, with three endings, without an ending, with
-dots and blanks at its ends, that look like a URL and like a glob. Content that is no image:
-nothing, zeros, text, HTML, a ZIP archive, PDF, SVG, Thumbs.db. Formats that are not read: HEIC,
-JPEG XL as a codestream and in a container, a 12-bit JPEG, a lossless one, a video. Damage: a cut
-PNG, a cut JPEG, a damaged AVIF, a PNG of 30,000 x 30,000 pixels, a PNG of no width, bytes before a
-JPEG, a TIFF whose tags lead nowhere. Sound but odd: bytes behind a JPEG, an EXIF that is cut,
+Not files: a named pipe, a link to one, a socket, a link to a device, a dangling link, a link to
+itself, a folder with an image's name. Names: in Latin-1, with a line break, with quotes and
+backslashes, of 255 bytes, with emoji, in two cases, with three extensions, without an extension,
+with dots and blanks at both ends, names that look like a URL or like a glob. Content that is no
+image: nothing, zeros, text, HTML, a ZIP archive, PDF, SVG, Thumbs.db. Unsupported formats: HEIC,
+JPEG XL as a codestream and in a container, a 12-bit JPEG, a lossless JPEG, a video. Damage: a cut
+PNG, a cut JPEG, a damaged AVIF, a PNG of 30,000 x 30,000 pixels, a PNG of width 0, bytes before a
+JPEG, a TIFF whose tags point nowhere. Valid but unusual: bytes after a JPEG, a cut EXIF segment,
 an orientation of 99, a broken color profile, a lossless WebP with EXIF, an animated GIF, an
 animated PNG, an MPO, a TIFF of two pages, an icon of several sizes, one pixel, a line of 500 x 1
 and of 1 x 9000 pixels, QOI, BMP of 1 bit, JPEG 2000 with alpha.
@@ -49,13 +49,13 @@ JPEG, PNG = saved(IMAGE, "JPEG"), saved(IMAGE, "PNG")
 
 
 def exif(content: bytes) -> bytes:
-    """The JPEG with an EXIF segment of this content."""
+    """Return the JPEG with an EXIF segment of this content."""
     segment = b"Exif\0\0" + content
     return JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + JPEG[2:]
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size."""
+    """Return a PNG whose header claims this size."""
     png = bytearray(PNG)
     png[16:24] = struct.pack(">II", width, height)
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4)
@@ -63,7 +63,7 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def frame(marker: int, bits: int) -> bytes:
-    """A JPEG whose frame header has another marker and number of bits."""
+    """Return a JPEG whose frame header has this marker and number of bits."""
     jpeg = bytearray(JPEG)
     place = jpeg.index(b"\xff\xc0")
     jpeg[place + 1], jpeg[place + 4] = marker, bits
@@ -109,7 +109,7 @@ WRITTEN = {
     "alpha.jp2": saved(IMAGE.convert("LA"), "JPEG2000"),
 }
 REJECTED = {
-    # the content, the reason, and a word of the detail
+    # content, expected reason, and a part of the expected detail
     "empty.jpg": (b"", "empty", ""),
     "zeros.jpg": (bytes(9000), "not-an-image", ""),
     "text.jpg": (b"a line of text\n" * 99, "not-an-image", ""),
@@ -155,7 +155,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "to-pipe.jpg").symlink_to("pipe.jpg")
     with socket.socket(socket.AF_UNIX) as server:
         here = os.getcwd()
-        os.chdir(folder)  # the name of a socket has 107 bytes at most
+        os.chdir(folder)  # the path of a socket has at most 107 bytes
         server.bind("socket.jpg")
         os.chdir(here)
     (folder / "zero.jpg").symlink_to("/dev/zero")
@@ -171,7 +171,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("resize", [Resize(), Resize(30)], ids=["kept", "resized"])
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from Pillow, about damaged tags
 def test_each_is_written_or_rejected_with_a_reason(
     root: Path, tmp_path: Path, resize: Resize
 ) -> None:
@@ -204,7 +204,7 @@ def test_a_name_that_is_no_utf8_is_found_again(root: Path, tmp_path: Path) -> No
     stored = next(s for s in dataset.samples["source"].to_pylist() if "caf" in s)
     assert stored == r"$'a/caf\xe9.jpg'"
     assert from_stored(stored) == f"a/{LATIN}"
-    shell = ["bash", "-c", f"cat {stored}"]  # quoted as a shell reads it
+    shell = ["bash", "-c", f"cat {stored}"]  # stored names are quoted for a shell
     assert subprocess.run(shell, cwd=root, capture_output=True, check=True).stdout == JPEG
 
 

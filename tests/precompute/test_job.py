@@ -1,4 +1,4 @@
-"""The job from end to end, as a user runs it: interrupted, repeated, refused, with bad inputs."""
+"""End-to-end tests of the command: interruption, resuming, refusals and bad inputs."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.precompute.conftest import command, contents, run_here
 from tests.readers import READERS
 
 pytestmark = pytest.mark.slow
-# this file is not a module that Ray's workers could import
+# Ray's workers cannot import this file as a module
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
@@ -36,7 +36,7 @@ def demo_arguments(out: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shared_ray: None) -> Path:
     out = tmp_path_factory.mktemp("job") / "uninterrupted"
-    assert run_here(*demo_arguments(out), "--workers", 1) == 0  # others take as many as there are
+    assert run_here(*demo_arguments(out), "--workers", 1) == 0  # other runs use all cores
     return out
 
 
@@ -45,7 +45,7 @@ def markers(out: Path) -> int:
 
 
 def process(*arguments: object) -> int:
-    """The first process that pgrep finds."""
+    """Return the id of the first process that pgrep finds."""
     found = subprocess.run(["pgrep", *map(str, arguments)], capture_output=True, check=True)
     return int(found.stdout.split()[0])
 
@@ -60,7 +60,7 @@ def wait_for(out: Path, moment: int, job: "subprocess.Popen[str]") -> None:
 def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL of the driver before the first shard, of Ray, of a worker, and SIGTERM."""
+    """Kill the driver before the first shard, then Ray, then a worker; then send SIGTERM."""
     out = tmp_path / "out"
     for moment, victim in ((0, "driver"), (4, "raylet"), (8, "worker")):
         job = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What goes wrong in the job: bad inputs, dying workers, full disks, mistakes."""
+"""Tests of failing jobs: bad inputs, dying workers, unwritable outputs and user errors."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ from tests.conftest import encode, noise
 from tests.precompute.conftest import precompute, run_here
 
 pytestmark = pytest.mark.slow
-# this file is not a module that Ray's workers could import
+# Ray's workers cannot import this file as a module
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
@@ -119,7 +119,7 @@ def test_nothing_readable_ends_with_an_error_and_the_reasons(tmp_path: Path) -> 
 
 
 class PoisonSource(DemoScenes):
-    """Its scene 3 kills whatever process reads it."""
+    """Source whose scene 3 kills the process that reads it."""
 
     def read(self, image: SourceImage) -> bytes:
         if image.location == "3":
@@ -128,7 +128,7 @@ class PoisonSource(DemoScenes):
 
 
 class FullDisk(DemoScenes):
-    """Stands for a folder in which no file can be made any more, from the first shard on."""
+    """Source that makes the output folder unwritable when the first image is read."""
 
     def __init__(self, out: Path):
         super().__init__("", "train", False)
@@ -165,7 +165,7 @@ def test_an_input_that_kills_its_worker_is_found_and_rejected(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("shared_ray")
 def test_a_shard_that_fails_for_no_image_of_its_own_ends_the_job(tmp_path: Path) -> None:
-    """Three attempts are on the progress already: two by chance, the third behind the search."""
+    """Start from three recorded attempts, the last of which searched for crashing images."""
     progress = ray.remote(ProgressActor).remote()
     for _ in range(3):
         ray.get(progress.begin.remote(0))
@@ -177,7 +177,7 @@ def test_a_shard_that_fails_for_no_image_of_its_own_ends_the_job(tmp_path: Path)
 
 
 class FailingStore(DemoScenes):
-    """A store that no longer answers: no fault of the image that is asked for."""
+    """Source whose store does not answer, which is not the fault of any image."""
 
     def read(self, image: SourceImage) -> bytes:
         raise TimeoutError("no answer")

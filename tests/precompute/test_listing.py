@@ -1,4 +1,4 @@
-"""Listing in parallel: as one after the other, with few requests, many of them at a time."""
+"""Tests of parallel listing: it gives the same result with few requests, many at a time."""
 
 import io
 import tarfile
@@ -24,7 +24,7 @@ JPEG = encode(noise(0))
 
 @pytest.fixture
 def remote() -> Iterator[type[WaitingFileSystem]]:
-    """A store that answers at once and counts; it is empty."""
+    """Provide an empty store that answers immediately and counts requests."""
     WaitingFileSystem.reset(0.0)
     yield WaitingFileSystem
     WaitingFileSystem.reset(0.0)
@@ -58,7 +58,7 @@ def fill(tars: int, per_tar: int, index: bool = False) -> None:
 
 
 def make_index(tar: bytes) -> bytes:
-    """DALI's own index."""
+    """Return the index that DALI's tool creates for a tar."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def tar_source(**options: object) -> Source:
 def answer_together(
     remote: type[WaitingFileSystem], method: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Let the store answer only when so many requests wait; fewer break the barrier."""
+    """Let the store answer only when `count` requests wait; with fewer, the barrier breaks."""
     together, plain = threading.Barrier(count, timeout=20), getattr(remote, method)
 
     def answer(*arguments: object, **options: object) -> object:
@@ -99,7 +99,7 @@ def test_tars_are_listed_by_one_request_each_and_many_together(
     assert [image.label for image in images] == [i % 7 for i in range(300)]
     assert source.classes == [str(i) for i in range(7)]
     assert remote.requests["read"] == 100
-    assert beside < 10  # not one for each tar
+    assert beside < 10  # fewer than one per tar
     assert remote.requests.total() == beside + 100
     assert images == list_images(tar_source().images())[0]
     assert source.read(images[7]) == JPEG
@@ -122,7 +122,7 @@ def test_large_members_are_left_out_and_small_ones_read_over(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "cat_file", spy)
         assert len(list(tar_source().images())) == 204
-    assert len(read) == 5 + 1  # one behind each image, and one that holds the whole tar
+    assert len(read) == 5 + 1  # one after each image, and one for the whole small tar
     assert sum(read) < 6 * BLOCK
 
 
@@ -134,8 +134,8 @@ def test_an_index_beside_a_tar_saves_reading_it(remote: type[WaitingFileSystem])
     source = tar_source(label_member="none")
     before = remote.requests.total()
     assert list(source.images()) == by_headers
-    assert remote.requests.total() == before + 2  # the index, and the last header to compare
-    assert list(tar_source().images()) != by_headers  # the labels are read from the tar
+    assert remote.requests.total() == before + 2  # the index and the last header
+    assert list(tar_source().images()) != by_headers  # labels come from the tar
     assert [image.label for image in tar_source().images()] == list(range(6))
 
 
@@ -210,7 +210,7 @@ def test_folders_of_a_store_are_listed_together(
 
 
 class Parts(PartedSource):
-    """Three parts, each of which waits for the others."""
+    """Source of three parts, each of which waits until all are being listed."""
 
     def __init__(self) -> None:
         self.together = threading.Barrier(3, timeout=10)

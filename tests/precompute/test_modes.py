@@ -1,4 +1,4 @@
-"""Pictures of every mode of Pillow show the same, whether they are shrunk, re-encoded or kept."""
+"""Tests of Pillow's modes: a picture looks the same whether it is shrunk, re-encoded or kept."""
 
 import io
 
@@ -34,7 +34,7 @@ def transparent_palette() -> Image.Image:
 L = COLOR.convert("L")
 SIXTEEN = Image.fromarray(GRAY.astype(np.uint16) * 257)
 MODES = {
-    # the picture, a format that keeps its mode, and what it shows
+    # picture, a format that keeps its mode, and the expected RGB pixels
     "I;16 png": (SIXTEEN, "PNG", GRAY),
     "I;16 tiff": (SIXTEEN, "TIFF", GRAY),
     "I;16 jpeg 2000": (SIXTEEN, "JPEG2000", GRAY),
@@ -61,7 +61,7 @@ MODES = {
 
 
 def stored(content: bytes, resize: Resize) -> tuple[EncodedImage, np.ndarray]:
-    """What is written, and its pixels as the loader's decoder sees them."""
+    """Return the image that is written, and its pixels as decoded by the loader's decoder."""
     encoded = check(SourceImage("key", "a/b", 0), content, {}, resize)
     good, pixels, rejects = decode([encoded])
     assert not rejects

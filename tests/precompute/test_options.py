@@ -1,4 +1,4 @@
-"""--resize, --extend, --dry-run, stats.json, and images that take more memory than others."""
+"""Tests of --resize, --extend, --dry-run, stats.json, and images that need much memory."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def test_resize_shrinks_the_shorter_side_and_keeps_smaller_images() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_resize_applies_the_orientation(orientation: int) -> None:
-    """The JPEG is decoded at a fraction of its size, so its sides must not be mixed up."""
+    """The JPEG is decoded at a fraction of its size, so height and width must not be swapped."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = noise(3, 400, 1200)
@@ -57,7 +57,7 @@ def test_resize_applies_the_orientation(orientation: int) -> None:
     assert shrunk.size == ((150, 50) if orientation < 5 else (50, 150))
     assert not shrunk.getexif().get(0x0112)
     plain = opened(checked(encode(pixels), Resize(50)))
-    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Pillow's names for EXIF's turns
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Pillow's transpositions by EXIF
     expected = plain.transpose(turn[orientation]) if orientation > 1 else plain
     assert abs(np.asarray(shrunk, int) - np.asarray(expected, int)).mean() < 3
 
@@ -124,7 +124,7 @@ def test_new_images_are_added_in_new_shards(
     added = dataset.samples.slice(5)["source"].to_pylist()
     assert sorted(added) == ["ant/0.png", *(f"bee/{n}.jpg" for n in range(1, 5)), "cat/0.jpg"]
     keys = dict(zip(*(dataset.samples[c].to_pylist() for c in ("source", "key")), strict=True))
-    assert keys["ant/0.jpg"] == "ant_0"  # as it was
+    assert keys["ant/0.jpg"] == "ant_0"  # unchanged
     assert keys["ant/0.png"] == digest_key("ant_0", "ant/0.png")
     assert {row["source"]: row["reason"] for row in dataset.rejects.to_pylist()} == {
         "ant/notes.txt": "not-an-image"
@@ -132,7 +132,7 @@ def test_new_images_are_added_in_new_shards(
     after = contents(out)
     assert all(after[name] == before[name] for name in before if name.startswith("shards/"))
 
-    # interrupted just before the card, one shard damaged, and given again
+    # resume after an interruption just before the card was written, with one shard damaged
     (out / "dataset.json").write_bytes(before["dataset.json"])
     (out / "shards" / "000003.parquet").unlink()
     run_here(*arguments(root, out), "--extend")
@@ -153,7 +153,7 @@ def test_resized_datasets_and_what_a_run_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
-    folder(root, *[f"ant/{n}.jpg" for n in range(5)])  # of 40 x 56 pixels
+    folder(root, *[f"ant/{n}.jpg" for n in range(5)])  # 40 x 56 pixels each
     (root / "ant" / "empty.jpg").touch()
     run_here(*arguments(root, out), "--dry-run", "--resize", 20)
     text = capsys.readouterr().out

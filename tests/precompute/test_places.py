@@ -1,4 +1,4 @@
-"""OUT among the inputs, whatever it is called; and trees as they are found."""
+"""Tests of OUT among the inputs, unusual trees, hanging reads and keys that clash on --extend."""
 
 import os
 import threading
@@ -56,9 +56,9 @@ def test_an_output_among_its_inputs_is_refused_by_its_real_place(
     assert refused("into/out", "real")
     assert refused("real", "link")
     assert refused(f"file://{tmp_path}/real/out", "link")
-    assert refused("elsewhere/b/out", "real")  # by the link inside of ROOT
+    assert refused("elsewhere/b/out", "real")  # through the link inside ROOT
     assert refused("elsewhere/b", "real")
-    assert refused("out", "out/shards")  # a dataset's tars made again in their own place
+    assert refused("out", "out/shards")  # a dataset's tars rebuilt in place
     assert refused("out", "out/shards/part")
     assert refused("real/out", "real/**/*.tar")
     assert refused("link/out", "real/*/*/*.tar")
@@ -109,7 +109,7 @@ def test_an_output_in_a_linked_source_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "real" / "out").exists()
 
 
-# trees
+# unusual trees
 
 
 @pytest.mark.parametrize("dataset", ["caltech101", "flowers102", "stl10", "cifar10", "voc", "coco"])
@@ -157,7 +157,7 @@ def test_a_root_above_the_splits_is_noticed(above: str, tmp_path: Path) -> None:
         write(tmp_path / f"{above}{split}" / "cat" / "1.jpg")
     with pytest.raises(UserError, match=rf"{above}train and {above}val, which are splits.*/train"):
         Folder(str(tmp_path), "train", False)
-    write(tmp_path / f"{above}car" / "1.jpg")  # then `train` is a vehicle
+    write(tmp_path / f"{above}car" / "1.jpg")  # `train` is then a class
     write(tmp_path / "other" / "1.jpg")
     assert Folder(str(tmp_path), "train", False).classes
 
@@ -230,7 +230,7 @@ def test_imagenet_that_is_not_unpacked_or_not_there(tmp_path: Path) -> None:
         open_source("imagenet100", str(tmp_path), "train", False)
 
 
-# reads that do not end
+# reads that hang
 
 
 def test_a_read_that_hangs_is_named(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_listing_that_hangs_is_told(
     assert "listing stands still behind a/last.jpg" in capsys.readouterr().err
 
 
-# names that meet, when a dataset is extended
+# clashing keys when a dataset is extended
 
 
 def test_pictures_whose_keys_meet_are_written_in_one_run_or_in_two(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_pictures_whose_keys_meet_are_written_in_one_run_or_in_two(tmp_path: Pat
     assert (keys["a/b_c.jpg"], keys["a/x.jpg"]) == ("a_b_c", "a_x")
 
     write(root / "a/b/c.webp", encode(noise(9), "WEBP"))
-    write(root / "a/b_c.gif", encode(noise(8), "GIF"))  # comes before the one that has the key
+    write(root / "a/b_c.gif", encode(noise(8), "GIF"))  # sorts before the owner of the key
     images, rejects = list_images(Folder(str(root), "train", False).images())
     for _ in range(2):
         _, new, _ = only_new(str(tmp_path / "whole"), images, rejects, ["a", "a_b"])

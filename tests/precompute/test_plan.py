@@ -1,4 +1,4 @@
-"""Plans: every image once, shuffled together, the same for the same inputs."""
+"""Tests of plans: every image occurs once, all are shuffled, equal inputs give equal plans."""
 
 import random
 
@@ -40,7 +40,7 @@ def test_the_digest_tells_plans_apart() -> None:
 
 
 def test_classes_are_mixed_over_the_whole_dataset() -> None:
-    """203 images sorted by class: each quarter of the plan holds about a quarter of each class."""
+    """Each quarter of a plan of 203 images sorted by class has about a quarter of each class."""
     plan = make_plan(IMAGES, seed=0, shard_samples=51)
     for shard in plan.shards:
         for label in range(4):

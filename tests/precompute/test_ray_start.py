@@ -1,4 +1,4 @@
-"""Ray as docs/cluster.md starts it, and what is said where it does not start or answer."""
+"""Tests of starting Ray as in docs/cluster.md, and of the messages when it fails to answer."""
 
 import os
 import secrets
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.slow
 
 RAY = str(Path(sys.executable).with_name("ray"))
 SECONDS = 240
-"""For a cluster to come up; seconds on an idle machine."""
+"""Seconds to wait for a cluster to start, which takes a few seconds on an idle machine."""
 
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """A home and a folder of Ray's own; its name is short, as sockets lie in it."""
+    """Provide a folder as home and for Ray, with a short path because Ray puts sockets there."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
@@ -46,7 +46,7 @@ def free_port() -> int:
 
 
 def alive(address: str, variables: dict[str, str]) -> int:
-    """Nodes of a cluster, 0 where none answers."""
+    """Return the number of nodes of a cluster, 0 if it does not answer."""
     status = subprocess.run(
         [RAY, "status", "--address", address],
         env=variables | {"RAY_AUTH_MODE": "token"},
@@ -63,7 +63,7 @@ def start_node(start: list[str], variables: dict[str, str], log: Path) -> "subpr
 
 
 def test_the_documented_commands_work_where_a_token_file_lies(home: Path, tmp_path: Path) -> None:
-    """`ray start --head` asks for a token then, and a job at a given address must bring it."""
+    """With a token file, `ray start --head` requires the token, so a job must send it."""
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text(secrets.token_hex(32))
     (tmp_path / "root" / "a").mkdir(parents=True)
@@ -145,8 +145,8 @@ def said(process: "subprocess.Popen[str]") -> str:
 
 
 def test_the_address_of_a_dead_cluster(home: Path) -> None:
-    """Left by RAY_ADDRESS, as without it `auto` takes any Ray of this machine, another test's."""
-    with socket.socket() as taken:  # nobody listens, and no other test's Ray may take the port
+    """RAY_ADDRESS names it, because otherwise `auto` would find the Ray of another test."""
+    with socket.socket() as taken:  # keeps another test's Ray from listening on the port
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         process = connect("auto", environment(home, RAY_ADDRESS=address))
@@ -156,11 +156,11 @@ def test_the_address_of_a_dead_cluster(home: Path) -> None:
 
 @pytest.mark.parametrize("terminated", [False, True])
 def test_something_else_listens_there(home: Path, terminated: bool) -> None:
-    """It takes the connection and never says a word; a signal is heard meanwhile."""
+    """The server accepts the connection but never answers; signals are handled while waiting."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         process = connect(f"127.0.0.1:{server.getsockname()[1]}", environment(home))
         server.settimeout(100)
-        connection, _ = server.accept()  # our own look; then Ray's
+        connection, _ = server.accept()  # first that of `reach`, then Ray's
         if terminated:
             time.sleep(1)
             process.send_signal(signal.SIGTERM)
@@ -185,7 +185,7 @@ def test_a_folder_whose_name_is_too_long_for_a_socket(home: Path) -> None:
 
 
 def test_a_local_ray_writes_no_token_into_the_home(home: Path) -> None:
-    """So it starts where the home cannot be written, and leaves nothing that others stumble on."""
+    """It must start if the home is not writable, and leave no token file for other runs of Ray."""
     code = """
 import os
 from precompute.cluster import token

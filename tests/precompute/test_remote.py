@@ -1,4 +1,4 @@
-"""Images in S3 and shards in S3, on a server of our own that fails in the middle; and memory://."""
+"""Tests with images and shards in S3, on a local server that injects failures, and memory://."""
 
 import re
 import subprocess
@@ -33,7 +33,7 @@ SHARDS = 6
 
 
 class Flaky:
-    """S3 that answers `fail` of a request, or where that gives nothing, as it should."""
+    """S3 server that answers a request with the error that `fail` returns, or else normally."""
 
     def __init__(self) -> None:
         self.s3 = DomainDispatcherApplication(create_backend_app)
@@ -51,7 +51,7 @@ class Flaky:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
-    """The server, its address and keys in the environment, two buckets and some images in it."""
+    """Provide a server with two buckets and some images; its address and keys are in os.environ."""
     flaky = Flaky()
     server = make_server("127.0.0.1", 0, flaky, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -60,7 +60,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    S3FileSystem.clear_instance_cache()  # one of an earlier test knows another server
+    S3FileSystem.clear_instance_cache()  # cached instances use an earlier test's server
     client = boto3.client("s3")
     for bucket in ("photos", "shards"):
         client.create_bucket(Bucket=bucket)
@@ -87,7 +87,7 @@ def precompute(out: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_store_that_fails_in_the_middle_costs_no_image(s3: Flaky) -> None:
-    """Refused for good behind two shards; then every twelfth request is told to slow down."""
+    """First refuse all requests after two shards; then tell every twelfth request to slow down."""
     puts = []
 
     def refuse(request: dict[str, Any]) -> str | None:
@@ -116,7 +116,7 @@ def test_a_store_that_fails_in_the_middle_costs_no_image(s3: Flaky) -> None:
     dataset = ShardDataset.open("s3://shards/out")
     assert len(dataset) == IMAGES
     assert dataset.verify().clean
-    # and no other than those of a job without Ray, whose workers could not see this one's memory
+    # Compare with a job without Ray, because Ray's workers could not read this process's memory://.
     source = Folder("s3://photos/root", "train", False)
     images, _ = list_images(source.images())
     plan = make_plan(images, seed=0, shard_samples=IMAGES // SHARDS)
@@ -125,7 +125,7 @@ def test_a_store_that_fails_in_the_middle_costs_no_image(s3: Flaky) -> None:
 
 
 def test_a_source_that_refuses_rejects_nothing(s3: Flaky) -> None:
-    """Rights that have run out say nothing of the image that was asked for last."""
+    """Expired credentials are not the fault of the image that was requested last."""
     source = Folder("s3://photos/root", "train", False)
     images, _ = list_images(source.images())
     store = Store("memory://refused/out")

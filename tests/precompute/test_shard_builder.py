@@ -1,4 +1,4 @@
-"""Threads of a builder: what runs at a time, what lasts, and how each of them may fail."""
+"""Tests of a builder's threads: their concurrency, their lifetime and their failures."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ IMAGES = [SourceImage(f"k{index:03d}", f"{index}.jpg", 0) for index in range(40)
 
 
 class InMemory(Source):
-    """Images that are at hand; `on_read` is called before each of them is read."""
+    """Source of images in memory; `on_read` is called before each read."""
 
     def __init__(self, on_read: Callable[[], object] = lambda: None):
         self.on_read = on_read
@@ -41,7 +41,7 @@ class InMemory(Source):
 
 
 class Flat:
-    """Stands for an estimator; `error` is raised in call number `fails_at`."""
+    """Fake estimator that raises `error` in call number `fails_at`."""
 
     side, weights_sha256, device = 2, None, "cpu"
 
@@ -76,7 +76,7 @@ def test_all_images_are_written_in_the_order_of_the_plan(tmp_path: Path) -> None
 def test_decoding_and_packing_each_stay_in_one_thread_over_all_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DALI keeps its decoders by thread: a thread for each shard would build them anew."""
+    """DALI keeps its decoders by thread, so a new thread per shard would recreate them."""
     threads: dict[str, list[int]] = {"decode": [], "pack": []}
     decode, write_shard = shard_builder.decode, shard_builder.write_shard
 
@@ -97,7 +97,7 @@ def test_decoding_and_packing_each_stay_in_one_thread_over_all_shards(
 
 
 def test_as_many_images_are_read_at_a_time_as_there_are_readers(tmp_path: Path) -> None:
-    """More than one batch of 4: each reader waits until all of them have begun to read."""
+    """Each reader waits until all are reading, which are more than the 4 images of a batch."""
     together = threading.Barrier(LOCAL_READERS)
     builder = build(tmp_path, InMemory(lambda: together.wait(timeout=20)))
     assert builder.read_at_once == LOCAL_READERS
@@ -127,7 +127,7 @@ def test_an_estimator_that_fails_writes_nothing_and_the_next_shard_is_whole(
 
 
 class FailsOnGray(Flat):
-    """Fails on every batch that has an image of one value."""
+    """Fake estimator that fails on every batch with an image of constant color."""
 
     def __call__(self, images: Any) -> np.ndarray:
         if any(np.asarray(image.cpu()).std() == 0 for image in images.tensors):
@@ -166,7 +166,7 @@ def test_an_estimator_that_takes_no_image_ends_the_job_with_its_own_error(
 def test_a_gpu_that_fails_while_one_image_is_looked_for_rejects_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The estimator fails on a batch; the first of its images alone meets an error of CUDA."""
+    """The estimator fails on a batch, and then with a CUDA error on the first single image."""
     make_gray(monkeypatch, 2)
 
     class Breaks(FailsOnGray):
@@ -192,7 +192,7 @@ def test_memory_that_runs_out_in_the_estimator_is_one_line(tmp_path: Path) -> No
 def test_a_gpu_that_fails_after_the_first_batch_writes_no_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It used to be a shard of the first batch's samples, all else rejected."""
+    """A regression would write a shard of the first batch and reject all other images."""
     calls = []
     decode_batch = decode_module.decode_batch
 
@@ -209,7 +209,7 @@ def test_a_gpu_that_fails_after_the_first_batch_writes_no_shard(
 
 
 def test_a_packer_that_fails_ends_the_shard_at_once(tmp_path: Path) -> None:
-    """The estimator must not go on for a shard that cannot be written, nor wait for ever."""
+    """The estimator must neither continue with a shard that cannot be written nor wait forever."""
     estimator = Flat()
     builder = ShardBuilder(InMemory(), estimator, Store(tmp_path), 4, Resize(), {})
     with pytest.raises(ValueError, match="twice in shard 0"):
@@ -218,7 +218,7 @@ def test_a_packer_that_fails_ends_the_shard_at_once(tmp_path: Path) -> None:
 
 
 def test_a_group_of_images_goes_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU each transfer is a wait: one for a group, not one for each forward pass."""
+    """Each transfer from a GPU waits for it, so there is one per group, not per forward pass."""
     estimator = ScdaOptions("resnet18", "random", size=32, areas=(1.0, 0.2)).build()
     monkeypatch.setattr(scda, "WINDOWS_AT_ONCE", {"cpu": 8})
     cpu = torch.Tensor.cpu
@@ -249,7 +249,7 @@ def test_a_gpu_takes_the_windows_of_all_areas_together() -> None:
 
 
 def test_folded_batch_norms_give_the_same_map() -> None:
-    """What a GPU runs, run here: within rounding of the network as it is."""
+    """The network as a GPU runs it, run on the CPU, equals the original to within rounding."""
     torch.manual_seed(0)
     estimator = ScdaOptions("resnet18", "random", size=64, precision="fp32").build("cpu")
     trunk = estimator.trunk  # type: ignore[attr-defined]
@@ -268,8 +268,8 @@ def test_folded_batch_norms_give_the_same_map() -> None:
 
 @pytest.mark.gpu
 def test_scda_on_a_gpu_agrees_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Share of the foreground's cells that differ, the rule being that of the views."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # fp32 is to be fp32
+    """Few cells may differ between the foregrounds, computed by the rule of the views."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # full fp32 precision
     images = [noise(index, 200 + 10 * index, 300) for index in range(8)]
     for precision, most in (("fp32", 0.01), ("bf16", 0.03)):
         options = ScdaOptions("resnet18", "random", precision=precision)

@@ -1,4 +1,4 @@
-"""What a source lists: every input once, with a key of its own, or a reject with a reason."""
+"""Tests of listing: every input occurs once, with a unique key or as a reject with a reason."""
 
 import random
 import re
@@ -64,16 +64,16 @@ def test_pictures_whose_keys_meet_are_all_kept(tmp_path: Path) -> None:
     keys = {image.location: image.key for image in images}
     assert keys.keys() == set(names)
     assert len(set(keys.values())) == len(names)
-    assert keys["a/b_c.jpg"] == "a_b_c"  # as it was when the others were dropped
+    assert keys["a/b_c.jpg"] == "a_b_c"  # as in versions that dropped the others
     assert keys["a/b_c.png"] == digest_key("a_b_c", "a/b_c.png")
-    for seed in range(5):  # whatever the order of a list of files
+    for seed in range(5):  # independent of the order of listing
         shuffled = random.Random(seed).sample(images, len(images))
         again, _ = list_images(image._replace(key=key_of(image.location)) for image in shuffled)
         assert {image.location: image.key for image in again} == keys
 
 
 def test_a_digest_in_a_key_takes_no_other_pictures_key(tmp_path: Path) -> None:
-    """A file bears the very name that the digest would give to another one."""
+    """A file already has the name that the digest would give to another file."""
     odd = digest_key("a_x", "a/x.png")
     names = ["a/x.jpg", "a/x.png", f"{odd}.jpg"]
     images, rejects = list_images(SourceImage(key_of(name), name, 0) for name in names)

@@ -1,4 +1,4 @@
-"""Plans that are made bucket by bucket: the very plans, rejects and shards of those in memory."""
+"""Tests of plans made bucket by bucket: plans, rejects and shards equal those made in memory."""
 
 import json
 import random
@@ -31,7 +31,7 @@ from tests.precompute.test_listing import make_tar, samples
 
 
 class LocalRunner:
-    """The steps in this process, the rows of each bucket in another order than they were listed."""
+    """Runner in this process that passes the rows of each bucket in a random order."""
 
     def shuffle(
         self, source: Source, groups: list[PartGroup], place: str, seed: int, buckets: int
@@ -56,7 +56,7 @@ class LocalRunner:
 
 
 class Given(PartedSource):
-    """Inputs that are at hand, in parts."""
+    """Source of the given parts."""
 
     def __init__(self, parts: list[list[Any]], classes: tuple[str, ...] = ()):
         self.given = parts
@@ -81,7 +81,7 @@ def in_buckets(source: Source, place: Path, buckets: int = 16, **options: Any) -
 
 
 def assert_equal(source: Source, place: Path, **options: Any) -> StoredPlan:
-    """Both ways give one plan, one list of rejects, the same counts of labels and classes."""
+    """Assert that both ways of planning give the same plan, rejects, label counts and classes."""
     given = {"seed": 0, "shard_samples": 50, **options}
     buckets = given.pop("buckets", 16)
     images, rejects = list_images(list_source(source))
@@ -140,7 +140,7 @@ def test_names_of_any_bytes_survive(tmp_path: Path) -> None:
 
 
 def test_keys_that_meet_are_renamed_alike(tmp_path: Path) -> None:
-    """Also where a new key is taken by an image that happens to bear it, and by a renamed one."""
+    """A new key may already be taken by another image's name or by another renamed image."""
     images = [image(name) for name in ("a/b_c.jpg", "a_b/c.jpg", "a/b_c.png", "a/b/c.jpg", "x.jpg")]
     taken = digest_key("a_b_c", "a/b_c.png")
     images += [SourceImage(taken, "z/unlucky.jpg", 0), SourceImage(taken, "y/unlucky.jpg", 0)]
@@ -225,10 +225,10 @@ def test_both_ways_give_the_same_shards_byte_for_byte(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_the_command_plans_on_the_cluster_and_goes_on_in_the_driver(tmp_path: Path) -> None:
-    """What one way began the other completes: settings, keys and bytes are the same."""
+    """Either way of planning resumes a job begun in the other, with equal settings and bytes."""
     for number in range(60):
         write(tmp_path / "root" / "abc"[number % 3] / f"{number}.jpg", encode(noise(number)))
-    write(tmp_path / "root" / "a" / "0.png", encode(noise(1), "PNG"))  # a key that is taken
+    write(tmp_path / "root" / "a" / "0.png", encode(noise(1), "PNG"))  # its key is taken
     common = ["--dataset", "folder", "--root", tmp_path / "root", "--estimator", "spectral"]
     common += ["--shard-samples", "10", "--workers", "1"]
     one, two = tmp_path / "one", tmp_path / "two"

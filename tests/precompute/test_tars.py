@@ -1,4 +1,4 @@
-"""Tars as they are found: order, names, several images, labels of every kind; read or refused."""
+"""Tests of existing tars: order of members, names, several images, all kinds of labels."""
 
 import io
 import json
@@ -21,7 +21,7 @@ Members = list[tuple[str, bytes]]
 
 
 def listed(root: Path, members: Members, **options: object) -> tuple[list, dict[str, Reject], list]:
-    """Images, rejects by their source, and the classes of one tar."""
+    """Return the images of a tar with these members, the rejects by source, and the classes."""
     root.mkdir(exist_ok=True)
     with tarfile.open(root / "0.tar", "w") as archive:
         for name, content in members:
@@ -50,7 +50,7 @@ def test_members_need_not_lie_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_name_that_comes_again_is_another_picture(tmp_path: Path) -> None:
-    """As tars that were appended to each other have it."""
+    """Tars that were appended to each other may repeat names."""
     images, rejects, _ = listed(
         tmp_path, [("a.jpg", JPEG), ("a.cls", b"0"), ("a.jpg", PNG), ("a.cls", b"1")]
     )
@@ -92,7 +92,7 @@ def test_identifiers_are_classes_where_the_user_says_so(tmp_path: Path) -> None:
 
 
 def test_many_classes_are_no_identifiers() -> None:
-    """360,000 identities of faces, each with its number; and one number far above them."""
+    """Face datasets may have 360,000 numbered identities; one number far above is refused."""
     reader = LabelReader("", False)
     numbers, classes, bad = name_classes(map(str, [*range(360_000), 999_999_999]), reader)
     assert len(classes) == 360_000
@@ -211,7 +211,7 @@ def test_links_devices_and_what_belongs_to_no_sample_are_counted(tmp_path: Path)
     assert {reject.source: reject.reason for reject in rejects} == {
         **{f"0.tar/{name}": "not-a-file" for name in ("soft", "hard", "pipe", "device")},
         "0.tar/README (no extension)": "no-image",
-        "1.tar/good": "not-a-file",  # its label would be lost
+        "1.tar/good": "not-a-file",  # the label would be lost
     }
 
 
@@ -226,7 +226,7 @@ def test_a_pipe_among_the_tars_and_signs_of_a_glob_in_a_name(tmp_path: Path) -> 
 
 
 def test_plans_of_tars_stay_what_they_were(tmp_path: Path) -> None:
-    """A dataset that an earlier version began is resumed: its plan holds these very rows."""
+    """The rows of a plan must not change, so that datasets begun by earlier versions resume."""
     images, _, _ = listed(tmp_path, [("a/b.jpg", JPEG), ("a/b.cls", b"1"), ("a/b.txt", b"x")])
     annotation = f'[["jpg", 512, {len(JPEG)}], ["txt", '
     assert images[0][:3] == ("0_a_b", "0.tar/a/b", 1)

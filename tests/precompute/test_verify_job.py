@@ -1,4 +1,4 @@
-"""`verify` on a Ray cluster finds what it finds on one machine."""
+"""Tests of `verify` on a Ray cluster: it finds the same problems as on one machine."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from schemas import Sample, ShardDataset, UserError, write_dataset
 
 @pytest.fixture
 def dataset(make_sample: Callable[..., Sample], tmp_path: Path) -> ShardDataset:
-    """Twelve shards, one of them with a byte that is flipped and one without its index."""
+    """Write twelve shards, then flip a bit in one of them and remove the index of another."""
     samples = [make_sample(index) for index in range(24)]
     dataset = write_dataset(
         tmp_path / "set", samples, name="test", classes=["a", "b", "c"], shard_samples=2

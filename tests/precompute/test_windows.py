@@ -1,4 +1,4 @@
-"""Areas: windows that cover an image, and their maps pasted into one."""
+"""Tests of windows that cover an image, and of pasting their maps into one map."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_windows_cover_the_image_and_stay_inside(shape: tuple[int, int], area: f
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maps_of_a_ramp_are_pasted_to_that_ramp(shape: tuple[int, int]) -> None:
-    """Each window's map holds a ramp over the image, at the middles of its own 7 x 7 cells."""
+    """Each window's map samples a ramp over the image at the centers of its 7 x 7 cells."""
     height, width = shape
     maps = []
     for top, left, h, w in windows(*shape, 0.3):
@@ -50,7 +50,7 @@ def test_maps_of_a_ramp_are_pasted_to_that_ramp(shape: tuple[int, int]) -> None:
     pasted = paste(torch.tensor(np.array(maps)).float(), [shape], 0.3, 14)[0].numpy()
     middle = (np.arange(14) + 0.5) / 14
     expected = 2 * middle[:, None] + 3 * middle[None]
-    # a map says nothing beyond the middle of its outermost cells
+    # a map has no information beyond the centers of its outermost cells
     assert abs(pasted - expected)[3:-3, 3:-3].max() < 0.1
     assert abs(pasted - expected).max() < 0.5
 
