@@ -49,11 +49,12 @@ def plan_on_cluster(
         )
     except ray.exceptions.RayError as error:
         if (cause := user_error(error)) is not None:
-            raise UserError(str(cause)) from error
+            # Ray Data adds lines about retries to the message of a task's exception
+            raise UserError(str(cause).splitlines()[0]) from error
         raise UserError(f"planning failed: {str(error).splitlines()[-1]}") from error
     except TerminatedError as error:
         raise TerminatedError(
-            "terminated while the images were listed; the same command starts again"
+            "terminated while the images were listed; run the same command again"
         ) from error
 
 

@@ -88,7 +88,9 @@ def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
             assert "Ray's raylet died; run the same command again to resume" in errors
         if victim == "worker":
             assert job.returncode == 143
-            assert re.search(r"terminated; \d+ of \d+ missing shards are written, the same", errors)
+            assert re.search(
+                r"terminated; \d+ of \d+ missing shards are written; run the same", errors
+            )
     written = {path.name: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
     assert run_here(*demo_arguments(out)) == 0
     assert contents(out) == contents(uninterrupted)
