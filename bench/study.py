@@ -29,6 +29,7 @@ from bench.table import machine
 from schemas import ShardDataset, UserError
 from schemas.cli import lookup
 from schemas.settings import differences, sentence
+from schemas.storage import Store
 from train.config import (
     TrainConfig,
     collect_default_settings,
@@ -216,8 +217,7 @@ def finish(options: Options, run: Run) -> None:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     path = row_path(options, run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row, indent=1) + "\n")
+    Store(path.parent).write(path.name, (json.dumps(row, indent=1) + "\n").encode())
 
 
 def row_path(options: Options, run: Run) -> Path:

@@ -115,16 +115,15 @@ class CacheFolder:
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(tar, fcntl.LOCK_SH)
-            idx, parquet = (self.path(row.sha256, suffix) for suffix in ("idx", "parquet"))
-            if idx.exists() and parquet.exists() and is_intact(tar, row):
-                files = ShardFiles(tar, idx.read_bytes(), parquet.read_bytes())
-                os.utime(tar)
-                return files
-            with self.lock():
-                self._remove(row.sha256)
-        except FileNotFoundError:
-            pass  # evicted at this moment
+            with suppress(FileNotFoundError):  # evicted at this moment
+                fcntl.flock(tar, fcntl.LOCK_SH)
+                idx, parquet = (self.path(row.sha256, suffix) for suffix in ("idx", "parquet"))
+                if idx.exists() and parquet.exists() and is_intact(tar, row):
+                    files = ShardFiles(tar, idx.read_bytes(), parquet.read_bytes())
+                    os.utime(tar)
+                    return files
+                with self.lock():
+                    self._remove(row.sha256)
         except BaseException:
             os.close(tar)
             raise

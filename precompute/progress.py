@@ -3,8 +3,8 @@
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import ray
@@ -52,16 +52,21 @@ def listed(entries: Iterable[T]) -> Iterator[T]:
 
 
 @contextmanager
-def watch_count(actor: Any) -> Iterator[None]:
-    """Show the count of a CountActor, and its rate, until the block ends."""
+def show_beside(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Call `show(*arguments, over)` in a thread until the block ends, which sets `over`."""
     over = threading.Event()
-    thread = threading.Thread(target=show_count, args=(actor, over), daemon=True)
+    thread = threading.Thread(target=show, args=(*arguments, over), daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+
+
+def watch_count(actor: Any) -> AbstractContextManager[None]:
+    """Show the count of a CountActor, and its rate, until the block ends."""
+    return show_beside(show_count, actor)
 
 
 def show_count(actor: Any, over: threading.Event) -> None:
@@ -80,17 +85,9 @@ def show_count(actor: Any, over: threading.Event) -> None:
                 return  # the job itself meets the error and reports it
 
 
-@contextmanager
-def watch(actor: Any, images: int, shards: int) -> Iterator[None]:
+def watch(actor: Any, images: int, shards: int) -> AbstractContextManager[None]:
     """Show the actor's counts until the block ends, and the pending shards when it stalls."""
-    over = threading.Event()
-    thread = threading.Thread(target=show, args=(actor, images, shards, over), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return show_beside(show, actor, images, shards)
 
 
 def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:

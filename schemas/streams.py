@@ -17,14 +17,17 @@ class RangeReader(io.RawIOBase):
 
     Every `read` is one request to the store. Arrow reads a column of a row group with one `read`.
 
+    Args:
+        size: size of the file in bytes; by default the store is asked for it.
+
     Raises:
         FileNotFoundError: there is no such file.
     """
 
-    def __init__(self, store: "Store", name: str):
+    def __init__(self, store: "Store", name: str, size: int | None = None):
         super().__init__()
         self.store, self.name = store, name
-        self.size = store.size(name)
+        self.size = store.size(name) if size is None else size
         self.position = 0
 
     def readable(self) -> bool:

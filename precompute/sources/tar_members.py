@@ -1,13 +1,12 @@
 """List the members of a tar without reading its contents."""
 
-import io
 import logging
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from schemas.storage import Store
+from schemas.streams import RangeReader
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class TarMember(NamedTuple):
     kind: str = ""
 
 
-class BlockReader(io.RawIOBase):
+class BlockReader(RangeReader):
     """File object for an object store that reads blocks, each beginning at a requested position.
 
     Args:
@@ -43,25 +42,10 @@ class BlockReader(io.RawIOBase):
     """
 
     def __init__(self, store: Store, name: str, size: int):
-        super().__init__()
-        self.store, self.name, self.size = store, name, size
-        self.position = self.start = 0
+        super().__init__(store, name, size)
+        self.start = 0
         self.block = b""
         self.kept: dict[int, bytes] = {}
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        self.position = base + offset
-        return self.position
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(self.size - self.position, 0)
