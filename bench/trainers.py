@@ -17,9 +17,10 @@ from torchvision import models
 from bench import usual
 from pipeline import RECIPES, Batch, MaskedViews
 from pipeline.rng import BatchRng
+from schemas.precision import autocast
 from train import trainer
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, autocast, resolve_config
+from train.config import TrainConfig, resolve_config
 from train.data import BatchStream, SyntheticViews
 from train.methods import MoCoConfig, Setup
 from train.metrics_logger import MetricsLogger

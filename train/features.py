@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from pipeline import Cache, EvalViews, Recipe
 from schemas import ShardDataset, UserError
-from train.config import autocast, pick_precision
+from schemas.precision import autocast, pick_precision
 from train.distributed import gather_uneven, is_main, rank, world_size
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ SILENCE = re.compile(r"gloo|timed? ?out|[Cc]onnection (closed|reset)")
 HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 GRACE = 5.0
 """Seconds within which every live rank notices that another one is dead."""
+POLL = 0.05
+"""Seconds between two looks of rank 0 for ranks that start (ours)."""
 NCCL_EXTRA = 60
 """Seconds that NCCL waits longer than gloo (ours). NCCL's watchdog ends the process without naming
 a rank; gloo raises an error, after which the store tells which rank is silent."""
@@ -100,13 +103,14 @@ def init_process_group(
 
 
 def rendezvous(waits: timedelta) -> tuple[dist.Store, int, int]:
-    """Return a store that all processes share, the rank of this one, and their number.
+    """Return an empty store that all processes share, the rank of this one, and their number.
 
     Raises:
         UserError: the port is taken, or not all processes came in time.
     """
     try:
-        return next(dist.rendezvous("env://", timeout=waits))
+        store, number, size = next(dist.rendezvous("env://", timeout=waits))
+        return dist.PrefixStore(agree_on_start(store, number, size, waits), store), number, size
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         taken = "EADDRINUSE" in str(error)
@@ -115,6 +119,40 @@ def rendezvous(waits: timedelta) -> tuple[dist.Store, int, int]:
             f"the processes cannot meet at {place}: {reason}; choose another --master-port, or let "
             "torchrun find one: --standalone, on one machine"
         ) from error
+
+
+def agree_on_start(store: dist.Store, number: int, size: int, waits: timedelta) -> str:
+    """Return a name of this start of the processes: one for all ranks, never used before.
+
+    torchrun keeps its store when it restarts the workers, and a rank that finds the address of
+    another rank's predecessor there cannot connect. Neither the number of restarts (a new node does
+    not increase it) nor anything else in the environment distinguishes two starts. So each rank
+    asks under a name of its own, and rank 0 answers every question, those of predecessors too,
+    until all ranks have confirmed the answer.
+
+    Raises:
+        DistError: some rank did not come within `waits`.
+    """
+    if number > 0:
+        question = uuid4().hex
+        store.set(f"question/{number}", question)
+        start = store.get(f"answer/{question}").decode()
+        store.set(f"{start}/{number}", "confirmed")
+        return start
+    start, absent = uuid4().hex, set(range(1, size))
+    deadline = time.monotonic() + waits.total_seconds()
+    while absent:
+        for other in absent:
+            if store.check([f"question/{other}"]):
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", start)
+        time.sleep(POLL)
+        absent = {other for other in absent if not store.check([f"{start}/{other}"])}
+        if time.monotonic() > deadline:
+            raise dist.DistError(
+                f"rank {', '.join(map(str, sorted(absent)))} of {size} did not come within "
+                f"{waits.total_seconds():g} s"
+            )
+    return start
 
 
 def refuse_bare_srun() -> None:

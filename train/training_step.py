@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torchvision.models import ResNet
 
-from train.config import TrainConfig, autocast
+from schemas.precision import autocast
+from train.config import TrainConfig
 from train.distributed import average_in_rank_order, world_size
 from train.encoders import compile_encoder_
 from train.methods import Method

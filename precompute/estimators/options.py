@@ -57,8 +57,9 @@ class ScdaOptions(EstimatorOptions):
     docs/saliency.md compares the choices with the online map."""
     side: int = 28
     """Number of cells along one side of the stored map."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the backbone's forward pass."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the backbone's forward pass; auto is bf16 on a device that has instructions for
+    it, and fp32 on others."""
     compile: bool = False
     """Compile the backbone with torch.compile, which adds minutes to the start of every worker."""
 

@@ -24,6 +24,7 @@ from precompute.estimators.weights import load_weights, sha256_of
 from precompute.estimators.windows import Window, cut, paste, windows
 from schemas.cli import lookup
 from schemas.errors import UserError
+from schemas.precision import autocast, pick_precision
 
 # ImageNet's RGB mean and std on [0, 1], with which torchvision's weights were trained
 MEAN = (0.485, 0.456, 0.406)
@@ -56,7 +57,8 @@ class ScdaEstimator:
         trunk = trunk_of(model.eval(), options.backbone, options.layer)
         load_weights(trunk, model, options.backbone, options.weights)
         self.weights_sha256 = sha256_of(trunk.state_dict())
-        self.trunk = prepare(trunk, self.device, options.precision)
+        self.precision = pick_precision(options.precision, torch.device(self.device))
+        self.trunk = prepare(trunk, self.device, self.precision)
         if options.compile:
             self.trunk.compile()
         self.mean = torch.tensor(MEAN, device=self.device) * 255
@@ -98,10 +100,10 @@ class ScdaEstimator:
         Returns:
             (N, u, v) float32, on the estimator's device.
         """
-        normalised = (pixels.to(self.device).float() - self.mean) / self.std
+        pixels = pixels.to(self.device)
+        normalised = (pixels.float() - self.mean) / self.std
         inputs = normalised.permute(0, 3, 1, 2)  # NHWC in memory: channels_last, no copy
-        reduced = self.options.precision == "bf16"
-        with torch.autocast(self.device, torch.bfloat16, enabled=reduced):
+        with autocast(self.precision, pixels.device):
             activation = self.trunk(inputs)["map"]  # (N, D, U, V)
         return activation.float().sum(dim=1)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
+from schemas.precision import autocast
 from tests.train.pictures import odd_coco, options_of, write_coco, write_encoder
-from train.config import autocast
 from train.encoders import build_encoder, save_encoder
 from train.evaluate.detection import command
 from train.evaluate.detection.data import Picture, Pictures

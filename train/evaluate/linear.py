@@ -20,7 +20,8 @@ import torch.distributed as dist
 import tyro
 
 from pipeline import Cache, Recipe
-from train.config import TrainConfig, autocast, make_cache, pick_precision
+from schemas.precision import autocast, pick_precision
+from train.config import TrainConfig, make_cache
 from train.distributed import is_main, raise_on_all_ranks, world_size
 from train.encoders import compute_digest, load_encoder
 from train.evaluate import results

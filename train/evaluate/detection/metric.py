@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from train.config import autocast
+from schemas.precision import autocast
 from train.distributed import gather_objects, is_main, raise_on_all_ranks, rank, world_size
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.loader import decode_masks, load_image
