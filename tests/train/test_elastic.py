@@ -4,25 +4,22 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline import Batch, MaskedViews
 from pipeline.order import SampleOrder
 from schemas import ShardDataset
+from tests.train.ranks import add_tiny_encoders
 from tests.train.runs import command, metrics
+from tests.train.torchrun import Torchrun
+from train.trainer import MetricsBuffer
 
-SCRIPT = Path(__file__).with_name("elastic_run.py")
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 BATCH, EPOCHS = 8, 3
-SECONDS = 400
-"""Seconds for one start with a few steps; an idle machine needs a fifth."""
 OPTIONS = {
     "--encoder": "tiny",
     "--epochs": str(EPOCHS),
@@ -32,26 +29,46 @@ OPTIONS = {
 }
 
 
-def start(
-    data: str, out: Path, stop: int, *agent: str, options: Sequence[str] = ()
-) -> subprocess.Popen:
+@dataclass(frozen=True)
+class NotedTraining:
+    """Adds the tiny encoders, notes the samples that each rank is fed, and kills ranks on request.
+
+    Attributes:
+        notes: folder with a file for each rank.
+        stop: step after whose checkpoint each rank ends at once, as killed processes do; 0: never.
+    """
+
+    notes: Path
+    stop: int = 0
+
+    def __call__(self) -> None:
+        next_batch, add = MaskedViews._next, MetricsBuffer.add
+
+        def noting(views: MaskedViews) -> Batch:
+            place = [views.epoch, views.step, views.rank, views.world_size]
+            batch = next_batch(views)
+            with (self.notes / f"{os.getpid()}.jsonl").open("a") as file:
+                file.write(json.dumps([*place, batch.sample_keys]) + "\n")
+            return batch
+
+        def dying(buffer, scalars, waited, **known):
+            add(buffer, scalars, waited, **known)
+            if known["step"] == self.stop + 1:  # the checkpoint of step `stop` is written
+                os._exit(9)
+
+        add_tiny_encoders()
+        MaskedViews._next = noting
+        if self.stop:
+            MetricsBuffer.add = dying
+
+
+def start(data: str, out: Path, stop: int, *agent: str, options: Sequence[str] = ()) -> Torchrun:
     notes = out.parent / "notes"
     notes.mkdir(exist_ok=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *agent]
-    return subprocess.Popen(
-        [*torchrun, str(SCRIPT), str(notes), str(stop), *command(data, out, **OPTIONS), *options],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def last_words(process: subprocess.Popen) -> str:
-    """Return the output of a process that ends by itself; kill one that hangs to see its output."""
-    try:
-        return process.communicate(timeout=SECONDS)[0]
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        pytest.fail(f"still running after {SECONDS} s: {process.communicate()[0]}")
+    log = out.parent / f"log-{len(list(out.parent.glob('log-*')))}"
+    log.touch()
+    training = [*command(data, out, **OPTIONS), *options]
+    return Torchrun(agent, training, log, NotedTraining(notes, stop))
 
 
 def fed(out: Path) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
@@ -90,8 +107,7 @@ def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> list[f
     """Return the losses of one undisturbed process; its encoder has no batch statistics."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     process = start(shards, out, 0, "--standalone", "--nproc-per-node", "1")
-    said = last_words(process)
-    assert process.returncode == 0, said
+    assert process.wait() == 0, process.said
     assert assert_every_batch_was_whole(shards, out) == {1}
     return [row["loss"] for row in metrics(out)]
 
@@ -109,9 +125,8 @@ def test_a_run_resumes_with_one_and_with_four_ranks(
         process = start(
             shards, out, stop, "--standalone", "--nproc-per-node", str(size), options=options
         )
-        said = last_words(process)
-        assert (process.returncode == 0) == (stop == 0), said
-    assert "resumes after step 4 of 9, 1 -> 4 processes" in said
+        assert (process.wait() == 0) == (stop == 0), process.said
+    assert "resumes after step 4 of 9, 1 -> 4 processes" in process.said
     assert assert_every_batch_was_whole(shards, out) == {1, 2, 4}
     assert len(list((tmp_path / "cache").glob("*.tar"))) == len(ShardDataset.open(shards).shards)
     losses = [row["loss"] for row in metrics(out)]
@@ -138,16 +153,11 @@ def test_torchrun_goes_on_when_a_node_is_lost(
         start(shards, out, 0, *agent, "--rdzv-conf", f"{waits},is_host={is_host}")
         for is_host in (1, 0)  # the first agent hosts the store of the rendezvous
     )
-    deadline = time.monotonic() + SECONDS
-    while not list((out / "checkpoints").glob("step-*")):
-        assert first.poll() is None, first.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(second.pid, signal.SIGKILL)
-    said = last_words(first)
-    second.communicate()
-    assert first.returncode == 0, said
-    assert "4 -> 2 processes" in said
+    first.wait_until(lambda: list((out / "checkpoints").glob("step-*")))
+    os.kill(second.pid, signal.SIGKILL)
+    assert first.wait() == 0, first.said
+    second.wait()
+    assert "4 -> 2 processes" in first.said
     assert 2 in assert_every_batch_was_whole(shards, out)
     losses = [row["loss"] for row in metrics(out)]
     np.testing.assert_allclose(losses, undisturbed, rtol=2e-4)

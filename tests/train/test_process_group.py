@@ -1,6 +1,5 @@
 """How the ranks of one start find each other in a store that earlier starts have used."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -13,9 +12,9 @@ WAITS = timedelta(seconds=30)
 
 
 @pytest.fixture
-def server() -> Iterator[dist.TCPStore]:
+def server() -> dist.TCPStore:
     """Return the store that torchrun keeps over all restarts."""
-    yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=WAITS)
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=WAITS)
 
 
 def join(server: dist.TCPStore, number: int, size: int, waits: timedelta = WAITS) -> str:
@@ -46,9 +45,7 @@ def test_a_question_of_a_dead_rank_does_not_count_as_its_successor(server):
 
 
 def test_an_absent_rank_is_named(server):
-    with (
-        ThreadPoolExecutor() as pool,
-        pytest.raises(dist.DistError, match="rank 2, 3 of 4 did not come"),
-    ):
+    with ThreadPoolExecutor() as pool:
         pool.submit(join, server, 1, 4)
-        join(server, 0, 4, timedelta(seconds=1))
+        with pytest.raises(dist.DistError, match="rank 2, 3 of 4 did not come"):
+            join(server, 0, 4, timedelta(seconds=1))

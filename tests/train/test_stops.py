@@ -15,15 +15,10 @@ from safetensors.torch import load_file
 
 import train.trainer
 from tests.train.runs import command, config, told
+from tests.train.torchrun import SECONDS, Torchrun
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+AGENT = ("--nproc-per-node", "2", "--standalone", "--local-addr", "127.0.0.1")
 LONGER = {"--log-steps": "1", "--epochs": "4", "--checkpoint-steps": "2"}
-
-
-def torchrun(data: str, out: Path, *agent: str, **options: str) -> list[str]:
-    start = [sys.executable, "-m", "torch.distributed.run"]
-    agent = agent or ("--nproc-per-node", "2", "--standalone")
-    return [*start, *agent, "-m", "train", *command(data, out, **{**LONGER, **options})]
 
 
 @pytest.fixture(scope="session")
@@ -34,20 +29,14 @@ def whole(shards, tmp_path_factory, two_ranks) -> Path:
     return out
 
 
-def started(shards, out, **options):
+def started(shards: str, out: Path, log: Path, **options: str) -> tuple[Torchrun, list[int]]:
     """Start two processes and wait for a checkpoint; return torchrun and its workers' pids."""
     before = checkpoints(out)
-    process = subprocess.Popen(
-        torchrun(shards, out, **options), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while checkpoints(out) == before:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process = Torchrun(AGENT, command(shards, out, **{**LONGER, **options}), log)
+    process.wait_until(lambda: checkpoints(out) != before)
+    workers = process.workers()
     assert len(workers) == 2
-    return process, [int(pid) for pid in workers]
+    return process, workers
 
 
 def checkpoints(out: Path) -> set[Path]:
@@ -65,31 +54,30 @@ def wait_for_end(pid: int) -> None:
 @pytest.mark.slow
 def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path):
     """Stop one rank, kill it, then kill torchrun; run the same command each time."""
-    process, workers = started(shards, tmp_path, **{"--rank-timeout": "4"})
+    out = tmp_path / "run"
+    process, workers = started(shards, out, tmp_path / "hung", **{"--rank-timeout": "4"})
     os.kill(workers[1], signal.SIGSTOP)
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if "Sending process" in line:  # torchrun would wait 30 s before it kills its workers
-            os.kill(workers[1], signal.SIGKILL)
-    assert process.wait(timeout=60) == 1
+    process.wait_until(lambda: "via signal SIGTERM" in process.said)
+    os.kill(workers[1], signal.SIGKILL)  # torchrun would wait 30 s before it kills its workers
+    assert process.wait() == 1
     assert (
         "error: rank 1 of 2 processes died or was silent for 4 s (--rank-timeout); "
         "run the same command again to resume from the last checkpoint\n"
-    ) in lines, lines
+    ) in process.said
 
-    process, workers = started(shards, tmp_path)
+    process, workers = started(shards, out, tmp_path / "killed")
     os.kill(process.pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    assert process.wait() == -signal.SIGKILL
     for pid in workers:  # the workers notice it, save and exit
         wait_for_end(pid)
-    assert re.search(r"stopped and saved after step \d+; run the same command again", errors)
-    assert not (tmp_path / "encoder.safetensors").exists()
+    assert re.search(r"stopped and saved after step \d+; run the same command again", process.said)
+    assert not (out / "encoder.safetensors").exists()
 
-    subprocess.run(torchrun(shards, tmp_path), env=ENVIRONMENT, check=True)
-    assert len(told(tmp_path)) == 12
-    assert told(tmp_path) == told(whole)
-    first, second = (load_file(out / "encoder.safetensors") for out in (whole, tmp_path))
+    process = Torchrun(AGENT, command(shards, out, **LONGER), tmp_path / "again")
+    assert process.wait() == 0, process.said
+    assert len(told(out)) == 12
+    assert told(out) == told(whole)
+    first, second = (load_file(path / "encoder.safetensors") for path in (whole, out))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -99,21 +87,22 @@ def test_two_agents_train_as_one_does(shards, whole, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    agent = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
-    agent = (*agent, "--rdzv-endpoint", endpoint, "--rdzv-id", "test")
+    torchrun = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", endpoint, "--rdzv-id", "test", "--local-addr", "127.0.0.1"),
+        *("-m", "train", *command(shards, tmp_path, **LONGER)),
+    ]
     cores = sorted(os.sched_getaffinity(0))
-    halves = (
-        cores[: len(cores) // 2],
-        cores[len(cores) // 2 :],
-    )  # as many threads per rank as in `whole`
+    half = len(cores) // 2  # as many threads per rank as in `whole`
     agents = [
         subprocess.Popen(
-            ["taskset", "-c", ",".join(map(str, half)), *torchrun(shards, tmp_path, *agent)],
-            env=ENVIRONMENT,
+            ["taskset", "-c", ",".join(map(str, part)), *torchrun],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        for half in halves
+        for part in (cores[:half], cores[half:])
     ]
-    assert [process.wait(timeout=120) for process in agents] == [0, 0]
+    assert [process.wait(timeout=SECONDS) for process in agents] == [0, 0]
     assert told(tmp_path) == told(whole)
     first, second = (load_file(out / "encoder.safetensors") for out in (whole, tmp_path))
     assert all(torch.equal(first[key], second[key]) for key in first)
