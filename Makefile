@@ -146,7 +146,7 @@ study: $(READY) ## ROOT=... [SCALE=cpu] [TIER=1] [SIDE_BY_SIDE=2]: arms of the m
 			--out "$(STUDY)/shards/$${set##*:}" --name "$$(basename $${set%%/*})" \
 			--estimator $(ESTIMATOR) $(SALIENCY) || exit; \
 	done
-	$(PY) -m bench study --shards $(STUDY)/shards --out $(STUDY) --scale $(SCALE) --tier $(TIER) \
+	$(PY) -m examples.study --shards $(STUDY)/shards --out $(STUDY) --scale $(SCALE) --tier $(TIER) \
 		--side-by-side $(SIDE_BY_SIDE) $(ARGS)
 
 .PHONY: bench-fidelity

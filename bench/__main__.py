@@ -10,22 +10,19 @@ python -m bench order                     seconds and memory to plan a batch of 
 python -m bench scale                     listing, planning, finishing and verifying at scale
 python -m bench kernels                   GPU kernels and bytes of a batch's views, counted
 python -m bench.gpu_session               checks and rates for the first session on a GPU
-python -m bench study --shards FOLDER     trains arms of the method on real data, prints a table
 """
 
 import itertools
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.table import machine, measure, show, write
-from schemas import UserError
-from schemas.cli import parse, run
+from schemas.cli import parse, run, run_subcommand
 
 
-def main() -> int:
+def main() -> None:
     commands = {
         "loader": bench_loader,
         "remote": bench_remote,
@@ -36,16 +33,8 @@ def main() -> int:
         "order": bench_order,
         "scale": bench_scale,
         "kernels": bench_kernels,
-        "study": run_study,
     }
-    name, *argv = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
-    if name not in commands:
-        raise UserError(f"unknown command {name!r}: there are {', '.join(commands)}")
-    commands[name](argv)
-    return 0
+    run_subcommand(commands, __doc__)
 
 
 # Each target imports only what it measures, so that it does not need other targets' packages, such
@@ -121,16 +110,6 @@ def bench_kernels(argv: Sequence[str]) -> None:
     from bench import kernels
 
     print(kernels.table(parse(kernels.Options, argv)))
-
-
-def run_study(argv: Sequence[str]) -> None:
-    from bench import study, study_report
-
-    options = parse(study.Options, argv)
-    study.run(options)
-    path = options.rows / f"{options.scale}-tier-{options.tier}.png"
-    study_report.plot(options, path)
-    print(f"\n{study_report.table(options)}\n\nplot: {path}")
 
 
 def bench_fidelity(argv: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ python -m pipeline order --data URL --batch-size 256
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import tyro
 from pipeline.preview import write_preview
 from pipeline.recipes import RECIPES, Recipe
 from pipeline.shuffle_quality import describe_shuffle
-from schemas import ShardDataset, UserError
-from schemas.cli import parse, run
+from schemas import ShardDataset
+from schemas.cli import parse, run, run_subcommand
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,11 @@ class Order:
     """Random seed for the sample order, as in training."""
 
 
-def main() -> int:
-    commands = {"preview": preview, "order": order}
-    name, *argv = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
-    if name not in commands:
-        raise UserError(f"unknown command {name!r}: there are {', '.join(commands)}")
-    return commands[name](argv)
+def main() -> None:
+    run_subcommand({"preview": preview, "order": order}, __doc__)
 
 
-def preview(argv: list[str]) -> int:
+def preview(argv: list[str]) -> None:
     options = parse(Preview, argv, named={"recipe": RECIPES})
     recipe = options.recipe
     if options.crop_size is not None:
@@ -72,14 +64,12 @@ def preview(argv: list[str]) -> int:
         options.data, recipe, options.out, options.samples, options.seed, options.device
     )
     print(f"{options.out}, {options.out.with_suffix('.html').name}: {rows} samples")
-    return 0
 
 
-def order(argv: list[str]) -> int:
+def order(argv: list[str]) -> None:
     options = parse(Order, argv)
     batch_size = min(options.batch_size, len(ShardDataset.open(options.data)))
     print(describe_shuffle(options.data, batch_size, options.samples, options.seed))
-    return 0
 
 
 def start() -> None:

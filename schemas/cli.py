@@ -273,6 +273,24 @@ def parse(
     )
 
 
+def run_subcommand(
+    commands: Mapping[str, Callable[[list[str]], None]], description: str | None
+) -> None:
+    """Call the command that the first argument names with the other arguments.
+
+    Each command parses its own options, so that it imports only what it needs. Without arguments,
+    or with `--help`, the description is printed.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(inspect.cleandoc(description or ""))
+        return
+    lookup("command", name, commands)(arguments)
+
+
 def program(subcommand: bool = False) -> str:
     """Return the command as the user typed it: `python -m bench train`, or a script's name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -247,7 +247,7 @@ def checkpoints(given: TrainConfig) -> Checkpoints:
 @pytest.mark.parametrize("step", [1, 3])
 def test_the_checkpoint_has_the_settings_of_today(tmp_path: Path, step: int):
     folder, state = kept(step)
-    checkpoints(config(tmp_path)).check(folder, state)
+    checkpoints(config(tmp_path)).count_steps(folder, state)
 
 
 def test_options_that_were_renamed_compare_under_their_former_names(tmp_path: Path):
@@ -258,10 +258,10 @@ def test_options_that_were_renamed_compare_under_their_former_names(tmp_path: Pa
     assert use_current_names(state["settings"]).keys().isdisjoint(former)
     now = checkpoints(config(tmp_path, grad_accum_steps=1))
     assert {RENAMED[name] for name in former} <= now.settings.keys()
-    now.check(folder, state)
+    now.count_steps(folder, state)
     state["settings"]["optim.drop_epochs"] = [1]
     with pytest.raises(UserError, match=r"settings: optim\.milestones was \[1\], is \[60, 80\]\."):
-        now.check(folder, state)
+        now.count_steps(folder, state)
 
 
 def test_config_files_and_command_lines_with_former_names_are_read(tmp_path: Path):
@@ -293,15 +293,15 @@ def test_an_option_that_was_set_differs_from_a_checkpoint_without_it(tmp_path: P
     folder, state = kept(3)
     del state["settings"]["recipe.region_choice"]
     del state["settings"]["optim.clip_gradient"]
-    checkpoints(config(tmp_path)).check(folder, state)
+    checkpoints(config(tmp_path)).count_steps(folder, state)
     salient = replace(RECIPES["hp"], region_choice="salient")
     with pytest.raises(UserError, match=r"recipe\.region_choice was random, is salient\."):
-        checkpoints(config(tmp_path, recipe=salient)).check(folder, state)
+        checkpoints(config(tmp_path, recipe=salient)).count_steps(folder, state)
     with pytest.raises(UserError, match=r"settings: method was moco, is simclr\. Repeat"):
-        checkpoints(config(tmp_path, method=SimCLRConfig())).check(folder, state)
+        checkpoints(config(tmp_path, method=SimCLRConfig())).count_steps(folder, state)
     state["settings"]["optim.lookahead"] = 5
     with pytest.raises(UserError, match=r"settings: optim\.lookahead was 5, is not set\. Repeat"):
-        checkpoints(config(tmp_path)).check(folder, state)
+        checkpoints(config(tmp_path)).count_steps(folder, state)
 
 
 def test_a_training_goes_on_from_where_an_epoch_ended(tmp_path: Path):

@@ -5,12 +5,14 @@
                                   rank-0000.pt   the random generators of each rank
 
 Only batch statistics depend on the number of processes, so a run may resume with another number
-of them after any step.
+of them after any step. It may resume with another global batch where an epoch ended; steps are then
+counted anew, as if all epochs had had that batch.
 
 A folder of this name is complete: ranks write into a hidden folder, every file is fsynced, and
 rank 0 renames it. Files are read with weights_only=True, so a foreign file cannot run code.
 """
 
+import math
 import os
 import random
 import shutil
@@ -40,12 +42,14 @@ class Restored(NamedTuple):
     """The checkpoint that a run resumes from.
 
     Attributes:
-        step: number of finished steps; 0 without a checkpoint.
+        step: number of finished steps as this run counts them; 0 without a checkpoint.
         world_size: number of processes that wrote it.
+        batch_size: global batch of the run that wrote it; None without a checkpoint.
     """
 
     step: int
     world_size: int
+    batch_size: int | None = None
 
 
 class Resumable(Protocol):
@@ -123,7 +127,7 @@ class Checkpoints:
             return Restored(0, world_size())
         path = self.path(self.steps()[-1])
         state = read_state(path / "state.pt")
-        self.check(path, state)
+        step = self.count_steps(path, state)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         # a rank that did not exist when the checkpoint was written keeps its seeded generators
@@ -132,20 +136,60 @@ class Checkpoints:
         loader.load_state_dict(loaders["loader"])
         if own is not None:
             set_random_state(own)
-        return Restored(state["step"], state["world_size"])
+        batch_size = use_current_names(state["settings"]).get("batch_size")
+        return Restored(step, state["world_size"], batch_size)
 
-    def check(self, path: Path, state: dict[str, Any]) -> None:
-        """Raise UserError unless this run may resume from `state`."""
+    def count_steps(self, path: Path, state: dict[str, Any]) -> int:
+        """Return the finished steps of `state` as this run counts them.
+
+        Raises:
+            UserError: this run may not resume from `state`.
+        """
         if state["version"] > VERSION:
             raise UserError(
                 f"{path}: checkpoint version {state['version']}, this code reads up to {VERSION}"
             )
-        saved = use_current_names(state["settings"])
+        saved, step = use_current_names(state["settings"]), state["step"]
+        if saved.get("batch_size") != self.settings.get("batch_size"):
+            epochs, inside = divmod(step, saved["steps_per_epoch"])
+            if inside:
+                raise UserError(
+                    f"{path}: epoch {epochs + 1} has begun with batches of {saved['batch_size']}; "
+                    f"--batch-size {self.settings['batch_size']} may replace it where an epoch "
+                    "ended: finish this one by the first command"
+                )
+            saved = self.with_own_batch(saved)
+            step = epochs * self.settings["steps_per_epoch"]
         if changed := differences(saved, self.settings, self.defaults):
             raise UserError(
                 f"{path}: made with other settings: {sentence(changed)}. "
                 "Repeat the first command, or choose another --out"
             )
+        return step
+
+    def with_own_batch(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return saved settings with this run's global batch, and what follows from it.
+
+        A peak rate that was scaled by the batch then differs too; one that was given does not.
+        """
+        names = ["batch_size", "steps_per_epoch"]
+        factor = self.settings["batch_size"] / saved["batch_size"]
+        if math.isclose(saved["optim.lr"] * factor, self.settings["optim.lr"]):
+            names.append("optim.lr")
+        return saved | {name: self.settings[name] for name in names}
+
+    def rename_last(self, step: int) -> None:
+        """Name the last checkpoint by this run's count of steps; if that differs, remove others.
+
+        What a checkpoint holds says how its own run counted, so a crash in between loses nothing.
+        """
+        *earlier, last = self.steps() or [step]
+        if last == step:
+            return
+        for old in earlier:
+            self.remove(old)
+        self.path(last).rename(self.path(step))
+        sync_folder(self.folder)
 
     def remove_unfinished(self) -> None:
         """Delete the remains of an interrupted save or deletion."""

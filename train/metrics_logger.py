@@ -94,7 +94,7 @@ class MetricsLogger:
         self.wandb = start_wandb_run(wandb_project, folder, config) if wandb_project else None
         self.total, self.epochs = total, -(-total // epoch_steps)
         self.path = folder / "metrics.jsonl"
-        drop_lines_after(self.path, start)
+        drop_lines_after(self.path, start, epoch_steps)
         self.file = self.path.open("a")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         self.started, self.first = time.monotonic(), start
@@ -129,10 +129,10 @@ class MetricsLogger:
         text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
         self.print(f"epoch {epoch}/{self.epochs}: {text}")
 
-    def has_scores(self, step: int) -> bool:
-        """Return whether the epoch that ended with this step was evaluated."""
+    def has_scores(self, epoch: int) -> bool:
+        """Return whether this epoch was evaluated."""
         rows = map(json.loads, self.path.read_text().splitlines())
-        return any(row["step"] == step and not is_step(row) for row in rows)
+        return any(row["epoch"] == epoch and not is_step(row) for row in rows)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one line of metrics.jsonl, and its values to TensorBoard and Weights & Biases."""
@@ -211,12 +211,22 @@ def get_wandb_id(folder: Path) -> str:
     return path.read_text()
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last line that a kill cut short; atomic."""
+def drop_lines_after(path: Path, step: int, epoch_steps: int) -> None:
+    """Drop the lines after `step`, and a last line that a kill cut short; atomic.
+
+    Lines of finished epochs stay whatever their step: it may have been counted with another batch.
+    """
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in kept if json.loads(line)["step"] <= step]
+    epochs, inside = divmod(step, epoch_steps)
+
+    def is_before(row: dict[str, Any]) -> bool:
+        return row["epoch"] <= epochs or (
+            inside > 0 and row["epoch"] == epochs + 1 and row["step"] <= step
+        )
+
+    kept = [line for line in kept if is_before(json.loads(line))]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from pipeline import MaskedViews
 from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, Restored
 from train.config import (
     TrainConfig,
     collect_default_settings,
@@ -203,11 +203,13 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
     with raise_on_all_ranks():
         if config.resume == "never" and checkpoints.steps():
             raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
-        done, saved_by = checkpoints.restore(job.method, step, job.views)
+        restored = checkpoints.restore(job.method, step, job.views)
+        done = restored.step
     logger = None
     with raise_on_all_ranks():
         if is_main():
             checkpoints.remove_unfinished()
+            checkpoints.rename_last(done)
             (out / "config.yaml").write_text(dump_config(job.given, config))
             append_start(out / "starts.jsonl", config, job.device, done, job.data_digest)
             logger = MetricsLogger(
@@ -221,8 +223,7 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
             for line in describe_run(config, job.method, job.views, job.device):
                 logger.print(line)
             if done:
-                processes = f", {saved_by} -> {world_size()} processes" * (saved_by != world_size())
-                logger.print(f"resumes after step {done} of {job.total_steps}{processes}")
+                logger.print(describe_resumption(job, restored))
 
     trainer = Trainer(job, step, checkpoints, logger, evaluation)
     with trainer.preemption.listen():
@@ -238,6 +239,16 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
             logger.print(f"written: {path}")
             logger.close()
     return path
+
+
+def describe_resumption(job: TrainingJob, restored: Restored) -> str:
+    """Return a line that says where the run resumes, and what is different from before."""
+    parts = [f"resumes after step {restored.step} of {job.total_steps}"]
+    if restored.world_size != world_size():
+        parts.append(f"{restored.world_size} -> {world_size()} processes")
+    if restored.batch_size != job.config.batch_size:
+        parts.append(f"batch {restored.batch_size} -> {job.config.batch_size}")
+    return ", ".join(parts)
 
 
 class Trainer:
@@ -323,9 +334,10 @@ class Trainer:
 
     def catch_up(self, done: int) -> None:
         """Evaluate the last epoch of a run that was stopped after its checkpoint was written."""
-        missing = self.logger is not None and not self.logger.has_scores(done)
+        epoch = done // self.job.epoch_steps
+        missing = self.logger is not None and not self.logger.has_scores(epoch)
         if gather_objects(missing)[0]:
-            self.evaluate(done, done // self.job.epoch_steps)
+            self.evaluate(done, epoch)
 
 
 def exit_preempted(step: int) -> None:

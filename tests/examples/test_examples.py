@@ -76,6 +76,7 @@ def test_plain_webdataset_cuts_image_and_map_alike():
     assert checked > 5
 
 
+@pytest.mark.slow
 def test_questions(dataset):
     lines = run("questions.py", dataset)
     assert lines[0] == "40 images, 3 classes"

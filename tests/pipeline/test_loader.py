@@ -180,6 +180,7 @@ def by_sample(batches: list[Batch]) -> dict[str, dict[str, torch.Tensor]]:
 ALL = ("masks", "saliency", "windows", "crops", "photometric", "keys")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hp", "blur", "mean", "mscn", "maskco"])
 def test_a_sample_looks_the_same_whatever_batch_rank_and_thread_it_is_in(
     dataset: ShardDataset, name: str, monkeypatch: pytest.MonkeyPatch
@@ -278,6 +279,7 @@ def test_a_loader_that_is_dropped_ends_its_threads(dataset: ShardDataset) -> Non
     assert threading.active_count() <= before + 1  # the thread pool for pixels stays
 
 
+@pytest.mark.slow
 def test_importing_does_not_touch_cuda() -> None:
     code = "import pipeline, torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -164,6 +164,7 @@ def test_the_order_on_disk_has_every_sample_once(world_size: int, batch_size: in
     assert seen == list(range(181))
 
 
+@pytest.mark.slow
 def test_a_billion_samples_are_ordered_without_listing_them() -> None:
     code = (
         "import resource, numpy as np\n"

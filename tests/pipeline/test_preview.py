@@ -18,9 +18,9 @@ from tests.browser import shown
 from tests.pipeline.conftest import small
 
 
-def preview(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def preview(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr("sys.argv", ["pipeline", "preview", *arguments])
-    return command.main()
+    command.main()
 
 
 def find_line_colors(path: Path) -> set[tuple[int, ...]]:
@@ -36,7 +36,7 @@ def test_a_sheet_is_written(
 ) -> None:
     out = tmp_path / "sheet.png"
     arguments = ["--data", dataset.url, "--recipe", recipe, "--out", str(out)]
-    assert preview(monkeypatch, *arguments, "--samples", "3", "--crop-size", "56") == 0
+    preview(monkeypatch, *arguments, "--samples", "3", "--crop-size", "56")
     actual = find_line_colors(out)
     assert {QUERY, KEY} <= actual
     assert (FOREGROUND in actual) == (recipe == "hp")
@@ -103,7 +103,7 @@ def test_mistakes_end_with_one_line(
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: unknown recipe 'hpp': did you mean hp?")
     monkeypatch.setattr("sys.argv", ["pipeline", "previw"])
-    with pytest.raises(UserError, match="unknown command 'previw': there are preview, order"):
+    with pytest.raises(UserError, match="unknown command 'previw': did you mean preview"):
         command.main()
     out = tmp_path / "missing" / "sheet.png"
     with pytest.raises(UserError, match="cannot be written"):

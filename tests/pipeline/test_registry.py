@@ -43,6 +43,7 @@ def test_the_documented_mask_and_fill_work(dataset: ShardDataset) -> None:
     assert torch.equal(batch.query[mask], rows[mask])
 
 
+@pytest.mark.slow
 def test_the_documented_command_works(dataset: ShardDataset, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(blocks("python")[0])
     command = blocks("sh")[0].replace("out/photos", dataset.url).replace("\\\n", " ")

@@ -62,6 +62,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_shards_in_s3_give_the_batches_of_the_same_shards_on_disk(
     server: str, dataset: ShardDataset, tmp_path: Path
 ) -> None:

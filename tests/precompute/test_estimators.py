@@ -127,6 +127,7 @@ def test_a_layer_by_name() -> None:
         ScdaOptions("resnet18", "random", layer="layer9").build()
 
 
+@pytest.mark.slow
 def test_bf16_keeps_the_foreground_of_fp32(photos: Path, mobilenet_weights: Path) -> None:
     files = sorted(photos.rglob("*.JPEG"))[:8]
     images = batch(*[np.asarray(Image.open(f).convert("RGB")) for f in files])

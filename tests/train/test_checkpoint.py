@@ -11,7 +11,7 @@ from train.checkpoint import Checkpoints
 from train.metrics_logger import drop_lines_after
 from train.optim import OptimConfig, build_optimizer
 
-SETTINGS = {"lr": 0.03, "epochs": 2, "steps_per_epoch": 4}
+SETTINGS = {"optim.lr": 0.03, "epochs": 2, "steps_per_epoch": 4, "batch_size": 8}
 
 
 class Loader:
@@ -48,7 +48,8 @@ def test_restore_brings_back_all_of_it(tmp_path):
     checkpoints(tmp_path).save(3, model, optimizer, loader)
     expected = draws()
     other_model, other_optimizer, other_loader = state(seed=2)
-    assert checkpoints(tmp_path).restore(other_model, other_optimizer, other_loader) == (3, 1)
+    restored = checkpoints(tmp_path).restore(other_model, other_optimizer, other_loader)
+    assert restored == (3, 1, 8)
     assert draws() == expected
     assert other_loader.position == 7
     for mine, theirs in zip(model.parameters(), other_model.parameters(), strict=True):
@@ -58,7 +59,7 @@ def test_restore_brings_back_all_of_it(tmp_path):
 
 
 def test_nothing_to_restore(tmp_path):
-    assert checkpoints(tmp_path / "missing").restore(*state()) == (0, 1)
+    assert checkpoints(tmp_path / "missing").restore(*state()) == (0, 1, None)
 
 
 def test_keeps_the_last_and_goes_on_from_it(tmp_path):
@@ -66,7 +67,7 @@ def test_keeps_the_last_and_goes_on_from_it(tmp_path):
         checkpoints(tmp_path).save(step, *state())
     assert checkpoints(tmp_path).steps() == [3, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
-    assert checkpoints(tmp_path).restore(*state()) == (10, 1)
+    assert checkpoints(tmp_path).restore(*state()) == (10, 1, 8)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer")])
@@ -86,7 +87,7 @@ def test_failure_while_saving_leaves_earlier_ones_whole(tmp_path, monkeypatch, e
         checkpoints(tmp_path, keep=1).save(2, *state(seed=2))
     monkeypatch.undo()
     assert checkpoints(tmp_path).steps() == [1]
-    assert checkpoints(tmp_path).restore(*state()) == (1, 1)
+    assert checkpoints(tmp_path).restore(*state()) == (1, 1, 8)
     checkpoints(tmp_path, keep=1).save(
         2, *state(seed=2)
     )  # a partly written checkpoint does no harm
@@ -95,8 +96,8 @@ def test_failure_while_saving_leaves_earlier_ones_whole(tmp_path, monkeypatch, e
 
 def test_other_settings_are_refused_by_name(tmp_path):
     checkpoints(tmp_path).save(1, *state())
-    with pytest.raises(UserError, match=r"epochs was 2, is 3; lr was 0.03, is 0.1\. Repeat"):
-        checkpoints(tmp_path, lr=0.1, epochs=3).restore(*state())
+    with pytest.raises(UserError, match=r"epochs was 2, is 3; optim.lr was 0.03, is 0.1\. Repeat"):
+        checkpoints(tmp_path, epochs=3, **{"optim.lr": 0.1}).restore(*state())
 
 
 @pytest.mark.parametrize("step", [4, 5])  # at the end of an epoch and inside one
@@ -107,7 +108,7 @@ def test_another_world_size_resumes_after_any_step(tmp_path, monkeypatch, step):
         monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
         monkeypatch.setattr(checkpoint, "rank", lambda rank=rank: rank)
         model, optimizer, loader = state(seed=4)
-        assert checkpoints(tmp_path).restore(model, optimizer, loader) == (step, 1)
+        assert checkpoints(tmp_path).restore(model, optimizer, loader) == (step, 1, 8)
         assert loader.state_dict() == saved[2].state_dict()
         assert all(map(torch.equal, model.parameters(), saved[0].parameters()))
 
@@ -130,11 +131,49 @@ def test_damage_and_foreign_code_are_refused(tmp_path, capsys):
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    drop_lines_after(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    drop_lines_after(path, 0)
+    lines = [f'{{"step": {step}, "epoch": {(step + 2) // 3}}}\n' for step in range(1, 7)]
+    path.write_text("".join(lines) + '{"st')
+    drop_lines_after(path, 5, epoch_steps=3)
+    assert path.read_text() == "".join(lines[:5])
+    drop_lines_after(path, 3, epoch_steps=3)
+    assert path.read_text() == "".join(lines[:3])
+    drop_lines_after(path, 0, epoch_steps=3)
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("epoch_steps", [1, 6])
+def test_metrics_of_another_batch_are_cut_to_the_checkpoint(tmp_path, epoch_steps):
+    """Their epochs have three steps; the checkpoint is that of the end of the first."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "epoch": {(step + 2) // 3}}}\n' for step in range(1, 7)]
+    path.write_text("".join(lines))
+    drop_lines_after(path, epoch_steps, epoch_steps)
+    assert path.read_text() == "".join(lines[:3])
+
+
+@pytest.mark.parametrize(("batch_size", "epoch_steps"), [(4, 8), (16, 2)])
+def test_another_batch_is_accepted_where_an_epoch_ended(tmp_path, batch_size, epoch_steps):
+    before = checkpoints(tmp_path)
+    before.save(3, *state())
+    before.save(4, *state(seed=1, position=4))
+    factor = batch_size / 8
+    own = {"batch_size": batch_size, "steps_per_epoch": epoch_steps}
+    for lr in (0.03, 0.03 * factor):  # given, and scaled by the batch
+        _, _, loader = restored = state()
+        after = checkpoints(tmp_path, **own, **{"optim.lr": lr})
+        assert after.restore(*restored) == (epoch_steps, 1, 8)
+        assert loader.position == 4
+        after.rename_last(epoch_steps)
+        assert after.steps() == [epoch_steps]
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.03, is 0\.02"):
+        checkpoints(tmp_path, **own, **{"optim.lr": 0.02}).restore(*state())
+    assert before.restore(*state()) == (4, 1, 8)  # the same command as at first works too
+
+
+def test_another_batch_is_refused_inside_an_epoch(tmp_path):
+    checkpoints(tmp_path).save(5, *state())
+    with pytest.raises(UserError, match="epoch 2 has begun with batches of 8; --batch-size 4 may"):
+        checkpoints(tmp_path, batch_size=4, steps_per_epoch=8).restore(*state())
 
 
 def saving(folder, failing_rank):

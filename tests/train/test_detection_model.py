@@ -92,6 +92,7 @@ def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
     data = odd_coco(tmp_path)
     method = detector().train()
@@ -116,6 +117,7 @@ def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
     assert len(found[0]["boxes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
     """Small boxes far from the corner, which bf16 would shift by up to two pixels."""
@@ -170,6 +172,7 @@ def step_of(options: command.DetectionOptions) -> tuple[list[str], dict[str, Ten
     return batch.sample_keys, state
 
 
+@pytest.mark.slow
 def test_two_ranks_make_one_step(tmp_path, two_ranks):
     root = tmp_path / "coco"
     write_coco(root, "train2017")

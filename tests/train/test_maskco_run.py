@@ -54,6 +54,7 @@ def test_a_run_in_parts_leaves_its_record(run):
     assert all(not torch.equal(value, start[n]) for n, value in trained(run).items() if "conv" in n)
 
 
+@pytest.mark.slow
 def test_stopped_inside_an_epoch_it_goes_on_exactly(shards, run, tmp_path, monkeypatch):
     """Queue, its position, both branches and the head are those of a run never stopped."""
     settings = settings_of(shards, tmp_path, checkpoint_steps=2, **IN_PARTS)
@@ -93,6 +94,7 @@ def pictures(tmp_path_factory) -> str:
     return str(url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [True, False])
 def test_it_trains_on_unlabeled_coco_pictures(pictures, tmp_path, head):
     """Crops are so small that some pictures have no region, which the queue never gets."""

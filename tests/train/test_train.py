@@ -1,12 +1,14 @@
 """The whole job on real shards, in this process: it runs, refuses and resumes."""
 
 import json
+import math
 import os
 import signal
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -20,7 +22,16 @@ import train.trainer
 from pipeline import RECIPES
 from schemas import UserError
 from schemas.cli import TerminatedError
-from tests.train.runs import config, metrics, scores, stopped_after, told, write_images
+from tests.train.runs import (
+    StopError,
+    config,
+    metrics,
+    scores,
+    stopped_after,
+    told,
+    write_images,
+)
+from train.config import TrainConfig
 from train.encoders import build_encoder, build_untrained_encoder, load_encoder, save_encoder
 from train.features import build_eval_recipe, extract_features, remove_masks
 from train.knn import knn_accuracy
@@ -81,6 +92,7 @@ def test_encoder_is_torchvisions_and_was_trained(run):
     assert encoder.bn1.num_batches_tracked == 6
 
 
+@pytest.mark.slow
 def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypatch):
     """Stop after step 5, one step after the last checkpoint, inside the second epoch."""
 
@@ -94,6 +106,44 @@ def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypa
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
+def test_the_global_batch_may_change_where_an_epoch_ended(shards, tmp_path, capsys):
+    """Train one epoch of three steps, then two of six and one of three; views are by epoch."""
+    settings = config(shards, tmp_path / "run", epochs=4, log_steps=1, recipe=RECIPES["none"])
+    half = replace(settings, batch_size=4)
+
+    def stopping(after: int):
+        def evaluation(method, epoch):
+            if epoch == after:
+                raise StopError
+            return {"top1": epoch / 10}
+
+        return evaluation
+
+    for own, after in ((settings, 1), (half, 3)):
+        with pytest.raises(StopError):
+            train.trainer.train(own, stopping(after))
+    assert "resumes after step 6 of 24, batch 8 -> 4" in capsys.readouterr().out
+    train.trainer.train(settings, stopping(0))
+    assert "resumes after step 9 of 12, batch 4 -> 8" in capsys.readouterr().out
+    steps = [(row["epoch"], row["step"]) for row in metrics(tmp_path / "run")]
+    numbers = [*range(1, 4), *range(7, 19), *range(10, 13)]
+    assert steps == list(zip(np.repeat([1, 2, 3, 4], [3, 6, 6, 3]), numbers, strict=True))
+    assert [row["epoch"] for row in scores(tmp_path / "run")] == [1, 2, 3, 4]
+    rates = [row["lr"] for row in metrics(tmp_path / "run")]
+    whole = cosine_rates(settings, 12)
+    assert rates[:3] == pytest.approx(whole[:3])
+    assert rates[3:15] == pytest.approx(cosine_rates(half, 24)[6:18])
+    assert rates[15:] == pytest.approx(whole[9:])
+
+
+def cosine_rates(settings: TrainConfig, total: int) -> list[float]:
+    """Return the cosine schedule of a run that keeps its batch, from its definition."""
+    peak = 0.03 * settings.batch_size / 256
+    return [peak * (1 + math.cos(math.pi * step / total)) / 2 for step in range(total)]
+
+
+@pytest.mark.slow
 def test_an_evaluation_that_fails_costs_no_epoch_and_is_caught_up(shards, tmp_path):
     def fails(method, epoch):
         raise OSError("gone")
@@ -123,6 +173,7 @@ def test_what_a_killed_save_left_is_removed(shards, tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
     shards, run, tmp_path, monkeypatch, number
@@ -201,6 +252,7 @@ def test_two_runs_do_not_share_a_folder(shards, tmp_path, monkeypatch):
         train.trainer.train(config(shards, tmp_path))
 
 
+@pytest.mark.slow
 def test_supervised_reads_queries_and_labels(shards, tmp_path):
     settings = config(
         shards, tmp_path, method=SupervisedConfig(), stem="small", optim=OptimConfig(base_lr=0.1)
@@ -251,6 +303,7 @@ def test_synthetic_trains_without_data_and_goes_on(tmp_path):
     train.trainer.train(settings)
 
 
+@pytest.mark.slow
 def test_compile_is_for_the_encoders(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(ResNet, "compile", lambda self: compiled.append(self))  # noqa: PLW0108

@@ -11,7 +11,6 @@ evaluated on high-pass images. Each evaluation adds a line to RUN/results.jsonl;
 Markdown table from such lines. `knn`, `linear` and `detection` also run under torchrun.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from schemas import UserError
-from schemas.cli import lookup, parse, run
+from schemas.cli import parse, run, run_subcommand
 from train.distributed import is_main
 from train.evaluate import export, knn, linear, results, tables
 from train.process_group import join_process_group
@@ -89,11 +88,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    name, *argv = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print((__doc__ or "").strip())
-        return
-    lookup("command", name, COMMANDS)(argv)
+    run_subcommand(COMMANDS, __doc__)
 
 
 def start() -> None:

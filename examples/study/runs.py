@@ -1,11 +1,11 @@
 """Run a study on real data: pretrain each arm under the same settings, then evaluate its encoder.
 
-The settings are fixed beforehand (`study_arms`). An encoder is evaluated by kNN and by a linear
+The settings are fixed beforehand (`arms`). An encoder is evaluated by kNN and by a linear
 probe on the classes of its pretraining, and by a linear probe on each transfer set. A run that was
 stopped resumes from its last checkpoint. A finished run is a file in `rows`, which is committed, so
 that nothing is trained twice even if the runs themselves are lost.
 
-    python -m bench study --shards out/study/shards --side-by-side 2
+    python -m examples.study --shards out/study/shards --side-by-side 2
 """
 
 import json
@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 import tyro
 
-from bench.study_arms import SCALES, Arm, ScaleName, Tier, build_arms, build_config
 from bench.table import machine
+from examples.study.arms import SCALES, Arm, ScaleName, Tier, build_arms, build_config
 from schemas import ShardDataset, UserError
 from schemas.cli import lookup
 from schemas.settings import differences, sentence
@@ -54,7 +54,7 @@ class Options:
     """Folder of datasets: train, val, and for each transfer set NAME-train and NAME-test."""
     out: Path = Path("out/study")
     """Folder of the runs."""
-    rows: Path = Path("bench/results/study")
+    rows: Path = Path("examples/study/results")
     """Folder for the results of finished runs, one file each; commit it."""
     scale: ScaleName = "cpu"
     """Settings of all arms: cpu (imagenette160 on CPU cores), gpu (ResNet-50 on ImageNet-100 with
@@ -167,15 +167,17 @@ def run_side_by_side(options: Options, runs: Sequence[Run]) -> Iterator[Path | N
         log = Path(each.config.out).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        with log.open("a") as output:
-            ended = subprocess.run(
-                child_command(options, each, core),
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdout=output,
-                stderr=output,
-                check=False,
-            )
-        cores.put(core)
+        try:
+            with log.open("a") as output:
+                ended = subprocess.run(
+                    child_command(options, each, core),
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=output,
+                    stderr=output,
+                    check=False,
+                )
+        finally:
+            cores.put(core)
         state = "finished" if ended.returncode == 0 else f"FAILED ({ended.returncode})"
         with shown:
             print(f"{each.name} {state} after {time.monotonic() - start:.0f} s: {log}", flush=True)
@@ -190,8 +192,8 @@ def child_command(options: Options, run: Run, core: int) -> list[str]:
     # Pin the process before importing torch, which counts the cores.
     code = (
         f"import os, sys; os.sched_setaffinity(0, {{{core}}}); os.nice({NICENESS}); "
-        "from bench import study; from schemas.cli import parse, run; "
-        "run(lambda: study.run(parse(study.Options, sys.argv[1:])))"
+        "from examples.study import runs; from schemas.cli import parse, run; "
+        "run(lambda: runs.run(parse(runs.Options, sys.argv[1:])))"
     )
     return [
         *(sys.executable, "-c", code, "--side-by-side", "0", "--scale", options.scale),

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from bench import study, study_report
-from bench.study_arms import FILLS, FIRST_TIER, SCALES, SECOND_TIER, build_arms, describe_arm
+from examples.study import report, runs
+from examples.study.arms import FILLS, FIRST_TIER, SCALES, SECOND_TIER, build_arms, describe_arm
 from schemas import UserError
 from tests.train.ranks import add_tiny_encoders
 from tests.train.runs import write_images
 from train.config import TrainConfig
 
 
-def options(folder: Path, **changes) -> study.Options:
-    given = study.Options(
+def options(folder: Path, **changes) -> runs.Options:
+    given = runs.Options(
         shards=folder / "shards", out=folder / "out", rows=folder / "rows", side_by_side=0
     )
     return dataclasses.replace(given, **changes)
@@ -30,7 +30,7 @@ def test_arms_differ_in_method_and_recipe_alone(name, tmp_path: Path) -> None:
     given = options(tmp_path, scale=name, arms=tuple(arms), seeds=(1,))
     plain = arms["plain"]
     shared: set[str] = set()
-    for run in study.list_runs(given):
+    for run in runs.list_runs(given):
         own = dataclasses.replace(
             run.config, out="", method=plain.method, recipe=plain.recipe, optim=scale.config.optim
         )
@@ -72,16 +72,16 @@ def test_descriptions_are_unique() -> None:
 
 def test_what_is_missing_is_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown arm 'hpp'"):
-        study.run(options(tmp_path, arms=("hpp",)))
+        runs.run(options(tmp_path, arms=("hpp",)))
     with pytest.raises(UserError, match="no dataset here"):
-        study.run(options(tmp_path, arms=("plain",)))
+        runs.run(options(tmp_path, arms=("plain",)))
     (tmp_path / "shards" / "x-train").mkdir(parents=True)
     with pytest.raises(UserError, match="x-test: no such dataset"):
-        study.run(options(tmp_path, arms=("plain",)))
+        runs.run(options(tmp_path, arms=("plain",)))
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study.Options:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> runs.Options:
     """Return a study of a few seconds: generated pictures, an encoder of one convolution."""
     add_tiny_encoders()
     for name in ("train", "val"):
@@ -96,51 +96,51 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study.Options:
         method=dataclasses.replace(scale.config.method, queue=16),  # type: ignore[type-var]
     )
     monkeypatch.setitem(SCALES, "cpu", dataclasses.replace(scale, config=config, probe_epochs=1))
-    monkeypatch.setattr(study, "NEIGHBORS", (1, 2))
+    monkeypatch.setattr(runs, "NEIGHBORS", (1, 2))
     return options(tmp_path, arms=("plain", "mean-hard"), seeds=(0,), epochs=1, device="cpu")
 
 
 @pytest.mark.slow
 def test_finished_runs_are_rows_and_are_not_repeated(
-    tiny: study.Options, monkeypatch: pytest.MonkeyPatch
+    tiny: runs.Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study.run(tiny)
+    runs.run(tiny)
     rows = sorted(tiny.rows.rglob("*.json"))
     assert [path.stem for path in rows] == ["mean-hard-1-0", "plain-1-0"]
     row = json.loads(rows[0].read_text())
     assert set(row["accuracy"]) == {"knn 1", "knn 2", "linear test", "linear other"}
-    text = study_report.table(tiny)
+    text = report.table(tiny)
     assert "2 of 2 runs are finished" in text
     assert "| saliency-guided masks, mean, hard negatives |" in text
-    study_report.plot(tiny, tiny.rows / "plot.png")
+    report.plot(tiny, tiny.rows / "plot.png")
     assert (tiny.rows / "plot.png").stat().st_size > 1000
 
     def refuse(config: TrainConfig) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(study, "train", refuse)
-    study.run(tiny)
+    monkeypatch.setattr(runs, "train", refuse)
+    runs.run(tiny)
     row["settings"]["optim.lr"] = 0.5
     rows[0].write_text(json.dumps(row))
     with pytest.raises(UserError, match=r"mean-hard-1-0.json: .*optim.lr was 0.5, is 0.06"):
-        study.run(tiny)
+        runs.run(tiny)
 
 
 def test_runs_side_by_side_have_a_core_each_and_failures_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = options(tmp_path, arms=("plain", "supervised", "high-pass"), side_by_side=2)
-    runs = study.list_runs(given)
+    chosen = runs.list_runs(given)
 
-    def command(given: study.Options, run: study.Run, core: int) -> list[str]:
+    def command(given: runs.Options, run: runs.Run, core: int) -> list[str]:
         return [
             sys.executable,
             "-c",
             f"print('core {core}'); raise SystemExit({run.arm == 'plain'})",
         ]
 
-    monkeypatch.setattr(study, "child_command", command)
-    logs = list(study.run_side_by_side(given, runs))
+    monkeypatch.setattr(runs, "child_command", command)
+    logs = list(runs.run_side_by_side(given, chosen))
     assert [log and log.name for log in logs] == ["plain-24-0.log", None, None]
     assert "plain-24-0 FAILED (1)" in capsys.readouterr().out
     assert logs[0] is not None
@@ -152,8 +152,8 @@ def test_a_child_is_told_what_to_do(tmp_path: Path) -> None:
     from schemas.cli import parse
 
     given = options(tmp_path, arms=("plain", "supervised"), side_by_side=2, device="cpu")
-    run = study.list_runs(given)[1]
-    command = study.child_command(given, run, 0)
-    child = parse(study.Options, command[3:])
+    run = runs.list_runs(given)[1]
+    command = runs.child_command(given, run, 0)
+    child = parse(runs.Options, command[3:])
     assert child.side_by_side == 0
-    assert study.list_runs(child) == [run]
+    assert runs.list_runs(child) == [run]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.study import Options, list_runs, row_path, tier_of
-from bench.study_arms import SCALES, describe_arm
+from examples.study.arms import SCALES, describe_arm
+from examples.study.runs import Options, list_runs, row_path, tier_of
 
 
 def load_rows(options: Options) -> dict[str, list[dict[str, Any]]]:

@@ -1,0 +1,1 @@
+"""A study of the method on real data: its arms, its runs, their results."""
