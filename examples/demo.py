@@ -9,7 +9,6 @@ untrained one. After an interruption, run the same command again to resume.
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas import ShardDataset
+from schemas.json_lines import read_json_lines
 
 TRAIN_SCENES, TEST_SCENES = 1600, 1600
 CROP = 56
@@ -87,13 +87,9 @@ def evaluate_arguments(out: Path, arm: Arm) -> list[object]:
     ]
 
 
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def latest_accuracy(out: Path, arm: Arm) -> dict[str, float]:
     """Return the last accuracy of the `trained` and of the `untrained` weights of an arm."""
-    results = read_rows(out / arm.folder / "results.jsonl")
+    results = read_json_lines(out / arm.folder / "results.jsonl")
     return {row["weights"]: row["accuracy"][str(NEIGHBORS)] for row in results}
 
 
@@ -140,7 +136,7 @@ def report(out: Path, seconds: float) -> str:
     rows = collect_rows(out)
     test = ShardDataset.open(out / "test")
     draw_picture(rows, out / "demo.png", len(test))
-    steps = [row for row in read_rows(out / MASKED.folder / "metrics.jsonl") if "loss" in row]
+    steps = [row for row in read_json_lines(out / MASKED.folder / "metrics.jsonl") if "loss" in row]
     return "\n".join(
         [
             f"\n== result, after {seconds:.0f} s",

@@ -195,7 +195,7 @@ class Store:
         """
         with self.writes(name):
             if self.is_local:
-                write_locally(Path(self.path(name)), content)
+                write_atomically(Path(self.path(name)), content)
             else:
                 self.fs.pipe_file(self.path(name), content)
 
@@ -253,7 +253,12 @@ def check_regular(path: str) -> None:
         raise NotAFileError(f"{IRREGULAR.get(kind, 'no regular file')}; only files are read")
 
 
-def write_locally(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a local file, durably, so that readers see either all of it or nothing.
+
+    Raises:
+        OSError: no space left, or no permission.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A unique name for each attempt: two writers of one shard must not share a temporary file.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,12 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from schemas import UserError
 from schemas.cli import lookup
+from schemas.storage import write_atomically
 from schemas.weights import fit_weights, read_weights, shapes_of
 from train.distributed import is_main
 from train.timm_encoders import build_timm_encoder, is_timm, is_timm_encoder
@@ -118,15 +118,10 @@ def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> No
         UserError: the file cannot be written.
     """
     tensors = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, temporary, metadata)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-    except (OSError, SafetensorError) as error:  # the latter when the disk is full
-        temporary.unlink(missing_ok=True)
+        write_atomically(path, save(tensors, metadata))
+    except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
-    temporary.replace(path)
 
 
 def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:

@@ -18,6 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from schemas import UserError
+from schemas.json_lines import read_json_lines
+from schemas.storage import write_atomically
 from train.distributed import all_mean_
 
 
@@ -131,7 +133,7 @@ class MetricsLogger:
 
     def has_scores(self, epoch: int) -> bool:
         """Return whether this epoch was evaluated."""
-        rows = map(json.loads, self.path.read_text().splitlines())
+        rows = read_json_lines(self.path)
         return any(row["epoch"] == epoch and not is_step(row) for row in rows)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -218,7 +220,6 @@ def drop_lines_after(path: Path, step: int, epoch_steps: int) -> None:
     """
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     epochs, inside = divmod(step, epoch_steps)
 
     def is_before(row: dict[str, Any]) -> bool:
@@ -226,10 +227,8 @@ def drop_lines_after(path: Path, step: int, epoch_steps: int) -> None:
             inside > 0 and row["epoch"] == epochs + 1 and row["step"] <= step
         )
 
-    kept = [line for line in kept if is_before(json.loads(line))]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    kept = [json.dumps(row) + "\n" for row in read_json_lines(path) if is_before(row)]
+    write_atomically(path, "".join(kept).encode())
 
 
 def format_duration(seconds: float) -> str:

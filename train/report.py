@@ -7,7 +7,6 @@ the run was started, and needs no other file and no network.
 import base64
 import html
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ import tyro
 
 from schemas import UserError
 from schemas.cli import parse, run
+from schemas.json_lines import read_json_lines
 from train.metrics_logger import is_step
 from train.run_info import RESULTS
 
@@ -188,10 +188,6 @@ def render_table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
         for row in rows
     )
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cache import network_mount
+from schemas.json_lines import append_json_line
 from train.config import TrainConfig, collect_settings, find_recipe_name
 from train.data import Views
 from train.distributed import world_size
@@ -42,8 +43,7 @@ def append_start(
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "git": read_git_revision(),
     }
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_json_line(path, row)
 
 
 def reconstruct_command() -> str:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from bench.table import machine
 from examples.study.arms import SCALES, Arm, ScaleName, Tier, build_arms, build_config
 from schemas import ShardDataset, UserError
 from schemas.cli import lookup
+from schemas.json_lines import read_json_lines
 from schemas.settings import differences, sentence
 from schemas.storage import Store
 from train.config import (
@@ -324,6 +325,5 @@ def accuracies(options: Options, run: Run) -> dict[str, float]:
 
 def training_seconds(run: Run) -> float:
     """Return the seconds that the steps of a run took."""
-    lines: Iterable[str] = (Path(run.config.out) / "metrics.jsonl").read_text().splitlines()
-    steps = [row for row in map(json.loads, lines) if is_step(row)]
+    steps = [row for row in read_json_lines(Path(run.config.out) / "metrics.jsonl") if is_step(row)]
     return sum(run.config.batch_size / row["images_per_second"] for row in steps)

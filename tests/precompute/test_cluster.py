@@ -1,4 +1,4 @@
-"""Tests of Ray clusters: a job survives the death of a node; workers fit on the nodes."""
+"""Tests of Ray clusters: a job goes on while nodes come and go; workers fit on the nodes."""
 
 import threading
 import time
@@ -26,33 +26,39 @@ def job(out: Path) -> Job:
     return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
 
 
-def test_a_node_that_dies_costs_nothing_but_time(
+def test_nodes_come_and_go_in_the_middle_of_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The head has no CPUs for work; a node joins, then the node that the job began on dies."""
     # the processes of this cluster have no token, even if the home folder has a token file
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     # five seconds, so that a node that waits for a CPU core is not declared dead
     quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
-    head = {"num_cpus": 1, "_system_config": quickly}
+    head = {"num_cpus": 0, "_system_config": quickly}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    second = cluster.add_node(num_cpus=1)
+    first = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     one, two = tmp_path / "one", tmp_path / "two"
-    killed_at: list[int] = []
+    built: list[int] = []
 
-    def kill() -> None:
-        while len(list(two.glob("shards/*.parquet"))) < 6:
+    def wait_for_shards(count: int) -> None:
+        while len(list(two.glob("shards/*.parquet"))) < count:
             time.sleep(0.01)
-        cluster.remove_node(second, allow_graceful=False)
-        killed_at.append(len(list(two.glob("shards/*.parquet"))))
+        built.append(len(list(two.glob("shards/*.parquet"))))
 
-    killer = threading.Thread(target=kill, daemon=True)
+    def change_nodes() -> None:
+        wait_for_shards(2)
+        cluster.add_node(num_cpus=1)
+        wait_for_shards(6)
+        cluster.remove_node(first, allow_graceful=False)
+
+    changes = threading.Thread(target=change_nodes, daemon=True)
     try:
-        killer.start()
+        changes.start()
         run_job(job(two), Resources(cluster.address, workers=2))
-        killer.join(10)
-        assert killed_at, "the node was not killed"
-        assert killed_at[0] < 30, "the node was killed too late"
+        changes.join(10)
+        assert len(built) == 2, "the first node was not killed"
+        assert built[1] < 30, "the first node was killed too late"
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -10,7 +10,6 @@ it is not published.
 It uses the trainer of `train`, so it runs under torchrun and resumes by the same command.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -20,6 +19,7 @@ import torch.distributed as dist
 import tyro
 
 from pipeline import Cache, Recipe
+from schemas.json_lines import read_json_lines
 from schemas.precision import autocast, pick_precision
 from train.config import TrainConfig, make_cache
 from train.distributed import is_main, raise_on_all_ranks, world_size
@@ -95,8 +95,7 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
 
     train(config, test_after_epoch)
     with raise_on_all_ranks():
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        epochs = [row for row in map(json.loads, lines) if "top1" in row]
+        epochs = [row for row in read_json_lines(out / "metrics.jsonl") if "top1" in row]
         best = max(epochs, key=lambda row: row["top1"])
         last = epochs[-1]
         row = results.build_row(

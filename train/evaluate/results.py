@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from schemas import UserError
+from schemas.json_lines import append_json_line, read_json_lines
 from train.run_info import RESULTS
 
 OUTCOMES = {"accuracy", "best_epoch", "time"}
@@ -60,8 +61,8 @@ def build_row(
 
 def append(folder: Path, rows: Iterable[Row]) -> None:
     """Append rows to the results of a folder."""
-    with (folder / RESULTS).open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for row in rows:
+        append_json_line(folder / RESULTS, row)
 
 
 def collect(folders: Iterable[str]) -> list[Row]:
@@ -76,8 +77,7 @@ def collect(folders: Iterable[str]) -> list[Row]:
         if not files:
             raise UserError(f"{folder}: no {RESULTS} in it; evaluate an encoder first")
         for path in files:
-            for line in path.read_text().splitlines():
-                row = json.loads(line)
+            for row in read_json_lines(path):
                 latest[path, identify(row)] = row
     return list(latest.values())
 

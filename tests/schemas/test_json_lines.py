@@ -1,0 +1,28 @@
+"""Files of JSON lines that a job appends to, and that are read while it runs."""
+
+from pathlib import Path
+
+import pytest
+
+from schemas.json_lines import append_json_line, read_json_lines
+
+
+def test_what_is_appended_is_read_in_order(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": 0.1 + 0.2}, {"text": "two\nlines, é"}, {}]
+    for row in rows:
+        append_json_line(tmp_path / "rows.jsonl", row)
+    assert read_json_lines(tmp_path / "rows.jsonl") == rows
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for unfinished in ('{"st', '{"step": 2}', ""):
+        path.write_text('{"step": 1}\n' + unfinished)
+        assert read_json_lines(path) == [{"step": 1}]
+
+
+def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        read_json_lines(path)
