@@ -18,10 +18,12 @@ from tests.precompute.conftest import without_ray
 
 pytestmark = pytest.mark.slow
 
+SHARDS = 60
+
 
 def job(out: Path) -> Job:
     source = DemoScenes("", "train", False)
-    images = [image for image in source.images() if isinstance(image, SourceImage)][:120]
+    images = [image for image in source.images() if isinstance(image, SourceImage)][: SHARDS * 4]
     plan = make_plan(images, seed=0, shard_samples=4)
     return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
 
@@ -35,7 +37,8 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
     # five seconds, so that a node that waits for a CPU core is not declared dead
     quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
     head = {"num_cpus": 0, "_system_config": quickly}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    # without hooks at exit, which Ray can set only where the main thread adds a node
+    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     first = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     one, two = tmp_path / "one", tmp_path / "two"
@@ -58,7 +61,7 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
         run_job(job(two), Resources(cluster.address, workers=2))
         changes.join(10)
         assert len(built) == 2, "the first node was not killed"
-        assert built[1] < 30, "the first node was killed too late"
+        assert built[1] < SHARDS, "the first node was killed too late"
     finally:
         ray.shutdown()
         cluster.shutdown()
