@@ -49,8 +49,8 @@ class Options:
     """Name of a torchvision classification CNN."""
     weights: str = "DEFAULT"
     """Name of torchvision weights, or path of a state_dict."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the backbone; fp32 is faster on CPUs without bf16 instructions."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the backbone; auto is bf16 on a device that has instructions for it."""
     crops: int = 8
     """Number of random crops per photo."""
     seed: int = 0
@@ -110,7 +110,7 @@ def decoded(root: str) -> Iterator[Any]:
 def stored(estimators: list[Estimator], images: Any) -> list[np.ndarray]:
     """Return the maps as a loader reads them back from a shard, each (side, side) uint8."""
     maps = torch.stack([z_scored(torch.from_numpy(estimate(images))) for estimate in estimators])
-    return [SaliencyMap.quantise(saliency).grid for saliency in maps.mean(dim=0).numpy()]
+    return [SaliencyMap.quantize(saliency).grid for saliency in maps.mean(dim=0).numpy()]
 
 
 def of_views(grids: list[np.ndarray], crops: list[Crop], grid: int) -> Tensor:

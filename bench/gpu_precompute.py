@@ -116,7 +116,7 @@ def measure(settings: Settings) -> Result:
         best = max(best, rate)
     head = (
         f"network alone: {figures['windows_per_second_network_alone']:.0f} windows/s "
-        f"({settings.backbone}, bf16, {windows:.2f} windows an image)"
+        f"({settings.backbone}, {windows:.2f} windows an image)"
     )
     verdict = "FAIL" if problems else "PASS"
     reasons = f": {'; '.join(problems)}" if problems else ""

@@ -61,17 +61,17 @@ def way(batches: Iterator[Any], use: Callable[[Any], int], count: int, ahead: in
     def settle() -> None:
         for batch in itertools.islice(batches, ahead):
             use(batch)
-        synchronise()
+        synchronize()
 
     def run() -> int:
         images = sum(use(batch) for batch in itertools.islice(batches, count))
-        synchronise()
+        synchronize()
         return images
 
     return Way(run, settle)
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -113,20 +113,20 @@ def moved(views: usual.Views, device: str) -> usual.Views:
 
 def usual_ways(options: Options, folder: Path) -> dict[str, Way]:
     found = {}
-    localiser = usual.Localiser(options.device, RECIPES["hp"].grid)
+    localizer = usual.Localizer(options.device, RECIPES["hp"].grid)
     for name in FILLS:
         recipe = replace(RECIPES[name], crop_size=options.crop_size)
         batches = usual.from_folder(folder, recipe, options.batch_size, options.workers, False)
         next(batches)  # forks the workers now
         for title, network, count in (
             (f"usual {name}, no saliency forward", None, options.batches),
-            (f"usual {name}, saliency by ResNet-50", localiser, 1),
+            (f"usual {name}, saliency by ResNet-50", localizer, 1),
         ):
 
             def use(
                 views: usual.Views,
                 recipe: usual.Recipe = recipe,
-                network: usual.Localiser | None = network,
+                network: usual.Localizer | None = network,
             ) -> int:
                 return len(usual.looped(moved(views, options.device), recipe, network)[0])
 
@@ -141,7 +141,7 @@ def masked(options: Options, recipe: usual.Recipe) -> Callable[[usual.Views], in
     def use(views: usual.Views) -> int:
         samples = np.arange(len(views["query"]))
         rng = BatchRng(0, next(steps), samples, options.device)
-        return len(usual.vectorised(moved(views, options.device), recipe, rng)[0])
+        return len(usual.vectorized(moved(views, options.device), recipe, rng)[0])
 
     return use
 

@@ -41,7 +41,7 @@ def rows(study: Study, options: SideOptions) -> Iterator[str]:
         grids = [one for batch in study.photos for one in stored([scda], batch)]
         cells = study.front(of_views(grids, study.crops, grid))
         bright = [
-            SaliencyMap.quantise(
+            SaliencyMap.quantize(
                 interpolate(brightness(image), (side, side), mode="bilinear", antialias=True)[
                     0, 0
                 ].numpy()

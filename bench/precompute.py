@@ -136,7 +136,7 @@ def measure(options: Options, folder: Path) -> list[Row]:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     ndd.set_num_threads(cores)
-    scda = ScdaOptions(options.backbone, "random")
+    scda = ScdaOptions(options.backbone, "random", precision="bf16")
     fp32 = ScdaOptions(options.backbone, "random", precision="fp32")
     rates = {
         "scda: read, decode, cut": Rated(options, scda, folder).reading,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.loader import synchronise, write_folder
+from bench.loader import synchronize, write_folder
 from bench.table import Row, Way
 from bench.trainers import (
     OnlineViews,
@@ -79,14 +79,14 @@ def ways(options: Options, made: Mapping[str, Trainer]) -> dict[str, Way]:
     def way(trainer: Trainer, ahead: int) -> Way:
         def run() -> int:
             images = trainer.run(options.steps)
-            synchronise()
+            synchronize()
             return images
 
         def settle() -> None:
             if ahead:
                 trainer.run(ahead)
             trainer.waited = 0.0
-            synchronise()
+            synchronize()
 
         return Way(run, settle)
 

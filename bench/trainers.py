@@ -208,7 +208,7 @@ class OnlineViews:
                     )
                     for name, view in found.items()
                 }
-            query, key, hard = usual.vectorised({**found, **maps}, self.recipe, rng)
+            query, key, hard = usual.vectorized({**found, **maps}, self.recipe, rng)
             yield replace(batch, query=query, key=key, hard_negative=hard)
 
 
@@ -217,7 +217,7 @@ class ReleasedViews:
 
     def __init__(self, folder: Path, options: Settings, config: TrainConfig, device: Any) -> None:
         self.recipe, self.device = config.recipe, device
-        self.localiser = usual.Localiser(device.type, config.recipe.grid)
+        self.localizer = usual.Localizer(device.type, config.recipe.grid)
         self.batches = usual.from_folder(
             folder, config.recipe, options.batch_size, options.workers, tensors=False
         )
@@ -226,6 +226,6 @@ class ReleasedViews:
     def __iter__(self) -> Iterator[Batch]:
         for views in self.batches:
             moved = {n: view.to(self.device, non_blocking=True) for n, view in views.items()}
-            query, key, hard = usual.looped(moved, self.recipe, self.localiser)
+            query, key, hard = usual.looped(moved, self.recipe, self.localizer)
             label = torch.zeros(len(query), dtype=torch.long, device=self.device)
             yield Batch(query=query, key=key, hard_negative=hard, label=label)

@@ -3,7 +3,7 @@
 `pil_view` and `looped` follow the released code (method of the paper: ImageFolder, PIL, a two-crop
 transform in worker processes, saliency of every crop by a ResNet-50, masks by Python loops over
 images and cells), without its defects. `tensor_view` and `from_webdataset` are what one would write
-today, with the masks of `vectorised`.
+today, with the masks of `vectorized`.
 """
 
 import itertools
@@ -81,10 +81,10 @@ def pil_view(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
 def tensor_view(recipe: Recipe) -> v2.Compose:
     """Return the same augmentation with torchvision's v2 on uint8 tensors."""
     cut = v2.RandomResizedCrop(recipe.crop_size, recipe.crop_area, antialias=True)
-    return v2.Compose([cut, v2.RandomHorizontalFlip(), colours(recipe)])
+    return v2.Compose([cut, v2.RandomHorizontalFlip(), colors(recipe)])
 
 
-def colours(recipe: Recipe) -> v2.Compose:
+def colors(recipe: Recipe) -> v2.Compose:
     """Return the photometric part of the augmentation with torchvision's v2."""
     jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
     soft = v2.GaussianBlur(13, recipe.soft_blur_sigma)
@@ -133,7 +133,7 @@ def from_webdataset(
 
     cut = v2.RandomResizedCrop(recipe.crop_size, recipe.crop_area, antialias=True)
     flip = v2.RandomHorizontalFlip()
-    views = TwoCrops(recipe, colours(recipe))
+    views = TwoCrops(recipe, colors(recipe))
 
     def two_views(sample: dict[str, Any]) -> Views:
         image = next(sample[name] for name in ("jpg", "png", "webp") if name in sample)
@@ -159,7 +159,7 @@ def from_webdataset(
     return ({name: batch[name] for name in batch if name != "__key__"} for batch in loader)
 
 
-class Localiser:
+class Localizer:
     """Compute saliency the released way: a ResNet-50's last map of every crop, summed over
     channels.
 
@@ -229,20 +229,20 @@ def split(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], 
     return found
 
 
-def looped(views: Views, recipe: Recipe, localiser: Localiser | None) -> list[Tensor]:
-    """Return query, key and hard negative; the saliency is random if `localiser` is None."""
+def looped(views: Views, recipe: Recipe, localizer: Localizer | None) -> list[Tensor]:
+    """Return query, key and hard negative; the saliency is random if `localizer` is None."""
     found = []
     for name, hard in (("query", False), ("key", True)):
         image = views[name]
-        if localiser is None:
+        if localizer is None:
             saliency = np.random.default_rng().random((len(image), recipe.grid, recipe.grid))
         else:
-            saliency = localiser(image)
+            saliency = localizer(image)
         found.append(mask_by_loops(image, saliency, recipe, hard, views.get(f"{name}_blur")))
     return [found[0], views["key"], found[1]]
 
 
-def vectorised(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
+def vectorized(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
     """Return the same for the whole batch at once, with the pipeline's masks and fills."""
     found = []
     roles: tuple[tuple[str, masks.Role], ...] = (("query", "query"), ("key", "hard_negative"))

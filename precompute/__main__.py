@@ -30,7 +30,7 @@ from schemas.cli import parse, run
 from schemas.errors import UserError
 from schemas.info import reject_counts
 from schemas.names import to_stored
-from schemas.sample import UNLABELLED
+from schemas.sample import UNLABELED
 from schemas.storage import Store
 from schemas.tables import REJECTS, SAMPLES, SHARDS, DatasetCard, Reject
 
@@ -284,7 +284,7 @@ def count_classes(labels: Counter[int], source: Source) -> str:
     images, classes = labels.total(), source.classes
     if not classes:
         return f"{images} images without classes{source.hint()}"
-    if labels.keys() <= {UNLABELLED}:
+    if labels.keys() <= {UNLABELED}:
         return f"{images} images without a label; their annotations know {len(classes)} classes"
     empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
     names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""

@@ -53,18 +53,18 @@ def scene(index: int, split: str) -> Scene:
     rng = np.random.default_rng([zlib.crc32(split.encode()), index])
     height, width = rng.integers(SIDES[0], SIDES[1] + 1, size=2)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    ground_colour = rng.uniform(0, 1, 3)
-    ground = mix(cloud(rng, height, width), ground_colour, away(ground_colour, 0.35))
+    ground_color = rng.uniform(0, 1, 3)
+    ground = mix(cloud(rng, height, width), ground_color, away(ground_color, 0.35))
 
     radius = rng.uniform(0.28, 0.42) * min(height, width)
-    centre_y = rng.uniform(radius, height - radius)
-    centre_x = rng.uniform(radius, width - radius)
+    center_y = rng.uniform(radius, height - radius)
+    center_x = rng.uniform(radius, width - radius)
     angle = rng.uniform(0, 2 * math.pi)
-    u = ((x - centre_x) * math.cos(angle) + (y - centre_y) * math.sin(angle)) / radius
-    v = ((y - centre_y) * math.cos(angle) - (x - centre_x) * math.sin(angle)) / radius
+    u = ((x - center_x) * math.cos(angle) + (y - center_y) * math.sin(angle)) / radius
+    v = ((y - center_y) * math.cos(angle) - (x - center_x) * math.sin(angle)) / radius
     mask = shape(label, u, v)
-    colour = away(ground.mean(axis=(0, 1)), rng.uniform(0.3, 0.5, 3))
-    surface = mix(texture(label, u, v, rng), colour, away(colour, 0.9))
+    color = away(ground.mean(axis=(0, 1)), rng.uniform(0.3, 0.5, 3))
+    surface = mix(texture(label, u, v, rng), color, away(color, 0.9))
 
     image = np.where(mask[..., None], surface, ground)
     image = image + rng.normal(0, 0.02, image.shape)
@@ -77,12 +77,12 @@ def to_jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def away(colour: np.ndarray, distance: np.ndarray | float) -> np.ndarray:
+def away(color: np.ndarray, distance: np.ndarray | float) -> np.ndarray:
     """Return an RGB color in [0, 1] that is darker or lighter by `distance`.
 
     The direction is the one with more room.
     """
-    return np.clip(colour + (-1 if colour.mean() > 0.5 else 1) * distance, 0, 1)
+    return np.clip(color + (-1 if color.mean() > 0.5 else 1) * distance, 0, 1)
 
 
 def mix(amount: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -107,7 +107,7 @@ def make_batches(job: Job, estimator: Estimator, sample: list[SourceImage]) -> S
             for samples, rejects in builder.make(batch, {}):
                 written, rejected = written + len(samples), rejected + len(rejects)
                 size += sum(
-                    len(s.image) + len(SaliencyMap.quantise(s.saliency).to_png()) for s in samples
+                    len(s.image) + len(SaliencyMap.quantize(s.saliency).to_png()) for s in samples
                 )
             if start or len(sample) <= job.batch_size:
                 seconds, timed = seconds + time.monotonic() - begin, timed + len(batch)

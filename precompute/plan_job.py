@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray import cloudpickle
@@ -119,5 +120,6 @@ def list_group(
     for row in group.to_pylist():
         parts = json.loads(row["parts"])
         for table in stages.list_rows(source, row["first"], parts, seed, buckets):
-            counter.add.remote(len(table))
+            facts = pc.sum(pc.equal(table["bucket"], stages.facts_bucket(buckets))).as_py() or 0
+            counter.add.remote(len(table) - facts)
             yield table

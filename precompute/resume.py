@@ -71,6 +71,7 @@ def refuse_other_settings(
     what = sentence(difference for difference in found if difference.name != "plan")
     raise UserError(
         f"{store.url}: was made with other settings: "
-        f"{what or 'other source images, or the same under other names'}. Choose another OUT, "
-        "delete the folder to make it anew, or add new images by --extend"
+        f"{what or 'other source images, or the same under other names'}. Give the earlier "
+        "values, choose another OUT, delete the folder to make it anew, or add new images by "
+        "--extend"
     )

@@ -13,11 +13,33 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
         ValueError: a line is not JSON.
     """
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    text = path.read_text()
+    lines = text[: len(text) - len(find_unfinished(text))].splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one object. Raises OSError."""
-    with path.open("a") as file:
+    """Append one object, in place of a line that a killed writer left unfinished.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("a+") as file:
+        file.seek(0)
+        text = file.read()
+        unfinished = find_unfinished(text)
+        if unfinished:
+            file.truncate(len(text.encode()) - len(unfinished.encode()))
+        elif text and not text.endswith("\n"):
+            file.write("\n")
         file.write(json.dumps(row) + "\n")
+
+
+def find_unfinished(text: str) -> str:
+    """Return the part after the last line break if it is not a whole object, otherwise \"\"."""
+    last = text[text.rfind("\n") + 1 :]
+    try:
+        json.loads(last)
+    except ValueError:
+        return last
+    return ""

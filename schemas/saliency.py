@@ -32,7 +32,7 @@ class SaliencyMap:
     maximum: float
 
     @classmethod
-    def quantise(cls, values: np.ndarray) -> "SaliencyMap":
+    def quantize(cls, values: np.ndarray) -> "SaliencyMap":
         """Scale a (side, side) float map from its minimum and maximum to 8 bits.
 
         A constant map becomes all zeros.

@@ -16,7 +16,7 @@ import numpy as np
 
 SALIENCY_MEMBER = "saliency.png"
 LABEL_MEMBER = "cls"
-UNLABELLED = -1
+UNLABELED = -1
 
 # The formats that DALI decodes directly: Pillow's name of the format, and the member's extension. A
 # loader lists these extensions to its reader as alternatives of one component.
@@ -71,8 +71,8 @@ class Sample:
         check_key(self.key)
         if self.extension not in IMAGE_EXTENSIONS.values():
             raise ValueError(f"sample {self.key}: unknown image extension {self.extension!r}")
-        if self.label < UNLABELLED:
-            raise ValueError(f"sample {self.key}: label {self.label} is below {UNLABELLED}")
+        if self.label < UNLABELED:
+            raise ValueError(f"sample {self.key}: label {self.label} is below {UNLABELED}")
         if not self.image:
             raise ValueError(f"sample {self.key}: the image has no bytes")
         if self.height < 1 or self.width < 1:

@@ -99,7 +99,7 @@ def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, A
         if sample.key in keys:
             raise ValueError(f"key {sample.key} twice in shard {shard}")
         keys.add(sample.key)
-        saliency = SaliencyMap.quantise(sample.saliency)
+        saliency = SaliencyMap.quantize(sample.saliency)
         members = {
             sample.extension: sample.image,
             SALIENCY_MEMBER: saliency.to_png(),

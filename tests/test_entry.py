@@ -48,7 +48,7 @@ class Listed(Source):
     def read(self, image):
         return b"bytes of " + image.location.encode()
 
-def centre(images):
+def center(images):
     return np.ones((len(images), 7, 7)) * np.arange(7)
 
 @mask("edge_of_a_test")
@@ -226,7 +226,7 @@ def test_things_of_a_file_are_found_in_any_spelling(repository):
     (repository / "photos").mkdir()
     assert len({id(imported("method", f"{path}:SimSiamConfig")) for path in kinds}) == 1
     assert find("mask", "./mine.py:edge", masks.MASKS) is masks.MASKS["edge_of_a_test"]
-    assert find("fill", "mine.py:centre", fills.FILLS)([1]).shape == (1, 7, 7)
+    assert find("fill", "mine.py:center", fills.FILLS)([1]).shape == (1, 7, 7)
     assert Recipe(query_mask="./mine.py:edge").query_mask == "./mine.py:edge"
     source = open_source("./mine.py:Listed", "photos", "train", False)
     assert [image.location for image in source.images()] == ["x.jpg"]
@@ -245,12 +245,12 @@ def test_a_method_of_a_file_is_an_option_and_comes_back_from_config_yaml(reposit
 
 
 def test_an_estimator_of_a_file_is_known_by_its_content(repository, monkeypatch):
-    estimator = FunctionOptions("./mine.py:centre")
-    assert estimator.function == f"{repository / 'mine.py'}:centre"
+    estimator = FunctionOptions("./mine.py:center")
+    assert estimator.function == f"{repository / 'mine.py'}:center"
     monkeypatch.chdir("/")  # workers have another current folder
     built = estimator.build()
     assert built.maps([np.zeros((3, 3, 3), np.uint8)]).shape == (1, 7, 7)
-    assert estimator.parameters() == {"name": "function", "function": "mine.py:centre"}
+    assert estimator.parameters() == {"name": "function", "function": "mine.py:center"}
     assert FunctionOptions("a.b:c").parameters() == {"name": "function", "function": "a.b:c"}
 
 

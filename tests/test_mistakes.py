@@ -33,12 +33,12 @@ MAINS = {
 def place(make_sample, tmp_path_factory) -> Path:
     """Make datasets (12 images, unfinished, unlabeled, version 9) and a run."""
     root = tmp_path_factory.mktemp("mistakes")
-    for name in ("d", "unfinished", "version9", "unlabelled"):
-        labelled = name != "unlabelled"
+    for name in ("d", "unfinished", "version9", "unlabeled"):
+        labeled = name != "unlabeled"
         samples = [make_sample(i) for i in range(12)]
-        if not labelled:
+        if not labeled:
             samples = [s.__class__(**{**vars(s), "label": -1}) for s in samples]
-        classes = ["a", "b", "c"] if labelled else []
+        classes = ["a", "b", "c"] if labeled else []
         write_dataset(str(root / name), samples, name="t", classes=classes)
     (root / "unfinished" / "dataset.json").unlink()
     card = root / "version9" / "dataset.json"
@@ -77,13 +77,13 @@ MISTAKES = [
     (f"train --data {{p}}/d {TRAIN} --crop-size 60", "crop_size is 60", "multiple", "7"),
     (f"train --data {{p}}/d {TRAIN} --device cuda", "cuda", "no GPU", "--device cpu"),
     (
-        "train --data {p}/unlabelled --out {p}/out --method supervised --device cpu",
+        "train --data {p}/unlabeled --out {p}/out --method supervised --device cpu",
         *("supervised", "0 classes", "DATASET=folder"),
     ),
     (f"train --data {{p}}/d {TRAIN} --config {{p}}/bad.yaml", "bad.yaml", "epoch", "epochs"),
     ("train --data {p}/d --out /proc/x --batch-size 4 --queue 8 --device cpu", "/proc/x", "", ""),
     ("evaluate knn --encoder {p}/photos --data {p}/d", "photos", "no such encoder", "training"),
-    ("evaluate knn --encoder {p}/run --data {p}/unlabelled", "unlabelled", "no label", "DATASET="),
+    ("evaluate knn --encoder {p}/run --data {p}/unlabeled", "unlabeled", "no label", "DATASET="),
     (
         "evaluate knn --encoder {p}/run --data {p}/d",
         "--neighbors 20 200",

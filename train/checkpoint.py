@@ -69,12 +69,14 @@ class Checkpoints:
         settings: settings that a checkpoint must share with this run, name -> plain value;
             `steps_per_epoch` is one of them.
         defaults: values that stand in for settings that a checkpoint of an older version lacks.
+        batch_may_change: True if the global batch may be another one where an epoch ended.
     """
 
     folder: Path
     keep: int
     settings: dict[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
+    batch_may_change: bool = False
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, ascending."""
@@ -150,13 +152,15 @@ class Checkpoints:
                 f"{path}: checkpoint version {state['version']}, this code reads up to {VERSION}"
             )
         saved, step = use_current_names(state["settings"]), state["step"]
-        if saved.get("batch_size") != self.settings.get("batch_size"):
+        differs = saved.get("batch_size") != self.settings.get("batch_size")
+        if differs and self.batch_may_change and step < saved["epochs"] * saved["steps_per_epoch"]:
             epochs, inside = divmod(step, saved["steps_per_epoch"])
             if inside:
                 raise UserError(
                     f"{path}: epoch {epochs + 1} has begun with batches of {saved['batch_size']}; "
-                    f"--batch-size {self.settings['batch_size']} may replace it where an epoch "
-                    "ended: finish this one by the first command"
+                    f"--batch-size {self.settings['batch_size']} is possible where an epoch ended: "
+                    f"remove this checkpoint to resume from an earlier one, or repeat the first "
+                    "command"
                 )
             saved = self.with_own_batch(saved)
             step = epochs * self.settings["steps_per_epoch"]

@@ -97,8 +97,11 @@ class MetricsLogger:
         self.total, self.epochs = total, -(-total // epoch_steps)
         self.path = folder / "metrics.jsonl"
         drop_lines_after(self.path, start, epoch_steps)
+        rows = read_json_lines(self.path) if self.path.exists() else []
+        self.made = sum(map(is_step, rows))
+        """Number of steps made: `step`, unless it was counted anew with another batch."""
         self.file = self.path.open("a")
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=self.made + 1)
         self.started, self.first = time.monotonic(), start
         self.bar = (
             tqdm(total=total, initial=start, unit="step", smoothing=0.05)
@@ -139,10 +142,11 @@ class MetricsLogger:
     def write(self, row: dict[str, Any]) -> None:
         """Write one line of metrics.jsonl, and its values to TensorBoard and Weights & Biases."""
         self.file.write(json.dumps(row) + "\n")
+        self.made += is_step(row)
         for name in row.keys() - {"step", "epoch"}:
-            self.board.add_scalar(name, row[name], row["step"])
+            self.board.add_scalar(name, row[name], self.made)
         if self.wandb is not None:
-            self.wandb.log(row, step=row["step"])
+            self.wandb.log(row, step=self.made)
 
     def log_views(self, sheet: Image.Image | None, step: int, epoch: int) -> None:
         """Save a picture of an epoch's first views to TensorBoard and RUN/views."""

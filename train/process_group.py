@@ -110,7 +110,6 @@ def rendezvous(waits: timedelta) -> tuple[dist.Store, int, int]:
     """
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=waits))
-        return dist.PrefixStore(agree_on_start(store, number, size, waits), store), number, size
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         taken = "EADDRINUSE" in str(error)
@@ -118,6 +117,13 @@ def rendezvous(waits: timedelta) -> tuple[dist.Store, int, int]:
         raise UserError(
             f"the processes cannot meet at {place}: {reason}; choose another --master-port, or let "
             "torchrun find one: --standalone, on one machine"
+        ) from error
+    try:
+        return dist.PrefixStore(agree_on_start(store, number, size, waits), store), number, size
+    except dist.DistError as error:
+        raise UserError(
+            f"the processes cannot meet: {error}; see what those ranks printed, and run the same "
+            "command again"
         ) from error
 
 
@@ -128,7 +134,8 @@ def agree_on_start(store: dist.Store, number: int, size: int, waits: timedelta) 
     another rank's predecessor there cannot connect. Neither the number of restarts (a new node does
     not increase it) nor anything else in the environment distinguishes two starts. So each rank
     asks under a name of its own, and rank 0 answers every question, those of predecessors too,
-    until all ranks have confirmed the answer.
+    until all ranks have confirmed the answer. A predecessor that still lives may take the place of
+    its successor, so workers must have ended before others are started, as torchrun ensures.
 
     Raises:
         DistError: some rank did not come within `waits`.
@@ -136,7 +143,12 @@ def agree_on_start(store: dist.Store, number: int, size: int, waits: timedelta) 
     if number > 0:
         question = uuid4().hex
         store.set(f"question/{number}", question)
-        start = store.get(f"answer/{question}").decode()
+        try:
+            start = store.get(f"answer/{question}").decode()
+        except dist.DistStoreError as error:
+            raise dist.DistError(
+                f"rank 0 of {size} did not come within {waits.total_seconds():g} s"
+            ) from error
         store.set(f"{start}/{number}", "confirmed")
         return start
     start, absent = uuid4().hex, set(range(1, size))
@@ -147,7 +159,7 @@ def agree_on_start(store: dist.Store, number: int, size: int, waits: timedelta) 
                 store.set(f"answer/{store.get(f'question/{other}').decode()}", start)
         time.sleep(POLL)
         absent = {other for other in absent if not store.check([f"{start}/{other}"])}
-        if time.monotonic() > deadline:
+        if absent and time.monotonic() > deadline:
             raise dist.DistError(
                 f"rank {', '.join(map(str, sorted(absent)))} of {size} did not come within "
                 f"{waits.total_seconds():g} s"

@@ -7,6 +7,7 @@ the run was started, and needs no other file and no network.
 import base64
 import html
 import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,19 +89,29 @@ def write_report(options: ReportOptions) -> Path:
     return out
 
 
+def number_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with `made`, the number of steps until then.
+
+    That is `step`, unless the run was resumed with another batch, which counts steps anew.
+    """
+    made = itertools.accumulate(is_step(row) for row in rows)
+    return [row | {"made": number} for row, number in zip(rows, made, strict=True)]
+
+
 def render_page(folder: Path, rows: list[dict[str, Any]]) -> str:
     """Render the HTML of the page."""
+    rows = number_steps(rows)
     steps = [row for row in rows if is_step(row)]
     title = f"{folder.name}: {len(steps)} steps, {steps[-1]['epoch']} epochs"
     parts = [f"<h1>{html.escape(title)}</h1>", '<div class="curves">']
     for name, (label, names) in CURVES.items():
         logged = {n: line for n, line in names.items() if any(n in row for row in steps)}
-        lines = {line: [(row["step"], row.get(n)) for row in steps] for n, line in logged.items()}
+        lines = {line: [(row["made"], row.get(n)) for row in steps] for n, line in logged.items()}
         parts.append(render_curves(name, label, lines))
     epochs = [row for row in rows if not is_step(row)]
-    scores = sorted({name for row in epochs for name in row.keys() - {"step", "epoch"}})
+    scores = sorted({name for row in epochs for name in row.keys() - {"step", "epoch", "made"}})
     if scores:
-        points = {n: [(row["step"], row[n]) for row in epochs if n in row] for n in scores}
+        points = {n: [(row["made"], row[n]) for row in epochs if n in row] for n in scores}
         parts.append(render_curves("scores", "accuracy on labeled shards", points))
     parts.append("</div>")
 

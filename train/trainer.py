@@ -3,7 +3,7 @@
 import errno
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from pipeline import MaskedViews
 from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
+from schemas.storage import Store
 from train.checkpoint import Checkpoints, Restored
 from train.config import (
     TrainConfig,
@@ -57,6 +58,8 @@ class TrainingJob:
     """Digest of the training data."""
     method: Method
     views: Views
+    batch_may_change: bool = False
+    """True if the run may resume with another global batch where an epoch ended."""
 
     @property
     def out(self) -> Path:
@@ -146,7 +149,7 @@ def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
         TerminatedError: SIGTERM, SIGUSR1 or SIGINT came, and the state is saved. On rank 0.
     """
     with raise_on_all_ranks():
-        job = prepare_job(config)
+        job = replace(prepare_job(config), batch_may_change=True)
         if evaluation is None and job.config.knn.data is not None:
             evaluation = OnlineKnn(job.config, job.device)
     return train_job(job, evaluation)
@@ -198,6 +201,7 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
         keep=config.keep_checkpoints,
         settings=settings,
         defaults=collect_default_settings(type(config.method), job.given, config),
+        batch_may_change=job.batch_may_change,
     )
     step = TrainingStep(job.method, config, job.device)
     with raise_on_all_ranks():
@@ -210,6 +214,7 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
         if is_main():
             checkpoints.remove_unfinished()
             checkpoints.rename_last(done)
+            Store(out).remove_temporaries("")  # of an encoder that a killed process was writing
             (out / "config.yaml").write_text(dump_config(job.given, config))
             append_start(out / "starts.jsonl", config, job.device, done, job.data_digest)
             logger = MetricsLogger(

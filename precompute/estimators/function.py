@@ -1,4 +1,4 @@
-"""Estimator that calls a user's function: `--estimator ./my_maps.py:centre`."""
+"""Estimator that calls a user's function: `--estimator ./my_maps.py:center`."""
 
 import hashlib
 import inspect

@@ -101,8 +101,8 @@ class ScdaEstimator:
             (N, u, v) float32, on the estimator's device.
         """
         pixels = pixels.to(self.device)
-        normalised = (pixels.float() - self.mean) / self.std
-        inputs = normalised.permute(0, 3, 1, 2)  # NHWC in memory: channels_last, no copy
+        normalized = (pixels.float() - self.mean) / self.std
+        inputs = normalized.permute(0, 3, 1, 2)  # NHWC in memory: channels_last, no copy
         with autocast(self.precision, pixels.device):
             activation = self.trunk(inputs)["map"]  # (N, D, U, V)
         return activation.float().sum(dim=1)

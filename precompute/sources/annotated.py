@@ -12,7 +12,7 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from precompute.sources.base import Source, SourceImage, check_split, key_of, opened, visible
 from schemas.errors import UserError
-from schemas.sample import UNLABELLED
+from schemas.sample import UNLABELED
 from schemas.storage import Store
 from schemas.tables import Reject
 
@@ -61,7 +61,7 @@ class Voc(Source):
     def images(self) -> Iterator[SourceImage]:
         for folder, name in self.entries:
             yield SourceImage(
-                key_of(f"{folder}/{name}.jpg"), f"{folder}/JPEGImages/{name}.jpg", UNLABELLED
+                key_of(f"{folder}/{name}.jpg"), f"{folder}/JPEGImages/{name}.jpg", UNLABELED
             )
 
     def read(self, image: SourceImage) -> bytes:
@@ -105,7 +105,7 @@ class Coco(Source):
 
     def images(self) -> Iterator[SourceImage | Reject]:
         for name in visible(self.store, ""):
-            yield SourceImage(key_of(name), name, UNLABELLED)
+            yield SourceImage(key_of(name), name, UNLABELED)
 
     def read(self, image: SourceImage) -> bytes:
         return self.store.read(image.location)
@@ -136,7 +136,7 @@ class CocoInstances(Coco):
         for number, entry in sorted(found.imgs.items()):
             name = posixpath.basename(entry["file_name"])
             instances = json.dumps(found.imgToAnns.get(number, []), separators=(",", ":"))
-            yield SourceImage(key_of(name), name, UNLABELLED, instances)
+            yield SourceImage(key_of(name), name, UNLABELED, instances)
 
     def members(self, image: SourceImage) -> dict[str, bytes]:
         return {"instances.json": image.annotation.encode()}

@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from schemas.sample import LABEL_MEMBER, UNLABELLED
+from schemas.sample import LABEL_MEMBER, UNLABELED
 
 NUMBER = re.compile(r"-1|[0-9]{1,9}")
-NONE = str(UNLABELLED)
+NONE = str(UNLABELED)
 MAX_BYTES = 1000
 """Maximum size of a label's text in bytes; a larger member is no label."""
 JSON_FIELDS = (LABEL_MEMBER, "label", "class", "label_id", "class_id", "target", "category")
@@ -140,7 +140,7 @@ def name_classes(
         label.
     """
     found = set(labels) - {NONE}
-    numbers = {NONE: UNLABELLED}
+    numbers = {NONE: UNLABELED}
     digits = {label for label in found if NUMBER.fullmatch(label)}
     if reader.text or (found and not digits):
         names = sorted(found)
@@ -151,7 +151,7 @@ def name_classes(
         "labels for names"
         for label in found - digits
     }
-    most = UNLABELLED
+    most = UNLABELED
     values = sorted({int(label) for label in digits})
     for count, value in enumerate(values, 1):
         if value < max(PLAIN_CLASSES, SPARSE * count):

@@ -25,7 +25,7 @@ from precompute.sources.base import (
     visible,
 )
 from schemas.errors import UserError
-from schemas.sample import UNLABELLED
+from schemas.sample import UNLABELED
 from schemas.storage import Store
 from schemas.tables import Reject
 
@@ -155,7 +155,7 @@ class Stl10(Arrays):
 
     def images(self) -> Iterator[SourceImage]:
         for index in range(self.count):
-            label = UNLABELLED if self.split == "unlabeled" else int(self.labels[index])
+            label = UNLABELED if self.split == "unlabeled" else int(self.labels[index])
             yield SourceImage(f"{self.split}-{index:06d}", str(index), label)
 
 

@@ -17,7 +17,7 @@ from precompute.sources.base import (
     visible,
 )
 from schemas.errors import UserError
-from schemas.sample import UNLABELLED
+from schemas.sample import UNLABELED
 from schemas.storage import Store
 from schemas.tables import Reject
 
@@ -84,7 +84,7 @@ class Folder(ClassFolders):
             if self.folders:
                 yield Reject(location, "no-class", "beside the class folders; move it into one")
             else:
-                yield SourceImage(key_of(location), location, UNLABELLED)
+                yield SourceImage(key_of(location), location, UNLABELED)
 
 
 class Imagenette(ClassFolders):
@@ -146,7 +146,7 @@ class Files(Source):
 
     def images(self) -> Iterator[SourceImage | Reject]:
         for location in self.locations():
-            yield SourceImage(key_of(location), location, UNLABELLED)
+            yield SourceImage(key_of(location), location, UNLABELED)
 
     def locations(self) -> Iterator[str]:
         if self.is_glob:

@@ -31,7 +31,7 @@ from schemas.sample import (
     MEMBER_PATTERN,
     OWN_MEMBERS,
     SALIENCY_MEMBER,
-    UNLABELLED,
+    UNLABELED,
 )
 from schemas.storage import NotAFileError, Store
 from schemas.tables import Reject
@@ -249,7 +249,7 @@ class WebDatasetShards(PartedSource):
             self.others.add(name)
         name = key_of(f"{tar.removesuffix('.tar')}/{key}.image")
         annotation = json.dumps([image, *carried])
-        return LabeledText(SourceImage(name, source, UNLABELLED, annotation), label)
+        return LabeledText(SourceImage(name, source, UNLABELED, annotation), label)
 
     def candidates(self, group: Group) -> list[tuple[str, int, int]]:
         """Return the members that may be the image, by the option or by their extension.

@@ -37,7 +37,7 @@ def test_every_sample_comes_once(dataset: ShardDataset, world_size: int, batch_s
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_images_are_the_centre_of_the_resized_image(
+def test_images_are_the_center_of_the_resized_image(
     dataset: ShardDataset, pictures: dict[str, np.ndarray]
 ) -> None:
     views = EvalViews(dataset.url, SAMPLES, "cpu", crop_size=CROP)

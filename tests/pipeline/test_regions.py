@@ -98,10 +98,10 @@ def test_the_query_loses_its_regions_and_the_key_nothing(tmp_path):
     batch = views_of(tmp_path / "d", [p.astype(np.uint8) for p in pictures])
     assert batch.key_mask is None
     assert batch.hard_negative is None
-    centre = torch.arange(CROP) + 0.5
+    center = torch.arange(CROP) + 0.5
     for row in range(COUNT):
         x0, y0, x1, y1 = batch.query_regions[row, 0]
-        inside = ((centre >= y0) & (centre < y1))[:, None] & ((centre >= x0) & (centre < x1))
+        inside = ((center >= y0) & (center < y1))[:, None] & ((center >= x0) & (center < x1))
         expected = inside & batch.region_valid[row, 0]
         assert torch.equal(batch.query_mask[row, 0], expected)
 

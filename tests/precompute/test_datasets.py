@@ -134,9 +134,9 @@ def test_stl10(tmp_path: Path) -> None:
     png = source.read(SourceImage("", "1", 9))
     assert (np.asarray(Image.open(io.BytesIO(png))) == images[1]).all()
     assert len(pickle.dumps(source)) < 2000
-    unlabelled = open_source("stl10", str(tmp_path), "unlabeled", False)
-    assert {label for _, label in listed(unlabelled).values()} == {-1}
-    assert not unlabelled.classes
+    unlabeled = open_source("stl10", str(tmp_path), "unlabeled", False)
+    assert {label for _, label in listed(unlabeled).values()} == {-1}
+    assert not unlabeled.classes
     (folder / "train_y.bin").write_bytes(bytes([1, 10]))
     with pytest.raises(UserError, match="3 images but 2 labels"):
         open_source("stl10", str(tmp_path), "train", False)

@@ -245,7 +245,7 @@ def test_eight_bits_keep_the_foreground_of_real_maps(
     def foreground(grid: np.ndarray) -> np.ndarray:
         return grid >= grid.mean(dtype=np.float64) - 0.6 * grid.std(dtype=np.float64)
 
-    kept = [(foreground(SaliencyMap.quantise(m).values()) == foreground(m)).mean() for m in maps]
+    kept = [(foreground(SaliencyMap.quantize(m).values()) == foreground(m)).mean() for m in maps]
     assert np.mean(kept) >= 0.99
 
 
@@ -254,7 +254,7 @@ def test_the_documented_function_works(tmp_path: Path, monkeypatch: pytest.Monke
     *_, code = re.findall(r"```python\n(.*?)```", text, re.S)
     (tmp_path / "documented_maps.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    estimator = FunctionOptions("documented_maps:centre").build()
+    estimator = FunctionOptions("documented_maps:center").build()
     (grid,) = estimator(batch(noise(0)))
     assert grid.shape == (28, 28)
     assert grid[14, 14] > grid[0, 0]

@@ -38,7 +38,7 @@ def test_classes_are_the_sorted_folders(tmp_path: Path) -> None:
     assert source.read(images[1]) == b"ant/deep/3.png"
 
 
-def test_a_folder_without_classes_is_unlabelled(tmp_path: Path) -> None:
+def test_a_folder_without_classes_is_unlabeled(tmp_path: Path) -> None:
     source = tree(tmp_path, "1.jpg", "2.jpg")
     images, _ = list_images(source.images())
     assert source.classes == []

@@ -16,9 +16,19 @@ def test_what_is_appended_is_read_in_order(tmp_path: Path) -> None:
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    for unfinished in ('{"st', '{"step": 2}', ""):
-        path.write_text('{"step": 1}\n' + unfinished)
-        assert read_json_lines(path) == [{"step": 1}]
+    for unfinished in ('{"st', '{"step": 2', "{", ""):
+        path.write_text('{"é": 1}\n' + unfinished)
+        assert read_json_lines(path) == [{"é": 1}]
+        append_json_line(path, {"step": 3})
+        assert read_json_lines(path) == [{"é": 1}, {"step": 3}]
+
+
+def test_a_last_line_without_a_line_break_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    append_json_line(path, {"step": 3})
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
 def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ def relaxed_foreground(grid: np.ndarray) -> np.ndarray:
 
 
 def read_back(values: np.ndarray) -> np.ndarray:
-    quantised = SaliencyMap.quantise(values)
-    return SaliencyMap.from_png(quantised.to_png(), quantised.minimum, quantised.maximum).values()
+    quantized = SaliencyMap.quantize(values)
+    return SaliencyMap.from_png(quantized.to_png(), quantized.minimum, quantized.maximum).values()
 
 
 @pytest.mark.parametrize("spread", ["normal", "exponential", "blob"])
@@ -44,9 +44,9 @@ def test_values_come_back_within_half_a_step() -> None:
     assert abs(read_back(values) - values).max() <= step / 2 * 1.001
 
 
-def test_quantising_what_was_read_back_changes_nothing() -> None:
-    first = SaliencyMap.quantise(np.random.default_rng(2).normal(size=(28, 28)))
-    again = SaliencyMap.quantise(first.values())
+def test_quantizing_what_was_read_back_changes_nothing() -> None:
+    first = SaliencyMap.quantize(np.random.default_rng(2).normal(size=(28, 28)))
+    again = SaliencyMap.quantize(first.values())
     assert (again.grid == first.grid).all()
     assert (again.minimum, again.maximum) == (first.minimum, first.maximum)
 
@@ -68,12 +68,12 @@ def test_a_range_beyond_float32_does_not_overflow() -> None:
 )
 def test_what_is_no_map_is_refused(values: np.ndarray) -> None:
     with pytest.raises(ValueError, match="saliency map must be"):
-        SaliencyMap.quantise(values)
+        SaliencyMap.quantize(values)
 
 
 def test_every_flipped_byte_of_a_png_is_noticed() -> None:
-    quantised = SaliencyMap.quantise(np.random.default_rng(3).normal(size=(28, 28)))
-    png = quantised.to_png()
+    quantized = SaliencyMap.quantize(np.random.default_rng(3).normal(size=(28, 28)))
+    png = quantized.to_png()
     for place in range(len(png)):
         damaged = png[:place] + bytes([png[place] ^ 0x40]) + png[place + 1 :]
         with pytest.raises(ValueError, match="PNG"):

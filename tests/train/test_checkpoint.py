@@ -1,5 +1,6 @@
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def state(seed=0, position=0):
 
 
 def checkpoints(folder, keep=2, **changes):
-    return Checkpoints(folder=folder, keep=keep, settings=SETTINGS | changes)
+    return Checkpoints(folder=folder, keep=keep, settings=SETTINGS | changes, batch_may_change=True)
 
 
 def draws():
@@ -170,10 +171,21 @@ def test_another_batch_is_accepted_where_an_epoch_ended(tmp_path, batch_size, ep
     assert before.restore(*state()) == (4, 1, 8)  # the same command as at first works too
 
 
-def test_another_batch_is_refused_inside_an_epoch(tmp_path):
+def test_another_batch_is_refused_inside_an_epoch_and_after_the_last(tmp_path):
     checkpoints(tmp_path).save(5, *state())
-    with pytest.raises(UserError, match="epoch 2 has begun with batches of 8; --batch-size 4 may"):
-        checkpoints(tmp_path, batch_size=4, steps_per_epoch=8).restore(*state())
+    other = checkpoints(tmp_path, batch_size=4, steps_per_epoch=8)
+    with pytest.raises(UserError, match="epoch 2 has begun with batches of 8; --batch-size 4 is"):
+        other.restore(*state())
+    checkpoints(tmp_path).save(8, *state())
+    with pytest.raises(UserError, match="batch_size was 8, is 4"):
+        other.restore(*state())
+
+
+def test_another_batch_is_refused_where_it_may_not_change(tmp_path):
+    checkpoints(tmp_path).save(4, *state())
+    other = checkpoints(tmp_path, batch_size=4, steps_per_epoch=8)
+    with pytest.raises(UserError, match="batch_size was 8, is 4"):
+        replace(other, batch_may_change=False).restore(*state())
 
 
 def saving(folder, failing_rank):

@@ -153,7 +153,12 @@ def test_torchrun_goes_on_when_a_node_is_lost(
         start(shards, out, 0, *agent, "--rdzv-conf", f"{waits},is_host={is_host}")
         for is_host in (1, 0)  # the first agent hosts the store of the rendezvous
     )
-    first.wait_until(lambda: list((out / "checkpoints").glob("step-*")))
+    first.wait_until(
+        lambda: (
+            list((out / "checkpoints").glob("step-*"))
+            and any(4 in sizes for sizes in fed(out).values())
+        )  # not the first agent alone
+    )
     os.kill(second.pid, signal.SIGKILL)
     assert first.wait() == 0, first.said
     second.wait()

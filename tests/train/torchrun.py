@@ -5,6 +5,7 @@ is torchrun's own: command line, rendezvous, agents, restarts, and processes tha
 test, `test_two_agents_train_as_one_does`, starts the real command.
 """
 
+import atexit
 import os
 import sys
 import time
@@ -48,6 +49,8 @@ class Torchrun:
             target=run_agent, args=([*agent, "train", *options], log, patch)
         )
         self.process.start()
+        # a test that fails must not wait for the agent when Python ends
+        atexit.register(self.process.kill)
 
     @property
     def pid(self) -> int:

@@ -30,7 +30,7 @@ from train.methods import LinearProbe, LinearProbeConfig, Method
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
 from train.process_group import pick_device
-from train.trainer import train
+from train.trainer import prepare_job, train_job
 
 MILESTONES = (0.6, 0.8)
 """Learning rate milestones as shares of the epochs: 60 and 80 of MoCo's 100."""
@@ -93,7 +93,9 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
         share = max(1, options.batch_size // world_size())
         return test(probe, recipe, options.test_data, device, share, cache)
 
-    train(config, test_after_epoch)
+    with raise_on_all_ranks():
+        job = prepare_job(config)
+    train_job(job, test_after_epoch)
     with raise_on_all_ranks():
         epochs = [row for row in read_json_lines(out / "metrics.jsonl") if "top1" in row]
         best = max(epochs, key=lambda row: row["top1"])

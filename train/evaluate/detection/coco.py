@@ -4,13 +4,23 @@ pycocotools is not used for this: of several entries with one id its index keeps
 missing field it raises a KeyError that does not name the entry.
 """
 
+import codecs
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    FiniteFloat,
+    StrictInt,
+    ValidationError,
+)
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from schemas import UserError
@@ -53,13 +63,17 @@ class Annotation(Entry):
     category_id: StrictInt
     bbox: tuple[Coordinate, Coordinate, Coordinate, Coordinate]
     iscrowd: Annotated[int, Field(ge=0, le=1)] | None = None
-    segmentation: list[Polygon] | RunLengths | None = None
+    segmentation: Annotated[
+        list[Polygon] | RunLengths | None, BeforeValidator(lambda value: value or None)
+    ] = None
 
 
 class Content(BaseModel):
-    categories: list[Category]
-    images: list[Image]
-    annotations: list[Annotation]
+    """A whole file. The first wrong entry ends the check: 860,000 errors would fill the memory."""
+
+    categories: Annotated[list[Category], FailFast()]
+    images: Annotated[list[Image], FailFast()]
+    annotations: Annotated[list[Annotation], FailFast()]
 
 
 AnyEntry = TypeVar("AnyEntry", bound=Entry)
@@ -83,7 +97,7 @@ def read_coco(root: str, split: str, annotations: str | None = None) -> Pictures
         raise UserError(f"no {file}, the annotations of {split}")
     if folder is None:
         raise UserError(f"no folder {folders[0]} or {folders[1]} with the pictures of {split}")
-    text = file.read_bytes()
+    text = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         return build_pictures(Content.model_validate_json(text), f"coco {split}", folder)
     except ValidationError as error:
@@ -94,7 +108,8 @@ def read_coco(root: str, split: str, annotations: str | None = None) -> Pictures
 
 def explain(error: ValidationError, text: bytes) -> str:
     """Return the first problem of a file, with the number of the entry that has it."""
-    first = error.errors(include_url=False)[0]
+    # of a union, the error of the variant that fits best
+    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
     kind, place, *field = (*first["loc"], None, None)[: max(2, len(first["loc"]))]
     if place is None:
         return f"not a COCO annotation file: {f'{kind}: ' if kind else ''}{first['msg']}"

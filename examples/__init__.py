@@ -1,0 +1,1 @@
+"""Worked examples, and a study of the method: `python -m examples.study`."""
