@@ -75,7 +75,7 @@ def test_nothing_that_reads_shards_imports_what_runs_networks() -> None:
 
 def test_evaluations_import_the_trainer_and_never_the_other_way_round() -> None:
     evaluations = sources("train/evaluate")
-    assert any("train.trainer.train" in imported_modules(path) for path in evaluations)
+    assert any("train.trainer.train_job" in imported_modules(path) for path in evaluations)
     for path in set(sources("train")) - set(evaluations):
         wrong = {name for name in imported_modules(path) if name.startswith("train.evaluate")}
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"

@@ -200,7 +200,7 @@ def test_an_estimator_with_a_new_option_resumes_and_extends_it(dataset: Path):
     newer = new_option(SpectralOptions, "sharpen", 0.0)
     assert missing(job(dataset, estimator=newer())) == []
     assert missing(job(dataset, estimator=newer(), limit=3, extend=True)) == [2]
-    with pytest.raises(UserError, match=r"settings: estimator\.sharpen was 0\.0, is 1\.5\. Choose"):
+    with pytest.raises(UserError, match=r"settings: estimator\.sharpen was 0\.0, is 1\.5\. Give"):
         missing(job(dataset, estimator=newer(sharpen=1.5)))
     with pytest.raises(UserError, match=r"estimator\.sharpen was 0\.0, is 1\.5"):
         missing(job(dataset, estimator=newer(sharpen=1.5), limit=3, extend=True))
