@@ -5,6 +5,7 @@ needed. The folder and its eviction are in `pipeline.cache_folder`; requests, ch
 in `pipeline.cache_download`.
 """
 
+import atexit
 import logging
 import os
 import tempfile
@@ -137,6 +138,10 @@ class ShardCache:
         self.dataset = dataset
         self.folder = open_folder(cache)
         self._closed = threading.Event()
+        # At exit the store's sessions are closed by finalizers. Fetches that fail by that must not
+        # be reported; a function that is registered after the first finalizer runs before all.
+        weakref.finalize(self, self._closed.set)
+        atexit.register(self._closed.set)
         self.downloader = Downloader(dataset, self._closed, attempts, backoff)
         log.info(self.description)
         self.counts: Counter[str] = Counter()
