@@ -96,13 +96,14 @@ def tiers(first: int, second: int) -> dict[int, Tier]:
 
 SCALES: dict[ScaleName, Scale] = {
     # Imagenette at 160 pixels on a CPU (all numbers are our choice): a cell of a 56 pixel view has
-    # 8 pixels.
+    # 8 pixels. fp32 on every CPU: runs of one table may come from different machines.
     "cpu": Scale(
         config=TrainConfig(
             method=MoCoConfig(queue=4096, ema_momentum=0.99),
             encoder="resnet18",
             crop_size=56,
             batch_size=128,
+            precision="fp32",
             optim=OptimConfig(lr=0.06),
         ),
         supervised=OptimConfig(base_lr=0.1),
