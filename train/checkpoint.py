@@ -138,8 +138,7 @@ class Checkpoints:
         loader.load_state_dict(loaders["loader"])
         if own is not None:
             set_random_state(own)
-        batch_size = use_current_names(state["settings"]).get("batch_size")
-        return Restored(step, state["world_size"], batch_size)
+        return Restored(step, state["world_size"], state["settings"].get("batch_size"))
 
     def count_steps(self, path: Path, state: dict[str, Any]) -> int:
         """Return the finished steps of `state` as this run counts them.
@@ -159,7 +158,7 @@ class Checkpoints:
                 raise UserError(
                     f"{path}: epoch {epochs + 1} has begun with batches of {saved['batch_size']}; "
                     f"--batch-size {self.settings['batch_size']} is possible where an epoch ended: "
-                    f"remove this checkpoint to resume from an earlier one, or repeat the first "
+                    "remove this checkpoint to resume from an earlier one, or repeat the first "
                     "command"
                 )
             saved = self.with_own_batch(saved)

@@ -96,9 +96,7 @@ class MetricsLogger:
         self.wandb = start_wandb_run(wandb_project, folder, config) if wandb_project else None
         self.total, self.epochs = total, -(-total // epoch_steps)
         self.path = folder / "metrics.jsonl"
-        drop_lines_after(self.path, start, epoch_steps)
-        rows = read_json_lines(self.path) if self.path.exists() else []
-        self.made = sum(map(is_step, rows))
+        self.made = sum(map(is_step, drop_lines_after(self.path, start, epoch_steps)))
         """Number of steps made: `step`, unless it was counted anew with another batch."""
         self.file = self.path.open("a")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=self.made + 1)
@@ -217,13 +215,13 @@ def get_wandb_id(folder: Path) -> str:
     return path.read_text()
 
 
-def drop_lines_after(path: Path, step: int, epoch_steps: int) -> None:
-    """Drop the lines after `step`, and a last line that a kill cut short; atomic.
+def drop_lines_after(path: Path, step: int, epoch_steps: int) -> list[dict[str, Any]]:
+    """Drop the lines after `step`, and a last line that a kill cut short; atomic. Return the rest.
 
     Lines of finished epochs stay whatever their step: it may have been counted with another batch.
     """
     if not path.exists():
-        return
+        return []
     epochs, inside = divmod(step, epoch_steps)
 
     def is_before(row: dict[str, Any]) -> bool:
@@ -231,8 +229,9 @@ def drop_lines_after(path: Path, step: int, epoch_steps: int) -> None:
             inside > 0 and row["epoch"] == epochs + 1 and row["step"] <= step
         )
 
-    kept = [json.dumps(row) + "\n" for row in read_json_lines(path) if is_before(row)]
-    write_atomically(path, "".join(kept).encode())
+    kept = [row for row in read_json_lines(path) if is_before(row)]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return kept
 
 
 def format_duration(seconds: float) -> str:

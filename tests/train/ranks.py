@@ -2,6 +2,7 @@
 
 import tempfile
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,13 +45,18 @@ def random_batch(size: int, hard_negatives: int, seed: int = 0) -> SimpleNamespa
     return SimpleNamespace(query=images(size), key=images(size), hard_negative=hard, label=label)
 
 
+def get_preloaded_context() -> ForkServerContext:
+    """Return the context of processes that are forked from one that has imported torch once."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.train.preloaded"])
+    return context
+
+
 class Ranks:
     """`ranks(function, *args)` calls it on every rank at once and returns what each returned."""
 
     def __init__(self, size: int) -> None:
-        # forked from a process that has imported torch once
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.train.preloaded"])
+        context = get_preloaded_context()
         store = Path(tempfile.mkdtemp()) / "store"
         self.pipes, self.processes = [], []
         for rank in range(size):

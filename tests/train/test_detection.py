@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
-from multiprocessing import get_context, set_start_method
+from multiprocessing import set_start_method
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import train.trainer
 from schemas import UserError
 from tests.train.pictures import SHORT, losses, options_of, write_coco, write_encoder
+from tests.train.ranks import get_preloaded_context
 from train.evaluate.detection import command
 from train.evaluate.detection.command import Schedule
 from train.evaluate.detection.data import Picture, Pictures
@@ -133,9 +134,7 @@ def test_killed_within_a_part_it_goes_on_exactly(tmp_path, root, encoder, monkey
     row = command.evaluate(replace(options, out=str(tmp_path / "whole")))
     killed = replace(options, out=str(tmp_path / "killed"))
     arguments = (killed, 7, torch.get_num_threads())
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.preloaded"])
-    process = context.Process(target=train_until_killed, args=arguments)
+    process = get_preloaded_context().Process(target=train_until_killed, args=arguments)
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pipeline.order import SampleOrder
 from schemas import ShardDataset
 from tests.train.ranks import add_tiny_encoders
 from tests.train.runs import command, metrics
-from tests.train.torchrun import Torchrun
+from tests.train.torchrun import Torchrun, find_free_endpoint
 from train.trainer import MetricsBuffer
 
 BATCH, EPOCHS = 8, 3
@@ -139,13 +138,10 @@ def test_torchrun_goes_on_when_a_node_is_lost(
 ) -> None:
     """Start two agents of two ranks each and kill one; the other continues alone."""
     out = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     agent = (
         "--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3",
         "--rdzv-backend", "c10d", "--rdzv-id", "elastic",
-        "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1",
+        "--rdzv-endpoint", find_free_endpoint(), "--local-addr", "127.0.0.1",
     )  # fmt: skip
     # an agent that a busy machine stalls for this long counts as lost
     waits = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=10"

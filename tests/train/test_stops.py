@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 import train.trainer
 from tests.train.runs import command, config, told
-from tests.train.torchrun import SECONDS, Torchrun
+from tests.train.torchrun import SECONDS, Torchrun, find_free_endpoint
 
 AGENT = ("--nproc-per-node", "2", "--standalone", "--local-addr", "127.0.0.1")
 LONGER = {"--log-steps": "1", "--epochs": "4", "--checkpoint-steps": "2"}
@@ -84,13 +83,17 @@ def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path):
 @pytest.mark.slow
 def test_two_agents_train_as_one_does(shards, whole, tmp_path):
     """Run --nnodes 2 on the loopback with one process each, like two machines."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     torchrun = [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", endpoint, "--rdzv-id", "test", "--local-addr", "127.0.0.1"),
+        *(
+            "--rdzv-endpoint",
+            find_free_endpoint(),
+            "--rdzv-id",
+            "test",
+            "--local-addr",
+            "127.0.0.1",
+        ),
         *("-m", "train", *command(shards, tmp_path, **LONGER)),
     ]
     cores = sorted(os.sched_getaffinity(0))

@@ -7,11 +7,11 @@ test, `test_two_agents_train_as_one_does`, starts the real command.
 
 import atexit
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch.distributed import run
 
+from tests.train.ranks import get_preloaded_context
 from train import __main__ as command
 
 SECONDS = 400
@@ -27,6 +28,13 @@ SECONDS = 400
 
 Patch = Callable[[], None]
 """Changes what a worker runs, in the worker, before it starts."""
+
+
+def find_free_endpoint() -> str:
+    """Return HOST:PORT on the loopback for a rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 class Torchrun:
@@ -42,10 +50,8 @@ class Torchrun:
     def __init__(
         self, agent: Sequence[str], options: Sequence[str], log: Path, patch: Patch | None = None
     ) -> None:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["tests.train.preloaded"])
         self.log = log
-        self.process = context.Process(
+        self.process = get_preloaded_context().Process(
             target=run_agent, args=([*agent, "train", *options], log, patch)
         )
         self.process.start()

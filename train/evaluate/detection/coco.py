@@ -110,13 +110,15 @@ def explain(error: ValidationError, text: bytes) -> str:
     """Return the first problem of a file, with the number of the entry that has it."""
     # of a union, the error of the variant that fits best
     first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-    kind, place, *field = (*first["loc"], None, None)[: max(2, len(first["loc"]))]
-    if place is None:
-        return f"not a COCO annotation file: {f'{kind}: ' if kind else ''}{first['msg']}"
+    location, reason = first["loc"], first["msg"]
+    if len(location) < 2:  # of the whole file or of one of its lists
+        return ": ".join(["not a COCO annotation file", *map(str, location), reason])
+    kind, place, *field = location
     entry = json.loads(text)[kind][place]
-    number = entry.get("id", "without id") if isinstance(entry, dict) else f"number {place}"
-    name = f"{SINGULAR[str(kind)]} {number}"
-    return ": ".join([name, *(".".join(map(str, field)),) * bool(field), first["msg"]])
+    if not field:  # the entry is no object
+        return f"{SINGULAR[str(kind)]} number {place}: {reason}"
+    name = f"{SINGULAR[str(kind)]} {entry.get('id', 'without id')}"
+    return f"{name}: {'.'.join(map(str, field))}: {reason}"
 
 
 def build_pictures(content: Content, name: str, folder: Path) -> Pictures:
