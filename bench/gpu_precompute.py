@@ -8,6 +8,7 @@ figures and a verdict; a small version of it runs on a CPU.
 import importlib.util
 import io
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -161,13 +162,16 @@ def run_workers(settings: Settings, count: int) -> tuple[float, float]:
     Raises:
         RuntimeError: a worker failed or did not start in time.
     """
+    threads = max(1, len(os.sched_getaffinity(0)) // count)  # as the job shares the cores
     context = multiprocessing.get_context("spawn")  # a forked child cannot use its parent's CUDA
     warm = context.Barrier(count)
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(
-                target=work, args=(settings, Path(folder) / str(n), warm, results), daemon=True
+                target=work,
+                args=(settings, threads, Path(folder) / str(n), warm, results),
+                daemon=True,
             )
             for n in range(count)
         ]
@@ -203,13 +207,16 @@ def collect(
                 return
 
 
-def work(settings: Settings, out: Path, warm: Barrier, results: Any) -> None:
+def work(settings: Settings, threads: int, out: Path, warm: Barrier, results: Any) -> None:
     """Build shards of generated photos in a child process; report begin, end and CPU seconds.
 
     Times come from `time.monotonic`, which all processes of a machine share.
     """
+    from precompute.threads import use_threads
+
     try:
         builder, plans = prepare(settings, out)
+        use_threads(threads, builder.estimator.device)
         builder.build(0, plans[0][: 2 * settings.batch_size], count_nothing)
         warm.wait(settings.start_seconds)
         begin, cpu = time.monotonic(), time.process_time()

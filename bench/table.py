@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from schemas.versions import version_of
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "ray", "numpy", "pillow")
 
@@ -98,13 +99,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
     }
-
-
-def version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a machine set up for only some of the targets
-        return "not installed"
 
 
 def show(title: str, rows: list[Row], bases: Mapping[str, str]) -> str:

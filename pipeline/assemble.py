@@ -166,6 +166,9 @@ def split_rows(size: int) -> list[slice]:
 @cache
 def get_threads() -> ThreadPoolExecutor:
     """Return the thread pool for parts of a batch; each thread uses one core, without barriers."""
+    # torch reads the last number that any thread set when a thread first computes in parallel, and
+    # keeps it: ask here, so that the caller's own number is not the 1 of the pool's threads
+    torch.get_num_threads()
     return ThreadPoolExecutor(devices.count_cpu_threads(), "views", torch.set_num_threads, (1,))
 
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
-import nvidia.dali.experimental.dynamic as ndd
 import torch
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from precompute.job import Job, Resources
 from precompute.resume import missing_shards
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import SourceImage
+from precompute.threads import use_threads
 from schemas.saliency import SaliencyMap
 from schemas.storage import Store
 
@@ -76,8 +76,7 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
         return "\n".join(lines)
     workers, cpus, _ = resources.split(machine.cores, machine.devices, len(missing))
     threads = max(1, int(cpus))
-    torch.set_num_threads(threads)
-    ndd.set_num_threads(threads)
+    use_threads(threads, estimator.device)
     planned = (image for place in places for image in job.plan.shards[place])
     sample = list(itertools.islice(planned, job.batch_size * BATCHES))
     sampled = make_batches(job, estimator, sample)

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import nvidia.dali.experimental.dynamic as ndd
 import ray
-import torch
 
 from precompute.crash_bisect import find_crashing_images
 from precompute.encode import Resize
@@ -16,6 +14,7 @@ from precompute.plan import Plan
 from precompute.reads import reported
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
+from precompute.threads import use_threads
 from schemas.errors import UserError
 from schemas.storage import Store
 
@@ -45,11 +44,11 @@ class BuilderFactory:
     first_shard: int = 0
 
     def __call__(self) -> ShardBuilder:
-        torch.set_num_threads(self.threads)
-        ndd.set_num_threads(self.threads)
+        estimator = self.estimator.build()
+        use_threads(self.threads, estimator.device)
         return ShardBuilder(
             self.source,
-            self.estimator.build(),
+            estimator,
             Store(self.out),
             self.batch_size,
             self.resize,

@@ -10,13 +10,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO, TypeVar, cast
 
 from schemas.decoder_noise import without_decoder_noise
 from schemas.errors import UserError
+from schemas.versions import version_of
 
 Config = TypeVar("Config")
 
@@ -253,7 +253,7 @@ def parse(
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--version" in arguments:
-        print(f"saliency-shards {version('saliency-shards')}")
+        print(f"saliency-shards {version_of('saliency-shards')}")
         sys.exit(0)
     description = [inspect.cleandoc(config.__doc__ or "")]
     chosen = {}

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from schemas.tables import (
     table_of,
     to_parquet,
 )
+from schemas.versions import version_of
 
 PACKAGES = ("saliency-shards", "numpy", "pillow", "pyarrow")
 
@@ -76,7 +76,7 @@ def finish_dataset(
         estimator=estimator,
         plan=plan,
         seed=seed,
-        versions={package: metadata.version(package) for package in packages},
+        versions={package: version_of(package) for package in packages},
     )
     store.remove_temporaries(SHARD_FOLDER)
     store.write(CARD, card.to_json())

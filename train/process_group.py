@@ -45,6 +45,8 @@ def join_process_group(timeout: int = 600, device: str = "auto") -> Iterator[Non
     """
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    # torch takes the number only when it first computes, and then the last that any thread set
+    torch.get_num_threads()
     if "RANK" not in os.environ:
         refuse_bare_srun()
         with translate_out_of_memory():

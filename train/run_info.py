@@ -7,13 +7,13 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from pipeline.cache import network_mount
 from schemas.json_lines import append_json_line
+from schemas.versions import version_of
 from train.config import TrainConfig, collect_settings, find_recipe_name
 from train.data import Views
 from train.distributed import world_size
@@ -39,7 +39,7 @@ def append_start(
         "device": name,
         "precision": config.precision,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version_of(package) for package in PACKAGES},
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "git": read_git_revision(),
     }

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from schemas.cli import lookup
 from schemas.json_lines import read_json_lines
 from schemas.settings import differences, sentence
 from schemas.storage import Store
+from schemas.versions import version_of
 from train.config import (
     TrainConfig,
     collect_default_settings,
@@ -216,7 +216,7 @@ def finish(options: Options, run: Run) -> None:
         "train_seconds": round(training_seconds(run)),
         "settings": comparable(options, run),
         "machine": machine(),
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {name: version_of(name) for name in VERSIONS},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     path = row_path(options, run)

@@ -3,15 +3,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import pytest
 from PIL import Image
 
-from precompute.__main__ import main
 from precompute.estimators import SpectralOptions
-from precompute.job import Job
 from precompute.plan import make_plan
 from precompute.resume import missing_shards
 from precompute.shard_builder import ShardBuilder
@@ -23,9 +22,14 @@ from schemas.tables import SHARD_FOLDER
 from schemas.writer import finish_dataset
 from tests.conftest import encode, noise
 
+if TYPE_CHECKING:  # it needs Ray, which a machine that only runs the tests on a GPU may lack
+    from precompute.job import Job
+
 
 def run_here(*arguments: object) -> int:
     """Run the command in this process, which saves seconds of imports per call."""
+    from precompute.__main__ import main  # it needs Ray
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["precompute", *map(str, arguments)])
         return main()
@@ -61,7 +65,7 @@ def precompute(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def without_ray(job: Job) -> ShardDataset:
+def without_ray(job: "Job") -> ShardDataset:
     """Run a job in this process, without Ray."""
     store, settings = Store(job.out), job.settings(None)
     store.make_folder(SHARD_FOLDER)
@@ -90,6 +94,8 @@ def without_ray(job: Job) -> ShardDataset:
 
 def build_folder(root: Path, out: Path, **changes: object) -> ShardDataset:
     """Build the dataset of a folder with the `spectral` estimator, in this process."""
+    from precompute.job import Job
+
     source = Folder(str(root), "train", False)
     images, rejects = list_images(source.images())
     plan = make_plan(images, seed=0, shard_samples=1000)
