@@ -119,6 +119,8 @@ def measure(settings: Settings) -> Result:
         f"network alone: {figures['windows_per_second_network_alone']:.0f} windows/s "
         f"({settings.backbone}, {windows:.2f} windows an image)"
     )
+    if compiled := figures.get("windows_per_second_network_compiled"):
+        head += f", {compiled:.0f} compiled"
     verdict = "FAIL" if problems else "PASS"
     reasons = f": {'; '.join(problems)}" if problems else ""
     return Result(not problems, figures, [f"{verdict} precompute{reasons}", head, *lines])
@@ -132,23 +134,31 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
     """
     import torch
 
+    from pipeline.compiling import find_reason
     from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
     from precompute.estimators.windows import windows
 
     options = settings.estimator_options()
+
+    def measure_rate(estimator: ScdaEstimator) -> float:
+        shape = (WINDOWS_AT_ONCE[estimator.device], options.size, options.size, 3)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=estimator.device)
+        with torch.inference_mode():
+            estimator.aggregation_map(pixels).sum().item()
+            start = time.perf_counter()
+            for _ in range(settings.forwards):
+                maps = estimator.aggregation_map(pixels)
+            maps.sum().item()  # waits for all of them
+            seconds = time.perf_counter() - start
+        return settings.forwards * len(pixels) / seconds
+
     estimator = ScdaEstimator(options)
-    shape = (WINDOWS_AT_ONCE[estimator.device], options.size, options.size, 3)
-    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=estimator.device)
-    with torch.inference_mode():
-        estimator.aggregation_map(pixels).sum().item()
-        start = time.perf_counter()
-        for _ in range(settings.forwards):
-            maps = estimator.aggregation_map(pixels)
-        maps.sum().item()  # waits for all of them
-        seconds = time.perf_counter() - start
-    figures["windows_per_second_network_alone"] = settings.forwards * len(pixels) / seconds
+    figures["windows_per_second_network_alone"] = measure_rate(estimator)
     if estimator.device == "cuda":
         figures["peak_mib_network"] = torch.cuda.max_memory_allocated() / 2**20
+        if find_reason(torch.device("cuda", 0)) is None:
+            compiled = ScdaEstimator(replace(options, compile=True))
+            figures["windows_per_second_network_compiled"] = measure_rate(compiled)
     return float(sum(len(windows(settings.height, settings.width, a)) for a in options.areas))
 
 

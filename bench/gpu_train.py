@@ -55,6 +55,11 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
             f"batch {size}: {alone:.1f} ms a step alone, {fed:.1f} ms fed, alone/fed "
             f"{alone / fed:.3f}, {1e3 * size / fed:.0f} images/s{peak_memory(device)}"
         )
+        loading, asking = loader_milliseconds(fed_batches, device, settings)
+        lines.append(
+            f"batch {size}: {loading:.1f} ms a batch of the loader alone, of which the host spends "
+            f"{asking:.1f} asking for it"
+        )
         if device.type == "cuda":
             waits = count_waits(step, fed_batches)
             lines.append(f"batch {size}: {len(waits)} waits of the host in a fed step")
@@ -100,6 +105,28 @@ def milliseconds(
     return 1e3 * (time.perf_counter() - start) / settings.steps
 
 
+def loader_milliseconds(
+    batches: Iterable, device: torch.device, settings: Settings
+) -> tuple[float, float]:
+    """Return the mean time of a batch that nothing uses, and the part until the call returns.
+
+    A step is limited by the first if it is shorter. The second is the time in which the host cannot
+    launch the step's kernels; it includes waiting for the decoder if that is slower.
+    """
+    stream = iter(batches)
+    for _ in range(settings.warmup):
+        next(stream)
+    synchronize(device)
+    start, asked = time.perf_counter(), 0.0
+    for _ in range(settings.steps):
+        begin = time.perf_counter()
+        next(stream)
+        asked += time.perf_counter() - begin
+        synchronize(device)
+    total = time.perf_counter() - start
+    return 1e3 * total / settings.steps, 1e3 * asked / settings.steps
+
+
 def count_waits(step: TrainingStep, batches: Iterable) -> list[str]:
     """Return the places in a fed step where the host waits for the GPU, from torch's warnings."""
     stream = iter(batches)
@@ -111,7 +138,9 @@ def count_waits(step: TrainingStep, batches: Iterable) -> list[str]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return [
-        f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message).lower()
+        f"{one.filename}:{one.lineno}"
+        for one in caught
+        if str(one.message).startswith("called a synchronizing")
     ]
 
 
@@ -124,7 +153,10 @@ def kernels(step: TrainingStep, batches: Iterable, device: torch.device) -> list
         step(split_batch(next(stream), 1), 1e-3)
         synchronize(device)
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    rows = sorted(profiler.key_averages(), key=lambda row: getattr(row, name), reverse=True)
+    averages = profiler.key_averages()
+    if on_gpu:  # without the operators, whose time is that of their kernels
+        averages = [row for row in averages if row.device_type == torch.autograd.DeviceType.CUDA]
+    rows = sorted(averages, key=lambda row: getattr(row, name), reverse=True)
     total = sum(getattr(row, name) for row in rows)
     return [f"the {MOST_EXPENSIVE} most expensive of {total / 1e3:.1f} ms in a fed step:"] + [
         f"  {getattr(row, name) / 1e3:8.2f} ms {row.count:5d} x  {row.key[:90]}"

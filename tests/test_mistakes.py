@@ -228,6 +228,8 @@ def test_ray_that_runs_elsewhere(place, tmp_path, monkeypatch, error, parts):
     (tmp_path / "photos" / "a.jpg").write_bytes(b"")
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    # other tests of this process may share a Ray, which the end of this job would stop
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     command = "precompute --dataset folder --estimator spectral --address auto"
     message = said(monkeypatch, place, f"{command} --root {tmp_path}/photos --out {tmp_path}/o")
     for part in ("auto", *parts):

@@ -29,7 +29,7 @@ def test_a_worker_that_fails_says_why_and_frees_the_others(tmp_path: Path) -> No
     """Run the worker in this process: it is a function of a barrier and a queue."""
     settings = Settings("no-such-net", 2, 1, 8, 8, workers=(2,))
     warm, reports = threading.Barrier(2), queue.Queue()
-    work(settings, tmp_path, warm, reports)  # type: ignore[arg-type]
+    work(settings, 1, tmp_path, warm, reports)  # type: ignore[arg-type]
     assert "unknown backbone 'no-such-net'" in reports.get_nowait()
     assert warm.broken, "the other worker would wait for this one"
 

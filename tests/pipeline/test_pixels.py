@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from pipeline import RECIPES, Recipe, compiling, fused, masks, photometric, pixe
 from pipeline.fills import FILLS
 from pipeline.photometric import Photometric
 from pipeline.pixels import Masking, make_views
+from pipeline.rng import Rng
 from tests.pipeline.conftest import rng_of
 from tests.pipeline.test_oracle_pixels import views
 
@@ -21,7 +23,10 @@ FUSED = [name for name, recipe in RECIPES.items() if recipe.fill in (*fused.FUSE
 
 
 def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, list, Recipe]:
-    """Return images, photometric parameters, two maskings (the first is None) and the recipe."""
+    """Return images, photometric parameters, two maskings (the first is None) and the recipe.
+
+    A fill draws on the device of the views that it gets, as in the loader.
+    """
     recipe = dataclasses.replace(RECIPES[name], crop_size=crop, query_mask="spread", regions=0)
     rng = rng_of(size, 1)
     image = views(size, recipe)[0].image
@@ -33,7 +38,11 @@ def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, l
             tile = torch.randn(size, 3, recipe.cell, recipe.cell)
             maskings.append(Masking(drawn, 0.18, tile, None))
         else:
-            content = lambda view: FILLS[recipe.fill](view, recipe, 0.18, rng)  # noqa: E731
+
+            def content(view: torch.Tensor) -> torch.Tensor:
+                own = Rng(1, 0, np.arange(len(view)), "fill", device=view.device)
+                return FILLS[recipe.fill](view, recipe, 0.18, own)
+
             maskings.append(Masking(drawn, 0.18, None, content))
     return image, look, maskings, recipe
 
