@@ -283,3 +283,19 @@ def test_a_loader_that_is_dropped_ends_its_threads(dataset: ShardDataset) -> Non
 def test_importing_does_not_touch_cuda() -> None:
     code = "import pipeline, torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+THREADS = """
+import torch
+torch.set_num_threads(3)
+from pipeline.assemble import get_threads
+pool = get_threads()
+assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
+assert torch.get_num_threads() == 3, torch.get_num_threads()
+"""
+
+
+@pytest.mark.slow
+def test_the_pool_of_the_views_does_not_change_the_callers_threads() -> None:
+    """In a fresh process: torch applies the number only when a thread first asks for it."""
+    subprocess.run([sys.executable, "-c", THREADS], check=True)
