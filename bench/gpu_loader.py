@@ -7,6 +7,7 @@
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from pipeline import Batch, MaskedViews, get_recipe
 from pipeline.batch import Extra
+from pipeline.graph import DecodeOn
 from schemas import Sample, write_dataset
 from schemas.sample import IMAGE_EXTENSIONS
 
@@ -51,10 +53,14 @@ def write_photos(folder: Path, count: int, formats: tuple[str, ...] = tuple(FORM
     return write_dataset(folder, samples(), name="check", classes=["a", "b"]).url
 
 
-def views_of(url: str, device: str, batch_size: int, side: int) -> MaskedViews:
+def views_of(
+    url: str, device: str, batch_size: int, side: int, decode_on: DecodeOn = "gpu"
+) -> MaskedViews:
     recipe = replace(get_recipe("hp"), crop_size=side)
     extras: tuple[Extra, ...] = ("masks", "saliency", "windows", "crops", "photometric", "keys")
-    return MaskedViews(url, recipe, batch_size, device=device, seed=3, report=extras)
+    return MaskedViews(
+        url, recipe, batch_size, device=device, seed=3, report=extras, decode_on=decode_on
+    )
 
 
 def take(views: MaskedViews, count: int) -> list[Batch]:
@@ -126,9 +132,13 @@ def check_nothing_overwritten(url: str, device: str, batch_size: int, side: int)
     return "a batch read late is whole, 4 batches later"
 
 
-def check_equals_cpu(url: str, device: str, batch_size: int, side: int) -> str:
+def check_equals_cpu(
+    url: str, device: str, batch_size: int, side: int, decode_on: DecodeOn = "gpu"
+) -> str:
     """Check that draws, windows, masks and jitter equal the CPU's, and pixels up to the decoder."""
-    on_device, on_cpu = (take(views_of(url, name, batch_size, side), 2) for name in (device, "cpu"))
+    on_device, on_cpu = (
+        take(views_of(url, name, batch_size, side, decode_on), 2) for name in (device, "cpu")
+    )
     pixels = ("query", "key", "hard_negative", "query_crop", "key_crop")
     expect_equal(on_device, on_cpu, leave_out=pixels)
     crops = [
@@ -183,6 +193,7 @@ CHECKS: dict[str, Callable[[str, str, int, int], str | None]] = {
     "resumes": check_resumes,
     "nothing overwritten": check_nothing_overwritten,
     "equals the CPU": check_equals_cpu,
+    "decodes on the CPU": partial(check_equals_cpu, decode_on="cpu"),
     "formats": check_formats,
     "no waits": check_no_waits,
 }

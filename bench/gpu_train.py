@@ -55,6 +55,15 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
             f"batch {size}: {alone:.1f} ms a step alone, {fed:.1f} ms fed, alone/fed "
             f"{alone / fed:.3f}, {1e3 * size / fed:.0f} images/s{peak_memory(device)}"
         )
+        if device.type == "cuda":
+            on_cpu = MaskedViews(url, config.recipe, size, device="cuda", decode_on="cpu")
+            others = itertools.chain.from_iterable(itertools.repeat(on_cpu))
+            fed = milliseconds(step, others, device, settings)
+            on_cpu.close()
+            lines.append(
+                f"batch {size}: {fed:.1f} ms fed by views decoded on the CPU, alone/fed "
+                f"{alone / fed:.3f}"
+            )
         loading, asking = loader_milliseconds(fed_batches, device, settings)
         lines.append(
             f"batch {size}: {loading:.1f} ms a batch of the loader alone, of which the host spends "

@@ -6,7 +6,7 @@ The graph has no randomness and no state: its inputs alone determine its outputs
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from pipeline.shards import EncodedBatch
 
 IN_FLIGHT = 2
 """Batches that DALI prefetches (its own default)."""
+
+DecodeOn = Literal["gpu", "cpu"]
 
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
@@ -35,6 +37,8 @@ class ViewSpec:
         interpolation: interpolation of the views; saliency is always interpolated bilinearly.
         on_device: True if the graph crops the views; otherwise it returns the decoded images and
             PyTorch crops them, which is faster on a CPU (`crop.crop_on_host`).
+        decode_on: where a graph for a GPU decodes and crops: there, or on the CPU. A graph for a
+            CPU ignores it.
     """
 
     crop_size: int
@@ -42,6 +46,7 @@ class ViewSpec:
     grid: int | None = None
     interpolation: Interpolation = "bilinear"
     on_device: bool = True
+    decode_on: DecodeOn = "gpu"
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,9 @@ def build_view_graph(source: Any, spec: ViewSpec, device: torch.device) -> tuple
             no_copy=True,
         )
     )
-    decoder = "mixed" if device.type == "cuda" else "cpu"
+    is_for_gpu = device.type == "cuda"
+    decodes_on_gpu = is_for_gpu and spec.decode_on == "gpu"
+    decoder = "mixed" if decodes_on_gpu else "cpu"
     image = fn.decoders.image(inputs.pop(0), device=decoder, output_type=types.RGB)
     outputs = [] if spec.on_device else [image]
     if spec.grid is not None:
@@ -170,9 +177,10 @@ def build_view_graph(source: Any, spec: ViewSpec, device: torch.device) -> tuple
         start, end = inputs.pop(0), inputs.pop(0)
         if spec.grid is not None:
             cells = crop_window(saliency, start, end, spec.grid, "bilinear", dtype=types.FLOAT)
-            outputs.append(cells.gpu() if device.type == "cuda" else cells)
+            outputs.append(cells.gpu() if is_for_gpu else cells)
         if spec.on_device:
-            outputs.append(crop_window(image, start, end, spec.crop_size, spec.interpolation))
+            view = crop_window(image, start, end, spec.crop_size, spec.interpolation)
+            outputs.append(view.gpu() if is_for_gpu and not decodes_on_gpu else view)
     return tuple(outputs)
 
 

@@ -3,7 +3,7 @@
     order       selects the samples of a batch from (seed, epoch, step)
     shards      reads their encoded bytes                                   } in a thread, ahead
     crop        draws a window and a flip for each view                     }
-    graph       decodes and crops with DALI                                 } on the device, ahead
+    graph       decodes and crops with DALI                                 } ahead
     assemble    applies color jitter, filters, masks and fills
 
 All random numbers come from `rng`, so in one epoch a sample gets the same views whatever batch,
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from pipeline.batch import EXTRAS, Batch, Extra
 from pipeline.cache import Cache
 from pipeline.crop import draw_windows
 from pipeline.fills import FILLS
-from pipeline.graph import DecodedBatch, Decoder, PreparedBatch, ViewSpec
+from pipeline.graph import DecodedBatch, DecodeOn, Decoder, PreparedBatch, ViewSpec
 from pipeline.masks import MASKS
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
@@ -62,6 +62,8 @@ class MaskedViews:
         shuffle_shards: number of shards whose samples are shuffled together (`order.SampleOrder`).
         streams: number of sequences that the shards are dealt to; with as many as there are nodes,
             each node reads only its own shards.
+        decode_on: where images are decoded and cropped if the device is a GPU: there, or on the
+            CPU, which leaves the GPU to the training and needs several cores.
 
     Attributes:
         epoch, step: position of the next batch, both from 0.
@@ -87,10 +89,13 @@ class MaskedViews:
         cache: Cache | None = None,
         shuffle_shards: int = SHUFFLE_SHARDS,
         streams: int = 1,
+        decode_on: DecodeOn = "gpu",
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.device = devices.device_of(device)
         check_masks_and_fills(self.recipe)
+        if decode_on not in get_args(DecodeOn):
+            raise UserError(f"decode_on {decode_on!r}: choose gpu or cpu")
         for extra in report:
             if extra not in EXTRAS:
                 raise UserError(f"unknown extra {extra!r} in report: there are {', '.join(EXTRAS)}")
@@ -109,6 +114,7 @@ class MaskedViews:
             else None,
             interpolation=self.recipe.interpolation,
             on_device=self.device.type == "cuda",
+            decode_on=decode_on,
         )
         self.dataset = ShardDataset.open(url)
         self.order = SampleOrder(

@@ -9,6 +9,7 @@ import torch
 import tyro
 
 from pipeline import Cache
+from pipeline.graph import DecodeOn
 from pipeline.order import SHUFFLE_SHARDS
 from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
@@ -23,7 +24,8 @@ from train.optim import OptimConfig
 # lies and what it reports, not what it computes.
 FREE = {
     "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
-    "cache", "cache_gb", "knn", "wandb", "rank_timeout", "method.path",
+    "cache", "cache_gb", "knn", "wandb", "rank_timeout", "decode_on",
+    "method.path",
 }  # fmt: skip
 
 POSITIVE = (
@@ -132,6 +134,9 @@ class TrainConfig:
     streams: int = 1
     """Number of groups into which the shards are divided for the whole run; with one per node, each
     node reads only its own shards. Must divide the batch size."""
+    decode_on: DecodeOn = "gpu"
+    """Where images are decoded and cropped if the device is a GPU: there, or on the CPU, which
+    leaves the GPU to the step and needs several cores."""
 
 
 def resolve_config(config: TrainConfig, device: torch.device) -> TrainConfig:

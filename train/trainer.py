@@ -130,6 +130,7 @@ def open_views(config: TrainConfig, device: torch.device) -> Views:
         cache=make_cache(config.cache, config.cache_gb),
         shuffle_shards=config.shuffle_shards,
         streams=config.streams,
+        decode_on=config.decode_on,
     )
 
 

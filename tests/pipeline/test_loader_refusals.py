@@ -115,6 +115,7 @@ def test_a_missing_gpu_is_refused(dataset: ShardDataset, monkeypatch: pytest.Mon
         ({"report": ("mask",)}, "unknown extra 'mask'"),
         ({"rank": 1}, "ranks are 0 .. world size - 1"),
         ({"batch_size": 0}, "at least 1 sample"),
+        ({"decode_on": "tpu"}, "decode_on 'tpu': choose gpu or cpu"),
     ],
 )
 def test_other_mistakes_are_refused(
