@@ -1,13 +1,14 @@
 """Read the tars and tables with tools that do not know this project, as docs/format.md shows.
 
-webdataset, tarfile and DALI are tested in test_dataset.py. Tools that are not installed are
-skipped.
+webdataset, tarfile and DALI are tested in test_dataset.py.
 """
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
+import polars
 import pytest
 
 from schemas import Sample, ShardDataset, write_dataset
@@ -42,7 +43,6 @@ def test_hugging_face_datasets_reads_the_tars(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("datasets")
     seen = list(run_line("Hugging Face datasets"))
     assert [row["__key__"] for row in seen] == dataset.samples["key"].to_pylist()
     expected = list(dataset)
@@ -53,7 +53,6 @@ def test_hugging_face_datasets_reads_the_tars(
 
 
 def test_polars_reads_the_tables(dataset: ShardDataset) -> None:
-    polars = pytest.importorskip("polars")
     table = run_line("Polars")
     assert table["key"].to_list() == dataset.samples["key"].to_pylist()
     parts = polars.read_parquet("out/photos/shards/*.parquet")
@@ -62,7 +61,6 @@ def test_polars_reads_the_tables(dataset: ShardDataset) -> None:
 
 
 def test_duckdb_reads_the_tables(dataset: ShardDataset) -> None:
-    duckdb = pytest.importorskip("duckdb")
     assert sorted(run_line("DuckDB")) == [(0, 9), (1, 8), (2, 8)]
     samples = dataset.samples
     assert duckdb.sql("select count(*) from samples").fetchall() == [(COUNT,)]
