@@ -3,19 +3,29 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """Return the objects of a file, without a last line that a writer has not finished.
+
+    Args:
+        skip_damaged: leave out every line that is not a JSON object, for a reader whose result
+            stays correct without it.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is not JSON.
+        ValueError: a line is not a JSON object.
     """
-    text = path.read_text()
-    lines = text[: len(text) - len(find_unfinished(text))].splitlines()
-    return [json.loads(line) for line in lines]
+    content = path.read_bytes()
+    rows = []
+    for line in content[: len(content) - len(find_unfinished(content))].splitlines():
+        try:
+            rows.append(parse_object(line))
+        except ValueError:
+            if not skip_damaged:
+                raise
+    return rows
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
@@ -24,22 +34,54 @@ def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with path.open("a+") as file:
-        file.seek(0)
-        text = file.read()
-        unfinished = find_unfinished(text)
-        if unfinished:
-            file.truncate(len(text.encode()) - len(unfinished.encode()))
-        elif text and not text.endswith("\n"):
-            file.write("\n")
-        file.write(json.dumps(row) + "\n")
+    with open_to_append(path) as file:
+        write_json_line(file, row)
 
 
-def find_unfinished(text: str) -> str:
-    """Return the part after the last line break if it is not a whole object, otherwise \"\"."""
-    last = text[text.rfind("\n") + 1 :]
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file for `write_json_line`, without a line that a killed writer left unfinished.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = path.open("ab+")
     try:
-        json.loads(last)
+        file.seek(0)
+        content = file.read()
+        unfinished = find_unfinished(content)
+        if unfinished:
+            file.truncate(len(content) - len(unfinished))
+        elif content and not content.endswith(b"\n"):
+            file.write(b"\n")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def write_json_line(file: BinaryIO, row: Mapping[str, Any]) -> None:
+    """Write one object and flush it, so that a killed writer loses at most the line in progress."""
+    file.write(json.dumps(row).encode() + b"\n")
+    file.flush()
+
+
+def find_unfinished(content: bytes) -> bytes:
+    """Return the part after the last line break if it is not a whole object, otherwise b\"\"."""
+    last = content[content.rfind(b"\n") + 1 :]
+    try:
+        parse_object(last)
     except ValueError:
         return last
-    return ""
+    return b""
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Return the object of a line.
+
+    Raises:
+        ValueError: the line is not a JSON object.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object: {line[:40]!r}")
+    return row

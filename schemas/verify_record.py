@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 
 from schemas.errors import UserError
+from schemas.json_lines import open_to_append, read_json_lines, write_json_line
 from schemas.tables import ShardRow
 
 
@@ -20,36 +21,41 @@ class Problem(NamedTuple):
 class VerifyRecord:
     """A JSON-lines file: one line for the dataset, then one per shard verified without a problem.
 
-    Shards with problems are not recorded, so that they are read again.
+    Shards with problems are not recorded, so that they are read again; so is a shard whose line is
+    damaged. A damaged first line makes the file a foreign one, which is never overwritten.
 
     Args:
         path: the record, a local file; it is created if it does not exist. None for no record.
         digest: `ShardDataset.digest`.
 
     Raises:
-        UserError: the record belongs to another dataset, or cannot be written.
+        UserError: the file is not a record of this dataset, or cannot be written.
     """
 
     def __init__(self, path: Path | None, digest: str):
         self.path, self.digest = path, digest
         self.clean: set[int] = set()
-        self.file: TextIO | None = None
+        self.file: BinaryIO | None = None
 
     def __enter__(self) -> "VerifyRecord":
         if self.path is None:
             return self
+        header = {"dataset": self.digest}
         try:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            self.clean = {shard for line in lines[1:] for shard in shards_of(line)}
-            if lines and json.loads(lines[0]).get("dataset") != self.digest:
+            content = self.path.read_bytes() if self.path.exists() else b""
+            # a run that was killed while it wrote the first line has verified nothing
+            has_begun = not json.dumps(header)[:-1].encode().startswith(content)
+            rows = read_json_lines(self.path, skip_damaged=True) if has_begun else []
+            if has_begun and (not rows or rows[0].get("dataset") != self.digest):
                 raise UserError(
-                    f"{self.path}: the record of another dataset, or of this one before it was "
+                    f"{self.path}: not a record of this dataset, or one from before it was "
                     "changed; delete it or choose another file"
                 )
-            self.file = self.path.open("a")
-            if not lines:
-                self.write({"dataset": self.digest})
-        except (OSError, ValueError, AttributeError) as error:
+            self.clean = {row["shard"] for row in rows if isinstance(row.get("shard"), int)}
+            self.file = open_to_append(self.path)
+            if not has_begun:
+                write_json_line(self.file, header)
+        except OSError as error:
             raise UserError(f"{self.path}: cannot be used as a record ({error})") from error
         return self
 
@@ -65,17 +71,4 @@ class VerifyRecord:
     def add(self, row: ShardRow, problems: Iterable[Problem]) -> None:
         """Record a shard that was read, if it has no problem."""
         if self.file and not list(problems):
-            self.write({"shard": row.shard})
-
-    def write(self, entry: dict[str, object]) -> None:
-        assert self.file is not None
-        self.file.write(f"\n{json.dumps(entry)}" if self.file.tell() else json.dumps(entry))
-        self.file.flush()
-
-
-def shards_of(line: str) -> list[int]:
-    """Return the shard that a line records; an empty list for a line that was cut short."""
-    try:
-        return [int(json.loads(line)["shard"])]
-    except (ValueError, KeyError, TypeError):
-        return []
+            write_json_line(self.file, {"shard": row.shard})

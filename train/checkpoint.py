@@ -98,7 +98,12 @@ class Checkpoints:
             if is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-        with raise_on_all_ranks(), explain_failed_save(self.folder, step):
+        hint = (
+            "; earlier ones are intact: free some space and run the same command again to resume "
+            "from the last"
+        )
+        subject = f"{self.folder}: the checkpoint of step {step}"
+        with raise_on_all_ranks(), explain_failed_write(subject, hint):
             write_state(temporary / get_rank_file(rank()), get_random_state())
             if is_main():
                 state = {
@@ -207,15 +212,12 @@ class Checkpoints:
 
 
 @contextmanager
-def explain_failed_save(folder: Path, step: int) -> Iterator[None]:
-    """Turn a failure to write a checkpoint into a message that says what is left."""
+def explain_failed_write(subject: str, hint: str = "") -> Iterator[None]:
+    """Turn a failure to write a state into the message that its subject could not be written."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(
-            f"{folder}: the checkpoint of step {step} could not be written ({error}); earlier ones "
-            "are intact: free some space and run the same command again to resume from the last"
-        ) from error
+        raise UserError(f"{subject} could not be written ({error}){hint}") from error
 
 
 def get_rank_file(number: int) -> str:

@@ -1,8 +1,6 @@
 """Stop at a loss that is not finite, and save what is needed to find out why."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline import Batch
-from schemas import UserError
-from train.checkpoint import get_rank_file, write_state
+from train.checkpoint import explain_failed_write, get_rank_file, write_state
 from train.data import BatchStream
 from train.distributed import all_mean_, exit_all_ranks, is_main, raise_on_all_ranks, rank
 from train.training_step import TrainingStep
@@ -50,7 +47,8 @@ class NanGuard:
 
     def stop(self, number: int, loss: float, newest: int) -> None:
         folder = self.out / "failed" / f"step-{number:08d}"
-        with raise_on_all_ranks(), explain_failed_dump(number, loss):
+        subject = f"the loss of step {number} is {loss}; its state"
+        with raise_on_all_ranks(), explain_failed_write(subject):
             folder.mkdir(parents=True, exist_ok=True)
             last = self.stream.last
             views = collect_tensors(last) if last is not None and number == newest else None
@@ -74,17 +72,6 @@ class NanGuard:
             "fp32; the same command resumes from the last checkpoint, at an earlier step, with the "
             f"same batches{hint}"
         )
-
-
-@contextmanager
-def explain_failed_dump(number: int, loss: float) -> Iterator[None]:
-    """If the state cannot be written, still report why it was to be written."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(
-            f"the loss of step {number} is {loss}; its state could not be written ({error})"
-        ) from error
 
 
 def collect_tensors(batch: Batch) -> dict[str, Any]:

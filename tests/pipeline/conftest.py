@@ -1,8 +1,13 @@
-"""Small datasets for the tests of the pipeline; images are PNG, so that pixels can be compared."""
+"""Small datasets for the tests of the pipeline, local and on a server behind a cache.
+
+Images are PNG, so that pixels can be compared.
+"""
 
 import dataclasses
 import io
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.object_store import ObjectServer
 from pipeline import RECIPES, Batch, MaskedViews, Recipe
+from pipeline import cache as cache_module
+from pipeline.cache import Cache, ShardCache
 from pipeline.rng import Purpose, Rng
 from schemas import Sample, ShardDataset, write_dataset
+from schemas.tables import shard_name
 
 CROP = 56
 """Crop size of seven cells of 8 pixels, small to keep the tests fast."""
@@ -138,3 +147,83 @@ def take(views: MaskedViews, count: int) -> list[Batch]:
             if len(batches) == count:
                 break
     return batches
+
+
+# --- a remote dataset and its cache ---------------------------------------------------------------
+
+SHARDS = 12
+ROOM = 10**9
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the dataset `b` of 12 shards of one sample, which tests must not modify."""
+    folder = tmp_path_factory.mktemp("store")
+    samples = [sample_of(index, picture(index)) for index in range(SHARDS)]
+    write_dataset(folder / "b", samples, name="test", classes=["a"] * 12, shard_samples=1)
+    return folder
+
+
+@pytest.fixture
+def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reserve only slightly more than the indices and tables of these small shards take."""
+    monkeypatch.setattr(cache_module, "SIDE_BYTES", 128)
+
+
+@pytest.fixture
+def server(store: Path) -> Iterator[ObjectServer]:
+    with ObjectServer(store) as server:
+        yield server
+
+
+Open = Callable[..., ShardCache]
+
+
+@pytest.fixture
+def open_cache(server: ObjectServer, tmp_path: Path) -> Iterator[Open]:
+    """Return a function that opens a cache of the served dataset, with very short retry delays."""
+    opened: list[ShardCache] = []
+
+    def open_(limit: int = ROOM, **options: object) -> ShardCache:
+        dataset = ShardDataset.open(f"{server.url}/b")
+        options = {"backoff": 0.001, **options}
+        opened.append(ShardCache(dataset, Cache(tmp_path / "cache", limit), **options))  # type: ignore[arg-type]
+        return opened[-1]
+
+    yield open_
+    for cache in opened:
+        cache.close()
+
+
+def content(cache: ShardCache, shard: int) -> bytes:
+    """Open a shard, compare its three files with the dataset's and close it; return the tar."""
+    files = cache.open(shard)
+    try:
+        tar = os.pread(files.tar, ROOM, 0)
+    finally:
+        os.close(files.tar)
+    read = cache.dataset.store.read
+    actual = (tar, files.idx, files.parquet)
+    assert actual == tuple(read(shard_name(shard, name)) for name in ("tar", "idx", "parquet"))
+    return tar
+
+
+def present(cache: ShardCache) -> list[int]:
+    """Return the numbers of the shards in the folder, in ascending order."""
+    return [row.shard for row in cache.dataset.shards if cache.folder.is_present(row)]
+
+
+def wait_until(is_so: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def of_shard(number: int, fault: Callable[[int], str | None]) -> Callable[[str, int], str | None]:
+    """Return a fault of one tar that depends on the number of earlier requests for it."""
+    return lambda path, before: fault(before) if path.endswith(f"{number:06d}.tar") else None
+
+
+def sizes(cache: ShardCache) -> list[int]:
+    return [cache.estimate_bytes(row) for row in cache.dataset.shards]

@@ -16,8 +16,8 @@ def test_what_is_appended_is_read_in_order(tmp_path: Path) -> None:
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    for unfinished in ('{"st', '{"step": 2', "{", ""):
-        path.write_text('{"é": 1}\n' + unfinished)
+    for unfinished in (b'{"st', b'{"step": 2', b"{", b"", b'{"\xc3', b"\0\0"):
+        path.write_bytes('{"é": 1}\n'.encode() + unfinished)
         assert read_json_lines(path) == [{"é": 1}]
         append_json_line(path, {"step": 3})
         assert read_json_lines(path) == [{"é": 1}, {"step": 3}]
@@ -36,3 +36,15 @@ def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path.write_text('{"st\n{"step": 2}\n')
     with pytest.raises(ValueError, match="line 1"):
         read_json_lines(path)
+    path.write_text('[1]\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="not a JSON object"):
+        read_json_lines(path)
+
+
+@pytest.mark.parametrize("damaged", [b'{"st', b"", b"\0\0\0\0", b'{"step\xff": 1}', b"[1]", b"1"])
+def test_damage_in_the_middle_is_skipped_if_the_reader_says_so(
+    tmp_path: Path, damaged: bytes
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 2}\n{"st')
+    assert read_json_lines(path, skip_damaged=True) == [{"step": 1}, {"step": 2}]

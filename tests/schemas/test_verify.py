@@ -14,6 +14,7 @@ import pytest
 from schemas import Problem, Sample, ShardDataset, UserError, write_dataset
 from schemas.shard import Member, members_of
 from schemas.verify import VerifyOptions, verify_dataset
+from schemas.verify_record import VerifyRecord
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,40 @@ def test_a_record_that_was_cut_short_loses_one_shard(folder: Path, tmp_path: Pat
     assert (dataset.verify(record=record).shards, dataset.verify(record=record).shards) == (1, 0)
 
 
-@pytest.mark.parametrize("content", ['{"dataset": "other"}', "not JSON", "[1]"])
+def test_a_record_cut_anywhere_goes_on_and_becomes_whole(folder: Path, tmp_path: Path) -> None:
+    dataset, path = ShardDataset.open(folder), tmp_path / "record.jsonl"
+    dataset.verify(record=path)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with VerifyRecord(path, dataset.digest) as record:
+            assert record.clean == {n for n in range(3) if b'{"shard": %d}' % n in content[:length]}
+            for row in dataset.shards:
+                if row.shard not in record.clean:
+                    record.add(row, [])
+        assert path.read_bytes() == content
+
+
+def test_a_damaged_byte_of_a_record_has_at_most_two_shards_read_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    dataset, path = ShardDataset.open(folder), tmp_path / "record.jsonl"
+    dataset.verify(record=path)
+    content = path.read_bytes()
+    for place in range(content.index(b"\n") + 1, len(content)):
+        for byte in (b"\0", b"\n", b"\xff", b"["):
+            path.write_bytes(content[:place] + byte + content[place + 1 :])
+            with VerifyRecord(path, dataset.digest) as record:
+                assert record.clean <= {0, 1, 2}
+                assert len(record.clean) >= 1
+    report = dataset.verify(record=path)
+    assert (report.clean, report.shards) == (True, 1)
+    assert dataset.verify(record=path).shards == 0
+
+
+@pytest.mark.parametrize(
+    "content", ['{"dataset": "other"}', '{"dataset": "oth', '{"shard": 0}\n', "not JSON", "[1]"]
+)
 def test_the_record_of_another_dataset_is_refused(
     folder: Path, tmp_path: Path, content: str
 ) -> None:

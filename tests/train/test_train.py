@@ -246,6 +246,14 @@ def test_loss_that_was_not_finite_earlier_is_named_by_its_own_step(shards, tmp_p
     assert len(own["keys"]) == 8
 
 
+def test_a_loss_is_named_even_if_its_state_cannot_be_written(shards, tmp_path):
+    (tmp_path / "failed").touch()  # a file where the folder would be
+    with pytest.raises(
+        UserError, match=r"step [2-4] is (nan|inf); its state could not .*directory"
+    ):
+        train.trainer.train(config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=1))
+
+
 def test_two_runs_do_not_share_a_folder(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(train.trainer, "LOCK_SECONDS", 0.1)
     with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another training is writ"):
