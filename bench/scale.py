@@ -1,12 +1,8 @@
 """Measure listing, planning, finishing and verifying a large dataset of made-up images."""
 
-import os
-import re
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,16 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from bench.process import (
+    MemoryWatch,
+    call_in_other_process,
+    peak_megabytes,
+    timed,
+    timed_row,
+)
+from bench.scale_files import measure_equal, measure_extend, measure_preview
 from bench.waiting_store import WaitingFileSystem, put
 from precompute.sources import SourceImage, list_images, list_source, open_source
 from precompute.sources.base import PartedSource
 from schemas.dataset import ShardDataset
 from schemas.info import describe
 from schemas.sample import Sample
-from schemas.shard import write_shard
+from schemas.shard import ShardMarker, marker_to_parquet, write_shard
 from schemas.storage import Store
-from schemas.tables import Reject
+from schemas.tables import SAMPLES_SCHEMA, Reject, ShardRow, shard_name
 from schemas.ustar import UstarWriter
 from schemas.verify import VerifyOptions, verify_dataset
 from schemas.writer import finish_dataset
@@ -37,11 +42,14 @@ class Options:
     """Measure seconds and memory of the stages of a job that touch every image but no pixels."""
 
     rows: tuple[str, ...] = ("list", "plan", "finish")
-    """Measurements to run: list (tars in a store with latency), plan (in this process), cluster
-    (planning with Ray), finish (tables, info and verify of a dataset with many shards).
+    """Measurements to run: list (tars in a store with latency), plan (in this process), compare
+    (finding the new images for --extend), cluster (planning with Ray), finish (tables, info and
+    verify of a dataset with many shards), extend (adding images to such a dataset), preview (a
+    contact sheet of it), equal (bytes of the shards of two jobs, one of them planned by Ray, killed
+    and resumed).
     """
     images: int = 100_000
-    """Number of images for `plan` and `cluster`."""
+    """Number of images for `plan`, `compare`, `cluster` and `equal`."""
     tars: int = 10_000
     """Number of tars for `list`."""
     tar_samples: int = 3
@@ -51,9 +59,11 @@ class Options:
     request_seconds: float = 0.02
     """Latency in seconds of a request to the store of `list` and `finish`."""
     shards: int = 10_000
-    """Number of shards for `finish`."""
+    """Number of shards for `finish`, `extend` and `preview`."""
     shard_samples: int = 10
-    """Samples per shard for `finish`."""
+    """Samples per shard for `finish`, `extend`, `preview` and `equal`."""
+    new_images: int = 300
+    """Number of images that `extend` adds and `compare` finds."""
 
 
 class MadeUp(PartedSource):
@@ -75,19 +85,6 @@ class MadeUp(PartedSource):
 
     def read(self, image: SourceImage) -> bytes:
         raise NotImplementedError
-
-
-def peak_megabytes() -> float:
-    """Return the peak memory of this process in MB (getrusage would include its parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Return the result of `work`, its seconds, and the CPU seconds of this process."""
-    start, cpu = time.perf_counter(), time.process_time()
-    result = work()
-    return result, time.perf_counter() - start, time.process_time() - cpu
 
 
 def measure_list(options: Options) -> None:
@@ -128,6 +125,55 @@ def measure_plan(options: Options) -> None:
     )
 
 
+def write_markers(folder: str, count: int) -> None:
+    """Write the markers and tables of a dataset of the first `count` made-up images, but no tar."""
+    from precompute.plan import make_plan
+
+    images, _ = list_images(list_source(source := MadeUp(count)))
+    store = Store(folder)
+    shards = make_plan(images, seed=0, shard_samples=1000).shards
+    for shard, shard_images in enumerate(shards):
+        constant = {"shard": shard, "image_sha256": "0" * 64, "reencoded": False} | dict.fromkeys(
+            ("index", "height", "width", "image_bytes", "saliency_min", "saliency_max"), 0
+        )
+        rows = [
+            {"key": image.key, "label": image.label, "source": image.location, **constant}
+            for image in shard_images
+        ]
+        table = pa.Table.from_pylist(rows, SAMPLES_SCHEMA)
+        marker = ShardMarker(ShardRow(shard, len(rows), 0, ""), table, [], {})
+        with unittest.mock.patch("os.fsync"):
+            store.write(shard_name(shard, "parquet"), marker_to_parquet(marker))
+    finish_dataset(
+        store,
+        len(shards),
+        name="bench",
+        split="train",
+        classes=source.classes,
+        saliency_side=28,
+        estimator={},
+        plan="",
+        seed=0,
+    )
+
+
+def measure_compare(options: Options) -> None:
+    """Find the new images of a source whose other images are in a dataset, in this process."""
+    from precompute.extend import only_new
+
+    with tempfile.TemporaryDirectory() as folder:
+        call_in_other_process(write_markers, folder, options.images)
+        source = MadeUp(options.images + options.new_images)
+        images, _ = list_images(list_source(source))
+        before = peak_megabytes()
+        _, new, _ = timed_row(
+            f"find {options.new_images:,} new images among {len(images):,} "
+            f"({before:.0f} MB when they are listed)",
+            lambda: only_new(folder, images, [], list(source.classes)),
+        )
+    assert len(new) == options.new_images
+
+
 def measure_cluster(options: Options) -> None:
     """Plan made-up images with a local Ray, and read shards of the plan as workers do."""
     import ray
@@ -153,46 +199,6 @@ def measure_cluster(options: Options) -> None:
         f"| "
         f"{seconds:.1f} | {cpu:.1f} | {peak_megabytes():.0f} |"
     )
-
-
-class MemoryWatch:
-    """Track the largest Ray worker in MB, without the object store that all of them share."""
-
-    def __init__(self) -> None:
-        self.most = 0.0
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-
-    def watch(self) -> None:
-        while not self.over.wait(0.5):
-            for command in Path("/proc").glob("[0-9]*/cmdline"):
-                if is_worker(command):
-                    self.most = max(self.most, private_megabytes(command.parent))
-
-    def __enter__(self) -> "MemoryWatch":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.thread.join()
-
-
-def is_worker(command: Path) -> bool:
-    """Return whether a process is a Ray worker, by its /proc/PID/cmdline."""
-    try:
-        return command.read_bytes().startswith(b"ray::")
-    except OSError:  # the process has ended
-        return False
-
-
-def private_megabytes(process: Path) -> float:
-    """Return a process's private memory in MB; 0 if it has ended."""
-    try:
-        fields = (process / "statm").read_text().split()
-    except OSError:
-        return 0.0
-    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def measure_finish(options: Options) -> None:
@@ -222,9 +228,7 @@ def measure_finish(options: Options) -> None:
             )
 
         def row(name: str, work: Callable[[], Any]) -> None:
-            _, seconds, cpu = timed(work)
-            peak = peak_megabytes()
-            print(f"| {name} ({what}) | {seconds:.1f} | {cpu:.1f} | {peak:.0f} |", flush=True)
+            timed_row(f"{name} ({what})", work)
 
         row("finish", lambda: finish(store))
         row("open", lambda: ShardDataset.open(folder))
@@ -249,8 +253,14 @@ def small(number: int, saliency: np.ndarray) -> Sample:
 MEASURES = {
     "list": measure_list,
     "plan": measure_plan,
+    "compare": measure_compare,
     "cluster": measure_cluster,
     "finish": measure_finish,
+    "extend": lambda options: measure_extend(
+        options.shards, options.shard_samples, options.new_images
+    ),
+    "preview": lambda options: measure_preview(options.shards, options.shard_samples),
+    "equal": lambda options: measure_equal(options.images, options.shard_samples),
 }
 
 

@@ -1,13 +1,11 @@
 """Contact sheets of the encoder's inputs: one row per sample, as PNG and HTML."""
 
 import io
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
@@ -27,7 +25,6 @@ from pipeline.fused import MEAN, STD
 from pipeline.loader import MaskedViews
 from pipeline.recipes import Recipe
 from schemas import ShardDataset, UserError
-from schemas.sample import SALIENCY_MEMBER
 from schemas.tables import shard_name
 
 FOREGROUND = (255, 214, 10)
@@ -67,7 +64,13 @@ def write_preview(
         report=("masks", "saliency", "windows", "crops", "keys"),
     )
     batch = next(iter(views))
-    rows = [draw_sample_row(dataset, batch, row, recipe) for row in range(views.batch_size)]
+    positions, indices = views.order.locate(views.order.batch(epoch=0, step=0))
+    rows = [
+        draw_sample_row(dataset, batch, row, recipe, read_sample(dataset, position, index))
+        for row, (position, index) in enumerate(
+            zip(positions.tolist(), indices.tolist(), strict=True)
+        )
+    ]
     title, note = describe_sheet(dataset, recipe)
     try:
         draw_png(title, note, rows).save(out, format="PNG")
@@ -126,11 +129,21 @@ def uses_saliency(recipe: Recipe) -> bool:
     return recipe.fill != "none" and not names <= {"random", "block"}
 
 
-def draw_sample_row(dataset: ShardDataset, batch: Batch, row: int, recipe: Recipe) -> list[Tile]:
-    """Return the tiles of one sample."""
+def draw_sample_row(
+    dataset: ShardDataset,
+    batch: Batch,
+    row: int,
+    recipe: Recipe,
+    stored: tuple[Image.Image, Image.Image],
+) -> list[Tile]:
+    """Return the tiles of one sample.
+
+    Args:
+        stored: its image and its saliency, as `read_sample` returns them.
+    """
     assert batch.sample_keys is not None
     key = batch.sample_keys[row]
-    image, saliency = read_sample(dataset, key)
+    image, saliency = stored
     thumbnail, to_tile = letterbox(image)
     draw = ImageDraw.Draw(thumbnail)
     branches = {"query": QUERY, "key": KEY} if recipe.pair else {"query": QUERY}
@@ -242,22 +255,28 @@ def letterbox(
     return tile, lambda x, y: (left + x * (fitted.width - 1), top + y * (fitted.height - 1))
 
 
-def read_sample(dataset: ShardDataset, key: str) -> tuple[Image.Image, Image.Image]:
-    """Read an image as the loader sees it (RGB, oriented) and its stored saliency."""
-    row = pc.index(dataset.samples["key"], key).as_py()
-    shard = dataset.samples["shard"][row].as_py()
-    with (
-        dataset.store.open(shard_name(shard, "tar")) as file,
-        tarfile.open(fileobj=file) as tar,
-    ):
-        content = {
-            member.name.split(".", 1)[1]: tar.extractfile(member).read()  # type: ignore[union-attr]
-            for member in tar
-            if member.name.split(".", 1)[0] == key
-        }
-    saliency = Image.open(io.BytesIO(content.pop(SALIENCY_MEMBER)))
+def read_sample(
+    dataset: ShardDataset, position: int, index: int
+) -> tuple[Image.Image, Image.Image]:
+    """Read an image as the loader sees it (RGB, oriented) and its stored saliency.
+
+    Only the shard's index and the bytes of the sample are read, however large the dataset is.
+
+    Args:
+        position: position of the shard in `dataset.shards`.
+        index: index of the sample in the shard.
+    """
+    shard = dataset.shards[position].shard
+    lines = dataset.store.read(shard_name(shard, "idx")).decode("ascii").splitlines()
+    # extension, offset, size and name of each member: first the image, then the map
+    words = lines[1 + index].split()
+    encoded_image, encoded_map = (
+        dataset.store.read(shard_name(shard, "tar"), int(offset), int(offset) + int(size))
+        for offset, size in (words[1:3], words[5:7])
+    )
+    saliency = Image.open(io.BytesIO(encoded_map))
     with without_size_limit():
-        image = Image.open(io.BytesIO(next(iter(content.values()))))
+        image = Image.open(io.BytesIO(encoded_image))
         return ImageOps.exif_transpose(image).convert("RGB"), saliency
 
 

@@ -1,7 +1,10 @@
 """Find the images that `--extend` adds to a complete dataset, in new shards after the existing."""
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from precompute.sources import SourceImage
-from precompute.sources.base import free_key
+from precompute.sources.base import KEY_DIGITS, digest_key, free_key
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.names import to_stored
@@ -32,21 +35,42 @@ def only_new(
         )
     # Read from the shards' markers, because an extension that was interrupted at its very end may
     # have written the tables already.
-    keys: set[str] = set()
-    known: set[str] = set()
+    unseen = {to_stored(image.location) for image in images}
+    chunks: list[pa.Array] = []
     for marker in read_markers(dataset.store, range(dataset.card.shards)):
-        keys.update(marker.samples["key"].to_pylist())
-        known.update(marker.samples["source"].to_pylist())
-        known.update(reject.source for reject in marker.rejects)
-    new: list[SourceImage] = []
-    taken = keys | {image.key for image in images}
-    for image in images:
-        if to_stored(image.location) in known:
-            continue
-        if image.key in keys:
-            own = free_key(image.key, image.location, taken)
-            taken.add(own)
-            new.append(image._replace(key=own))
-        else:
-            new.append(image)
-    return dataset.card, new, rejects
+        chunks += marker.samples["key"].chunks
+        unseen.difference_update(marker.samples["source"].to_pylist())
+        unseen.difference_update(reject.source for reject in marker.rejects)
+    new = [image for image in images if to_stored(image.location) in unseen]
+    return dataset.card, rename(new, images, pa.chunked_array(chunks, pa.string())), rejects
+
+
+def rename(
+    new: list[SourceImage], images: list[SourceImage], keys: pa.ChunkedArray
+) -> list[SourceImage]:
+    """Return the new images; those whose key is in the dataset get another one.
+
+    Args:
+        images: all images of the source, which have different keys.
+        keys: all keys of the dataset. Arrow needs about 30 bytes for each, a set of strings several
+            times that.
+    """
+    taken = find_keys(keys, {image.key for image in new})
+    if not taken:
+        return new
+    clashing = [image for image in new if image.key in taken]
+    candidates = {
+        digest_key(image.key, image.location, digits) for image in clashing for digits in KEY_DIGITS
+    }
+    taken |= find_keys(keys, candidates) | {image.key for image in images}
+    own_keys: dict[str, str] = {}
+    for image in clashing:
+        own_keys[image.key] = free_key(image.key, image.location, taken)
+        taken.add(own_keys[image.key])
+    return [image._replace(key=own_keys.get(image.key, image.key)) for image in new]
+
+
+def find_keys(keys: pa.ChunkedArray, wanted: set[str]) -> set[str]:
+    """Return the wanted keys that are among `keys`."""
+    is_wanted = pc.is_in(keys, pa.array(sorted(wanted), pa.string()))
+    return set(keys.filter(is_wanted).to_pylist())

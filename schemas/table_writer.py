@@ -16,6 +16,13 @@ ROW_GROUP = 1024 * 1024
 both ways give the same bytes. This many rows are held in memory, about 200 MB of samples.
 """
 
+SMALL_ROWS = 100
+SMALL_TABLES = 256
+"""Number of consecutive tables of fewer than SMALL_ROWS rows that are copied into one while they
+wait for their row group, because each table needs about 15 KB however few rows it has. Larger
+tables stay as they are: the copy would move the bounds of pages in the file.
+"""
+
 
 class TableWriter:
     """A parquet file of a store that grows table by table; readers see all of it or nothing.
@@ -32,20 +39,29 @@ class TableWriter:
         self.rows = 0
         self.waiting: list[pa.Table] = []
         self.waiting_rows = 0
+        self.small_tables = 0
         self.groups = 0
         self.stream = store.write_stream(name)
         self.parquet = pq.ParquetWriter(self.stream, schema, compression="zstd")
 
     def add(self, table: pa.Table) -> None:
         """Append the rows of a table that has this schema."""
+        if not len(table):
+            return
         self.waiting.append(table)
         self.waiting_rows += len(table)
         self.rows += len(table)
+        self.small_tables = self.small_tables + 1 if len(table) < SMALL_ROWS else 0
+        if self.small_tables == SMALL_TABLES:
+            copied = pa.concat_tables(self.waiting[-SMALL_TABLES:]).combine_chunks()
+            self.waiting[-SMALL_TABLES:] = [copied]
+            self.small_tables = 0
         while self.waiting_rows >= ROW_GROUP:
             whole = pa.concat_tables(self.waiting)
             self.write_group(whole.slice(0, ROW_GROUP))
             self.waiting = [whole.slice(ROW_GROUP)]
             self.waiting_rows -= ROW_GROUP
+            self.small_tables = 0
 
     def write_group(self, table: pa.Table) -> None:
         self.parquet.write_table(table, ROW_GROUP)

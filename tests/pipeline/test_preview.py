@@ -1,6 +1,7 @@
 """The contact sheet and the command that writes it."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipeline.contact_sheet import KEY, QUERY
 from pipeline.preview import FOREGROUND, draw_view, outline_
 from schemas import ShardDataset, UserError
 from schemas.cli import run
+from schemas.tables import SAMPLES
 from tests.browser import shown
 from tests.pipeline.conftest import small
 
@@ -73,6 +75,22 @@ def test_more_samples_and_hard_negatives_make_a_larger_sheet(
         sizes[samples, hard] = Image.open(out).size
     assert sizes[2, 1][1] > sizes[1, 1][1]
     assert sizes[1, 2][0] > sizes[1, 1][0]
+
+
+def test_a_sheet_needs_no_table_of_all_samples(
+    dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has 8 GB at 10^8 samples; with more, there is none."""
+    other = shutil.copytree(dataset.url, tmp_path / "other")
+    (other / SAMPLES).unlink()
+    sheets = []
+    for data in (dataset.url, str(other)):
+        out = tmp_path / "sheet.png"
+        preview(
+            monkeypatch, "--data", data, "--out", str(out), "--samples", "5", "--crop-size", "56"
+        )
+        sheets.append(out.read_bytes())
+    assert sheets[0] == sheets[1]
 
 
 def test_the_outline_runs_around_the_foreground() -> None:

@@ -15,6 +15,7 @@ from precompute.extend import only_new
 from precompute.progress import stalled
 from precompute.reads import PendingReads
 from precompute.sources import SourceImage, list_images, open_source
+from precompute.sources.base import digest_key
 from precompute.sources.imagenet import CLASSES
 from precompute.sources.trees import Folder
 from schemas import UserError
@@ -288,3 +289,21 @@ def test_pictures_whose_keys_meet_are_written_in_one_run_or_in_two(tmp_path: Pat
         assert {image.location for image in new} == {"a/b/c.webp", "a/b_c.gif"}
         assert not {image.key for image in new} & set(keys.values())
         assert len({image.key for image in new}) == 2
+
+
+def test_a_new_key_is_not_one_of_an_image_that_has_left_the_source(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shorter = digest_key("a_x", "a/x.png", 8)
+    left = [root / "a" / "x.jpg", root / "a" / f"{shorter.removeprefix('a_')}.jpg"]
+    for number, path in enumerate(left):
+        write(path, encode(noise(number)))
+    dataset = build_folder(root, tmp_path / "out")
+    assert set(dataset.samples["key"].to_pylist()) == {"a_x", shorter}
+    for path in left:
+        path.unlink()
+    write(root / "a" / "x.png", encode(noise(2), "PNG"))
+    write(root / "a" / "y.png", encode(noise(3), "PNG"))
+    images, rejects = list_images(Folder(str(root), "train", False).images())
+    _, new, _ = only_new(str(tmp_path / "out"), images, rejects, ["a"])
+    keys = {image.location: image.key for image in new}
+    assert keys == {"a/x.png": digest_key("a_x", "a/x.png", 16), "a/y.png": "a_y"}

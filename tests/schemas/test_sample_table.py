@@ -192,6 +192,21 @@ def test_the_bytes_are_those_of_one_whole_table(
         assert buffer.getvalue() == to_parquet(table)
 
 
+def test_many_small_tables_are_held_as_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shards of a dataset may be small, and most have no rejects."""
+    monkeypatch.setattr(table_writer, "SMALL_TABLES", 10)
+    rejects = [Reject(f"source {i}", "ab"[i % 2], "x" * (i % 9)) for i in range(500)]
+    store = Store(tmp_path)
+    with TableWriter(store, "t.parquet", REJECTS_SCHEMA) as parts:
+        for reject in rejects:
+            parts.add(table_of([reject], REJECTS_SCHEMA))
+            parts.add(REJECTS_SCHEMA.empty_table())
+        assert len(parts.waiting) == 50
+    assert store.read("t.parquet") == to_parquet(table_of(rejects, REJECTS_SCHEMA))
+
+
 @pytest.mark.parametrize("where", ["path", "memory"])
 def test_a_table_that_fails_leaves_nothing(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
