@@ -158,7 +158,10 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
         figures["peak_mib_network"] = torch.cuda.max_memory_allocated() / 2**20
         if find_reason(torch.device("cuda", 0)) is None:
             compiled = ScdaEstimator(replace(options, compile=True))
-            figures["windows_per_second_network_compiled"] = measure_rate(compiled)
+            try:
+                figures["windows_per_second_network_compiled"] = measure_rate(compiled)
+            except Exception as error:  # the workers are worth measuring all the same
+                print(f"the network could not be compiled: {error}", flush=True)
     return float(sum(len(windows(settings.height, settings.width, a)) for a in options.areas))
 
 
@@ -222,11 +225,12 @@ def work(settings: Settings, threads: int, out: Path, warm: Barrier, results: An
 
     Times come from `time.monotonic`, which all processes of a machine share.
     """
-    from precompute.threads import use_threads
+    from precompute.threads import limit_torch_threads, use_threads
 
     try:
+        use_threads(threads)
         builder, plans = prepare(settings, out)
-        use_threads(threads, builder.estimator.device)
+        limit_torch_threads(builder.estimator)
         builder.build(0, plans[0][: 2 * settings.batch_size], count_nothing)
         warm.wait(settings.start_seconds)
         begin, cpu = time.monotonic(), time.process_time()

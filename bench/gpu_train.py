@@ -64,10 +64,10 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
                 f"batch {size}: {fed:.1f} ms fed by views decoded on the CPU, alone/fed "
                 f"{alone / fed:.3f}"
             )
-        loading, asking = loader_milliseconds(fed_batches, device, settings)
+        loading, in_calls = loader_milliseconds(fed_batches, device, settings)
         lines.append(
             f"batch {size}: {loading:.1f} ms a batch of the loader alone, of which the host spends "
-            f"{asking:.1f} asking for it"
+            f"{in_calls:.1f} in the call"
         )
         if device.type == "cuda":
             waits = count_waits(step, fed_batches)
@@ -119,21 +119,21 @@ def loader_milliseconds(
 ) -> tuple[float, float]:
     """Return the mean time of a batch that nothing uses, and the part until the call returns.
 
-    A step is limited by the first if it is shorter. The second is the time in which the host cannot
-    launch the step's kernels; it includes waiting for the decoder if that is slower.
+    The first limits a step that is shorter than it. During the second, the host cannot launch the
+    step's kernels; waiting for a slower decoder is part of it.
     """
     stream = iter(batches)
     for _ in range(settings.warmup):
         next(stream)
     synchronize(device)
-    start, asked = time.perf_counter(), 0.0
+    start, in_calls = time.perf_counter(), 0.0
     for _ in range(settings.steps):
         begin = time.perf_counter()
         next(stream)
-        asked += time.perf_counter() - begin
+        in_calls += time.perf_counter() - begin
         synchronize(device)
     total = time.perf_counter() - start
-    return 1e3 * total / settings.steps, 1e3 * asked / settings.steps
+    return 1e3 * total / settings.steps, 1e3 * in_calls / settings.steps
 
 
 def count_waits(step: TrainingStep, batches: Iterable) -> list[str]:
@@ -164,7 +164,10 @@ def kernels(step: TrainingStep, batches: Iterable, device: torch.device) -> list
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     averages = profiler.key_averages()
     if on_gpu:  # without the operators, whose time is that of their kernels
-        averages = [row for row in averages if row.device_type == torch.autograd.DeviceType.CUDA]
+        on_device = torch.autograd.DeviceType.CUDA
+        averages = [
+            row for row in averages if row.device_type == on_device and not row.is_user_annotation
+        ]
     rows = sorted(averages, key=lambda row: getattr(row, name), reverse=True)
     total = sum(getattr(row, name) for row in rows)
     return [f"the {MOST_EXPENSIVE} most expensive of {total / 1e3:.1f} ms in a fed step:"] + [

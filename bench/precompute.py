@@ -114,7 +114,7 @@ class Rated:
 class Nothing:
     """Stand-in for an estimator that is never run."""
 
-    side, weights_sha256, device = 1, None, "cpu"
+    side, weights_sha256, device, network_on_gpu = 1, None, "cpu", False
 
     def __call__(self, images: Any) -> np.ndarray:
         return np.zeros((len(images), 1, 1), np.float32)

@@ -53,7 +53,7 @@ class MaskedViews:
         url: dataset folder: a local path or any fsspec URL.
         recipe: a name in `RECIPES` or a recipe.
         batch_size: samples per step on this rank; the global batch is batch_size * world_size.
-        device: `cuda` or `cpu`; the graph runs there and the batches are there.
+        device: `cuda` or `cpu`; the batches are there.
         rank, world_size: global rank of this process and the number of processes.
         seed: random seed for sample order, crops and masks, 0 or more.
         report: extras to add to each batch: any of "masks", "saliency", "windows", "crops",

@@ -14,7 +14,7 @@ from precompute.job import Job, Resources
 from precompute.resume import missing_shards
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import SourceImage
-from precompute.threads import use_threads
+from precompute.threads import limit_torch_threads, use_threads
 from schemas.saliency import SaliencyMap
 from schemas.storage import Store
 
@@ -76,7 +76,8 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
         return "\n".join(lines)
     workers, cpus, _ = resources.split(machine.cores, machine.devices, len(missing))
     threads = max(1, int(cpus))
-    use_threads(threads, estimator.device)
+    use_threads(threads)
+    limit_torch_threads(estimator)
     planned = (image for place in places for image in job.plan.shards[place])
     sample = list(itertools.islice(planned, job.batch_size * BATCHES))
     sampled = make_batches(job, estimator, sample)

@@ -1,19 +1,23 @@
-"""Threads of a worker on the CPU."""
+"""CPU threads of a worker."""
 
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 
+from precompute.estimators import Estimator
 
-def use_threads(threads: int, device: str) -> None:
-    """Give DALI and PyTorch `threads` CPU threads each, PyTorch one if its network is on a GPU.
 
-    What such a worker computes with PyTorch on the CPU is small (pasting and averaging maps), and
-    PyTorch's threads spin while they wait for each other: without a limit, workers side by side on
-    16 cores took turns at spinning (55 CPU ms an image with two workers on an H200).
-
-    Args:
-        threads: at least 1.
-        device: the estimator's device, `cpu` or `cuda`.
-    """
-    torch.set_num_threads(threads if device == "cpu" else 1)
+def use_threads(threads: int) -> None:
+    """Give DALI and PyTorch this many CPU threads each; call it before the estimator is built."""
+    torch.set_num_threads(threads)
     ndd.set_num_threads(threads)
+
+
+def limit_torch_threads(estimator: Estimator) -> None:
+    """Give PyTorch one CPU thread if the estimator's network is on a GPU.
+
+    What is left for the CPU is small (pasting and averaging maps), and PyTorch's threads spin while
+    they wait for each other: two workers of 16 threads on 16 cores took 55 CPU ms an image beside
+    an H200 (bench/results/gpu-h200.txt).
+    """
+    if estimator.network_on_gpu:
+        torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from precompute.plan import Plan
 from precompute.reads import reported
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
-from precompute.threads import use_threads
+from precompute.threads import limit_torch_threads, use_threads
 from schemas.errors import UserError
 from schemas.storage import Store
 
@@ -28,7 +28,7 @@ class BuilderFactory:
     """Creates the ShardBuilder of a worker; pickled, so it holds no images, model or open file.
 
     Attributes:
-        threads: number of CPU threads for PyTorch and DALI.
+        threads: number of CPU threads for DALI, and for PyTorch unless the network is on a GPU.
         plan: the plan from `Plan.for_workers`; None if the images are passed directly.
         first_shard: number of the plan's first shard.
     """
@@ -44,8 +44,9 @@ class BuilderFactory:
     first_shard: int = 0
 
     def __call__(self) -> ShardBuilder:
+        use_threads(self.threads)
         estimator = self.estimator.build()
-        use_threads(self.threads, estimator.device)
+        limit_torch_threads(estimator)
         return ShardBuilder(
             self.source,
             estimator,

@@ -81,7 +81,10 @@ def parse_object(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the line is not a JSON object.
     """
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except RecursionError as error:  # damage may look like thousands of nested lists
+        raise ValueError(f"not a JSON object: {line[:40]!r}") from error
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object: {line[:40]!r}")
     return row

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
 from schemas.errors import UserError
-from schemas.json_lines import open_to_append, read_json_lines, write_json_line
+from schemas.json_lines import open_to_append, parse_object, read_json_lines, write_json_line
 from schemas.tables import ShardRow
 
 
@@ -22,7 +22,8 @@ class VerifyRecord:
     """A JSON-lines file: one line for the dataset, then one per shard verified without a problem.
 
     Shards with problems are not recorded, so that they are read again; so is a shard whose line is
-    damaged. A damaged first line makes the file a foreign one, which is never overwritten.
+    damaged. A file that does not begin with this dataset is a foreign one, which is never
+    overwritten.
 
     Args:
         path: the record, a local file; it is created if it does not exist. None for no record.
@@ -46,16 +47,16 @@ class VerifyRecord:
             # a run that was killed while it wrote the first line has verified nothing
             has_begun = not json.dumps(header)[:-1].encode().startswith(content)
             rows = read_json_lines(self.path, skip_damaged=True) if has_begun else []
-            if has_begun and (not rows or rows[0].get("dataset") != self.digest):
+            if has_begun and parse_object(content.partition(b"\n")[0]) != header:
                 raise UserError(
                     f"{self.path}: not a record of this dataset, or one from before it was "
                     "changed; delete it or choose another file"
                 )
-            self.clean = {row["shard"] for row in rows if isinstance(row.get("shard"), int)}
+            self.clean = {row["shard"] for row in rows if type(row.get("shard")) is int}
             self.file = open_to_append(self.path)
             if not has_begun:
                 write_json_line(self.file, header)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: cannot be used as a record ({error})") from error
         return self
 
@@ -71,4 +72,7 @@ class VerifyRecord:
     def add(self, row: ShardRow, problems: Iterable[Problem]) -> None:
         """Record a shard that was read, if it has no problem."""
         if self.file and not list(problems):
-            write_json_line(self.file, {"shard": row.shard})
+            try:
+                write_json_line(self.file, {"shard": row.shard})
+            except OSError as error:
+                raise UserError(f"{self.path}: the record cannot be written ({error})") from error

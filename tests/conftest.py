@@ -78,12 +78,21 @@ def make_sample() -> Callable[..., Sample]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Give each test the same random numbers in every run, alone or with other tests."""
+def reproducible() -> Iterator[None]:
+    """Give each test the same random numbers and threads, alone or after any other test.
+
+    Commands that run in this process set the number of threads, on which the last bits of a
+    training depend.
+    """
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    if torch := sys.modules.get("torch"):  # tests of `schemas` alone do not import torch
+    torch = sys.modules.get("torch")  # tests of `schemas` alone do not import torch
+    if torch:
         torch.manual_seed(0)
+        threads = torch.get_num_threads()
+    yield
+    if torch:
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

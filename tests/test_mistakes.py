@@ -17,6 +17,7 @@ import ray
 import torch
 
 from pipeline import cache
+from precompute import cluster
 from schemas import UserError, write_dataset
 from train.methods import MoCo
 
@@ -228,8 +229,10 @@ def test_ray_that_runs_elsewhere(place, tmp_path, monkeypatch, error, parts):
     (tmp_path / "photos" / "a.jpg").write_bytes(b"")
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    # other tests of this process may share a Ray, which the end of this job would stop
+    # other tests of this process may share a Ray, which the end of this job would stop, and `auto`
+    # could find that of another process
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "reach", lambda _: None)
     command = "precompute --dataset folder --estimator spectral --address auto"
     message = said(monkeypatch, place, f"{command} --root {tmp_path}/photos --out {tmp_path}/o")
     for part in ("auto", *parts):

@@ -21,7 +21,7 @@ from train.methods import MethodConfig, MoCoConfig
 from train.optim import OptimConfig
 
 # These may differ between a checkpoint and the run that resumes from it: they change where a run
-# lies and what it reports, not what it computes.
+# lies, runs and decodes, and what it reports, not what it computes but for rounding.
 FREE = {
     "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
     "cache", "cache_gb", "knn", "wandb", "rank_timeout", "decode_on",

@@ -19,6 +19,11 @@ class Estimator(Protocol):
         ...
 
     @property
+    def network_on_gpu(self) -> bool:
+        """Tell whether a network that is known to run on a GPU does the work."""
+        ...
+
+    @property
     def weights_sha256(self) -> str | None:
         """Digest of the backbone's weights; None for an estimator without weights."""
         ...

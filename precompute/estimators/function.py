@@ -36,6 +36,7 @@ class FunctionEstimator:
         # It is unknown whether the function uses a GPU. Assuming that it does gives the more
         # cautious estimate of what further workers gain.
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.network_on_gpu = False
         self.weights_sha256 = hashlib.sha256(source.encode()).hexdigest()
         self.side = self.maps([np.zeros((32, 32, 3), np.uint8)]).shape[-1]
 

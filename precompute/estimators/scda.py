@@ -64,6 +64,10 @@ class ScdaEstimator:
         self.mean = torch.tensor(MEAN, device=self.device) * 255
         self.std = torch.tensor(STD, device=self.device) * 255
 
+    @property
+    def network_on_gpu(self) -> bool:
+        return self.device == "cuda"
+
     @torch.inference_mode()
     def __call__(self, images: Any) -> np.ndarray:
         shapes = [tuple(image.shape[:2]) for image in images]

@@ -30,6 +30,7 @@ class SpectralEstimator:
 
     weights_sha256 = None
     device = "cpu"
+    network_on_gpu = False
 
     def __init__(self, options: SpectralOptions):
         self.options = options

@@ -69,6 +69,7 @@ def imports_at_start(module: str, seen: set[str]) -> set[str]:
             [
                 *("bench.gpu_precompute", "precompute.shard_builder", "precompute.estimators"),
                 *("precompute.estimators.scda", "precompute.estimators.windows"),
+                *("precompute.threads", "pipeline.compiling"),
             ],
             id="workers of the GPU session",
         ),

@@ -1,5 +1,7 @@
 """Tests of Ray clusters: a job goes on while nodes come and go; workers fit on the nodes."""
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.precompute.conftest import without_ray
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARDS = 60
 
 
@@ -56,14 +59,18 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
         cluster.remove_node(first, allow_graceful=False)
 
     changes = threading.Thread(target=change_nodes, daemon=True)
+    # in a process of its own: this one may be connected to a Ray that other tests share
+    code = (
+        "from tests.precompute.test_cluster import *; "
+        f"run_job(job(Path({str(two)!r})), Resources({cluster.address!r}, workers=2))"
+    )
     try:
         changes.start()
-        run_job(job(two), Resources(cluster.address, workers=2))
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
         changes.join(10)
         assert len(built) == 2, "the first node was not killed"
         assert built[1] < SHARDS, "the first node was killed too late"
     finally:
-        ray.shutdown()
         cluster.shutdown()
     dataset = ShardDataset.open(two)
     assert dataset.verify().clean
@@ -72,7 +79,12 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
         assert path.read_bytes() == (two / "shards" / path.name).read_bytes()
 
 
-def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # whether other tests of this process share a Ray or not
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
         run_job(job(tmp_path), Resources("127.0.0.1:1"))
 

@@ -19,7 +19,7 @@ from schemas import UserError
 class OnGpu:
     """Fake estimator whose network is on a GPU."""
 
-    side, weights_sha256, device = 1, None, "cuda"
+    side, weights_sha256, device, network_on_gpu = 1, None, "cuda", True
 
     def __call__(self, images: object) -> np.ndarray:
         raise AssertionError("make_batches stands for all work")

@@ -43,7 +43,7 @@ class InMemory(Source):
 class Flat:
     """Fake estimator that raises `error` in call number `fails_at`."""
 
-    side, weights_sha256, device = 2, None, "cpu"
+    side, weights_sha256, device, network_on_gpu = 2, None, "cpu", False
 
     def __init__(self, error: Exception | None = None, fails_at: int = 0):
         self.error, self.fails_at, self.calls = error, fails_at, 0

@@ -1,4 +1,4 @@
-"""Threads of a worker."""
+"""CPU threads of a worker."""
 
 from collections.abc import Iterator
 
@@ -6,19 +6,28 @@ import nvidia.dali.experimental.dynamic as ndd
 import pytest
 import torch
 
-from precompute.threads import use_threads
+from precompute.estimators import ScdaOptions, SpectralOptions
+from precompute.threads import limit_torch_threads, use_threads
 
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    before = torch.get_num_threads(), ndd.get_num_threads()
+    before = ndd.get_num_threads()
     yield
-    torch.set_num_threads(before[0])
-    ndd.set_num_threads(before[1])
+    ndd.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("device", "of_torch"), [("cpu", 3), ("cuda", 1)])
-def test_a_worker_on_a_gpu_leaves_torch_one_thread(device: str, of_torch: int) -> None:
-    use_threads(3, device)
+def test_a_network_on_a_gpu_leaves_torch_one_thread(device: str, of_torch: int) -> None:
+    use_threads(3)
+    estimator = ScdaOptions("squeezenet1_1", "random").build("cpu")
+    estimator.device = device  # type: ignore[misc]
+    limit_torch_threads(estimator)
     assert torch.get_num_threads() == of_torch
     assert ndd.get_num_threads() == 3
+
+
+def test_an_estimator_that_is_not_known_to_use_a_gpu_keeps_its_threads() -> None:
+    use_threads(3)
+    limit_torch_threads(SpectralOptions().build())
+    assert torch.get_num_threads() == 3
