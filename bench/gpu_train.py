@@ -9,11 +9,13 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline import MaskedViews, get_recipe
+from pipeline.compiling import find_reason
 from train.config import TrainConfig, resolve_config
 from train.data import SyntheticViews, split_batch
 from train.methods import MoCoConfig, Setup
@@ -76,11 +78,18 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
                 problems.append(f"batch {size}: the host waits: {'; '.join(sorted(set(waits)))}")
         if size == settings.batch_sizes[0]:
             lines += kernels(step, fed_batches, device)
+            if device.type == "cuda" and find_reason(device) is None:
+                compiled, _ = build(size, device, settings, compile=True)
+                took = milliseconds(compiled, endless, device, settings)
+                lines.append(f"batch {size}: {took:.1f} ms a step alone with --compile")
         views.close()
     return lines, problems
 
 
-def build(size: int, device: torch.device, settings: Settings) -> tuple[TrainingStep, TrainConfig]:
+def build(
+    size: int, device: torch.device, settings: Settings, **options: Any
+) -> tuple[TrainingStep, TrainConfig]:
+    """Build the step of MoCo v2; `options` are further ones of `TrainConfig`."""
     recipe = replace(get_recipe("hp"), crop_size=settings.crop_size)
     config = TrainConfig(
         data="",
@@ -91,6 +100,7 @@ def build(size: int, device: torch.device, settings: Settings) -> tuple[Training
         crop_size=settings.crop_size,
         batch_size=size,
         device="cuda" if device.type == "cuda" else "cpu",
+        **options,
     )
     config = resolve_config(config, device)
     setup = Setup(encoder=config.encoder, batch_size=size, crop_size=settings.crop_size)
