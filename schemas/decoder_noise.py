@@ -75,22 +75,23 @@ def pass_on() -> None:
     """Copy stdin to stderr without the lines that match NOISE; report their number when asked."""
     count, first, blank_goes = 0, b"", False
     for line in sys.stdin.buffer:
-        told = b""
-        if line == ASK:
-            if count:
-                told = b"image decoders printed %d lines, the first: %s\n" % (count, first)
+        is_asked = line.endswith(ASK)
+        told = line.removesuffix(ASK)  # before it, the beginning of a line that nobody has ended
+        if NOISE.match(told):
+            first = first if count else told.strip()[:SHOWN]
+            count, blank_goes, told = count + 1, True, b""
+        else:
+            if blank_goes and not told.strip():
+                told = b""
+            blank_goes = False
+        if is_asked and count:
+            told += b"\n" if told else b""
+            told += b"image decoders printed %d lines, the first: %s\n" % (count, first)
             count = 0
-        elif NOISE.match(line):
-            first = first if count else line.strip()[:SHOWN]
-            count, blank_goes = count + 1, True
-            continue
-        elif line.strip() or not blank_goes:
-            told = line
-        blank_goes = False
         with contextlib.suppress(OSError):
             sys.stderr.buffer.write(told)
             sys.stderr.buffer.flush()
-            if line == ASK:
+            if is_asked:
                 os.write(1, b"\n")
 
 

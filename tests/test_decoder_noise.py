@@ -78,6 +78,26 @@ with without_decoder_noise():
     assert lines[-1] == b"last words"
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (b"half a line", b"half a line"),
+        (b"libpng error: half a line", b"image decoders printed 1 lines, the first: {}\n"),
+        (b"libpng error: x\nhalf", b"half\nimage decoders printed 1 lines, the first: {}\n"),
+    ],
+)
+def test_a_line_that_is_not_ended_is_told_once(written, expected):
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from schemas.decoder_noise import without_decoder_noise
+with without_decoder_noise():
+    os.write(2, {written!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    assert done.stderr == expected.replace(b"{}", written.splitlines()[0])
+
+
 def test_a_stderr_that_is_no_descriptor_2_stays(capsys):
     stream = sys.stderr
     with without_decoder_noise():
