@@ -24,7 +24,7 @@ NOISE = re.compile(
     rb"|Inconsistent progression|Warning: unknown JFIF)"
 )
 ASK = b"\0saliency-shards: how many?\n"
-ANSWER_SECONDS = 2.0
+ANSWER_SECONDS = 10.0  # a filter that was killed closes its pipe, which ends the wait at once
 SHOWN = 160
 
 
