@@ -97,13 +97,13 @@ def test_two_agents_train_as_one_does(shards, whole, tmp_path):
         *("-m", "train", *command(shards, tmp_path, **LONGER)),
     ]
     cores = sorted(os.sched_getaffinity(0))
-    half = len(cores) // 2  # as many threads per rank as in `whole`
+    half = max(1, len(cores) // 2)  # as many threads per rank as in `whole`
     agents = [
         subprocess.Popen(
             ["taskset", "-c", ",".join(map(str, part)), *torchrun],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        for part in (cores[:half], cores[half:])
+        for part in (cores[:half], cores[-half:])
     ]
     assert [process.wait(timeout=SECONDS) for process in agents] == [0, 0]
     assert told(tmp_path) == told(whole)
