@@ -221,6 +221,7 @@ def test_a_foreign_module_of_no_file_is_told(monkeypatch, capsys):
     assert "error: bench is of no file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_things_of_a_file_are_found_in_any_spelling(repository):
     kinds = ("./mine.py", "mine.py", str(repository / "mine.py"), "photos/../mine.py")
     (repository / "photos").mkdir()

@@ -198,6 +198,7 @@ def test_a_file_system_without_locks(place, monkeypatch):
     assert "--out" in message
 
 
+@pytest.mark.slow
 def test_shards_on_a_network_are_noted(place, tmp_path, monkeypatch, capsys):
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/a {place.resolve()} nfs4 rw 0 0\n")

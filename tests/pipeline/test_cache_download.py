@@ -86,6 +86,7 @@ def test_a_fault_of_http_is_tried_again(fault: str, server: ObjectServer, open_c
     content(cache, 2)
 
 
+@pytest.mark.slow
 def test_a_fault_of_s3_is_tried_again(
     server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def test_a_sample_looks_the_same_whatever_batch_rank_and_thread_it_is_in(
                 assert torch.equal(value, other[key][field]), (options, key, field)
 
 
+@pytest.mark.slow
 def test_any_world_size_goes_on_from_any_step(dataset: ShardDataset) -> None:
     """Global batches of 12 on 1, 2, 3, 4 and 6 ranks in turn equal those of one rank."""
     undisturbed = take(views_of(dataset, batch_size=12), 10)

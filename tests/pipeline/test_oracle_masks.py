@@ -120,6 +120,7 @@ def uniform(seen: np.ndarray, probability: float, trials: int) -> None:
     assert np.abs(seen - probability * trials).max() < bound
 
 
+@pytest.mark.slow
 def test_cells_are_drawn_uniformly_and_independently() -> None:
     trials = 40000
     saliency = torch.zeros(trials, 7, 7)
@@ -142,6 +143,7 @@ def test_cells_are_drawn_uniformly_and_independently() -> None:
         uniform(together, count * (count - 1) / (size * (size - 1)), trials)
 
 
+@pytest.mark.slow
 def test_the_mixture_of_mask_types() -> None:
     trials = 20000
     recipe = dataclasses.replace(RECIPES["hp"], crop_size=21, query_ratio=(0.2, 0.2))
@@ -157,6 +159,7 @@ def test_the_mixture_of_mask_types() -> None:
         assert still.cells.shape[1] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("crop", "kept", "filled"), [(224, 200, 130), (112, 100, 65), (7, 6, 4)])
 def test_focal_windows(crop: int, kept: int, filled: int) -> None:
     recipe = Recipe(

@@ -76,6 +76,7 @@ def test_a_window_is_left_before_the_next_begins() -> None:
         assert all(len(set(window[:15])) >= 4 for window in shards.tolist())
 
 
+@pytest.mark.slow
 def test_neighbors_and_epochs_are_independent() -> None:
     """Test the positions of two samples, and of one sample in two epochs, for 3,000 seeds."""
     trials, places = 3000, []

@@ -32,6 +32,7 @@ def find_line_colors(path: Path) -> set[tuple[int, ...]]:
     return set(map(tuple, values[counts > 50].tolist()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["hp", "none"])
 def test_a_sheet_is_written(
     dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
@@ -63,6 +64,7 @@ def test_a_browser_shows_the_page_at_phone_and_desktop_width(
     assert shown(out.with_suffix(".html"), tmp_path, width, "section img") == 3 * 7
 
 
+@pytest.mark.slow
 def test_more_samples_and_hard_negatives_make_a_larger_sheet(
     dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +79,7 @@ def test_more_samples_and_hard_negatives_make_a_larger_sheet(
     assert sizes[1, 2][0] > sizes[1, 1][0]
 
 
+@pytest.mark.slow
 def test_a_sheet_needs_no_table_of_all_samples(
     dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

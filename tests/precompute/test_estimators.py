@@ -81,6 +81,7 @@ def test_a_flat_picture_has_a_finite_map() -> None:
     assert np.isfinite(scda(batch(flat, np.zeros_like(flat)))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "channels", "side"),
     [("resnet18", 512, 7), ("mobilenet_v2", 1280, 7), ("densenet121", 1024, 7), ("vgg11", 512, 7)],
@@ -170,6 +171,7 @@ def test_random_weights_are_the_same_in_every_worker() -> None:
     assert (first(batch(noise(0))) == second(batch(noise(0)))).all()
 
 
+@pytest.mark.slow
 def test_weights_may_lack_the_classifier_but_nothing_else(tmp_path: Path) -> None:
     model = torchvision.models.get_model("resnet18")
     state = model.state_dict()
@@ -230,6 +232,7 @@ def test_options_without_sense_are_refused() -> None:
         SpectralOptions(average=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scda", "spectral"])
 def test_eight_bits_keep_the_foreground_of_real_maps(
     name: str, photos: Path, mobilenet_weights: Path

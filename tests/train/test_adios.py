@@ -302,6 +302,7 @@ def test_parts_of_a_step_leave_the_weight_of_the_entropy_as_it_is():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["simclr", "moco"])
 def test_two_ranks_play_as_one_does(two_ranks, objective):
     expected, state = shared_step(objective)

@@ -47,6 +47,7 @@ def test_parts_have_the_regions_of_their_own_images():
             assert torch.equal(getattr(part, name), getattr(batch, name)[rows]), name
 
 
+@pytest.mark.slow
 def test_maskco_trains_on_made_up_batches(tmp_path):
     settings = config(
         "", tmp_path, synthetic=20, recipe=RECIPES["maskco"], method=MaskCoConfig(queue=20),

@@ -162,6 +162,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
     assert calls.mock_calls == []
 
 
+@pytest.mark.slow
 def test_nccl_is_bound_to_the_gpu_and_waits_longer_than_gloo(monkeypatch):
     calls = pretend_gpus(monkeypatch, 4)
     store, gpu = torch.distributed.HashStore(), torch.device("cuda", 2)

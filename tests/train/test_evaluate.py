@@ -58,6 +58,7 @@ def probe_options(shards, run, **changes) -> linear.LinearOptions:
     return replace(options, **changes)
 
 
+@pytest.mark.slow
 def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
     before = (run / "encoder.safetensors").read_bytes()
     row = linear.evaluate(probe_options(shards, run, out=str(tmp_path)))
@@ -86,6 +87,7 @@ def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
     assert row["accuracy"]["best_top1"] == pytest.approx(max(found), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_linear_probe_goes_on_with_the_same_encoder_only(shards, run, tmp_path):
     options = probe_options(shards, run, out=str(tmp_path / "probe"), epochs=1)
     first = linear.evaluate(options)

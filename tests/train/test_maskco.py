@@ -190,6 +190,7 @@ def gradients():
     return loss, {name: own[name].grad.clone() for name in names}, method.queue
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_the_gradients_of_one(two_ranks):
     """Ranks have different numbers of valid regions, but each region weighs the same."""
     loss, expected, queue = gradients()
@@ -201,6 +202,7 @@ def test_two_ranks_compute_the_gradients_of_one(two_ranks):
         torch.testing.assert_close(its_queue, queue, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compile_reaches_both_encoders_of_maskco(monkeypatch):
     """A backend that runs the graph unchanged counts convolutions, so no compiler is needed."""
     runs, real = [], torch.compile

@@ -34,6 +34,7 @@ def test_each_start_has_its_own_name_for_all_ranks(server):
     assert len(set.union(*names)) == len(names)
 
 
+@pytest.mark.slow
 def test_a_question_of_a_dead_rank_does_not_count_as_its_successor(server):
     """Rank 1 dies after its question; a start with another rank 1 waits for that one."""
     short = timedelta(seconds=2)
@@ -44,6 +45,7 @@ def test_a_question_of_a_dead_rank_does_not_count_as_its_successor(server):
     assert len(join_all(server, 2)) == 1
 
 
+@pytest.mark.slow
 def test_an_absent_rank_is_named(server):
     with ThreadPoolExecutor() as pool:
         pool.submit(join, server, 1, 4)

@@ -165,6 +165,7 @@ def test_an_evaluation_that_fails_costs_no_epoch_and_is_caught_up(shards, tmp_pa
     assert [(row["step"], row["top1"]) for row in scores(tmp_path)] == [(3, 0.1), (6, 0.2)]
 
 
+@pytest.mark.slow
 def test_what_a_killed_save_left_is_removed(shards, tmp_path):
     for name in (".step-00000001.tmp", ".step-00000002.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -213,6 +214,7 @@ def test_other_settings_and_resume_never_are_refused(shards, run):
         train.trainer.train(config(shards, run, resume="never"))
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_before_its_update(shards, tmp_path):
     """It leaves the keys, the views and the state that reproduce the loss."""
     explodes = config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=1)
@@ -237,6 +239,7 @@ def test_loss_that_is_not_finite_stops_before_its_update(shards, tmp_path):
     assert not torch.isfinite(loss)
 
 
+@pytest.mark.slow
 def test_loss_that_was_not_finite_earlier_is_named_by_its_own_step(shards, tmp_path):
     with pytest.raises(UserError, match=r"(?s)step [23] is .*--log-steps 1 stops right at"):
         train.trainer.train(config(shards, tmp_path, optim=OptimConfig(lr=1e30), log_steps=100))
@@ -294,6 +297,7 @@ def test_small_stem_keeps_the_resolution_and_survives_the_file(tmp_path):
     assert torch.equal(again.conv1.weight, encoder.conv1.weight)
 
 
+@pytest.mark.slow
 def test_cifars_own_size_trains_with_the_small_stem(shards, tmp_path):
     """7 does not divide 32, which does not matter without masks."""
     method = SimCLRConfig(projection=8)
@@ -304,6 +308,7 @@ def test_cifars_own_size_trains_with_the_small_stem(shards, tmp_path):
     assert (metadata["crop_size"], build_eval_recipe(metadata).crop_size) == ("32", 32)
 
 
+@pytest.mark.slow
 def test_synthetic_trains_without_data_and_goes_on(tmp_path):
     settings = config("", tmp_path, synthetic=20, compile=False)
     train.trainer.train(settings)
@@ -319,6 +324,7 @@ def test_compile_is_for_the_encoders(tmp_path, monkeypatch):
     assert len(compiled) == 2  # the momentum branch is compiled too
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_each_step_when_it_is_there(shards, tmp_path, monkeypatch):
     logged, ids = [], []
 

@@ -131,6 +131,7 @@ def test_the_estimator_takes_such_a_file(trunk, other, tmp_path):
     assert torch.equal(found.conv1.weight, trunk["conv1.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_checkpoints_from_elsewhere_are_backbone_and_encoder(name, trunk, other, tmp_path, capsys):
     content = FILES[name](trunk, other)
