@@ -16,8 +16,8 @@ def limit_torch_threads(estimator: Estimator) -> None:
     """Give PyTorch one CPU thread if the estimator's network is on a GPU.
 
     What is left for the CPU is small (pasting and averaging maps), and PyTorch's threads spin while
-    they wait for each other: two workers of 16 threads on 16 cores took 55 CPU ms an image beside
-    an H200 (bench/results/gpu-h200.txt).
+    they wait for each other: beside an H200, one worker of 16 threads took 7.3 CPU ms an image, and
+    of one thread 2.2 (bench/results/gpu-h200.txt).
     """
     if estimator.network_on_gpu:
         torch.set_num_threads(1)

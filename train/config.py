@@ -135,8 +135,8 @@ class TrainConfig:
     """Number of groups into which the shards are divided for the whole run; with one per node, each
     node reads only its own shards. Must divide the batch size."""
     decode_on: DecodeOn = "gpu"
-    """Where images are decoded and cropped if the device is a GPU: there, or on the CPU, which
-    leaves the GPU to the step and needs several cores."""
+    """Where training images are decoded and cropped if the device is a GPU: there, or on the CPU,
+    which leaves the GPU to the step and needs several cores. Evaluations decode on the GPU."""
 
 
 def resolve_config(config: TrainConfig, device: torch.device) -> TrainConfig:
