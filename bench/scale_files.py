@@ -21,7 +21,6 @@ from schemas.sample import Sample
 from schemas.shard import write_shard
 from schemas.storage import Store
 from schemas.tables import CARD
-from schemas.writer import finish_dataset
 
 # Precompute, Ray, torch and DALI are imported in the functions that need them: other measurements
 # start without their memory.
@@ -81,17 +80,7 @@ def write_with_made_up_maps(folder: Path, shards: int, shard_samples: int) -> No
                 for image in images
             ]
             write_shard(store, shard, samples, settings=settings)
-    finish_dataset(
-        store,
-        shards,
-        name=job.name,
-        split=job.split,
-        classes=job.source.classes,
-        saliency_side=28,
-        estimator=settings["estimator"],
-        plan=job.plan_digest,
-        seed=job.seed,
-    )
+    job.finish(store, settings, saliency_side=28)
 
 
 def resolve_quietly(options: "Options", stack: contextlib.ExitStack) -> "Job":

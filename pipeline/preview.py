@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from pipeline.contact_sheet import (
 from pipeline.fused import MEAN, STD
 from pipeline.loader import MaskedViews
 from pipeline.recipes import Recipe
+from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
-from schemas.tables import shard_name
 
 FOREGROUND = (255, 214, 10)
 INK = (30, 30, 30)
@@ -64,12 +64,11 @@ def write_preview(
         report=("masks", "saliency", "windows", "crops", "keys"),
     )
     batch = next(iter(views))
-    positions, indices = views.order.locate(views.order.batch(epoch=0, step=0))
+    with closing(ShardReader(dataset, open_source(dataset, None), views.order)) as reader:
+        encoded = reader.read(epoch=0, step=0)
     rows = [
-        draw_sample_row(dataset, batch, row, recipe, read_sample(dataset, position, index))
-        for row, (position, index) in enumerate(
-            zip(positions.tolist(), indices.tolist(), strict=True)
-        )
+        draw_sample_row(dataset, batch, row, recipe, decode_sample(*stored))
+        for row, stored in enumerate(zip(encoded.images, encoded.maps, strict=True))
     ]
     title, note = describe_sheet(dataset, recipe)
     try:
@@ -139,7 +138,7 @@ def draw_sample_row(
     """Return the tiles of one sample.
 
     Args:
-        stored: its image and its saliency, as `read_sample` returns them.
+        stored: its image and its saliency, as `decode_sample` returns them.
     """
     assert batch.sample_keys is not None
     key = batch.sample_keys[row]
@@ -255,28 +254,17 @@ def letterbox(
     return tile, lambda x, y: (left + x * (fitted.width - 1), top + y * (fitted.height - 1))
 
 
-def read_sample(
-    dataset: ShardDataset, position: int, index: int
+def decode_sample(
+    encoded_image: np.ndarray, encoded_map: np.ndarray
 ) -> tuple[Image.Image, Image.Image]:
-    """Read an image as the loader sees it (RGB, oriented) and its stored saliency.
-
-    Only the shard's index and the bytes of the sample are read, however large the dataset is.
+    """Return an image as the loader sees it (RGB, oriented) and its stored saliency.
 
     Args:
-        position: position of the shard in `dataset.shards`.
-        index: index of the sample in the shard.
+        encoded_image, encoded_map: (bytes,) uint8, the content of the files.
     """
-    shard = dataset.shards[position].shard
-    lines = dataset.store.read(shard_name(shard, "idx")).decode("ascii").splitlines()
-    # extension, offset, size and name of each member: first the image, then the map
-    words = lines[1 + index].split()
-    encoded_image, encoded_map = (
-        dataset.store.read(shard_name(shard, "tar"), int(offset), int(offset) + int(size))
-        for offset, size in (words[1:3], words[5:7])
-    )
-    saliency = Image.open(io.BytesIO(encoded_map))
+    saliency = Image.open(io.BytesIO(encoded_map.tobytes()))
     with without_size_limit():
-        image = Image.open(io.BytesIO(encoded_image))
+        image = Image.open(io.BytesIO(encoded_image.tobytes()))
         return ImageOps.exif_transpose(image).convert("RGB"), saliency
 
 

@@ -93,6 +93,29 @@ class Job:
             settings["first_shard"] = self.first_shard
         return json.loads(json.dumps(settings))  # as read from a marker: tuples become lists
 
+    def finish(self, store: Store, settings: dict[str, Any], saliency_side: int) -> ShardDataset:
+        """Write the tables and the card of a dataset whose shards are all written.
+
+        Args:
+            settings: what `settings` returns.
+
+        Raises:
+            UserError: two samples have the same key.
+        """
+        return finish_dataset(
+            store,
+            self.first_shard + len(self.plan.shards),
+            name=self.name,
+            split=self.split,
+            classes=self.source.classes,
+            saliency_side=saliency_side,
+            estimator=settings["estimator"],
+            plan=self.plan_digest,
+            seed=self.seed,
+            rejects=self.rejects,
+            packages=(*PACKAGES, "ray", "torch", "torchvision", "nvidia-dali-cuda130"),
+        )
+
     @property
     def default_settings(self) -> dict[str, Any]:
         """Values to assume for settings that are missing from an older version's markers."""
@@ -279,19 +302,7 @@ def run_job(job: Job, resources: Resources) -> Summary:
         at_work = build_shards(job, settings, missing, resources)
     elif card and card.plan == job.plan_digest:
         return Summary(ShardDataset.open(job.out), 0, 0, time.monotonic() - start, at_work)
-    dataset = finish_dataset(
-        store,
-        job.first_shard + len(job.plan.shards),
-        name=job.name,
-        split=job.split,
-        classes=job.source.classes,
-        saliency_side=estimator.side,
-        estimator=settings["estimator"],
-        plan=job.plan_digest,
-        seed=job.seed,
-        rejects=job.rejects,
-        packages=(*PACKAGES, "ray", "torch", "torchvision", "nvidia-dali-cuda130"),
-    )
+    dataset = job.finish(store, settings, estimator.side)
     images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
     summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
     store.remove_folder(PLAN_FOLDER)  # with the plans of this run and of any that were killed

@@ -19,7 +19,6 @@ from precompute.sources.trees import Folder
 from schemas import ShardDataset
 from schemas.storage import Store
 from schemas.tables import SHARD_FOLDER
-from schemas.writer import finish_dataset
 from tests.conftest import encode, noise
 
 if TYPE_CHECKING:  # it needs Ray, which a machine that only runs the tests on a GPU may lack
@@ -76,18 +75,7 @@ def without_ray(job: "Job") -> ShardDataset:
     for shard, part in enumerate(job.plan.shards):
         builder.build(shard, part, lambda written, rejected: None)
     assert missing_shards(store, settings, job.default_settings) == []
-    dataset = finish_dataset(
-        store,
-        len(shards),
-        name=job.name,
-        split=job.split,
-        classes=job.source.classes,
-        saliency_side=28,
-        estimator=settings["estimator"],
-        plan=job.plan_digest,
-        seed=job.seed,
-        rejects=job.rejects,
-    )
+    dataset = job.finish(store, settings, saliency_side=28)
     assert dataset.verify().clean
     return dataset
 
