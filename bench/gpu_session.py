@@ -4,7 +4,8 @@
 
 Parts: environment, loader, step, precompute. Each prints PASS, FAIL or SKIP and its figures. A part
 whose packages are not installed is skipped, and one line names them; the loader needs torch, DALI,
-numpy, pillow, pyarrow and fsspec. Without a GPU everything runs in a small version on the CPU.
+OpenCV, numpy, pillow, pyarrow and fsspec. Without a GPU everything runs in a small version on the
+CPU.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LOADER = ("torch", "nvidia.dali", "numpy", "PIL", "pyarrow", "fsspec")
+LOADER = ("torch", "nvidia.dali", "cv2", "numpy", "PIL", "pyarrow", "fsspec")
 STEP = (*LOADER, "torchvision", "tyro", "safetensors")
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 

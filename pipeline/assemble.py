@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,17 +178,18 @@ def crop_all_on_host(images: list[Tensor], windows: Tensor, recipe: Recipe) -> T
     """Crop each image to its window on the host.
 
     Returns:
-        (N, side, side, 3) uint8, planar in memory.
+        (N, side, side, 3) uint8.
     """
     side = recipe.crop_size
-    crops = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
+    crops = np.empty((len(images), side, side, 3), dtype=np.uint8)
 
     def crop_rows(rows: slice) -> None:
         for row in range(rows.start, rows.stop):
-            crops[row] = crop_on_host(images[row], windows[row], side, recipe.interpolation)
+            crop = crop_on_host(images[row], windows[row], side, recipe.interpolation)
+            crops[row] = cv2.merge(list(crop.numpy()))
 
     list(get_threads().map(crop_rows, split_rows(len(images))))
-    return crops.permute(0, 2, 3, 1)
+    return torch.from_numpy(crops)
 
 
 def require_saliency(view: View) -> Tensor:

@@ -13,7 +13,7 @@ from pipeline.cache import Cache
 from pipeline.crop import compute_center_windows
 from pipeline.graph import Decoder, PreparedBatch, ViewSpec
 from pipeline.order import DiskOrder
-from pipeline.pixels import encoder_input_
+from pipeline.pixels import make_plain_views
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
 from pipeline.shards import ShardReader, open_source
@@ -102,9 +102,9 @@ class EvalViews:
             spec = ViewSpec(self.crop_size)
             for decoded in Decoder(ahead, spec, self.device, self.batch_size, self.dataset.url):
                 labels = torch.from_numpy(decoded.prepared.encoded.labels)
-                image = decoded.views[0].permute(0, 3, 1, 2).float().div_(255)
                 yield EvalBatch(
-                    encoder_input_(image, self.recipe), devices.to_device(labels, self.device)
+                    make_plain_views(decoded.views[0], self.recipe),
+                    devices.to_device(labels, self.device),
                 )
 
     def _prepare(self, reader: ShardReader) -> Iterator[PreparedBatch]:

@@ -7,11 +7,12 @@ uses PIL's, which approximates it by three box blurs.
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.blur import apply_gaussian_blur, build_soft_blur_kernel
+from pipeline.blur import blur_by_matrix, build_soft_blur_kernel
 from pipeline.devices import to_device
 from pipeline.recipes import Range, Recipe
 from pipeline.rng import Rng
@@ -47,6 +48,27 @@ class Photometric:
         """Return the parameters of these rows."""
         return Photometric(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def to_looks(self) -> list["Look"]:
+        """Return the parameters of each view as plain numbers."""
+        factors = torch.stack([self.brightness, self.contrast, self.saturation], 1)
+        columns = (self.order, factors, self.hue, self.gray, self.sigma)
+        return [Look(*row) for row in zip(*(each.tolist() for each in columns), strict=True)]
+
+
+class Look(NamedTuple):
+    """Photometric parameters of one view.
+
+    Attributes:
+        order, hue, gray, sigma: see `Photometric`.
+        factors: brightness, contrast, saturation.
+    """
+
+    order: list[int]
+    factors: list[float]
+    hue: float
+    gray: bool
+    sigma: float
+
 
 def draw_photometric(size: int, recipe: Recipe, rng: Rng) -> Photometric:
     """Draw the photometric parameters of `size` views."""
@@ -77,44 +99,14 @@ def draw_photometric(size: int, recipe: Recipe, rng: Rng) -> Photometric:
 
 
 def apply(view: Tensor, parameters: Photometric) -> Tensor:
-    """Augment the colors of views: (N, H, W, 3) uint8 -> (N, 3, H, W) float32 in 0 .. 1."""
-    if view.device.type == "cpu":
-        return torch.cat([apply_to_one(view[row], parameters, row) for row in range(len(view))])
-    return apply_to_batch(view, parameters)
+    """Augment the colors of a batch at once, on a GPU whose machine has no compiler.
 
+    Args:
+        view: (N, H, W, 3) uint8.
 
-def apply_to_one(view: Tensor, parameters: Photometric, row: int) -> Tensor:
-    """Augment the colors of one view on a CPU: (H, W, 3) uint8 -> (1, 3, H, W) float32 in 0 .. 1.
-
-    Only the operations that this view needs are run, and its rounding does not depend on a batch.
+    Returns:
+        (N, 3, H, W) float32 in 0 .. 1.
     """
-    image = view.permute(2, 0, 1).contiguous().float().div_(255).unsqueeze(0)
-    for kind in parameters.order[row].tolist():
-        if kind == HUE:
-            if (turns := parameters.hue[row : row + 1]) != 0:
-                image = rotate_hue(image, turns)
-            continue
-        factor = float(
-            (parameters.brightness, parameters.contrast, parameters.saturation)[kind][row]
-        )
-        if factor == 1:
-            continue
-        if kind == BRIGHTNESS:
-            image.mul_(factor)
-        elif kind == CONTRAST:
-            image.lerp_(convert_to_gray(image).mean(), 1 - factor)
-        else:
-            image.lerp_(convert_to_gray(image), 1 - factor)
-        image.clamp_(0, 1)
-    if parameters.gray[row]:
-        image = convert_to_gray(image).expand_as(image).contiguous()
-    if (sigma := parameters.sigma[row : row + 1]) > 0:
-        image = apply_gaussian_blur(image, build_soft_blur_kernel(sigma))
-    return image
-
-
-def apply_to_batch(view: Tensor, parameters: Photometric) -> Tensor:
-    """Augment the colors of a batch at once, on a GPU whose machine has no compiler."""
     image = view.permute(0, 3, 1, 2).contiguous().float().div_(255)
     for kind in parameters.order.unbind(1):
         blend_(image, kind, parameters)
@@ -128,7 +120,7 @@ def apply_to_batch(view: Tensor, parameters: Photometric) -> Tensor:
     rows = (parameters.sigma > 0).nonzero().squeeze(1)
     if len(rows):
         places = to_device(rows, image.device)
-        image[places] = apply_gaussian_blur(
+        image[places] = blur_by_matrix(
             image[places], build_soft_blur_kernel(parameters.sigma[rows])
         )
     return image
@@ -169,8 +161,7 @@ def rotate_hue(image: Tensor, turns: Tensor) -> Tensor:
     span = high - low
     # any finite scale does for gray pixels, because their span is 0
     scale = span.clamp(min=1e-8).reciprocal_()
-    # the hue in sixths of a turn: 0 red, 2 green, 4 blue. A lerp with a weight of 0 or 1 selects,
-    # because PyTorch's `where` takes fifteen times as long on a CPU
+    # the hue in sixths of a turn: 0 red, 2 green, 4 blue. A lerp with a weight of 0 or 1 selects
     sixths = (red - green).mul_(scale).add_(4)
     of_green, of_red = (blue - red).mul_(scale).add_(2), (green - blue).mul_(scale)
     scratch = torch.empty_like(sixths)

@@ -3,21 +3,21 @@
 `make_views` has no randomness of its own: it takes parameters and returns tensors. It has three
 implementations, which agree up to rounding:
 
-* On a CPU, PyTorch's operators are applied image by image. So a view is the same bit for bit
-  whatever the batch or the part of it that a thread works on; otherwise the last elements of a
-  tensor, which do not fill a vector register, could be rounded differently from the others.
+* On a CPU, OpenCV makes the views one by one (`pipeline.cpu_views`). So a view is the same bit for
+  bit whatever the batch or the part of it that a thread works on.
 * On a GPU, a few compiled kernels process the batch (`pipeline.fused`).
 * On a GPU whose machine has no compiler, PyTorch's operators are applied to the batch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import fused, photometric
+from pipeline import cpu_views, fused, photometric
 from pipeline.blur import apply_high_pass
 from pipeline.compiling import Compiled
 from pipeline.devices import to_device
@@ -54,11 +54,6 @@ class Masking:
     std: float
     noise: Tensor | None
     content: Callable[[Tensor], Tensor] | None
-
-    def select_row(self, row: int) -> "Masking":
-        """Return the masking of one view."""
-        noise = None if self.noise is None else self.noise[row : row + 1]
-        return replace(self, masks=self.masks.select(slice(row, row + 1)), noise=noise)
 
 
 def make_views(
@@ -98,27 +93,84 @@ def make_on_cpu(
     out: list[Tensor],
 ) -> list[Tensor]:
     """Make the views one by one (the docstring of this module says why)."""
-    rows = [slice(row, row + 1) for row in range(len(image))]
-    views = (make_unmasked(image[row], parameters.select(row), recipe) for row in rows)
+    views: Iterator[np.ndarray] = (
+        cpu_views.make_view(crop, look, recipe)
+        for crop, look in zip(image.numpy(), parameters.to_looks(), strict=True)
+    )
     contents: list[Tensor | None] = [None] * len(maskings)
     if recipe.fill not in FUSED_FILLS:  # a user's fill gets all views at once
-        all_views = torch.cat(list(views))
+        stacked = np.stack(list(views))
+        all_views = as_tensor(stacked)
         contents = [
             None
             if masking is None or masking.content is None
             else masking.content(all_views).expand_as(all_views)
             for masking in maskings
         ]
-        views = (all_views[row] for row in rows)
-    for row, view in zip(rows, views, strict=True):
+        views = iter(stacked)
+    for row, view in enumerate(views):
         for masking, target, content in zip(maskings, out, contents, strict=True):
+            copy = target[row].permute(1, 2, 0).numpy()
             if masking is None:
-                target[row] = view
+                copy[...] = view
             else:
-                masking_of_row = masking.select_row(row.start)
-                content_of_row = None if content is None else content[row]
-                write_masked(view, masking_of_row, recipe, content_of_row, target[row])
+                own = None if content is None else content[row : row + 1]
+                write_masked_on_cpu(view, masking, row, own, copy)
     return out
+
+
+def write_masked_on_cpu(
+    view: np.ndarray, masking: Masking, row: int, content: Tensor | None, out: np.ndarray
+) -> None:
+    """Write the view of one row with its masked pixels filled; compute the content if it is None.
+
+    Args:
+        view, out: (H, W, 3).
+    """
+    if masking.noise is not None:
+        content = masking.noise[row : row + 1] * masking.std
+    elif content is None:
+        assert masking.content is not None, "the fill has no content"
+        content = masking.content(as_tensor(view[None]))
+    mask = cpu_views.build_pixel_mask(masking.masks, row, len(view))
+    filling = np.ascontiguousarray(content[0].permute(1, 2, 0).numpy())
+    cpu_views.write_masked(view, mask, filling, out)
+
+
+def as_tensor(images: np.ndarray) -> Tensor:
+    """Return (N, H, W, 3) as (N, 3, H, W), channels_last, without a copy."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def make_plain_views(image: Tensor, recipe: Recipe) -> Tensor:
+    """Make the encoder's input without augmentation, for evaluations.
+
+    Args:
+        image: (N, H, W, 3) uint8 crops, on the device where the views are made.
+        recipe: determines the high-pass filter.
+
+    Returns:
+        (N, 3, H, W) float32, normalized, channels_last.
+    """
+    if image.device.type == "cpu":
+        crops = image.numpy()
+        return as_tensor(np.stack([cpu_views.make_plain_view(crop, recipe) for crop in crops]))
+    return encoder_input_(image.permute(0, 3, 1, 2).float().div_(255), recipe)
+
+
+def make_on_gpu(
+    image: Tensor, parameters: Photometric, maskings: Sequence[Masking | None], recipe: Recipe
+) -> list[Tensor]:
+    """Make the views of a batch with the compiled function if possible."""
+    is_fused = recipe.fill in FUSED_FILLS
+    covers = [build_cover(masking) for masking in maskings] if is_fused else [None]
+    table = to_device(fused.pack_parameters(parameters, recipe), image.device)
+    views = get_compiled_chain(recipe).try_call(image, table, covers)
+    if views is not None and is_fused:
+        return views
+    # a user's fill gets the unmasked views
+    view = views[0] if views is not None else make_unmasked(image, parameters, recipe)
+    return mask_copies(view, maskings, recipe)
 
 
 def make_unmasked(image: Tensor, parameters: Photometric, recipe: Recipe) -> Tensor:
@@ -135,38 +187,6 @@ def encoder_input_(image: Tensor, recipe: Recipe) -> Tensor:
     for channel, mean, std in zip(image.unbind(1), MEAN, STD, strict=True):
         channel.sub_(mean).div_(std)
     return apply_high_pass(image, recipe) if recipe.high_pass else image
-
-
-def write_masked(
-    view: Tensor, masking: Masking, recipe: Recipe, content: Tensor | None, out: Tensor
-) -> None:
-    """Write views with their masked pixels filled to `out`; compute the content if it is None."""
-    if masking.noise is not None:
-        content = repeat_tile(masking.noise * masking.std, recipe)
-    elif content is None:
-        assert masking.content is not None, f"the fill {recipe.fill} has no content"
-        content = masking.content(view)
-    # a lerp with a weight of 0 or 1 selects: on a CPU, fifteen times as fast as `where`
-    pixels = masking.masks.to_pixels(slice(None), view.shape[-1])
-    if view.device.type == "cpu":  # `out` has another layout: lerp is five times as fast without
-        out.copy_(torch.lerp(view, content, pixels))
-    else:
-        torch.lerp(view, content, pixels, out=out)
-
-
-def make_on_gpu(
-    image: Tensor, parameters: Photometric, maskings: Sequence[Masking | None], recipe: Recipe
-) -> list[Tensor]:
-    """Make the views of a batch with the compiled function if possible."""
-    is_fused = recipe.fill in FUSED_FILLS
-    covers = [build_cover(masking) for masking in maskings] if is_fused else [None]
-    table = to_device(fused.pack_parameters(parameters, recipe), image.device)
-    views = get_compiled_chain(recipe).try_call(image, table, covers)
-    if views is not None and is_fused:
-        return views
-    # a user's fill gets the unmasked views
-    view = make_unmasked(image, parameters, recipe) if views is None else views[0]
-    return mask_copies(view, maskings, recipe)
 
 
 @cache
@@ -191,6 +211,12 @@ def mask_copies(view: Tensor, maskings: Sequence[Masking | None], recipe: Recipe
         if masking is None:
             copy.copy_(view)
         else:
-            write_masked(view, masking, recipe, None, copy)
+            if masking.noise is not None:
+                content = repeat_tile(masking.noise * masking.std, recipe)
+            else:
+                assert masking.content is not None, f"the fill {recipe.fill} has no content"
+                content = masking.content(view)
+            pixels = masking.masks.to_pixels(slice(None), view.shape[-1])
+            torch.lerp(view, content, pixels, out=copy)  # a weight of 0 or 1 selects
         masked_views.append(copy)
     return masked_views

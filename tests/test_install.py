@@ -14,7 +14,7 @@ UV = Path(sys.executable).parent / "uv"
 PROGRAM = """
 import sys
 from schemas import ShardDataset, write_dataset
-heavy = {"torch", "nvidia", "ray", "torchvision"} & set(sys.modules)
+heavy = {"cv2", "torch", "nvidia", "ray", "torchvision"} & set(sys.modules)
 assert not heavy, heavy
 for name in ("torch", "nvidia.dali", "ray"):
     try:

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "bench": {"schemas", "precompute", "pipeline", "train"},
 }
 MAY_NOT_NEED = {
-    "schemas": {"torch", "torchvision", "nvidia", "ray"},
+    "schemas": {"cv2", "torch", "torchvision", "nvidia", "ray"},
     "precompute": set(),
     "pipeline": {"ray"},
     "train": {"ray"},
