@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import Batch, MaskedViews, get_recipe
 from pipeline.batch import Extra
-from pipeline.graph import DecodeOn
+from pipeline.loader import DecodeOn
 from schemas import Sample, write_dataset
 from schemas.sample import IMAGE_EXTENSIONS
 

@@ -16,19 +16,19 @@ from torchvision.transforms import v2
 
 CROP, GRID = 112, 7
 CUT = v2.Compose([v2.RandomResizedCrop(CROP, antialias=True), v2.RandomHorizontalFlip()])
-TYPES = ("jpg", "png", "webp")
+TYPES = ("jpg", "png", "webp", "bmp", "tiff", "jp2", "pnm")
 
 
 def view(sample: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Return a crop (3, CROP, CROP) uint8, its foreground (GRID, GRID) bool, and the label."""
-    content = next(sample[name] for name in TYPES if name in sample)
+    (content,) = (sample[name] for name in TYPES if name in sample)
     image = v2.functional.to_image(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     png = v2.functional.to_image(Image.open(io.BytesIO(sample["saliency.png"])))
     # The map covers the whole image: once stretched over it, one window and one flip cut both.
     stretched = v2.functional.resize(png.float(), list(image.shape[-2:]))
     image, saliency = CUT(v2.functional.grayscale_to_rgb(image), tv_tensors.Mask(stretched))
     cells = adaptive_avg_pool2d(saliency, GRID)[0]
-    return image, cells >= cells.mean() - 0.6 * cells.std(), int(sample["cls"])
+    return image, cells >= cells.mean() - 0.6 * cells.std(correction=0), int(sample["cls"])
 
 
 def loader(folder: str, batch_size: int = 32) -> webdataset.WebLoader:

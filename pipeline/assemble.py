@@ -2,11 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +13,12 @@ from pipeline import devices, photometric, regions
 from pipeline.batch import Extra
 from pipeline.crop import crop_on_host
 from pipeline.fills import FILLS
+from pipeline.fused import FUSED_FILLS
 from pipeline.masks import Masks, draw_masks
 from pipeline.pixels import Masking, make_views
 from pipeline.recipes import Recipe
 from pipeline.registry import find
-from pipeline.rng import BatchRng
+from pipeline.rng import BatchRng, Rng
 
 COPIES = ("query", "key", "hard_negative")
 """Kinds of views in a batch; a sample may have several hard negatives."""
@@ -126,8 +126,7 @@ def make_images(
         if recipe.fill == "noise":
             noise = fill_rng.normal(rows.stop - rows.start, 3, recipe.cell, recipe.cell)
             return Masking(selected, std, noise, None)
-        function = find("fill", recipe.fill, FILLS)
-        return Masking(selected, std, None, lambda image: function(image, recipe, std, fill_rng))
+        return Masking(selected, std, None, partial(compute_content, recipe, std, fill_rng))
 
     def locate(copy: int, rows: slice) -> slice:
         """Return the rows of a copy among all images of its kind."""
@@ -160,6 +159,15 @@ def make_images(
     return {kind: part[0] if len(part) == 1 else torch.cat(part) for kind, part in parts.items()}
 
 
+def compute_content(recipe: Recipe, std: float, rng: Rng, image: Tensor) -> Tensor:
+    """Return the recipe's fill of unmasked (N, 3, H, W) images, float32, broadcastable to them."""
+    function = find("fill", recipe.fill, FILLS)
+    if recipe.fill in FUSED_FILLS:
+        return function(image, recipe, std, rng)
+    # a user's function may work in place or in float64
+    return function(image.clone(), recipe, std, rng).float()
+
+
 def split_rows(size: int) -> list[slice]:
     """Split the rows of a batch into the parts that a CPU thread works on at a time."""
     return [slice(start, min(start + PART, size)) for start in range(0, size, PART)]
@@ -171,25 +179,31 @@ def get_threads() -> ThreadPoolExecutor:
     # torch reads the last number that any thread set when a thread first computes in parallel, and
     # keeps it: ask here, so that the caller's own number is not the 1 of the pool's threads
     torch.get_num_threads()
+    # for the whole process: OpenCV would start threads of its own for views above 256 pixels
+    cv2.setNumThreads(1)
     return ThreadPoolExecutor(devices.count_cpu_threads(), "views", torch.set_num_threads, (1,))
 
 
-def crop_all_on_host(images: list[Tensor], windows: Tensor, recipe: Recipe) -> Tensor:
+def crop_all_on_host(
+    images: list[Tensor], windows: Tensor, recipe: Recipe, device: torch.device
+) -> Tensor:
     """Crop each image to its window on the host.
 
     Returns:
-        (N, side, side, 3) uint8.
+        (N, side, side, 3) uint8, on the device.
     """
     side = recipe.crop_size
-    crops = np.empty((len(images), side, side, 3), dtype=np.uint8)
+    shape = (len(images), side, side, 3)
+    crops = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pixels = crops.numpy()
 
     def crop_rows(rows: slice) -> None:
         for row in range(rows.start, rows.stop):
             crop = crop_on_host(images[row], windows[row], side, recipe.interpolation)
-            crops[row] = cv2.merge(list(crop.numpy()))
+            pixels[row] = cv2.merge(list(crop.numpy()))
 
     list(get_threads().map(crop_rows, split_rows(len(images))))
-    return torch.from_numpy(crops)
+    return crops.to(device, non_blocking=True)
 
 
 def require_saliency(view: View) -> Tensor:

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.devices import to_device
-from pipeline.recipes import Recipe
-
-SOFT_BLUR_SIGMAS = 3
-"""Radius of the photometric blur in units of its sigma (our choice)."""
+from pipeline.recipes import SOFT_BLUR_SIGMAS, Recipe
 
 
 def build_gaussian_kernel(sigma: Tensor, radius: Tensor) -> Tensor:

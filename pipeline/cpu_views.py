@@ -10,11 +10,11 @@ import math
 import cv2
 import numpy as np
 
-from pipeline.blur import SOFT_BLUR_SIGMAS, blur_on_cpu
+from pipeline.blur import blur_on_cpu
 from pipeline.fused import MEAN, STD
 from pipeline.masks import Masks
 from pipeline.photometric import CONTRAST, GRAY, HUE, SATURATION, Look
-from pipeline.recipes import Recipe
+from pipeline.recipes import SOFT_BLUR_SIGMAS, Recipe
 
 IDENTITY = np.eye(3, 4)
 TO_GRAY = np.pad(np.tile(GRAY, (3, 1)), ((0, 0), (0, 1)))
@@ -122,4 +122,5 @@ def write_masked(view: np.ndarray, mask: np.ndarray, content: np.ndarray, out: n
     """
     out[...] = view
     rows, columns = view.shape[0] // content.shape[0], view.shape[1] // content.shape[1]
-    cv2.copyTo(cv2.repeat(content, rows, columns), mask, out)
+    written = cv2.copyTo(cv2.repeat(content, rows, columns), mask, out)
+    assert written is out, "OpenCV writes in place only if type and size are equal"

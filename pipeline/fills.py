@@ -26,7 +26,7 @@ Fill = Callable[[Tensor, Recipe, float, Rng], Tensor]
 
 image: (N, 3, H, W) float32, normalized, as the encoder would see it unmasked. std: standard
 deviation of the recipe's noise for this view, in normalized units. rng: source of all randomness.
-On a CPU a batch is passed in parts.
+On a CPU a batch is passed in parts. A user's fill may change the image, which is a copy, in place.
 """
 
 FILLS: dict[str, Fill] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.blur import build_shared_kernel, build_soft_blur_kernel, reflect
 from pipeline.photometric import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, Photometric
-from pipeline.recipes import Recipe
+from pipeline.recipes import SOFT_BLUR_SIGMAS, Recipe
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -67,7 +67,7 @@ def soft_blur_radius(recipe: Recipe) -> int:
     if recipe.soft_blur_probability == 0:
         return 0
     sigma = torch.tensor(recipe.soft_blur_sigma[1], dtype=torch.float64)
-    return int((3 * sigma).ceil())
+    return int((SOFT_BLUR_SIGMAS * sigma).ceil())
 
 
 def pack_parameters(parameters: Photometric, recipe: Recipe) -> Tensor:

@@ -6,7 +6,7 @@ The graph has no randomness and no state: its inputs alone determine its outputs
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ from pipeline.shards import EncodedBatch
 IN_FLIGHT = 2
 """Batches that DALI prefetches (its own default)."""
 
-DecodeOn = Literal["gpu", "cpu"]
-
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -35,10 +33,9 @@ class ViewSpec:
         views: number of views per image.
         grid: side of a view's saliency in cells; None for no saliency.
         interpolation: interpolation of the views; saliency is always interpolated bilinearly.
-        on_device: True if the graph crops the views; otherwise it returns the decoded images and
-            PyTorch crops them, which is faster on a CPU (`crop.crop_on_host`).
-        decode_on: where a graph for a GPU decodes and crops: there, or on the CPU. A graph for a
-            CPU ignores it.
+        on_device: True if the graph decodes and crops the views on its device; otherwise it returns
+            images decoded on the CPU and PyTorch crops them, which is faster there
+            (`crop.crop_on_host`).
     """
 
     crop_size: int
@@ -46,7 +43,6 @@ class ViewSpec:
     grid: int | None = None
     interpolation: Interpolation = "bilinear"
     on_device: bool = True
-    decode_on: DecodeOn = "gpu"
 
 
 @dataclass(frozen=True)
@@ -167,8 +163,7 @@ def build_view_graph(source: Any, spec: ViewSpec, device: torch.device) -> tuple
         )
     )
     is_for_gpu = device.type == "cuda"
-    decodes_on_gpu = is_for_gpu and spec.decode_on == "gpu"
-    decoder = "mixed" if decodes_on_gpu else "cpu"
+    decoder = "mixed" if is_for_gpu and spec.on_device else "cpu"
     image = fn.decoders.image(inputs.pop(0), device=decoder, output_type=types.RGB)
     outputs = [] if spec.on_device else [image]
     if spec.grid is not None:
@@ -179,8 +174,7 @@ def build_view_graph(source: Any, spec: ViewSpec, device: torch.device) -> tuple
             cells = crop_window(saliency, start, end, spec.grid, "bilinear", dtype=types.FLOAT)
             outputs.append(cells.gpu() if is_for_gpu else cells)
         if spec.on_device:
-            view = crop_window(image, start, end, spec.crop_size, spec.interpolation)
-            outputs.append(view.gpu() if is_for_gpu and not decodes_on_gpu else view)
+            outputs.append(crop_window(image, start, end, spec.crop_size, spec.interpolation))
     return tuple(outputs)
 
 

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from pipeline.batch import EXTRAS, Batch, Extra
 from pipeline.cache import Cache
 from pipeline.crop import draw_windows
 from pipeline.fills import FILLS
-from pipeline.graph import DecodedBatch, DecodeOn, Decoder, PreparedBatch, ViewSpec
+from pipeline.graph import DecodedBatch, Decoder, PreparedBatch, ViewSpec
 from pipeline.masks import MASKS
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
@@ -41,6 +41,8 @@ from schemas.settings import differences, fields_of, plain, sentence
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 2
+
+DecodeOn = Literal["gpu", "cpu"]
 
 
 class MaskedViews:
@@ -113,8 +115,7 @@ class MaskedViews:
             if self.recipe.fill != "none" or "saliency" in self.report
             else None,
             interpolation=self.recipe.interpolation,
-            on_device=self.device.type == "cuda",
-            decode_on=decode_on,
+            on_device=self.device.type == "cuda" and decode_on == "gpu",
         )
         self.dataset = ShardDataset.open(url)
         self.order = SampleOrder(
@@ -253,7 +254,8 @@ class MaskedViews:
         saliency: Tensor | None = decoded.saliency[number] if decoded.saliency else None
         if decoded.images is None:
             return View(decoded.views[number], saliency, window)
-        return View(crop_all_on_host(decoded.images, window, self.recipe), saliency, window)
+        crops = crop_all_on_host(decoded.images, window, self.recipe, self.device)
+        return View(crops, saliency, window)
 
 
 def build_default_fingerprint() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pipeline.compiling import compile_on_gpu
 from pipeline.recipes import Recipe
 from pipeline.registry import find, register
 from pipeline.rng import Rng
+from schemas import UserError
 
 Role = Literal["query", "hard_negative"]
 
@@ -203,6 +204,18 @@ class Masks:
         return pixels
 
 
+def check_cells(cells: Tensor, name: str, rows: int, recipe: Recipe) -> Tensor:
+    """Return the cells that a mask returned, as bool. Raises UserError if their shape is wrong."""
+    side = recipe.crop_size
+    is_valid = cells.ndim == 3 and len(cells) == rows and min(cells.shape) > 0
+    if not is_valid or side % cells.shape[1] or side % cells.shape[2]:
+        raise UserError(
+            f"mask {name!r}: it returned cells of shape {tuple(cells.shape)}; a mask returns "
+            f"({rows}, h, w), where h and w divide the view of {side} pixels"
+        )
+    return cells.bool()
+
+
 def draw_masks(saliency: Tensor, recipe: Recipe, role: Role, rng: Rng) -> Masks:
     """Draw the masks of a batch of views.
 
@@ -214,14 +227,17 @@ def draw_masks(saliency: Tensor, recipe: Recipe, role: Role, rng: Rng) -> Masks:
     size = len(saliency)
     low, high = recipe.query_ratio if role == "query" else recipe.hard_negative_ratio
     ratio = low + (high - low) * rng.uniform(size)
-    function = find("mask", getattr(recipe, f"{role}_mask"), MASKS)
+    name = getattr(recipe, f"{role}_mask")
+    function = find("mask", name, MASKS)
     if recipe.channel_probability > 0:
         saliencies, ratios = saliency.repeat_interleave(3, 0), ratio.repeat_interleave(3)
-        cells = function(saliencies, ratios, recipe, rng).unflatten(0, (size, 3))
+        drawn = function(saliencies, ratios, recipe, rng)
+        cells = check_cells(drawn, name, 3 * size, recipe).unflatten(0, (size, 3))
         by_channel = rng.uniform(size, 1, 1, 1) < recipe.channel_probability
         cells = torch.where(by_channel, cells, cells[:, :1])
     else:
-        cells = function(saliency, ratio, recipe, rng).unsqueeze(1)
+        drawn = function(saliency, ratio, recipe, rng)
+        cells = check_cells(drawn, name, size, recipe).unsqueeze(1)
 
     focal, window = torch.zeros_like(ratio, dtype=torch.bool), None
     if recipe.focal_probability > 0:

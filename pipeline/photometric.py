@@ -52,7 +52,7 @@ class Photometric:
         """Return the parameters of each view as plain numbers."""
         factors = torch.stack([self.brightness, self.contrast, self.saturation], 1)
         columns = (self.order, factors, self.hue, self.gray, self.sigma)
-        return [Look(*row) for row in zip(*(each.tolist() for each in columns), strict=True)]
+        return [Look(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 class Look(NamedTuple):

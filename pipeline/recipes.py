@@ -16,6 +16,9 @@ from schemas.cli import lookup
 REFERENCE_CROP = 224
 """Crop size in pixels to which the sizes of the focal windows refer."""
 
+SOFT_BLUR_SIGMAS = 3
+"""Radius of the photometric blur in units of its sigma (our choice)."""
+
 Range = tuple[float, float]
 Branch = Literal["query", "key", "both"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -166,7 +169,8 @@ class Recipe:
             [1]
             + [self.high_pass_kernel // 2 + 1] * self.high_pass
             + [self.blur_kernel // 2 + 1] * (self.fill == "blur")
-            + [math.ceil(3 * self.soft_blur_sigma[1]) + 1] * (self.soft_blur_probability > 0)
+            + [math.ceil(SOFT_BLUR_SIGMAS * self.soft_blur_sigma[1]) + 1]
+            * (self.soft_blur_probability > 0)
         )
         check(self.crop_size >= widest, "crop_size", self.crop_size, f"at least {widest}")
         low, high = self.crop_area

@@ -61,6 +61,8 @@ def describe_shuffle(
     Args:
         samples: number of samples to analyze, from the start of the epoch.
     """
+    if samples < 1:
+        raise UserError(f"--samples is {samples}; at least 1")
     dataset = ShardDataset.open(url)
     labels = dataset.samples["label"].to_numpy()
     sizes = [row.samples for row in dataset.shards]

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -187,7 +188,12 @@ def load_file(path: str) -> ModuleType:
 
     The file's folder is appended to `sys.path`, so that the file can import its neighbors.
     """
-    place = os.path.realpath(path)
+    return load_place(os.path.realpath(path))
+
+
+@cache
+def load_place(place: str) -> ModuleType:
+    """Import the Python file at this real path. Looking through all modules takes 0.2 s."""
     for module in list(sys.modules.values()):
         if (file := getattr(module, "__file__", None)) and os.path.realpath(file) == place:
             return module

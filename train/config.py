@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from pipeline import Cache
-from pipeline.graph import DecodeOn
+from pipeline.loader import DecodeOn
 from pipeline.order import SHUFFLE_SHARDS
 from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError

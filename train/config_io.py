@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.recipes import Recipe
+from pipeline.recipes import Recipe, get_recipe
 from schemas import UserError
 from schemas.cli import lookup
-from schemas.settings import plain
+from schemas.settings import fields_of, plain
 from train.config import KnnConfig, TrainConfig, use_current_names
 from train.methods import find_method, get_method_name
 from train.optim import OptimConfig
@@ -54,6 +54,9 @@ def load_config(path: str) -> TrainConfig:
     method = dict(content.get("method") or {})
     name = method.pop("name", "moco")
     content["method"] = build_options(find_method(name), method, f"{path}: method")
+    recipe = dict(content.get("recipe") or {})
+    if (recipe_name := recipe.pop("name", None)) is not None:
+        content["recipe"] = fields_of(get_recipe(recipe_name)) | recipe
     for part, kind in PARTS.items():
         if part in content:
             content[part] = build_options(kind, content[part] or {}, f"{path}: {part}")

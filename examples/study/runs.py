@@ -238,8 +238,10 @@ def find_row(options: Options, run: Run) -> dict[str, Any] | None:
         return None
     row = json.loads(path.read_text())
     defaults = collect_default_settings(type(run.config.method))
-    saved = use_current_names(row["settings"])
-    if found := differences(saved, comparable(options, run), defaults):
+    saved, current = use_current_names(row["settings"]), comparable(options, run)
+    # older rows do not say which images they were tested on
+    defaults |= {name: value for name, value in current.items() if name.startswith("test.")}
+    if found := differences(saved, current, defaults):
         raise UserError(
             f"{path}: this run was made with other settings: {sentence(found)}; choose another "
             "--rows, or remove the file to repeat the run"
@@ -251,10 +253,12 @@ def comparable(options: Options, run: Run) -> dict[str, Any]:
     """Return the settings that decide a run's result, flat, as JSON gives them back."""
     sets = evaluation_sets(options.shards)
     digests = {name: ShardDataset.open(urls[0]).digest for name, urls in sets.items()}
+    test_digests = {name: ShardDataset.open(urls[1]).digest for name, urls in sets.items()}
     return {
         **collect_settings(run.config, digests.pop("")),
         "probe_epochs": SCALES[options.scale].probe_epochs,
         **{f"transfer.{name}": digest for name, digest in digests.items()},
+        **{f"test.{name or 'pretraining'}": digest for name, digest in test_digests.items()},
     }
 
 
@@ -281,10 +285,11 @@ def evaluate(options: Options, run: Run) -> None:
     folder, config = Path(run.config.out), run.config
     exists = (folder / results.RESULTS).exists()
     done = results.collect([str(folder)]) if exists else []
-    had = {(row["protocol"], row["data_digest"]) for row in done}
+    had = {(row["protocol"], row["data_digest"], row.get("test_digest")) for row in done}
     for name, (train_set, test_set) in evaluation_sets(options.shards).items():
         dataset = ShardDataset.open(train_set)
-        if not name and ("knn", dataset.digest) not in had:
+        digests = dataset.digest, ShardDataset.open(test_set).digest
+        if not name and ("knn", *digests) not in had:
             knn_options = knn.KnnOptions(
                 encoder=str(folder),
                 data=train_set,
@@ -294,7 +299,7 @@ def evaluate(options: Options, run: Run) -> None:
                 device=options.device,
             )
             print(knn.format_table(knn.evaluate(knn_options)), flush=True)
-        if ("linear", dataset.digest) not in had:
+        if ("linear", *digests) not in had:
             probe = linear.LinearOptions(
                 encoder=str(folder),
                 data=train_set,

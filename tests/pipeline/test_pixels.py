@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_the_compiled_function_equals_the_operators() -> None:
 
 @pytest.mark.parametrize("crop", [56, 84])  # 84: a view does not fill all vector registers
 @pytest.mark.parametrize("name", ["hp", "blur", "mean"])
-def test_no_batch_and_no_number_of_threads_changes_a_view(name: str, crop: int) -> None:
+def test_no_batch_changes_a_view(name: str, crop: int) -> None:
     image, look, maskings, recipe = parts(name, 12, crop)
     expected = make_views(image, look, maskings, recipe)
     for size in (1, 5):
@@ -92,6 +93,23 @@ def test_no_batch_and_no_number_of_threads_changes_a_view(name: str, crop: int) 
             actual = make_views(image[rows], look.select(rows), own, recipe)
             for one, other in zip(actual, expected, strict=True):
                 assert torch.equal(one, other[rows]), (size, start)
+
+
+def test_no_number_of_threads_changes_a_view() -> None:
+    """At 336 pixels, OpenCV divides some of its work among its threads."""
+    image, look, maskings, recipe = parts("hp", 4, 336)
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    results = []
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            cv2.setNumThreads(number)
+            results.append(make_views(image, look, maskings, recipe))
+    finally:
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
 def test_a_batch_at_once_equals_one_by_one() -> None:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,57 @@ def test_the_documented_mask_and_fill_work(dataset: ShardDataset) -> None:
     assert mask.float().mean().item() == pytest.approx(24 / 49)
     rows = (torch.arange(CROP) // 4 % 2).float().view(1, 1, -1, 1).expand_as(batch.query)
     assert torch.equal(batch.query[mask], rows[mask])
+
+
+@pytest.fixture
+def registered(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    masks.MASKS.pop("own", None)
+    fills.FILLS.pop("own", None)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_fill_in_float64_that_works_in_place(dataset: ShardDataset) -> None:
+    @fills.fill("own")
+    def own(image, recipe, std, rng):
+        image.zero_()
+        return rng.uniform(len(image), 3, 1, 1) + 10  # no view has such values
+
+    batch = first(dataset, small("mean", fill="own", hard_negatives=0))
+    assert batch.query_mask is not None
+    assert batch.query_mask.any()
+    assert torch.equal(batch.query >= 10, batch.query_mask)
+    plain = first(dataset, small("mean", hard_negatives=0))
+    assert torch.equal(batch.key, plain.key)
+    assert torch.equal(batch.query[~batch.query_mask], plain.query[~batch.query_mask])
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+def test_a_mask_that_is_not_bool(dataset: ShardDataset, dtype: torch.dtype) -> None:
+    @masks.mask("own")
+    def own(saliency, ratio, recipe, rng):
+        cells = torch.zeros(saliency.shape, dtype=dtype)
+        cells[:, 1:3, 2] = 1
+        return cells
+
+    batch = first(dataset, small("mean", query_mask="own"))
+    plain = first(dataset, small("none"))
+    cell = CROP // 7
+    expected = torch.zeros(CROP, CROP, dtype=torch.bool)
+    expected[cell : 3 * cell, 2 * cell : 3 * cell] = True
+    assert torch.equal((batch.query != plain.query).any(1).any(0), expected)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("shape", [(8, 5, 5), (8, 7), (4, 7, 7), (8, 0, 7)])
+def test_a_mask_of_a_wrong_shape_is_named(dataset: ShardDataset, shape: tuple) -> None:
+    @masks.mask("own")
+    def own(saliency, ratio, recipe, rng):
+        return torch.ones(shape, dtype=torch.bool)
+
+    with pytest.raises(UserError, match=r"mask 'own': it returned cells of shape .*h and w divide"):
+        first(dataset, small("mean", query_mask="own"))
 
 
 @pytest.mark.slow

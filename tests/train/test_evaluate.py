@@ -99,6 +99,27 @@ def test_linear_probe_goes_on_with_the_same_encoder_only(shards, run, tmp_path):
         linear.evaluate(replace(options, encoder=str(tmp_path)))
 
 
+@pytest.mark.slow
+def test_a_probe_does_not_report_the_accuracy_of_other_test_images(shards, run, tmp_path):
+    options = probe_options(shards, run, out=str(tmp_path / "probe"), epochs=1)
+    linear.evaluate(options)
+    other = write_images(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"method\.test_digest was"):
+        linear.evaluate(replace(options, test_data=other))
+
+
+@pytest.mark.slow
+def test_a_probe_of_an_older_version_resumes(shards, run, tmp_path):
+    """Its checkpoints do not say which images it was tested on."""
+    options = probe_options(shards, run, out=str(tmp_path / "probe"), epochs=1)
+    first = linear.evaluate(options)
+    for path in (tmp_path / "probe" / "checkpoints").glob("*/state.pt"):
+        state = torch.load(path, weights_only=True)
+        del state["settings"]["method.test_digest"]
+        torch.save(state, path)
+    assert linear.evaluate(options)["accuracy"] == first["accuracy"]
+
+
 def test_probe_of_a_high_pass_encoder_sees_high_pass_images(shards, run):
     """Train and test images are filtered; those of other encoders are not (D15)."""
     _, metadata, _ = load_encoder(str(run))

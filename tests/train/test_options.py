@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train.trainer
-from pipeline import Cache
+from pipeline import RECIPES, Cache
 from schemas import UserError
 from tests.train.runs import ARGUMENTS, command, config
 from train.__main__ import main, parse_command_line
@@ -41,6 +41,7 @@ def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, mo
         ("epochz: 3", "unknown option 'epochz': did you mean epochs"),
         ("method: {name: mocco}", "unknown method 'mocco': did you mean moco"),
         ("method: {name: moco, tau: 1}", "method: unknown option 'tau'"),
+        ("recipe: {name: blurr}", "unknown recipe 'blurr': did you mean blur"),
         ("epochs: many", "epochs: Input should be a valid integer"),
         ("recipe: {crop_size: 30}", "a multiple of the grid"),
         ("[1, 2]", "holds no options"),
@@ -51,6 +52,13 @@ def test_files_that_do_not_do_are_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         parse_command_line(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_file_names_a_recipe_and_changes_it(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: x\nout: y\nrecipe: {name: blur, hard_negatives: 0}")
+    recipe = parse_command_line(["--config", str(path)]).recipe
+    assert recipe == replace(RECIPES["blur"], hard_negatives=0)
 
 
 def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):

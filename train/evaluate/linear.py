@@ -30,7 +30,7 @@ from train.methods import LinearProbe, LinearProbeConfig, Method
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
 from train.process_group import pick_device
-from train.trainer import prepare_job, train_job
+from train.trainer import TrainingJob, prepare_job, train_job
 
 MILESTONES = (0.6, 0.8)
 """Learning rate milestones as shares of the epochs: 60 and 80 of MoCo's 100."""
@@ -83,6 +83,7 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
         device = pick_device(options.device)
         _, metadata, path = load_encoder(options.encoder)
         train_set, test_set = open_labeled_pair(options.data, options.test_data)
+        assert test_set is not None
     recipe = build_eval_recipe(metadata)
     cache = make_cache(options.cache, options.cache_gb)
     out = Path(options.out or path.parent / f"linear-{train_set.card.name}-{options.seed}")
@@ -94,7 +95,7 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
         return test(probe, recipe, options.test_data, device, share, cache)
 
     with raise_on_all_ranks():
-        job = prepare_job(config)
+        job = add_test_digest(prepare_job(config), test_set.digest)
     train_job(job, test_after_epoch)
     with raise_on_all_ranks():
         epochs = [row for row in read_json_lines(out / "metrics.jsonl") if "top1" in row]
@@ -116,6 +117,15 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
         if is_main():
             results.append(path.parent, [row])
     return row
+
+
+def add_test_digest(job: TrainingJob, digest: str) -> TrainingJob:
+    """Make the test images a setting of the job, so that no run resumes with other ones.
+
+    The option stays open in `job.given`, so a checkpoint of an older version, without it, resumes.
+    """
+    method = replace(cast(LinearProbeConfig, job.config.method), test_digest=digest)
+    return replace(job, config=replace(job.config, method=method))
 
 
 def build_train_config(

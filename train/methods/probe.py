@@ -25,6 +25,9 @@ class LinearProbeConfig(MethodConfig):
     """File of the encoder, or folder of its run."""
     sha256: str
     """sha256 of that file; resuming requires the same file."""
+    test_digest: str | None = None
+    """Digest of the test images, because the log of a probe holds their accuracies; None: not
+    known, as in the checkpoints of an older version."""
 
     def build(self, setup: Setup) -> "LinearProbe":
         return LinearProbe(self, setup)
