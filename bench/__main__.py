@@ -86,12 +86,12 @@ def bench_train(argv: Sequence[str]) -> None:
 
     options = parse(train.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
-        made = train.trainers(options, Path(folder))
-        rows = measure(train.ways(options, made), options.repeats)
+        trainers = train.trainers(options, Path(folder))
+        rows = measure(train.ways(options, trainers), options.repeats)
     print(show("Training", rows, {}), end="\n\n")
-    found = train.summary(rows, train.shares(made, rows, options))
-    print(*found, sep="\n")
-    finish(options.out, {"Training": rows}, {**asdict(options), "summary": found})
+    summary = train.summary(rows, train.shares(trainers, rows, options))
+    print(*summary, sep="\n")
+    finish(options.out, {"Training": rows}, {**asdict(options), "summary": summary})
 
 
 def bench_order(argv: Sequence[str]) -> None:

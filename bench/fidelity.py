@@ -212,8 +212,8 @@ class Study:
         return f"| {name} | {cost} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |"
 
 
-def iou(one: Tensor, other: Tensor) -> Tensor:
-    return (one & other).sum(1) / (one | other).sum(1)
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    return (first & second).sum(1) / (first | second).sum(1)
 
 
 def training_jitter() -> v2.Transform:

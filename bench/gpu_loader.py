@@ -75,11 +75,13 @@ def take(views: MaskedViews, count: int) -> list[Batch]:
     return batches
 
 
-def differences(one: Batch, other: Batch, leave_out: tuple[str, ...] = ()) -> list[str]:
+def differences(
+    first_batch: Batch, second_batch: Batch, leave_out: tuple[str, ...] = ()
+) -> list[str]:
     """Return the names of the fields whose values are not equal bit for bit."""
-    found = []
-    for name in (field.name for field in fields(one) if field.name not in leave_out):
-        first, second = getattr(one, name), getattr(other, name)
+    names = []
+    for name in (field.name for field in fields(first_batch) if field.name not in leave_out):
+        first, second = getattr(first_batch, name), getattr(second_batch, name)
         if isinstance(first, torch.Tensor):
             is_equal = torch.equal(first.cpu(), second.cpu())
         elif name.endswith("photometric"):
@@ -88,13 +90,15 @@ def differences(one: Batch, other: Batch, leave_out: tuple[str, ...] = ()) -> li
         else:
             is_equal = first == second
         if not is_equal:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
-def expect_equal(ones: list[Batch], others: list[Batch], leave_out: tuple[str, ...] = ()) -> None:
-    for step, (one, other) in enumerate(zip(ones, others, strict=True)):
-        if differ := differences(one, other, leave_out):
+def expect_equal(
+    first_batches: list[Batch], second_batches: list[Batch], leave_out: tuple[str, ...] = ()
+) -> None:
+    for step, (first, second) in enumerate(zip(first_batches, second_batches, strict=True)):
+        if differ := differences(first, second, leave_out):
             raise AssertionError(f"step {step} differs in {', '.join(differ)}")
 
 
@@ -121,11 +125,11 @@ def check_nothing_overwritten(url: str, device: str, batch_size: int, side: int)
     expected = take(views_of(url, device, batch_size, side), 1)[0].query.clone()
     views = views_of(url, device, batch_size, side)
     stream = iter(views)
-    held = next(stream).query
+    query = next(stream).query
     if device == "cuda":
         torch.cuda._sleep(SLEEP_CYCLES)  # delays the rest of this stream
-    late = held.clone()
-    del held
+    late = query.clone()
+    del query
     take(views, 4)
     if not torch.equal(late, expected):
         raise AssertionError("the batch was overwritten before a slow stream had read it")
@@ -142,9 +146,9 @@ def check_equals_cpu(
     pixels = ("query", "key", "hard_negative", "query_crop", "key_crop")
     expect_equal(on_device, on_cpu, leave_out=pixels)
     crops = [
-        (one.query_crop.cpu().float() - other.query_crop.float()).abs().mean().item()
-        for one, other in zip(on_device, on_cpu, strict=True)
-        if one.query_crop is not None and other.query_crop is not None
+        (gpu_batch.query_crop.cpu().float() - cpu_batch.query_crop.float()).abs().mean().item()
+        for gpu_batch, cpu_batch in zip(on_device, on_cpu, strict=True)
+        if gpu_batch.query_crop is not None and cpu_batch.query_crop is not None
     ]
     if max(crops) > DECODERS_DIFFER:
         raise AssertionError(f"crops differ by {max(crops):.2f} of 255 on average")
@@ -155,8 +159,8 @@ def check_formats(url: str, device: str, batch_size: int, side: int) -> str:
     """Check that each format decodes as on the CPU; `url` is a dataset of `write_photos`."""
     worst: dict[str, float] = {}
     pair = (views_of(url, name, batch_size, side) for name in (device, "cpu"))
-    one, other = (take(views, len(views)) for views in pair)
-    for first, second in zip(one, other, strict=True):
+    device_batches, cpu_batches = (take(views, len(views)) for views in pair)
+    for first, second in zip(device_batches, cpu_batches, strict=True):
         assert first.query_crop is not None
         assert second.query_crop is not None
         apart = (first.query_crop.cpu().float() - second.query_crop.float()).abs()

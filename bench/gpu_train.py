@@ -46,8 +46,8 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
     problems: list[str] = []
     for size in settings.batch_sizes:
         step, config = build(size, device, settings)
-        made_up = SyntheticViews(10 * size, config.recipe, size, device, 1, 0)
-        endless = itertools.chain.from_iterable(itertools.repeat(made_up))
+        synthetic = SyntheticViews(10 * size, config.recipe, size, device, 1, 0)
+        endless = itertools.chain.from_iterable(itertools.repeat(synthetic))
         reset_memory(device)
         alone = milliseconds(step, endless, device, settings)
         views = MaskedViews(url, config.recipe, size, device=device.type)
@@ -59,8 +59,8 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
         )
         if device.type == "cuda":
             on_cpu = MaskedViews(url, config.recipe, size, device="cuda", decode_on="cpu")
-            others = itertools.chain.from_iterable(itertools.repeat(on_cpu))
-            fed = milliseconds(step, others, device, settings)
+            decoded_on_cpu = itertools.chain.from_iterable(itertools.repeat(on_cpu))
+            fed = milliseconds(step, decoded_on_cpu, device, settings)
             on_cpu.close()
             lines.append(
                 f"batch {size}: {fed:.1f} ms fed by views decoded on the CPU, alone/fed "
@@ -157,9 +157,9 @@ def count_waits(step: TrainingStep, batches: Iterable) -> list[str]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return [
-        f"{one.filename}:{one.lineno}"
-        for one in caught
-        if str(one.message).startswith("called a synchronizing")
+        f"{message.filename}:{message.lineno}"
+        for message in caught
+        if str(message.message).startswith("called a synchronizing")
     ]
 
 

@@ -78,21 +78,21 @@ def synchronize() -> None:
 
 def ways(options: Options, folder: Path) -> dict[str, Way]:
     """Return every row by its name; write the images into `folder` as an image folder."""
-    found: dict[str, Way] = {}
+    rows: dict[str, Way] = {}
     # Create worker processes first: it is best to fork them before DALI's threads exist.
     if {"usual", "tensors"} & set(options.rows):
         write_folder(options.data, folder)
     if "usual" in options.rows:
-        found |= usual_ways(options, folder)
+        rows |= usual_ways(options, folder)
     if "tensors" in options.rows:
-        found |= tensor_ways(options, folder)
+        rows |= tensor_ways(options, folder)
     if "webdataset" in options.rows:
-        found |= webdataset_ways(options)
+        rows |= webdataset_ways(options)
     if "ours" in options.rows:
-        found |= our_ways(options)
+        rows |= our_ways(options)
     if "ceilings" in options.rows:
-        found |= ceilings(options)
-    return found
+        rows |= ceilings(options)
+    return rows
 
 
 def write_folder(data: str, folder: Path) -> None:
@@ -102,7 +102,7 @@ def write_folder(data: str, folder: Path) -> None:
         (folder / "all" / f"{sample.key}.{sample.extension}").write_bytes(sample.image)
 
 
-def taken(options: Options) -> int:
+def count_ready(options: Options) -> int:
     """Return how many batches an idle DataLoader has ready: two per worker, and one in hand."""
     return 2 * options.workers + 1
 
@@ -112,7 +112,7 @@ def moved(views: usual.Views, device: str) -> usual.Views:
 
 
 def usual_ways(options: Options, folder: Path) -> dict[str, Way]:
-    found = {}
+    rows = {}
     localizer = usual.Localizer(options.device, RECIPES["hp"].grid)
     for name in FILLS:
         recipe = replace(RECIPES[name], crop_size=options.crop_size)
@@ -131,8 +131,8 @@ def usual_ways(options: Options, folder: Path) -> dict[str, Way]:
                 return len(usual.looped(moved(views, options.device), recipe, network)[0])
 
             # The workers get ahead during a saliency forward, so there is nothing to discard.
-            found[title] = way(batches, use, count, 0 if network else taken(options))
-    return found
+            rows[title] = way(batches, use, count, 0 if network else count_ready(options))
+    return rows
 
 
 def masked(options: Options, recipe: usual.Recipe) -> Callable[[usual.Views], int]:
@@ -147,28 +147,28 @@ def masked(options: Options, recipe: usual.Recipe) -> Callable[[usual.Views], in
 
 
 def tensor_ways(options: Options, folder: Path) -> dict[str, Way]:
-    found = {}
+    rows = {}
     for name in FILLS:
         recipe = replace(RECIPES[name], crop_size=options.crop_size)
         batches = usual.from_folder(folder, recipe, options.batch_size, options.workers, True)
         next(batches)
-        found[f"torchvision v2 {name}"] = way(
-            batches, masked(options, recipe), options.batches, taken(options)
+        rows[f"torchvision v2 {name}"] = way(
+            batches, masked(options, recipe), options.batches, count_ready(options)
         )
-    return found
+    return rows
 
 
 def webdataset_ways(options: Options) -> dict[str, Way]:
-    found = {}
+    rows = {}
     urls = ShardDataset.open(options.data).shard_urls
     for name in FILLS:
         recipe = replace(RECIPES[name], crop_size=options.crop_size)
         batches = usual.from_webdataset(urls, recipe, options.batch_size, options.workers)
         next(batches)
-        found[f"webdataset {name}"] = way(
-            batches, masked(options, recipe), options.batches, taken(options)
+        rows[f"webdataset {name}"] = way(
+            batches, masked(options, recipe), options.batches, count_ready(options)
         )
-    return found
+    return rows
 
 
 def endless(views: MaskedViews | EvalViews) -> Iterator[Any]:

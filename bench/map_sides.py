@@ -38,7 +38,7 @@ def rows(study: Study, options: SideOptions) -> Iterator[str]:
     exact = study.front(own)
     for side in options.sides:
         scda = scda_options(options, side=side).build()
-        grids = [one for batch in study.photos for one in stored([scda], batch)]
+        grids = [own_map for batch in study.photos for own_map in stored([scda], batch)]
         cells = study.front(of_views(grids, study.crops, grid))
         bright = [
             SaliencyMap.quantize(
@@ -49,7 +49,7 @@ def rows(study: Study, options: SideOptions) -> Iterator[str]:
             for image in study.images()
         ]
         perfect = study.front(of_views(bright, study.crops, grid))
-        size = np.mean([len(SaliencyMap(one, 0, 1).to_png()) for one in grids])
+        size = np.mean([len(SaliencyMap(own_map, 0, 1).to_png()) for own_map in grids])
         figures = [iou(cells, study.jittered), iou(cells, study.plain), iou(perfect, exact)]
-        told = " | ".join(f"{figure.mean():.3f}" for figure in figures)
-        yield f"| {side} x {side} | {told} | {size:.0f} |"
+        text = " | ".join(f"{figure.mean():.3f}" for figure in figures)
+        yield f"| {side} x {side} | {text} | {size:.0f} |"

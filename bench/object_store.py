@@ -218,8 +218,8 @@ class Handler(BaseHTTPRequestHandler):
             key = file.relative_to(bucket).as_posix()
             if not key.startswith(prefix):
                 continue
-            head, found, _ = key[len(prefix) :].partition(delimiter or "\0")
-            if found:
+            head, separator, _ = key[len(prefix) :].partition(delimiter or "\0")
+            if separator:
                 folders.add(prefix + head + delimiter)
                 continue
             modified = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(file.stat().st_mtime))

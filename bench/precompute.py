@@ -157,25 +157,25 @@ def measure(options: Options, folder: Path) -> list[Row]:
         for _ in range(options.repeats):
             for name, rate in rates.items():
                 values[name].append(rate())
-    return [Row(name, found) for name, found in values.items()]
+    return [Row(name, row_rates) for name, row_rates in values.items()]
 
 
 def cpu_time(options: Options, folder: Path) -> str:
     """Return a line with the CPU time of a worker's work on the host."""
     rated = Rated(options, ScdaOptions(), folder)
     images = list(dict.fromkeys(rated.images))
-    found = measure_cpu(rated.source, images, folder / "cpu", options.repeats)
-    median = statistics.median(found)
+    milliseconds = measure_cpu(rated.source, images, folder / "cpu", options.repeats)
+    median = statistics.median(milliseconds)
     return (
         f"CPU time of all but network and pixels: {median:.2f} ms an image, median of "
-        f"{min(found):.2f} .. {max(found):.2f} ({len(images)} images): a worker's process makes at "
-        f"most {1000 / median:.0f} images/s"
+        f"{min(milliseconds):.2f} .. {max(milliseconds):.2f} ({len(images)} images): a worker's "
+        f"process makes at most {1000 / median:.0f} images/s"
     )
 
 
 def bases(names: Sequence[str]) -> dict[str, str]:
     """Return the row to compare each row with: a job's lower ceiling, or one worker for two."""
-    found = {
+    base_of = {
         "scda: job, 1 worker": "scda: backbone alone",
         "scda: job, 2 workers": "scda: job, 1 worker",
         "fp32: job, 1 worker": "fp32: backbone alone",
@@ -183,7 +183,7 @@ def bases(names: Sequence[str]) -> dict[str, str]:
         "spectral: job, 1 worker": "spectral: read, decode",
         "spectral: job, 2 workers": "spectral: job, 1 worker",
     }
-    return {name: base for name, base in found.items() if name in names and base in names}
+    return {name: base for name, base in base_of.items() if name in names and base in names}
 
 
 def memory(options: Options, folder: Path) -> tuple[float, float]:
@@ -192,12 +192,12 @@ def memory(options: Options, folder: Path) -> tuple[float, float]:
     builder = ShardBuilder(
         rated.source, SpectralOptions().build(), Store(folder / "memory"), 32, Resize(), {}
     )
-    found = []
+    megabytes = []
     for shard in range(24):
         builder.build(shard, list(dict.fromkeys(rated.images)), lambda written, rejected: None)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
-    return found[3], found[-1]
+        megabytes.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    return megabytes[3], megabytes[-1]
 
 
 class Listed(Source):

@@ -77,7 +77,7 @@ def without_pixels(source: Source, images: list[SourceImage]) -> Iterator[None]:
 
     def decode_few(encoded: list[Any]) -> Photos:
         decoded = decode_batch([few] * len(encoded))
-        return Photos(decoded, [photos[one.image.key] for one in encoded])
+        return Photos(decoded, [photos[encoded_image.image.key] for encoded_image in encoded])
 
     def cut_few(images: Any, places: list[tuple[int, Window]], size: int) -> torch.Tensor:
         return cut(images, [(index, Window(0, 0, SIDE, SIDE)) for index, _ in places], 1)
@@ -102,14 +102,14 @@ def measure_cpu(
     estimator = scda.ScdaEstimator(ScdaOptions("squeezenet1_1", "random"), "cpu")
     estimator.trunk = GivenMaps()
     builder = ShardBuilder(source, estimator, Store(folder), 32, Resize(), {})
-    found = []
+    milliseconds = []
     with without_pixels(source, images):
         for shard in range(repeats + 1):
             start = time.process_time()
             marker = builder.build(shard, images, lambda written, rejected: None)
-            found.append(1000 * (time.process_time() - start) / len(images))
+            milliseconds.append(1000 * (time.process_time() - start) / len(images))
             if len(marker.samples) != len(images):
                 raise ValueError(f"{len(marker.rejects)} of the photos were rejected")
     torch.set_num_threads(threads)
     ndd.set_num_threads(threads)
-    return found[1:]
+    return milliseconds[1:]

@@ -156,14 +156,14 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     }
 
 
-def report(found: dict[str, Any], options: Options) -> str:
+def report(figures: dict[str, Any], options: Options) -> str:
     """Return the medians as lines for the terminal."""
-    median = found["median"]
+    median = figures["median"]
     return "\n".join(
         [
             f"### S3 with {1e3 * options.latency:g} ms per request and "
-            f"{options.bandwidth / 1e6:g} MB/s; cache {found['cache_bytes'] / 1e6:.0f} of "
-            f"{found['dataset_bytes'] / 1e6:.0f} MB; median of {options.repeats}",
+            f"{options.bandwidth / 1e6:g} MB/s; cache {figures['cache_bytes'] / 1e6:.0f} of "
+            f"{figures['dataset_bytes'] / 1e6:.0f} MB; median of {options.repeats}",
             "",
             "| | local | S3 |",
             "| --- | ---: | ---: |",
@@ -171,16 +171,16 @@ def report(found: dict[str, Any], options: Options) -> str:
             f"| images/s | {median['local']:.0f} | {median['remote']:.0f} |",
             "",
             f"Rate: {median['share']:.1%} of local. Download of one window "
-            f"({found['window_bytes'] / 1e6:.0f} MB): {found['window_download_seconds']:.2f} s. "
-            f"Requests for shards: {median['requests']:.0f} in the {options.epochs} epochs and a "
-            f"batch of {found['shards']} shards.",
+            f"({figures['window_bytes'] / 1e6:.0f} MB): {figures['window_download_seconds']:.2f} s"
+            f". Requests for shards: {median['requests']:.0f} in the {options.epochs} epochs and a "
+            f"batch of {figures['shards']} shards.",
         ]
     )
 
 
-def write(options: Options, found: dict[str, Any]) -> None:
+def write(options: Options, figures: dict[str, Any]) -> None:
     """Write the figures with options and machine as JSON."""
     options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(options), "out": str(options.out)}
-    content = {"machine": machine(), "settings": settings, **found}
+    content = {"machine": machine(), "settings": settings, **figures}
     options.out.write_text(json.dumps(content, indent=2) + "\n")

@@ -185,15 +185,15 @@ def measure_cluster(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder, cluster(None):
         store_bytes = ray.cluster_resources().get("object_store_memory", 0)
         with MemoryWatch() as memory:
-            found, seconds, cpu = timed(
+            listing, seconds, cpu = timed(
                 lambda: plan_on_cluster(source, folder, seed=0, shard_samples=1000)
             )
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet"))
-        shards = found.plan.shards
+        shards = listing.plan.shards
         places = np.linspace(0, len(shards) - 1, min(50, len(shards)), dtype=int).tolist()
         _, reading, _ = timed(lambda: [shards[place] for place in places])
     print(
-        f"| plan {options.images:,} images by Ray ({found.plan.digest[:8]}; {before:.0f} MB "
+        f"| plan {options.images:,} images by Ray ({listing.plan.digest[:8]}; {before:.0f} MB "
         f"before; largest worker {memory.most:.0f} MB, object store {store_bytes / 1e6:.0f} MB; "
         f"{size / 1e6:.0f} MB of files; a shard is read in {1000 * reading / len(places):.1f} ms) "
         f"| "

@@ -146,19 +146,24 @@ def measure_equal(images: int, shard_samples: int) -> None:
         write_images(folder / "root", range(images))
         started = time.perf_counter()
         run_command(folder, "one", shard_samples, "driver")
-        whole = time.perf_counter() - started
+        uninterrupted = time.perf_counter() - started
         killed_at = kill_halfway(folder, "two", shard_samples, "cluster")
         started = time.perf_counter()
         run_command(folder, "two", shard_samples, "cluster")
         resumed = time.perf_counter() - started
-        one, two = (hash_files(folder / out / "shards") for out in ("one", "two"))
-    differing = sum(one.get(file) != two.get(file) for file in one.keys() | two.keys())
+        first_hashes, second_hashes = (
+            hash_files(folder / out / "shards") for out in ("one", "two")
+        )
+    differing = sum(
+        first_hashes.get(file) != second_hashes.get(file)
+        for file in first_hashes.keys() | second_hashes.keys()
+    )
     print(
-        f"| job of {images:,} images, planned by the driver | {whole:.0f} | | |\n"
+        f"| job of {images:,} images, planned by the driver | {uninterrupted:.0f} | | |\n"
         f"| the same, planned by Ray, killed with {killed_at:,} shards written and resumed | "
         f"{resumed:.0f} after the kill | | |\n"
-        f"| files in shards/: {len(one):,} and {len(two):,}; {differing:,} differ in their sha256 "
-        "| | | |",
+        f"| files in shards/: {len(first_hashes):,} and {len(second_hashes):,}; {differing:,} "
+        "differ in their sha256 | | | |",
         flush=True,
     )
     assert differing == 0

@@ -82,10 +82,10 @@ def wait_until_quiet(limit: float = 15.0) -> None:
 
 def busy_and_all() -> tuple[int, int]:
     """Return the clock ticks of all cores since boot: those not idle, and all."""
-    user, nice, system, idle, waiting, *others = map(
+    user, nice, system, idle, waiting, *further_ticks = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     )
-    total = user + nice + system + idle + waiting + sum(others)
+    total = user + nice + system + idle + waiting + sum(further_ticks)
     return total - idle - waiting, total
 
 

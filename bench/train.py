@@ -52,7 +52,7 @@ def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
     released: dict[str, Any] = dict(precision="fp32", plain=True)
     makers: dict[str, Callable[[], Trainer]] = {
         RELEASED: lambda: Trainer(
-            options, lambda *given: ReleasedViews(folder / "images", *given), **released
+            options, lambda *args: ReleasedViews(folder / "images", *args), **released
         ),
         ALONE: lambda: Trainer(options, synthetic),
         JOB: lambda: WholeJob(options, folder / "run"),
@@ -73,7 +73,7 @@ def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
     return {name: makers[name]() for name in makers if name in options.rows}
 
 
-def ways(options: Options, made: Mapping[str, Trainer]) -> dict[str, Way]:
+def ways(options: Options, row_trainers: Mapping[str, Trainer]) -> dict[str, Way]:
     """Return the ways to time; steps before the clock starts use up prefetched batches."""
 
     def way(trainer: Trainer, ahead: int) -> Way:
@@ -90,16 +90,16 @@ def ways(options: Options, made: Mapping[str, Trainer]) -> dict[str, Way]:
 
         return Way(run, settle)
 
-    return {name: way(made[name], AHEAD.get(name, 0)) for name in made}
+    return {name: way(row_trainers[name], AHEAD.get(name, 0)) for name in row_trainers}
 
 
 def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
     """Return the ratios for which the project has goals."""
     median = {row.name: row.median for row in rows}
 
-    def times(one: str, other: str, text: str, factor: float = 1.0) -> list[str]:
-        if one in median and other in median:
-            return [f"{text}: {factor * median[one] / median[other]:.3f}"]
+    def times(numerator: str, denominator: str, text: str, factor: float = 1.0) -> list[str]:
+        if numerator in median and denominator in median:
+            return [f"{text}: {factor * median[numerator] / median[denominator]:.3f}"]
         return []
 
     return [
@@ -120,7 +120,11 @@ def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
     ]
 
 
-def shares(made: Mapping[str, Trainer], rows: list[Row], options: Options) -> dict[str, float]:
+def shares(
+    row_trainers: Mapping[str, Trainer], rows: list[Row], options: Options
+) -> dict[str, float]:
     """Return the share of the last repeat's time in which a row waited for its data."""
     seconds = {row.name: options.steps * options.batch_size / row.rates[-1] for row in rows}
-    return {name: made[name].waited / seconds[name] for name in (JOB,) if name in made}
+    return {
+        name: row_trainers[name].waited / seconds[name] for name in (JOB,) if name in row_trainers
+    }

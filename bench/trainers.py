@@ -101,10 +101,10 @@ class Trainer:
             crop_size=options.crop_size,
             classes=1000,
         )
-        made = prepare_model_(self.config.method.build(setup), self.config, device)
+        model = prepare_model_(self.config.method.build(setup), self.config, device)
         if plain:
-            made = made.to(memory_format=torch.contiguous_format)
-        self.step = TrainingStep(made, self.config, device)
+            model = model.to(memory_format=torch.contiguous_format)
+        self.step = TrainingStep(model, self.config, device)
         self.views = batches(options, self.config, device)
         self.stream = BatchStream(self.views, memory=1)
         self.waited = 0.0
@@ -125,7 +125,7 @@ class WholeJob(Trainer):
     def __init__(self, options: Settings, folder: Path) -> None:
         super().__init__(options, from_shards, out=str(folder))
         job = EndlessEpoch(
-            given=self.config,
+            user_config=self.config,
             config=self.config,
             device=torch.device(options.device),
             data_name="",
@@ -200,15 +200,15 @@ class OnlineViews:
         for step, batch in enumerate(self.views):
             assert batch.key is not None
             rng = BatchRng(0, step, np.arange(len(batch.query)), self.device)
-            found = {"query": batch.query, "key": batch.key}
+            views = {"query": batch.query, "key": batch.key}
             with torch.no_grad(), autocast(self.config.precision, self.device):
                 maps = {
                     f"{name}_saliency": nn.functional.adaptive_avg_pool2d(
                         self.body(view).sum(1).float(), self.recipe.grid
                     )
-                    for name, view in found.items()
+                    for name, view in views.items()
                 }
-            query, key, hard = usual.vectorized({**found, **maps}, self.recipe, rng)
+            query, key, hard = usual.vectorized({**views, **maps}, self.recipe, rng)
             yield replace(batch, query=query, key=key, hard_negative=hard)
 
 

@@ -50,14 +50,14 @@ class TwoCrops:
         self.strong = transforms.GaussianBlur(recipe.blur_kernel, recipe.blur_sigma)
 
     def __call__(self, image: Any) -> Views:
-        return self.one("query", image) | self.one("key", image)
+        return self.augment("query", image) | self.augment("key", image)
 
-    def one(self, name: str, image: Any) -> Views:
+    def augment(self, name: str, image: Any) -> Views:
         view = self.view(image)
-        found = {name: view - self.soft(view) if self.recipe.high_pass else view}
+        views = {name: view - self.soft(view) if self.recipe.high_pass else view}
         if self.recipe.fill == "blur":
-            found[f"{name}_blur"] = self.strong(view)
-        return found
+            views[f"{name}_blur"] = self.strong(view)
+        return views
 
 
 def pil_view(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
@@ -141,13 +141,13 @@ def from_webdataset(
         # Resize the saliency to the image, so that one transform cuts both.
         saliency = torch.from_numpy(np.array(sample["saliency.png"].convert("L")))
         heat = v2.functional.resize(saliency.unsqueeze(0), list(image.shape[1:]))
-        found: Views = {}
+        sample_views: Views = {}
         for name in ("query", "key"):
             crop, part = flip(cut(tv_tensors.Image(image), tv_tensors.Image(heat)))
             pooled = nn.functional.adaptive_avg_pool2d(part.float(), recipe.grid)
-            found[f"{name}_saliency"] = pooled.as_subclass(Tensor)[0]
-            found |= views.one(name, crop.as_subclass(Tensor))
-        return found
+            sample_views[f"{name}_saliency"] = pooled.as_subclass(Tensor)[0]
+            sample_views |= views.augment(name, crop.as_subclass(Tensor))
+        return sample_views
 
     data = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
     data = data.shuffle(1000).decode("pil").map(two_views)
@@ -173,8 +173,8 @@ class Localizer:
 
     @torch.no_grad()
     def __call__(self, view: Tensor) -> np.ndarray:
-        found = self.body(view).sum(1)
-        return nn.functional.adaptive_avg_pool2d(found, self.grid).cpu().numpy()
+        activations = self.body(view).sum(1)
+        return nn.functional.adaptive_avg_pool2d(activations, self.grid).cpu().numpy()
 
 
 def mask_by_loops(
@@ -222,29 +222,29 @@ def mask_by_loops(
 def split(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], ...]:
     """Return the (row, column) of the foreground's and of the background's cells."""
     threshold = saliency.mean() - recipe.foreground_margin * saliency.std()
-    found: tuple[list[tuple[int, int]], ...] = ([], [])
+    cells: tuple[list[tuple[int, int]], ...] = ([], [])
     for row in range(recipe.grid):
         for column in range(recipe.grid):
-            found[int(saliency[row, column] < threshold)].append((row, column))
-    return found
+            cells[int(saliency[row, column] < threshold)].append((row, column))
+    return cells
 
 
 def looped(views: Views, recipe: Recipe, localizer: Localizer | None) -> list[Tensor]:
     """Return query, key and hard negative; the saliency is random if `localizer` is None."""
-    found = []
+    masked_views = []
     for name, hard in (("query", False), ("key", True)):
         image = views[name]
         if localizer is None:
             saliency = np.random.default_rng().random((len(image), recipe.grid, recipe.grid))
         else:
             saliency = localizer(image)
-        found.append(mask_by_loops(image, saliency, recipe, hard, views.get(f"{name}_blur")))
-    return [found[0], views["key"], found[1]]
+        masked_views.append(mask_by_loops(image, saliency, recipe, hard, views.get(f"{name}_blur")))
+    return [masked_views[0], views["key"], masked_views[1]]
 
 
 def vectorized(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
     """Return the same for the whole batch at once, with the pipeline's masks and fills."""
-    found = []
+    masked_views = []
     roles: tuple[tuple[str, masks.Role], ...] = (("query", "query"), ("key", "hard_negative"))
     for name, role in roles:
         image = views[name]
@@ -256,5 +256,7 @@ def vectorized(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
         blur = views.get(f"{name}_blur")
         fill = rng.stream("fill", 0 if role == "query" else 2)
         content = fills.FILLS[recipe.fill](image, recipe, std, fill) if blur is None else blur
-        found.append(torch.lerp(image, content, drawn.to_pixels(slice(None), recipe.crop_size)))
-    return [found[0], views["key"], found[1]]
+        masked_views.append(
+            torch.lerp(image, content, drawn.to_pixels(slice(None), recipe.crop_size))
+        )
+    return [masked_views[0], views["key"], masked_views[1]]

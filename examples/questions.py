@@ -13,7 +13,7 @@ from schemas import ShardDataset
 
 def largest_foreground(dataset: ShardDataset, count: int = 5) -> list[tuple[str, float, int]]:
     """Return the classes with the most foreground: (name, mean share of the cells, images)."""
-    found = (
+    by_class = (
         dataset.samples.filter(pc.field("label") >= 0)
         .group_by("label")
         .aggregate([("foreground", "mean"), ("foreground", "count")])
@@ -21,7 +21,7 @@ def largest_foreground(dataset: ShardDataset, count: int = 5) -> list[tuple[str,
     )
     return [
         (dataset.classes[row["label"]], row["foreground_mean"], row["foreground_count"])
-        for row in found.slice(0, count).to_pylist()
+        for row in by_class.slice(0, count).to_pylist()
     ]
 
 

@@ -135,7 +135,7 @@ def make_images(
 
     def make_rows(rows: slice) -> dict[str, list[Tensor]]:
         """Make the images of some rows, by kind."""
-        made_images: dict[str, list[Tensor]] = {}
+        row_images: dict[str, list[Tensor]] = {}
         for name, view in crops.items():
             copies = [0] if name == "query" else [1, *range(2, 2 + hard_negatives)]
             names = [COPIES[min(copy, 2)] for copy in copies]
@@ -149,8 +149,8 @@ def make_images(
                 else None,
             )
             for kind, image in zip(names, views, strict=True):
-                made_images.setdefault(kind, []).append(image)
-        return made_images
+                row_images.setdefault(kind, []).append(image)
+        return row_images
 
     if on_cpu:
         list(get_threads().map(make_rows, split_rows(size)))

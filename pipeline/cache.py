@@ -209,9 +209,9 @@ class ShardCache:
         Raises:
             UserError: the shard cannot be fetched or does not fit; the message names it.
         """
-        row, is_found = self._rows[shard], True
+        row, is_local = self._rows[shard], True
         while (files := self._open_local(row)) is None:
-            is_found = False
+            is_local = False
             with self._state:
                 self._state.wait_for(lambda: shard not in self._fetching)
                 if error := self._errors.pop(shard, None):
@@ -227,7 +227,7 @@ class ShardCache:
             elif outcome is Refusal.FULL:
                 time.sleep(POLL_SECONDS)  # all room is reserved by fetches, which will end
         with self._state:
-            self.counts["found"] += is_found
+            self.counts["found"] += is_local
             self._needed.pop(row.sha256, None)
         return files
 

@@ -202,7 +202,9 @@ class CacheFolder:
         for name, status in files.items():
             sha256, _, suffix = name.partition(".")
             if suffix == "tar":
-                side_files = (files.get(f"{sha256}.{other}") for other in ("idx", "parquet"))
+                side_files = (
+                    files.get(f"{sha256}.{side_suffix}") for side_suffix in ("idx", "parquet")
+                )
                 size = status.st_size + sum(file.st_size for file in side_files if file is not None)
                 shards.append(StoredShard(sha256, size, status.st_mtime_ns))
             elif suffix in ("idx", "parquet") and f"{sha256}.tar" not in files:

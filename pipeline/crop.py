@@ -1,4 +1,4 @@
-"""Crop windows and flips: one window per view, applied to the image and its saliency alike.
+"""Crop windows and flips: one window per view, applied to both the image and its saliency.
 
 Windows are drawn exactly as in torchvision's RandomResizedCrop: in integer pixels, with at most ten
 attempts, and then the largest center crop whose aspect ratio is allowed.

@@ -189,8 +189,8 @@ def convert_to_gray(planes: Planes) -> Tensor:
 def apply_stage(planes: Planes, stage: Tensor, mean: Tensor | float) -> Planes:
     """Apply one stage, (N, 5, 1, 1) of the table: a blend with another image or a hue rotation."""
     weight, of_mean, of_pixel, turns = stage[:, :4].unbind(1)
-    other = of_mean * mean + of_pixel * convert_to_gray(planes)
-    mixed = [(plane + weight * (other - plane)).clamp(0, 1) for plane in planes]
+    target = of_mean * mean + of_pixel * convert_to_gray(planes)
+    mixed = [(plane + weight * (target - plane)).clamp(0, 1) for plane in planes]
     red, green, blue = (
         torch.where(turns != 0, turned, plane)
         for turned, plane in zip(rotate_hue(planes, turns), mixed, strict=True)

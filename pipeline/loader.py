@@ -238,11 +238,11 @@ class MaskedViews:
 
     def _assemble(self, decoded: DecodedBatch) -> Batch:
         encoded = decoded.prepared.encoded
-        query, *others = (
+        query, *key_views = (
             self._view(decoded, number) for number in range(len(decoded.prepared.windows))
         )
         rng = BatchRng(self.seed, self.epoch, encoded.samples, self.device)
-        key = others[0] if others else None
+        key = key_views[0] if key_views else None
         fields = assemble(query, key, self.recipe, rng, self.report)
         if "keys" in self.report:
             fields["sample_keys"] = encoded.keys

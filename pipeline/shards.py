@@ -286,14 +286,14 @@ class ShardReader:
                 contents[row] = shards[row].read(*extents[row])
 
         # samples are numbered in their order on disk: neighbors are read one after the other
-        part, *others = np.array_split(np.argsort(samples), READERS)
-        pending = [self._pool.submit(read_rows, other) for other in others]
+        part, *other_parts = np.array_split(np.argsort(samples), READERS)
+        pending = [self._pool.submit(read_rows, other_part) for other_part in other_parts]
         try:
             read_rows(part)
         finally:
             wait(pending)
-        for other in pending:
-            other.result()  # raises the error of that thread
+        for future in pending:
+            future.result()  # raises the error of that thread
         return EncodedBatch(
             samples=samples,
             images=[

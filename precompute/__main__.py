@@ -249,18 +249,18 @@ def plan_there(
     stack.enter_context(cluster(options.address))
     place = f"{out.rstrip('/')}/{PLAN_FOLDER}/{uuid.uuid4().hex[:8]}"
     stack.callback(Store(place).remove_folder)
-    found = plan_on_cluster(
+    listing = plan_on_cluster(
         source,
         place,
         seed=options.seed,
         shard_samples=options.shard_samples,
         limit=options.limit,
     )
-    refuse_linked_inputs(options.out, found.linked)
-    if not found.plan.images:
-        raise UserError(no_images(root, found.rejects))
-    print(count_classes(found.labels, source), flush=True)
-    return Planned(found.plan, found.rejects, None)
+    refuse_linked_inputs(options.out, listing.linked)
+    if not listing.plan.images:
+        raise UserError(no_images(root, listing.rejects))
+    print(count_classes(listing.labels, source), flush=True)
+    return Planned(listing.plan, listing.rejects, None)
 
 
 class TooManyImagesError(Exception):

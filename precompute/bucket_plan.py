@@ -117,9 +117,12 @@ def plan_in_buckets(
 
     every_bucket = ((bucket, seed, numbers, bad) for bucket in range(buckets))
     settled = list(runner.map(partial(stages.settle, place), every_bucket))
-    counts = [one.images for one in settled]
-    rejects = [*stages.read_rejects(store, buckets), *(r for one in settled for r in one.rejects)]
-    renamed = [image for one in settled for image in one.renamed]
+    counts = [result.images for result in settled]
+    rejects = [
+        *stages.read_rejects(store, buckets),
+        *(r for result in settled for r in result.rejects),
+    ]
+    renamed = [image for result in settled for image in result.renamed]
     for bucket, count in move_renamed(renamed, place, runner, seed, buckets):
         counts[bucket] = count
 
@@ -127,7 +130,7 @@ def plan_in_buckets(
     every_bucket_text = ((bucket,) for bucket in range(buckets))
     texts_in_order = runner.map(partial(bucket_text, shards), every_bucket_text, TEXTS_AT_ONCE)
     plan = StoredPlan(shards, digest_of(texts_in_order, len(shards)))
-    labels: Counter[int] = sum((one.labels for one in settled), Counter())
+    labels: Counter[int] = sum((result.labels for result in settled), Counter())
     linked = sorted({folder for fact in facts for folder in fact["linked"]})
     return StoredListing(plan, [entry.reject for entry in sorted(rejects)], labels, linked)
 
@@ -143,15 +146,16 @@ def move_renamed(
     if not renamed:
         return
     keys = [key for image in renamed for key in stages.candidates(image)]
-    asked = stages.by_bucket(keys, str, seed, buckets)
-    found = runner.map(
-        partial(stages.taken_keys, place), ((b, set(some)) for b, some in asked.items())
+    keys_by_bucket = stages.by_bucket(keys, str, seed, buckets)
+    used_keys = runner.map(
+        partial(stages.find_used_keys, place),
+        ((bucket, set(bucket_keys)) for bucket, bucket_keys in keys_by_bucket.items()),
     )
-    images = stages.rename(renamed, (key for taken in found for key in taken))
+    images = stages.rename(renamed, (key for bucket_keys in used_keys for key in bucket_keys))
     moved = stages.by_bucket(images, lambda image: image.key, seed, buckets)
     added = runner.map(
         partial(stages.add_images, place),
-        ((b, seed, to_table(some)) for b, some in moved.items()),
+        ((bucket, seed, to_table(bucket_images)) for bucket, bucket_images in moved.items()),
     )
     yield from zip(moved, added, strict=True)
 

@@ -48,29 +48,29 @@ def cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for logger in ("ray", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    ours = not ray.is_initialized()
+    starts_ray = not ray.is_initialized()
     before = signal.signal(signal.SIGTERM, terminate)
     over = threading.Event()
     try:
-        if ours:
+        if starts_ray:
             connect(address)
             signal.signal(signal.SIGTERM, terminate)  # again: Ray installs its own handler
         ray.data.DataContext.get_current().enable_progress_bars = False
-        if ours and not address:
+        if starts_ray and not address:
             threading.Thread(target=end_with_ray, args=(over,), daemon=True).start()
         yield
     finally:
         over.set()
         signal.signal(signal.SIGTERM, before)
-        if ours:
+        if starts_ray:
             ray.shutdown()
 
 
 def connect(address: str | None) -> None:
     """Start a local Ray, or connect to the one at `address`. Raises UserError."""
-    with kept_stderr() as (said, terminal):
+    with kept_stderr() as (captured, terminal):
         try:
-            with token(address), watched_start(address, said, terminal):
+            with token(address), watched_start(address, captured, terminal):
                 if address:
                     reach(address)
                 ray.init(
@@ -82,14 +82,14 @@ def connect(address: str | None) -> None:
         except (UserError, TerminatedError):
             raise
         except Exception as error:  # Ray raises a plain Exception for a node that starts too slowly
-            raise UserError(refusal(address, error, last_words(said))) from error
+            raise UserError(refusal(address, error, last_words(captured))) from error
 
 
-def refusal(address: str | None, error: Exception, said: str) -> str:
+def refusal(address: str | None, error: Exception, last_line: str) -> str:
     """Return one line that says why Ray is unavailable, in its own words, and what to do."""
     reason = " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
-    if said and said not in reason:
-        reason = f"{reason} ({said})"
+    if last_line and last_line not in reason:
+        reason = f"{reason} ({last_line})"
     if address is None:
         advice = ""
         if "path length" in reason or "AF_UNIX" in reason:
@@ -158,26 +158,26 @@ def kept_stderr() -> Iterator[tuple[int, int]]:
         kept = os.dup(2)
     except OSError:  # the job was started with stderr closed
         kept = os.open(os.devnull, os.O_WRONLY)
-    said = os.memfd_create("ray-stderr")
-    os.dup2(said, 2)
+    captured = os.memfd_create("ray-stderr")
+    os.dup2(captured, 2)
     try:
-        yield said, kept
+        yield captured, kept
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(said)
+        os.close(captured)
 
 
-def last_words(said: int) -> str:
+def last_words(captured: int) -> str:
     """Return the last line that Ray wrote, without its log prefix; "" if there is none."""
     # pread, because the descriptor shares its file position with stderr
-    text = os.pread(said, os.fstat(said).st_size, 0).decode(errors="replace")
+    text = os.pread(captured, os.fstat(captured).st_size, 0).decode(errors="replace")
     lines = [LOG_PREFIX.sub("", line).strip() for line in text.splitlines()]
     return next((line[:300] for line in reversed(lines) if line), "")
 
 
 @contextlib.contextmanager
-def watched_start(address: str | None, said: int, terminal: int) -> Iterator[None]:
+def watched_start(address: str | None, captured: int, terminal: int) -> Iterator[None]:
     """Handle SIGTERM and Ctrl-C while `ray.init` runs, and exit when a cluster does not answer.
 
     Python runs no signal handler while Ray's C++ code waits, so a thread learns of signals from the
@@ -187,7 +187,7 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
         yield
         return
     over = threading.Event()
-    heard, wakeup = os.pipe()
+    signal_pipe, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
@@ -202,15 +202,15 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
     def watch() -> None:
         left: float | None = ANSWER_SECONDS
         while not over.is_set():
-            ready, _, _ = select.select([heard], [], [], left)
-            number = os.read(heard, 1)[0] if ready else 0
+            ready, _, _ = select.select([signal_pipe], [], [], left)
+            number = os.read(signal_pipe, 1)[0] if ready else 0
             if number == signal.SIGTERM:
                 end("terminated before Ray was up; run the same command again", 143)
             if number == signal.SIGINT:
                 end("interrupted before Ray was up; run the same command again", 130)
             if ready or over.is_set():
                 continue
-            words = last_words(said) or "it says nothing"
+            words = last_words(captured) or "it says nothing"
             if address:
                 silent = TimeoutError(f"silent for {ANSWER_SECONDS} s")
                 end(f"error: {refusal(address, silent, words)}", 2)
@@ -226,7 +226,7 @@ def watched_start(address: str | None, said: int, terminal: int) -> Iterator[Non
         signal.set_wakeup_fd(before)
         os.write(wakeup, b"\0")
         thread.join()
-        for descriptor in (heard, wakeup):
+        for descriptor in (signal_pipe, wakeup):
             os.close(descriptor)
 
 

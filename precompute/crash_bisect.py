@@ -64,10 +64,12 @@ class CrashProbe:
         # Spawned, not forked: DALI initializes CUDA when it is imported, and a fork of a process
         # that has done so cannot use CUDA.
         context = multiprocessing.get_context("spawn")
-        connection, theirs = context.Pipe()
-        process = context.Process(target=serve_probe, args=(theirs, self.make_builder), daemon=True)
+        connection, child_end = context.Pipe()
+        process = context.Process(
+            target=serve_probe, args=(child_end, self.make_builder), daemon=True
+        )
         process.start()
-        theirs.close()
+        child_end.close()
         return process, connection
 
     def close(self) -> None:

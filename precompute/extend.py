@@ -27,11 +27,11 @@ def only_new(
     if not Store(out).exists(CARD):
         raise UserError(f"{out}: no whole dataset that could be extended; leave --extend out")
     dataset = ShardDataset.open(out)
-    there, classes = dataset.classes, [to_stored(name) for name in classes]
-    if classes[: len(there)] != there:
+    old_classes, classes = dataset.classes, [to_stored(name) for name in classes]
+    if classes[: len(old_classes)] != old_classes:
         raise UserError(
-            f"{out}: its labels would change: it has the classes {', '.join(there[:5])} ..., the "
-            f"source {', '.join(classes[:5])} ...; new classes must come behind the old ones"
+            f"{out}: its labels would change: it has the classes {', '.join(old_classes[:5])} ..., "
+            f"the source {', '.join(classes[:5])} ...; new classes must come behind the old ones"
         )
     # Read from the shards' markers, because an extension that was interrupted at its very end may
     # have written the tables already.
@@ -41,12 +41,12 @@ def only_new(
         chunks += marker.samples["key"].chunks
         unseen.difference_update(marker.samples["source"].to_pylist())
         unseen.difference_update(reject.source for reject in marker.rejects)
-    new = [image for image in images if to_stored(image.location) in unseen]
-    return dataset.card, rename(new, images, pa.chunked_array(chunks, pa.string())), rejects
+    new_images = [image for image in images if to_stored(image.location) in unseen]
+    return dataset.card, rename(new_images, images, pa.chunked_array(chunks, pa.string())), rejects
 
 
 def rename(
-    new: list[SourceImage], images: list[SourceImage], keys: pa.ChunkedArray
+    new_images: list[SourceImage], images: list[SourceImage], keys: pa.ChunkedArray
 ) -> list[SourceImage]:
     """Return the new images; those whose key is in the dataset get another one.
 
@@ -55,19 +55,19 @@ def rename(
         keys: all keys of the dataset. Arrow needs about 30 bytes for each, a set of strings several
             times that.
     """
-    taken = find_keys(keys, {image.key for image in new})
-    if not taken:
-        return new
-    clashing = [image for image in new if image.key in taken]
+    used_keys = find_keys(keys, {image.key for image in new_images})
+    if not used_keys:
+        return new_images
+    clashing = [image for image in new_images if image.key in used_keys]
     candidates = {
         digest_key(image.key, image.location, digits) for image in clashing for digits in KEY_DIGITS
     }
-    taken |= find_keys(keys, candidates) | {image.key for image in images}
+    used_keys |= find_keys(keys, candidates) | {image.key for image in images}
     own_keys: dict[str, str] = {}
     for image in clashing:
-        own_keys[image.key] = free_key(image.key, image.location, taken)
-        taken.add(own_keys[image.key])
-    return [image._replace(key=own_keys.get(image.key, image.key)) for image in new]
+        own_keys[image.key] = free_key(image.key, image.location, used_keys)
+        used_keys.add(own_keys[image.key])
+    return [image._replace(key=own_keys.get(image.key, image.key)) for image in new_images]
 
 
 def find_keys(keys: pa.ChunkedArray, wanted: set[str]) -> set[str]:

@@ -22,8 +22,8 @@ WRITTEN = (
 def refuse_own_inputs(out: str, root: str) -> None:
     """Refuse an OUT whose files would be inputs when ROOT is listed again. Raises UserError."""
     if is_pattern(root):
-        if found := matched(Store(out), root):
-            raise UserError(f"{out}: its {found} would match {root}; choose a folder outside of it")
+        if file := matched(Store(out), root):
+            raise UserError(f"{out}: its {file} would match {root}; choose a folder outside of it")
         return
     if overlap(Store(out), Store(root)):
         raise UserError(f"{out}: lies inside {root}, whose files are the inputs")
@@ -43,9 +43,12 @@ def overlap(out: Store, inputs: Store) -> bool:
     """Return whether OUT lies inside the inputs' folder, or the inputs inside OUT's shards."""
     if type(out.fs) is not type(inputs.fs):
         return False
-    base, *others = (real_place(store) for store in (inputs, out, Store(shards_of(out))))
-    return any(place[: len(base)] == base for place in others) or (
-        base[: len(others[1])] == others[1]
+    base, out_place, shards_place = (
+        real_place(store) for store in (inputs, out, Store(shards_of(out)))
+    )
+    return (
+        any(place[: len(base)] == base for place in (out_place, shards_place))
+        or base[: len(shards_place)] == shards_place
     )
 
 
@@ -62,11 +65,11 @@ def real_place(store: Store) -> list[str]:
     if not store.is_local:
         return posixpath.normpath(store.root).split("/")
     path = os.path.realpath(store.root)
-    device, there, below = "", "/", path
+    device, mount_root, below = "", "/", path
     for mounted, place, folder in mounts():
         if f"{path}/".startswith(f"{folder.rstrip('/')}/"):  # the last match is on top
-            device, there, below = mounted, place, os.path.relpath(path, folder)
-    return [device, *(part for part in f"{there}/{below}".split("/") if part not in ("", "."))]
+            device, mount_root, below = mounted, place, os.path.relpath(path, folder)
+    return [device, *(part for part in f"{mount_root}/{below}".split("/") if part not in ("", "."))]
 
 
 def mounts() -> list[tuple[str, str, str]]:
@@ -79,8 +82,10 @@ def mounts() -> list[tuple[str, str, str]]:
             lines = [line.split() for line in file]
     except OSError:
         return []
-    found = [(unescape(fields[2]), unescape(fields[3]), unescape(fields[4])) for fields in lines]
-    return sorted(found, key=lambda mount: len(mount[2].rstrip("/")))
+    mount_points = [
+        (unescape(fields[2]), unescape(fields[3]), unescape(fields[4])) for fields in lines
+    ]
+    return sorted(mount_points, key=lambda mount: len(mount[2].rstrip("/")))
 
 
 def unescape(field: bytes) -> str:

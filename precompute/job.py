@@ -325,8 +325,8 @@ def build_shards(
         cloudpickle.register_pickle_by_value(module)
 
     def so_far() -> str:
-        there = store.sizes(SHARD_FOLDER)
-        done = sum(shard_name(shard, "parquet").split("/")[1] in there for shard in missing)
+        files = store.sizes(SHARD_FOLDER)
+        done = sum(shard_name(shard, "parquet").split("/")[1] in files for shard in missing)
         return (
             f"{done} of {len(missing)} missing shards are written; run the same command again to "
             "resume"

@@ -61,11 +61,11 @@ def plan_on_cluster(
 
 def user_error(error: BaseException) -> UserError | None:
     """Return the UserError that a task raised, unwrapped from Ray's exceptions, if there is one."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError) and not isinstance(seen, ray.exceptions.RayError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError) and not isinstance(cause, ray.exceptions.RayError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
     return None
 
 

@@ -154,8 +154,8 @@ def write_rows(table: pa.Table, place: str) -> pa.Table:
     table = table.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA).sort_by("order")
     Store(place).write(rows_name(bucket), to_parquet(table))
     texts = table.column("text").unique().drop_null().to_pylist()
-    said = json.dumps([from_bytes(text) for text in texts])
-    return pa.table({"bucket": [bucket], "rows": [len(table)], "texts": [said]})
+    texts_json = json.dumps([from_bytes(text) for text in texts])
+    return pa.table({"bucket": [bucket], "rows": [len(table)], "texts": [texts_json]})
 
 
 def read_rows(store: Store, bucket: int) -> pa.Table:
@@ -213,9 +213,9 @@ def settle(
     kept: list[SourceImage] = []
     renamed: list[SourceImage] = []
     for group in groups.values():
-        first, *others = sorted(group.values(), key=lambda image: walk_order(image.location))
+        first, *clashing = sorted(group.values(), key=lambda image: walk_order(image.location))
         kept.append(first)
-        renamed += others
+        renamed += clashing
     return Settled(write_bucket(store, bucket, seed, kept), labels, rejects, renamed)
 
 
@@ -224,19 +224,19 @@ def candidates(image: SourceImage) -> list[str]:
     return [digest_key(image.key, image.location, digits) for digits in KEY_DIGITS]
 
 
-def taken_keys(place: str, bucket: int, keys: Container[str]) -> list[str]:
+def find_used_keys(place: str, bucket: int, keys: Container[str]) -> list[str]:
     """Return those of the keys that images of the bucket have."""
-    there = read_bucket(Store(place), bucket).column("key").to_pylist()
-    return [key for key in map(from_bytes, there) if key in keys]
+    bucket_keys = read_bucket(Store(place), bucket).column("key").to_pylist()
+    return [key for key in map(from_bytes, bucket_keys) if key in keys]
 
 
-def rename(renamed: Iterable[SourceImage], taken: Iterable[str]) -> list[SourceImage]:
+def rename(renamed: Iterable[SourceImage], used_keys: Iterable[str]) -> list[SourceImage]:
     """Give images unique keys, in the same way as `list_images`.
 
     Args:
-        taken: those of their `candidates` that other images have.
+        used_keys: those of their `candidates` that other images have.
     """
-    keys = set(taken)
+    keys = set(used_keys)
     images = []
     for image in sorted(renamed, key=lambda image: (image.key, walk_order(image.location))):
         own = free_key(image.key, image.location, keys)
@@ -262,5 +262,5 @@ def add_images(place: str, bucket: int, seed: int, table: pa.Table) -> int:
         table: the images, as a table from `to_table`.
     """
     store = Store(place)
-    there = to_images(read_bucket(store, bucket))
-    return write_bucket(store, bucket, seed, [*there, *to_images(table)])
+    existing = to_images(read_bucket(store, bucket))
+    return write_bucket(store, bucket, seed, [*existing, *to_images(table)])

@@ -92,7 +92,7 @@ def watch(actor: Any, images: int, shards: int) -> AbstractContextManager[None]:
 
 def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
     terminal = sys.stderr.isatty()
-    moved, counted, said = time.monotonic(), 0, time.monotonic()
+    moved, counted, reported = time.monotonic(), 0, time.monotonic()
     with tqdm(
         total=images, unit="image", smoothing=0.1, dynamic_ncols=True, disable=not terminal
     ) as bar:
@@ -110,8 +110,8 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
                 moved, counted = now, done
             bar.update(done - bar.n)
             bar.set_postfix_str(f"{finished}/{shards} shards, {rejected} rejected", refresh=False)
-            if not terminal and (last or now - said >= LINE_SECONDS):
-                said = now
+            if not terminal and (last or now - reported >= LINE_SECONDS):
+                reported = now
                 left = tqdm.format_interval((images - done) * (now - start) / done) if done else "?"
                 print(
                     f"{done}/{images} images, {done / (now - start):.1f} images/s, "

@@ -46,12 +46,12 @@ def reported(reads: PendingReads, report: Callable[[dict[str, float]], None]) ->
     over = threading.Event()
 
     def watch() -> None:
-        told = False
+        was_slow = False
         while not over.wait(REPORT_SECONDS):
             slow = reads.slow(SLOW_SECONDS)
-            if slow or told:
+            if slow or was_slow:
                 report(slow)
-            told = bool(slow)
+            was_slow = bool(slow)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

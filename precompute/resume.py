@@ -26,11 +26,11 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
     """
     first = settings.get("first_shard", 0)
     if first:
-        there, now = (
-            {name: value for name, value in whole.items() if name not in OF_ONE_PLAN}
-            for whole in (read_marker(store, 0).settings, settings)
+        old, new = (
+            {name: value for name, value in full.items() if name not in OF_ONE_PLAN}
+            for full in (read_marker(store, 0).settings, settings)
         )
-        refuse_other_settings(store, there, now, defaults)
+        refuse_other_settings(store, old, new, defaults)
     files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
     end = first + settings["shards"]
     own = {shard_name(shard, suffix) for shard in range(end) for suffix in SUFFIXES}
@@ -43,12 +43,14 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
         return not marker or files.get(tar) != marker.row.bytes or index not in files
 
     shards = range(first, end)
-    gone = map_ahead(is_missing, shards, MARKERS_AT_A_TIME)
-    missing = [shard for shard, is_gone in zip(shards, gone, strict=True) if is_gone]
-    if others := sorted(name for name in files if name.endswith(SUFFIXES) and name not in own):
+    are_gone = map_ahead(is_missing, shards, MARKERS_AT_A_TIME)
+    missing = [shard for shard, is_gone in zip(shards, are_gone, strict=True) if is_gone]
+    if foreign_files := sorted(
+        name for name in files if name.endswith(SUFFIXES) and name not in own
+    ):
         raise UserError(
-            f"{store.url}: has shards of a larger dataset ({others[-1]}); choose another OUT, or "
-            "delete the folder to make it anew"
+            f"{store.url}: has shards of a larger dataset ({foreign_files[-1]}); choose another "
+            "OUT, or delete the folder to make it anew"
         )
     return missing
 
@@ -62,16 +64,16 @@ def sound_marker(store: Store, shard: int) -> ShardMarker | None:
 
 
 def refuse_other_settings(
-    store: Store, there: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]
+    store: Store, old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]
 ) -> None:
     """Compare the settings of two jobs. Raises a UserError that names each difference."""
-    found = differences(there, now, defaults)
-    if not found:
+    changes = differences(old, new, defaults)
+    if not changes:
         return
-    what = sentence(difference for difference in found if difference.name != "plan")
+    text = sentence(difference for difference in changes if difference.name != "plan")
     raise UserError(
         f"{store.url}: was made with other settings: "
-        f"{what or 'other source images, or the same under other names'}. Give the earlier "
+        f"{text or 'other source images, or the same under other names'}. Give the earlier "
         "values, choose another OUT, delete the folder to make it anew, or add new images by "
         "--extend"
     )

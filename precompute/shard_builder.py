@@ -119,11 +119,11 @@ class ShardBuilder:
             write_shard, self.store, shard, samples, rejects, self.settings
         )
         try:
-            for made, bad in self.make(images, refused or {}):
-                rejects += bad
-                if not samples.put(made, shard_written):
+            for batch, batch_rejects in self.make(images, refused or {}):
+                rejects += batch_rejects
+                if not samples.put(batch, shard_written):
                     break
-                advance(len(made), len(bad))
+                advance(len(batch), len(batch_rejects))
         except BaseException:
             samples.abandon(shard_written)
             raise
@@ -218,17 +218,17 @@ class ShardBuilder:
         samples: list[Sample] = []
         rejects: list[Reject] = []
         last: Exception | None = None
-        for one in encoded:
+        for encoded_image in encoded:
             try:
                 with device_errors_named("the decoder fails"):
-                    pixels = decode_batch([one])
-                samples += self.samples_of([one], pixels)
+                    pixels = decode_batch([encoded_image])
+                samples += self.samples_of([encoded_image], pixels)
             except UserError:
                 raise
             except Exception as error:
                 last = error
                 detail = f"{type(error).__name__}: {error}"
-                rejects.append(Reject(one.image.location, "estimator-fails", detail))
+                rejects.append(Reject(encoded_image.image.location, "estimator-fails", detail))
         if last and not self.has_estimated:  # it has never worked: the estimator is at fault
             raise last from None
         return samples, rejects
@@ -240,20 +240,20 @@ class ShardBuilder:
             raise ValueError("the estimator gave values that are not finite")
         self.has_estimated = True
         samples = []
-        for one, image, saliency in zip(encoded, pixels, maps, strict=True):
+        for encoded_image, image, saliency in zip(encoded, pixels, maps, strict=True):
             height, width, _ = image.shape
             samples.append(
                 Sample(
-                    key=one.image.key,
-                    image=one.content,
-                    extension=one.extension,
+                    key=encoded_image.image.key,
+                    image=encoded_image.content,
+                    extension=encoded_image.extension,
                     saliency=saliency,
-                    label=one.image.label,
+                    label=encoded_image.image.label,
                     height=height,
                     width=width,
-                    source=one.image.location,
-                    reencoded=one.reencoded,
-                    members=one.members,
+                    source=encoded_image.image.location,
+                    reencoded=encoded_image.reencoded,
+                    members=encoded_image.members,
                 )
             )
         return samples

@@ -33,11 +33,12 @@ class TerminatedError(Exception):
 class LastingStream:
     """A text stream for a job that outlives the reader of its output: `| head`, a closed terminal.
 
-    The first write that fails is reported on `other`, if that is possible; later ones are dropped.
+    The first write that fails is reported on `fallback`, if that is possible; later ones are
+    dropped.
     """
 
-    def __init__(self, stream: TextIO, other: TextIO | None = None):
-        self.stream, self.other, self.lost = stream, other, False
+    def __init__(self, stream: TextIO, fallback: TextIO | None = None):
+        self.stream, self.fallback, self.lost = stream, fallback, False
 
     def write(self, text: str) -> int:
         if not self.lost:
@@ -58,9 +59,11 @@ class LastingStream:
         """Drop what is written from now on, and what is still in the buffer."""
         self.lost = True
         discard(self.stream)
-        if self.other is not None:
+        if self.fallback is not None:
             with contextlib.suppress(OSError):
-                print(f"the output is closed ({error.strerror}); the job goes on", file=self.other)
+                print(
+                    f"the output is closed ({error.strerror}); the job goes on", file=self.fallback
+                )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -144,15 +147,15 @@ def status_of(main: Callable[[], int | None]) -> int | None:
     return status
 
 
-def lookup(kind: str, name: str, known: Mapping[str, Any]) -> Any:
-    """Return `known[name]`. Raises UserError with the known names and the nearest one."""
-    if name in known:
-        return known[name]
+def lookup(kind: str, name: str, choices: Mapping[str, Any]) -> Any:
+    """Return `choices[name]`. Raises UserError with the valid names and the nearest one."""
+    if name in choices:
+        return choices[name]
     if name.endswith(".py"):
         raise UserError(f"{kind} {name!r}: say which of its names is meant, {name}:NAME")
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"unknown {kind} {name!r}: {hint}there are {', '.join(known)}")
+    raise UserError(f"unknown {kind} {name!r}: {hint}there are {', '.join(choices)}")
 
 
 def imported(kind: str, path: str) -> Any:
@@ -163,8 +166,8 @@ def imported(kind: str, path: str) -> Any:
     """
     module, _, name = path.rpartition(":")
     try:
-        found = load_file(module) if is_file_name(module) else import_module(module)
-        return getattr(found, name)
+        loaded = load_file(module) if is_file_name(module) else import_module(module)
+        return getattr(loaded, name)
     except (ImportError, AttributeError, OSError, ValueError) as error:
         raise UserError(
             f"{kind} {path!r}: {error}; write FILE.py:name, or module:name with the module on "
@@ -220,11 +223,11 @@ def loaded_files() -> list[ModuleType]:
     return [module for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
 
 
-def name_by_import(thing: type | Callable) -> str:
+def name_by_import(target: type | Callable) -> str:
     """Return the string by which `imported` finds a class or function in any process."""
-    module = thing.__module__
+    module = target.__module__
     place = sys.modules[module].__file__ if module.startswith(FILE_MODULE) else module
-    return f"{place}:{thing.__qualname__}"
+    return f"{place}:{target.__qualname__}"
 
 
 def absolute(path: str) -> str:
@@ -263,12 +266,12 @@ def parse(
         sys.exit(0)
     description = [inspect.cleandoc(config.__doc__ or "")]
     chosen = {}
-    for field, known in (named or {}).items():
+    for field, choices in (named or {}).items():
         option = f"--{field.replace('_', '-')}"
-        description.append(f"{option} NAME chooses one of: {', '.join(known)}.")
+        description.append(f"{option} NAME chooses one of: {', '.join(choices)}.")
         if (name := take(arguments, option)) is not None:
             make = (by_path or {}).get(field)
-            chosen[field] = make(name) if make and ":" in name else lookup(field, name, known)
+            chosen[field] = make(name) if make and ":" in name else lookup(field, name, choices)
     return tyro.cli(
         config,
         prog=program(subcommand=argv is not None),

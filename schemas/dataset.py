@@ -206,7 +206,8 @@ def bundle(members: Iterator[Member]) -> list[tuple[str, list[Member]]]:
             samples.append((member.key, []))
         samples[-1][1].append(member)
     for key, group in samples:
-        found = [m.extension for m in group]
-        if found[1:3] != [SALIENCY_MEMBER, LABEL_MEMBER] or len(set(found)) < len(found):
-            raise FormatError(f"sample {key} has the members {found}")
+        extensions = [m.extension for m in group]
+        is_repeated = len(set(extensions)) < len(extensions)
+        if extensions[1:3] != [SALIENCY_MEMBER, LABEL_MEMBER] or is_repeated:
+            raise FormatError(f"sample {key} has the members {extensions}")
     return samples

@@ -75,23 +75,23 @@ def pass_on() -> None:
     """Copy stdin to stderr without the lines that match NOISE; report their number when asked."""
     count, first, blank_goes = 0, b"", False
     for line in sys.stdin.buffer:
-        is_asked = line.endswith(ASK)
-        told = line.removesuffix(ASK)  # before it, the beginning of a line that nobody has ended
-        if NOISE.match(told):
-            first = first if count else told.strip()[:SHOWN]
-            count, blank_goes, told = count + 1, True, b""
+        is_report_requested = line.endswith(ASK)
+        output = line.removesuffix(ASK)  # the text before it is an unfinished line
+        if NOISE.match(output):
+            first = first if count else output.strip()[:SHOWN]
+            count, blank_goes, output = count + 1, True, b""
         else:
-            if blank_goes and not told.strip():
-                told = b""
+            if blank_goes and not output.strip():
+                output = b""
             blank_goes = False
-        if is_asked and count:
-            told += b"\n" if told else b""
-            told += b"image decoders printed %d lines, the first: %s\n" % (count, first)
+        if is_report_requested and count:
+            output += b"\n" if output else b""
+            output += b"image decoders printed %d lines, the first: %s\n" % (count, first)
             count = 0
         with contextlib.suppress(OSError):
-            sys.stderr.buffer.write(told)
+            sys.stderr.buffer.write(output)
             sys.stderr.buffer.flush()
-            if is_asked:
+            if is_report_requested:
                 os.write(1, b"\n")
 
 

@@ -57,8 +57,8 @@ def classify_error(message: str) -> Literal["memory", "device", "data"]:
 
 def first_line(message: str) -> str:
     """Return the part of a long DALI or PyTorch error that states the reason, as one line."""
-    said = message.partition("encountered:")[2].strip() or message.strip()
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    cause = message.partition("encountered:")[2].strip() or message.strip()
+    lines = [line.strip() for line in cause.splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):  # CUDA runtime API error cudaError... (700):
         return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else "no reason given"

@@ -34,9 +34,9 @@ class Totals:
         self.reencoded += pc.sum(batch["reencoded"]).as_py() or 0
         self.labels.update(value_counts(batch["label"]))
         for limits, name in ((self.heights, "height"), (self.widths, "width")):
-            found = pc.min_max(batch[name]).as_py().values()
-            both = [*limits, *(value for value in found if value is not None)]
-            limits[:] = [min(both), max(both)] if both else []
+            batch_limits = pc.min_max(batch[name]).as_py().values()
+            bounds = [*limits, *(value for value in batch_limits if value is not None)]
+            limits[:] = [min(bounds), max(bounds)] if bounds else []
 
 
 def describe(dataset: ShardDataset) -> str:

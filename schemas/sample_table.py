@@ -104,7 +104,8 @@ class SampleTable:
         return self.columns[name]
 
     def __reduce__(self) -> tuple:
-        return SampleTable, (self.store, self.samples, self.shards)  # another process reads anew
+        # another process reads the file again
+        return SampleTable, (self.store, self.samples, self.shards)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -62,13 +62,13 @@ def differences(
         options below it (`method.*`, `estimator.*`) belong to different things and are left out.
     """
     old, new = filled(saved, defaults), filled(current, defaults)
-    found = [
+    changes = [
         Difference(name, old.get(name, NOT_SET), new.get(name, NOT_SET))
         for name in sorted(old.keys() | new.keys())
         if not equal(old.get(name, NOT_SET), new.get(name, NOT_SET))
     ]
-    choices = {difference.name for difference in found}
-    return [difference for difference in found if not belongs_to(difference.name, choices)]
+    choices = {difference.name for difference in changes}
+    return [difference for difference in changes if not belongs_to(difference.name, choices)]
 
 
 def filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,9 +112,9 @@ def defaults_of(options: type) -> dict[str, Any]:
     return flatten(defaults)
 
 
-def sentence(found: Iterable[Difference]) -> str:
+def sentence(changes: Iterable[Difference]) -> str:
     """Return all differences in one line, each with both values."""
-    return "; ".join(map(str, found))
+    return "; ".join(map(str, changes))
 
 
 def fields_of(options: Any) -> dict[str, Any]:
@@ -129,16 +129,16 @@ def belongs_to(name: str, choices: set[str]) -> bool:
     return not choices.isdisjoint(parents | chosen_by_name)
 
 
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
-        return math.isnan(other)
-    if isinstance(one, bool) != isinstance(other, bool):
+def equal(left: Any, right: Any) -> bool:
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(equal, left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    if isinstance(left, float) and isinstance(right, float) and math.isnan(left):
+        return math.isnan(right)
+    if isinstance(left, bool) != isinstance(right, bool):
         return False
-    return one == other
+    return left == right
 
 
 def shown(value: Any) -> str:

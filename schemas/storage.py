@@ -96,8 +96,8 @@ class Store:
     def glob(self, url: str) -> list[str]:
         """Return the sorted names that match a pattern: a path or URL below this folder."""
         with self.answers():
-            found = self.fs.glob(Store(url).root, detail=False)
-        return sorted(posixpath.relpath(path, self.root) for path in found)
+            paths = self.fs.glob(Store(url).root, detail=False)
+        return sorted(posixpath.relpath(path, self.root) for path in paths)
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes. Raises FileNotFoundError."""
@@ -151,13 +151,13 @@ class Store:
         with self.answers():
             entries = self.fs.ls(self.root, detail=True)
             # A link has its own type; asking about every file would cost one request each.
-            found = [
+            paths = [
                 entry["name"].rstrip("/")
                 for entry in entries
                 if entry["type"] == "directory"
                 or (entry["type"] != "file" and self.fs.isdir(entry["name"]))
             ]
-        return sorted(map(posixpath.basename, found))
+        return sorted(map(posixpath.basename, paths))
 
     def walk(self, folder: str = "") -> Iterator[str]:
         """Yield the names of all files below a folder at any depth, in a fixed order; follow links.
@@ -167,22 +167,22 @@ class Store:
         """
         if not self.is_local:
             with self.answers():
-                found = sorted(self.fs.find(self.path(folder)))
-            yield from (posixpath.relpath(path, self.root) for path in found)
+                paths = sorted(self.fs.find(self.path(folder)))
+            yield from (posixpath.relpath(path, self.root) for path in paths)
             return
 
         def fail(error: OSError) -> None:
             raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
-        for here, folders, names in os.walk(self.path(folder), onerror=fail, followlinks=True):
-            real = os.path.realpath(here) + "/"
-            for link in filter(os.path.islink, (os.path.join(here, name) for name in folders)):
+        for directory, folders, names in os.walk(self.path(folder), onerror=fail, followlinks=True):
+            real = os.path.realpath(directory) + "/"
+            for link in filter(os.path.islink, (os.path.join(directory, name) for name in folders)):
                 if real.startswith(os.path.realpath(link) + "/"):
                     raise UserError(f"{link}: leads back to a folder that holds it; remove it")
                 self.followed.append(link)
             folders.sort()
             for name in sorted(names):
-                yield os.path.relpath(os.path.join(here, name), self.root)
+                yield os.path.relpath(os.path.join(directory, name), self.root)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a whole file so that readers see either all of it or nothing.

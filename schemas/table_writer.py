@@ -57,9 +57,9 @@ class TableWriter:
             self.waiting[-SMALL_TABLES:] = [copied]
             self.small_tables = 0
         while self.waiting_rows >= ROW_GROUP:
-            whole = pa.concat_tables(self.waiting)
-            self.write_group(whole.slice(0, ROW_GROUP))
-            self.waiting = [whole.slice(ROW_GROUP)]
+            joined = pa.concat_tables(self.waiting)
+            self.write_group(joined.slice(0, ROW_GROUP))
+            self.waiting = [joined.slice(ROW_GROUP)]
             self.waiting_rows -= ROW_GROUP
             self.small_tables = 0
 

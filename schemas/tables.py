@@ -170,20 +170,20 @@ def columns_there(file: pq.ParquetFile, schema: pa.Schema, location: str) -> lis
     Raises:
         FormatError: a column that has no default is missing, or two columns have its name.
     """
-    there = file.schema_arrow
+    file_schema = file.schema_arrow
     names = []
-    for wanted in schema:
-        count = len(there.get_all_field_indices(wanted.name))
+    for column in schema:
+        count = len(file_schema.get_all_field_indices(column.name))
         if count == 1:
-            names.append(wanted.name)
-        elif not count and wanted.name in OPTIONAL_COLUMNS:
-            value = OPTIONAL_COLUMNS[wanted.name]
-            tell_default(location.rsplit("/", 1)[-1], wanted.name, repr(value))
+            names.append(column.name)
+        elif not count and column.name in OPTIONAL_COLUMNS:
+            value = OPTIONAL_COLUMNS[column.name]
+            tell_default(location.rsplit("/", 1)[-1], column.name, repr(value))
         else:
-            found = ", ".join(f"{f.name} {f.type}" for f in there)
+            file_columns = ", ".join(f"{f.name} {f.type}" for f in file_schema)
             raise FormatError(
                 f"{location}: its columns are not those of format {FORMAT_VERSION}: "
-                f"{'two named' if count else 'no'} {wanted.name} in {found}"
+                f"{'two named' if count else 'no'} {column.name} in {file_columns}"
             )
     return names
 
@@ -257,10 +257,10 @@ class DatasetCard:
                 f"{location}: format version {version!r}, not {FORMAT_VERSION}: {advice}"
             )
         try:
-            card = cls(**known_fields((known.name for known in dataclasses.fields(cls)), fields))
+            card = cls(**known_fields((entry.name for entry in dataclasses.fields(cls)), fields))
         except TypeError as error:
             raise FormatError(f"{location}: {str(error).removeprefix('DatasetCard.')}") from error
-        for known in dataclasses.fields(cls):
-            if known.name not in fields:
-                tell_default(CARD, known.name, repr(getattr(card, known.name)))
+        for entry in dataclasses.fields(cls):
+            if entry.name not in fields:
+                tell_default(CARD, entry.name, repr(getattr(card, entry.name)))
         return card

@@ -129,15 +129,17 @@ def verify_dataset(
         )
 
     def check_here(rows: Sequence[Placed]) -> Iterator[tuple[ShardRow, list[Problem]]]:
-        found = map_ahead(lambda placed: list(check_shard(dataset, *placed)), rows, options.workers)
-        return zip((row for row, _ in rows), found, strict=True)
+        results = map_ahead(
+            lambda placed: list(check_shard(dataset, *placed)), rows, options.workers
+        )
+        return zip((row for row, _ in rows), results, strict=True)
 
     with VerifyRecord(options.record, dataset.digest) as record:
         rows = [row for row in chosen if row.shard not in record.clean]
         placed = [(row, ranges.get(row.shard, (0, 0))) for row in rows]
-        for row, found in (check or check_here)(placed):
-            problems += found
-            record.add(row, found)
+        for row, shard_problems in (check or check_here)(placed):
+            problems += shard_problems
+            record.add(row, shard_problems)
             if progress:
                 progress(row.samples)
     return VerifyReport(
@@ -160,9 +162,9 @@ def check_counts(dataset: ShardDataset) -> Iterator[Problem]:
         yield Problem(CARD, f"counts {card.shards} shards, {SHARDS} has {len(dataset.shards)}")
     if card.rejects != len(dataset.rejects):
         yield Problem(CARD, f"counts {card.rejects} rejects, the table has {len(dataset.rejects)}")
-    known = {row.shard for row in dataset.shards}
+    shard_numbers = {row.shard for row in dataset.shards}
     expected = {
-        shard_name(shard, suffix) for shard in known for suffix in ("tar", "idx", "parquet")
+        shard_name(shard, suffix) for shard in shard_numbers for suffix in ("tar", "idx", "parquet")
     }
     for file in dataset.store.sizes(SHARD_FOLDER):
         if f"{SHARD_FOLDER}/{file}" not in expected:
@@ -208,7 +210,7 @@ def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) ->
         return
     if len(tar) != row.bytes:
         yield Problem(name, f"has {len(tar)} bytes, the table says {row.bytes}")
-    whole = hashlib.sha256(tar).hexdigest() == row.sha256
+    is_intact = hashlib.sha256(tar).hexdigest() == row.sha256
 
     samples: dict[str, list[Member]] = {}
     readable = True
@@ -218,9 +220,9 @@ def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) ->
     except FormatError as error:
         readable = False
         yield Problem(name, f"{error}; the samples behind it were not checked")
-    found = [*check_samples(dataset, name, tar, samples, expected, readable)]
-    yield from found
-    if readable and not whole and not found and len(tar) == row.bytes:
+    sample_problems = [*check_samples(dataset, name, tar, samples, expected, readable)]
+    yield from sample_problems
+    if readable and not is_intact and not sample_problems and len(tar) == row.bytes:
         yield Problem(
             name, "its bytes differ from the table's sha256, in a further member or between members"
         )
@@ -254,16 +256,16 @@ def check_samples(
 def check_sample(
     dataset: ShardDataset, name: str, tar: bytes, members: list[Member], fields: dict[str, Any]
 ) -> Iterator[Problem]:
-    found = [member.extension for member in members]
-    if found[1:3] != [SALIENCY_MEMBER, LABEL_MEMBER] or len(set(found)) < len(found):
-        yield Problem(f"{name}: {fields['key']}", f"has the members {found}")
+    extensions = [member.extension for member in members]
+    if extensions[1:3] != [SALIENCY_MEMBER, LABEL_MEMBER] or len(set(extensions)) < len(extensions):
+        yield Problem(f"{name}: {fields['key']}", f"has the members {extensions}")
         return
     image, saliency, label = (tar[m.offset : m.offset + m.size] for m in members[:3])
     where = f"{name}: {fields['key']}."
-    if found[0] not in IMAGE_EXTENSIONS.values():
-        yield Problem(where + found[0], "not the extension of an image format")
+    if extensions[0] not in IMAGE_EXTENSIONS.values():
+        yield Problem(where + extensions[0], "not the extension of an image format")
     if hashlib.sha256(image).hexdigest() != fields["image_sha256"]:
-        yield Problem(where + found[0], "its bytes differ from the table's sha256")
+        yield Problem(where + extensions[0], "its bytes differ from the table's sha256")
     try:
         side = len(SaliencyMap.from_png(saliency, 0.0, 1.0).grid)
     except ValueError as error:

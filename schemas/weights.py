@@ -70,12 +70,12 @@ class Fit:
 
     Attributes:
         tensors: the network's own names -> tensors of the file.
-        told: one line that says which tensors were taken; empty where the names are the network's
+        note: one line that says which tensors were taken; empty where the names are the network's
             own.
     """
 
     tensors: dict[str, Any]
-    told: str
+    note: str
 
 
 def read_weights(
@@ -106,8 +106,8 @@ def read_weights(
             except Exception as error:
                 unknown = UNKNOWN_CLASS.search(str(error))
                 added = stubs_of(unknown[1]) if unknown else []
-                known = {name for _, name in stubs}
-                if not added or added[0][1] in known or len(stubs) > MOST_CLASSES:
+                stub_names = {name for _, name in stubs}
+                if not added or added[0][1] in stub_names or len(stubs) > MOST_CLASSES:
                     raise
                 stubs += added
     except Exception as error:  # the readers do not document what they raise
@@ -135,35 +135,35 @@ def fit_weights(
         UserError: nothing fits; the message has the first names of both, and what is wrong with the
             nearest match.
     """
-    found = list(state_dicts(content))
-    if not found:
+    candidates = list(state_dicts(content))
+    if not candidates:
         raise UserError(f"{where}: not a state_dict: it must map names to tensors")
     nearest: tuple[int, str] = (-1, "")
     fits: list[tuple[bool, str, dict[str, Any]]] = []
-    for path, tensors in found:
+    for path, tensors in candidates:
         for names in namings(wanted, children):
             for prefix in prefixes(tensors, names):
                 problem, right = misfit(tensors, prefix, names, wanted)
                 if not problem:
                     place = ".".join([*path, prefix.removesuffix(".")]).strip(".")
-                    taken = {name: tensors[prefix + own] for name, own in names.items()}
-                    fits.append((not any(p in place for p in PREFERRED), place, taken))
+                    matching = {name: tensors[prefix + own] for name, own in names.items()}
+                    fits.append((not any(p in place for p in PREFERRED), place, matching))
                 elif right > nearest[0]:
                     nearest = right, problem
     if not fits:
-        first = ", ".join(list(found[0][1])[:SHOWN])
+        first = ", ".join(list(candidates[0][1])[:SHOWN])
         raise UserError(
             f"{where}: not weights of {network}: it {nearest[1] or 'has other names'}. It has "
             f"{first} ..., the network {', '.join(list(wanted)[:SHOWN])} ..."
         )
-    _, place, taken = min(fits, key=lambda fit: fit[0])
-    others = [other for _, other, _ in fits if other != place]
-    total = sum(len(tensors) for _, tensors in found)
-    told = ""
-    if place or others:
-        told = f"{where}: {network} is {place or 'at its top'}, {len(taken)} of {total} tensors"
-        told += f"; it is in {', '.join(others)} too" if others else ""
-    return Fit(taken, told)
+    _, place, matching = min(fits, key=lambda fit: fit[0])
+    other_places = [other_place for _, other_place, _ in fits if other_place != place]
+    total = sum(len(tensors) for _, tensors in candidates)
+    note = ""
+    if place or other_places:
+        note = f"{where}: {network} is {place or 'at its top'}, {len(matching)} of {total} tensors"
+        note += f"; it is in {', '.join(other_places)} too" if other_places else ""
+    return Fit(matching, note)
 
 
 def state_dicts(
@@ -192,19 +192,19 @@ def namings(wanted: Shapes, children: Sequence[str]) -> Iterator[dict[str, str]]
         number = {child: str(place) for place, child in enumerate(children)}
         parts = {name: name.partition(".") for name in wanted}
         if all(part in number for part, _, _ in parts.values()):
-            yield {n: f"{number[part]}.{rest}" for n, (part, _, rest) in parts.items()}
+            yield {n: f"{number[part]}.{suffix}" for n, (part, _, suffix) in parts.items()}
 
 
 def prefixes(tensors: Tensors, names: Mapping[str, str]) -> list[str]:
     """Return every prefix before one of the names in the tensors' names, in the file's order."""
     own = set(names.values())
-    found: dict[str, None] = {}
+    matching: dict[str, None] = {}
     for key in tensors:
         parts = key.split(".")
         for start in range(len(parts)):
             if ".".join(parts[start:]) in own:
-                found[".".join([*parts[:start], ""]) if start else ""] = None
-    return list(found)
+                matching[".".join([*parts[:start], ""]) if start else ""] = None
+    return list(matching)
 
 
 def misfit(
@@ -214,11 +214,11 @@ def misfit(
     under = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     own = set(names.values())
     parts = {name.partition(".")[0] for name in own}
-    missing = [name for name, other in names.items() if other not in under]
+    missing = [name for name, stored in names.items() if stored not in under]
     misshapen = [
-        f"{name} {tuple(under[other].shape)}, not {tuple(wanted[name])}"
-        for name, other in names.items()
-        if other in under and tuple(under[other].shape) != tuple(wanted[name])
+        f"{name} {tuple(under[stored].shape)}, not {tuple(wanted[name])}"
+        for name, stored in names.items()
+        if stored in under and tuple(under[stored].shape) != tuple(wanted[name])
     ]
     unknown = [
         name

@@ -122,13 +122,13 @@ def merge_markers(store: Store, shards: int, rejects: Sequence[Reject]) -> Merge
 
 def check_unique(store: Store, shards: int, repeated: set[int]) -> None:
     """Compare the keys with these hashes as text. Raises UserError with the first repeated key."""
-    seen: set[str] = set()
+    earlier_keys: set[str] = set()
     for marker in read_markers(store, range(shards)):
         for key in marker.samples["key"].to_pylist():
             if hash(key) in repeated:
-                if key in seen:
+                if key in earlier_keys:
                     raise UserError(f"key {key} comes twice, again in shard {marker.row.shard}")
-                seen.add(key)
+                earlier_keys.add(key)
 
 
 def write_dataset(

@@ -205,7 +205,7 @@ class Checkpoints:
             shutil.rmtree(leftover)
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint; it is hidden first, so nobody sees a partly deleted one."""
+        """Delete a checkpoint; it is hidden first, so a partly deleted one is never visible."""
         hidden = self.folder / f".{PREFIX}{step:08d}.old"
         self.path(step).rename(hidden)
         shutil.rmtree(hidden)

@@ -135,7 +135,7 @@ class TrainConfig:
     """Number of groups into which the shards are divided for the whole run; with one per node, each
     node reads only its own shards. Must divide the batch size."""
     decode_on: DecodeOn = "gpu"
-    """Where training images are decoded and cropped if the device is a GPU: there, or on the CPU,
+    """Device that decodes and crops training images if the run is on a GPU: the GPU, or the CPU,
     which leaves the GPU to the step and needs several cores. Evaluations decode on the GPU."""
 
 
@@ -202,22 +202,24 @@ def collect_settings(config: TrainConfig, dataset_digest: str) -> dict[str, Any]
 
 
 def collect_default_settings(
-    method: type[MethodConfig], given: TrainConfig | None = None, decided: TrainConfig | None = None
+    method: type[MethodConfig],
+    user_config: TrainConfig | None = None,
+    decided: TrainConfig | None = None,
 ) -> dict[str, Any]:
     """Return the values of settings that an older version lacked: today's defaults, flat.
 
     Args:
         method: the method whose own options are included.
-        given, decided: a run's options before and after `resolve_config`. If the run leaves an
-            option at a default that depends on other options, the decided value counts.
+        user_config, decided: a run's options before and after `resolve_config`. If the run
+            leaves an option at a default that depends on other options, the decided value counts.
     """
     general = defaults_of(TrainConfig)
     defaults = {name: value for name, value in general.items() if not name.startswith("method.")}
     defaults |= {f"method.{name}": value for name, value in defaults_of(method).items()}
-    if given is not None and decided is not None:
-        given_values, decided_values = flatten(given), flatten(decided)
+    if user_config is not None and decided is not None:
+        user_values, decided_values = flatten(user_config), flatten(decided)
         for name, value in defaults.items():
-            if name in given_values and equal(given_values[name], value):
+            if name in user_values and equal(user_values[name], value):
                 defaults[name] = decided_values.get(name, value)
     return drop_free(defaults)
 
@@ -247,8 +249,8 @@ def find_recipe_name(recipe: Recipe) -> str:
 
     It is `custom` if the masks or the fill were changed.
     """
-    others = {*VIEW_FIELDS, "branch", "hard_negatives"}
-    masks = [field.name for field in fields(Recipe) if field.name not in others]
+    ignored_fields = {*VIEW_FIELDS, "branch", "hard_negatives"}
+    masks = [field.name for field in fields(Recipe) if field.name not in ignored_fields]
     for name, candidate in RECIPES.items():
         if all(getattr(recipe, mask) == getattr(candidate, mask) for mask in masks):
             return name

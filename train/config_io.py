@@ -21,14 +21,14 @@ DECIDED = "decided"
 PARTS: dict[str, Any] = {"recipe": Recipe, "optim": OptimConfig, "knn": KnnConfig}
 
 
-def dump_config(given: TrainConfig, decided: TrainConfig) -> str:
+def dump_config(user_config: TrainConfig, decided: TrainConfig) -> str:
     """Return all options as they were given, with the method's name, and the decided values.
 
     The decided values are for the reader only: they are not read back, so other options change
     them again.
     """
-    content = plain(asdict(given))
-    content["method"] = {"name": get_method_name(type(given.method)), **content["method"]}
+    content = plain(asdict(user_config))
+    content["method"] = {"name": get_method_name(type(user_config.method)), **content["method"]}
     content[DECIDED] = {
         "crop_size": decided.recipe.crop_size,
         "lr": decided.optim.lr,

@@ -105,9 +105,9 @@ def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Fut
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % size))
     shares = torch.empty_like(padded)  # this rank's share, as each rank has it
     dist.all_to_all_single(shares, padded)
-    mean, *others = shares.view(size, -1).unbind()
-    for other in others:
-        mean += other
+    mean, *other_shares = shares.view(size, -1).unbind()
+    for share in other_shares:
+        mean += share
     mean /= size
     dist.all_gather_into_tensor(padded, mean.contiguous())
     future: torch.futures.Future[Tensor] = torch.futures.Future()

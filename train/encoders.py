@@ -173,7 +173,7 @@ def build_foreign_encoder(content: Any, path: Path) -> tuple[nn.Module, dict[str
             encoder.load_state_dict({**encoder.state_dict(), **fitted.tensors})
             if is_main():
                 print_once(
-                    f"{fitted.told or f'{path}: a {name}'}; evaluated on plain images of "
+                    f"{fitted.note or f'{path}: a {name}'}; evaluated on plain images of "
                     f"{FOREIGN_CROP[stem]} pixels"
                 )
             return encoder, make_foreign_metadata(name, stem, path)
@@ -205,11 +205,13 @@ def make_foreign_metadata(name: str, stem: Stem, path: Path) -> dict[str, str]:
     }
 
 
-def pick_clearer_error(one: UserError | None, other: UserError) -> UserError:
+def pick_clearer_error(previous: UserError | None, error: UserError) -> UserError:
     """Return the error about a single shape or layer rather than the one about all names."""
-    if one is None or ("lacks conv1.weight" in str(one) and "lacks conv1.weight" not in str(other)):
-        return other
-    return one
+    if previous is None or (
+        "lacks conv1.weight" in str(previous) and "lacks conv1.weight" not in str(error)
+    ):
+        return error
+    return previous
 
 
 @functools.cache

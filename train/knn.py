@@ -22,11 +22,13 @@ NEIGHBORS = (20, 200)
 CHUNK = 1024  # queries at a time: 1024 x 126,689 similarities of ImageNet-100 are 519 MB
 
 
-def check_neighbors(neighbors: tuple[int, ...], others: int, option: str = "--neighbors") -> None:
-    """Raise UserError, under the option's name, unless each lies between 1 and `others`."""
-    if not neighbors or not 1 <= min(neighbors) <= max(neighbors) <= others:
+def check_neighbors(
+    neighbors: tuple[int, ...], available: int, option: str = "--neighbors"
+) -> None:
+    """Raise UserError, under the option's name, unless each lies between 1 and `available`."""
+    if not neighbors or not 1 <= min(neighbors) <= max(neighbors) <= available:
         raise UserError(
-            f"{option} {' '.join(map(str, neighbors))}: each must be between 1 and {others}, "
+            f"{option} {' '.join(map(str, neighbors))}: each must be between 1 and {available}, "
             "the number of images to choose from"
         )
 
@@ -84,8 +86,8 @@ class OnlineKnn:
         knn = config.knn
         assert knn.data is not None
         self.train_set, test_set = open_labeled_pair(knn.data, knn.test_data)
-        others = len(self.train_set) - (test_set is None)
-        check_neighbors(knn.neighbors, others, "--knn.neighbors")
+        available = len(self.train_set) - (test_set is None)
+        check_neighbors(knn.neighbors, available, "--knn.neighbors")
         self.cache = make_cache(config.cache, config.cache_gb)
         self.urls = [url for url in (knn.data, knn.test_data) if url is not None]
         for url in self.urls:  # report unreadable data now, not after the first epoch

@@ -96,10 +96,10 @@ class MetricsLogger:
         self.wandb = start_wandb_run(wandb_project, folder, config) if wandb_project else None
         self.total, self.epochs = total, -(-total // epoch_steps)
         self.path = folder / "metrics.jsonl"
-        self.made = sum(map(is_step, drop_lines_after(self.path, start, epoch_steps)))
-        """Number of steps made: `step`, unless it was counted anew with another batch."""
+        self.steps_made = sum(map(is_step, drop_lines_after(self.path, start, epoch_steps)))
+        """Number of steps made; `step` differs if the run was resumed with another batch."""
         self.file = self.path.open("a")
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=self.made + 1)
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=self.steps_made + 1)
         self.started, self.first = time.monotonic(), start
         self.bar = (
             tqdm(total=total, initial=start, unit="step", smoothing=0.05)
@@ -140,11 +140,11 @@ class MetricsLogger:
     def write(self, row: dict[str, Any]) -> None:
         """Write one line of metrics.jsonl, and its values to TensorBoard and Weights & Biases."""
         self.file.write(json.dumps(row) + "\n")
-        self.made += is_step(row)
+        self.steps_made += is_step(row)
         for name in row.keys() - {"step", "epoch"}:
-            self.board.add_scalar(name, row[name], self.made)
+            self.board.add_scalar(name, row[name], self.steps_made)
         if self.wandb is not None:
-            self.wandb.log(row, step=self.made)
+            self.wandb.log(row, step=self.steps_made)
 
     def log_views(self, sheet: Image.Image | None, step: int, epoch: int) -> None:
         """Save a picture of an epoch's first views to TensorBoard and RUN/views."""

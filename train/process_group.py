@@ -21,7 +21,7 @@ HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 GRACE = 5.0
 """Seconds within which every live rank notices that another one is dead."""
 POLL = 0.05
-"""Seconds between two looks of rank 0 for ranks that start (ours)."""
+"""Seconds between two polls of rank 0 for ranks that start (ours)."""
 NCCL_EXTRA = 60
 """Seconds that NCCL waits longer than gloo (ours). NCCL's watchdog ends the process without naming
 a rank; gloo raises an error, after which the store tells which rank is silent."""
@@ -114,8 +114,10 @@ def rendezvous(waits: timedelta) -> tuple[dist.Store, int, int]:
         store, number, size = next(dist.rendezvous("env://", timeout=waits))
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        taken = "EADDRINUSE" in str(error)
-        reason = "the port is taken by another program" if taken else str(error).splitlines()[0]
+        is_port_taken = "EADDRINUSE" in str(error)
+        reason = (
+            "the port is taken by another program" if is_port_taken else str(error).splitlines()[0]
+        )
         raise UserError(
             f"the processes cannot meet at {place}: {reason}; choose another --master-port, or let "
             "torchrun find one: --standalone, on one machine"
@@ -156,11 +158,11 @@ def agree_on_start(store: dist.Store, number: int, size: int, waits: timedelta) 
     start, absent = uuid4().hex, set(range(1, size))
     deadline = time.monotonic() + waits.total_seconds()
     while absent:
-        for other in absent:
-            if store.check([f"question/{other}"]):
-                store.set(f"answer/{store.get(f'question/{other}').decode()}", start)
+        for peer in absent:
+            if store.check([f"question/{peer}"]):
+                store.set(f"answer/{store.get(f'question/{peer}').decode()}", start)
         time.sleep(POLL)
-        absent = {other for other in absent if not store.check([f"{start}/{other}"])}
+        absent = {peer for peer in absent if not store.check([f"{start}/{peer}"])}
         if absent and time.monotonic() > deadline:
             raise dist.DistError(
                 f"rank {', '.join(map(str, sorted(absent)))} of {size} did not come within "
@@ -202,8 +204,8 @@ def exit_naming_silent_ranks(
     """End this rank; the lowest live rank names the others that do not answer."""
     store.set(str(number), "alive")
     time.sleep(GRACE)
-    silent = [other for other in range(size) if not store.check([str(other)])]
-    lowest = min(other for other in range(size) if other not in silent)
+    silent = [peer for peer in range(size) if not store.check([str(peer)])]
+    lowest = min(peer for peer in range(size) if peer not in silent)
     if number == lowest:
         culprit = f"rank {', '.join(map(str, silent))}" if silent else "the network"
         raise UserError(

@@ -90,12 +90,12 @@ def write_report(options: ReportOptions) -> Path:
 
 
 def number_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with `made`, the number of steps until then.
+    """Return the rows with `steps_made`, the number of steps until then.
 
-    That is `step`, unless the run was resumed with another batch, which counts steps anew.
+    That equals `step`, unless the run was resumed with another batch, which converts `step`.
     """
-    made = itertools.accumulate(is_step(row) for row in rows)
-    return [row | {"made": number} for row, number in zip(rows, made, strict=True)]
+    steps_made = itertools.accumulate(is_step(row) for row in rows)
+    return [row | {"steps_made": number} for row, number in zip(rows, steps_made, strict=True)]
 
 
 def render_page(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -106,12 +106,16 @@ def render_page(folder: Path, rows: list[dict[str, Any]]) -> str:
     parts = [f"<h1>{html.escape(title)}</h1>", '<div class="curves">']
     for name, (label, names) in CURVES.items():
         logged = {n: line for n, line in names.items() if any(n in row for row in steps)}
-        lines = {line: [(row["made"], row.get(n)) for row in steps] for n, line in logged.items()}
+        lines = {
+            line: [(row["steps_made"], row.get(n)) for row in steps] for n, line in logged.items()
+        }
         parts.append(render_curves(name, label, lines))
     epochs = [row for row in rows if not is_step(row)]
-    scores = sorted({name for row in epochs for name in row.keys() - {"step", "epoch", "made"}})
+    scores = sorted(
+        {name for row in epochs for name in row.keys() - {"step", "epoch", "steps_made"}}
+    )
     if scores:
-        points = {n: [(row["made"], row[n]) for row in epochs if n in row] for n in scores}
+        points = {n: [(row["steps_made"], row[n]) for row in epochs if n in row] for n in scores}
         parts.append(render_curves("scores", "accuracy on labeled shards", points))
     parts.append("</div>")
 

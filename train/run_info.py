@@ -48,15 +48,15 @@ def append_start(
 
 def reconstruct_command() -> str:
     """Return the command that repeats this run: the program and its options as given."""
-    given = sys.orig_argv
-    if "-m" not in given:
-        return shlex.join(given)
+    argv = sys.orig_argv
+    if "-m" not in argv:
+        return shlex.join(argv)
     start = "python"
     if world_size() > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
         nodes = f"--nnodes {world_size() // local} " if world_size() > local else ""
         start = f"torchrun {nodes}--nproc-per-node {local}"
-    return f"{start} {shlex.join(given[given.index('-m') :])}"
+    return f"{start} {shlex.join(argv[argv.index('-m') :])}"
 
 
 def read_git_revision() -> str | None:

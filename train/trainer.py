@@ -48,7 +48,7 @@ are due. It must leave the method and all random generators unchanged."""
 class TrainingJob:
     """Everything that one rank trains with."""
 
-    given: TrainConfig
+    user_config: TrainConfig
     """Options as the user gave them."""
     config: TrainConfig
     """Options with everything decided."""
@@ -74,14 +74,14 @@ class TrainingJob:
         return self.epoch_steps * self.config.epochs
 
 
-def prepare_job(given: TrainConfig) -> TrainingJob:
+def prepare_job(user_config: TrainConfig) -> TrainingJob:
     """Decide open options, build the method, open the loader.
 
     Raises:
         UserError: unsuitable data or options.
     """
-    device = pick_device(given.device)
-    config = resolve_config(given, device)
+    device = pick_device(user_config.device)
+    config = resolve_config(user_config, device)
     dataset = None if config.synthetic else ShardDataset.open(config.data)
     torch.manual_seed(config.seed)  # equal weights on every rank
     torch.backends.cudnn.benchmark = True  # all views have the same size
@@ -101,7 +101,7 @@ def prepare_job(given: TrainConfig) -> TrainingJob:
         zero_residual_gammas_(method, config.encoder)
     method = prepare_model_(method, config, device)
     return TrainingJob(
-        given=given,
+        user_config=user_config,
         config=config,
         device=device,
         data_name="synthetic" if dataset is None else dataset.card.name,
@@ -201,7 +201,7 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
         folder=out / "checkpoints",
         keep=config.keep_checkpoints,
         settings=settings,
-        defaults=collect_default_settings(type(config.method), job.given, config),
+        defaults=collect_default_settings(type(config.method), job.user_config, config),
         batch_may_change=job.batch_may_change,
     )
     step = TrainingStep(job.method, config, job.device)
@@ -216,7 +216,7 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
             checkpoints.remove_unfinished()
             checkpoints.rename_last(done)
             Store(out).remove_temporaries("")  # of an encoder that a killed process was writing
-            (out / "config.yaml").write_text(dump_config(job.given, config))
+            (out / "config.yaml").write_text(dump_config(job.user_config, config))
             append_start(out / "starts.jsonl", config, job.device, done, job.data_digest)
             logger = MetricsLogger(
                 out,

@@ -143,12 +143,12 @@ def run(options: Options) -> None:
     for urls in evaluation_sets(options.shards).values():
         for url in urls:
             ShardDataset.open(url)  # report a missing one before hours of training
-    missing = [each for each in runs if find_row(options, each) is None]
+    missing = [planned for planned in runs if find_row(options, planned) is None]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished", flush=True)
     if options.side_by_side == 0:
-        for each in missing:
-            print(f"\n== {each.name}", flush=True)
-            finish(options, each)
+        for missing_run in missing:
+            print(f"\n== {missing_run.name}", flush=True)
+            finish(options, missing_run)
         return
     failed = [log for log in run_side_by_side(options, missing) if log is not None]
     if failed:
@@ -163,15 +163,15 @@ def run_side_by_side(options: Options, runs: Sequence[Run]) -> Iterator[Path | N
         cores.put(available[place % len(available)])
     shown = threading.Lock()
 
-    def work(each: Run) -> Path | None:
+    def work(run: Run) -> Path | None:
         core = cores.get()
-        log = Path(each.config.out).with_suffix(".log")
+        log = Path(run.config.out).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         try:
             with log.open("a") as output:
                 ended = subprocess.run(
-                    child_command(options, each, core),
+                    child_command(options, run, core),
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                     stdout=output,
                     stderr=output,
@@ -181,7 +181,7 @@ def run_side_by_side(options: Options, runs: Sequence[Run]) -> Iterator[Path | N
             cores.put(core)
         state = "finished" if ended.returncode == 0 else f"FAILED ({ended.returncode})"
         with shown:
-            print(f"{each.name} {state} after {time.monotonic() - start:.0f} s: {log}", flush=True)
+            print(f"{run.name} {state} after {time.monotonic() - start:.0f} s: {log}", flush=True)
         return log if ended.returncode else None
 
     with ThreadPoolExecutor(options.side_by_side) as pool:
@@ -241,9 +241,9 @@ def find_row(options: Options, run: Run) -> dict[str, Any] | None:
     saved, current = use_current_names(row["settings"]), comparable(options, run)
     # older rows do not say which images they were tested on
     defaults |= {name: value for name, value in current.items() if name.startswith("test.")}
-    if found := differences(saved, current, defaults):
+    if changes := differences(saved, current, defaults):
         raise UserError(
-            f"{path}: this run was made with other settings: {sentence(found)}; choose another "
+            f"{path}: this run was made with other settings: {sentence(changes)}; choose another "
             "--rows, or remove the file to repeat the run"
         )
     return row
@@ -285,11 +285,11 @@ def evaluate(options: Options, run: Run) -> None:
     folder, config = Path(run.config.out), run.config
     exists = (folder / results.RESULTS).exists()
     done = results.collect([str(folder)]) if exists else []
-    had = {(row["protocol"], row["data_digest"], row.get("test_digest")) for row in done}
+    finished = {(row["protocol"], row["data_digest"], row.get("test_digest")) for row in done}
     for name, (train_set, test_set) in evaluation_sets(options.shards).items():
         dataset = ShardDataset.open(train_set)
         digests = dataset.digest, ShardDataset.open(test_set).digest
-        if not name and ("knn", *digests) not in had:
+        if not name and ("knn", *digests) not in finished:
             knn_options = knn.KnnOptions(
                 encoder=str(folder),
                 data=train_set,
@@ -299,7 +299,7 @@ def evaluate(options: Options, run: Run) -> None:
                 device=options.device,
             )
             print(knn.format_table(knn.evaluate(knn_options)), flush=True)
-        if ("linear", *digests) not in had:
+        if ("linear", *digests) not in finished:
             probe = linear.LinearOptions(
                 encoder=str(folder),
                 data=train_set,
@@ -319,13 +319,13 @@ def accuracies(options: Options, run: Run) -> dict[str, float]:
     for name, (train_set, _) in evaluation_sets(options.shards).items():
         dataset = ShardDataset.open(train_set)
         names[dataset.digest] = name or dataset.card.name
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for row in results.collect([run.config.out]):
         if row["protocol"] == "knn":
-            found |= {f"knn {k}": row["accuracy"][str(k)] for k in NEIGHBORS}
+            shares |= {f"knn {k}": row["accuracy"][str(k)] for k in NEIGHBORS}
         else:
-            found[f"linear {names[row['data_digest']]}"] = row["accuracy"]["top1"]
-    return found
+            shares[f"linear {names[row['data_digest']]}"] = row["accuracy"]["top1"]
+    return shares
 
 
 def training_seconds(run: Run) -> float:

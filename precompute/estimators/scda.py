@@ -152,8 +152,8 @@ def build_backbone(name: str) -> nn.Module:
     """Build a torchvision network, or a timm network named `timm:NAME`. Raises UserError."""
     if is_timm(name):
         return build_timm_backbone(name)
-    known = {name: name for name in torchvision.models.list_models(torchvision.models)}
-    return torchvision.models.get_model(lookup("backbone", name, known))
+    choices = {name: name for name in torchvision.models.list_models(torchvision.models)}
+    return torchvision.models.get_model(lookup("backbone", name, choices))
 
 
 def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:

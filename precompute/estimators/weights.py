@@ -34,11 +34,11 @@ def load_weights(trunk: nn.Module, model: nn.Module, backbone: str, weights: str
     content = download(backbone, weights) if path is None else read_weights(path, unpickle, unpack)
     state = trunk.state_dict()
     children = [name for name, _ in model.named_children()]
-    found = fit_weights(content, shapes_of(state), weights, backbone, children)
-    if found.told:
-        print(found.told, flush=True)
+    fit = fit_weights(content, shapes_of(state), weights, backbone, children)
+    if fit.note:
+        print(fit.note, flush=True)
     # load_state_dict casts float16 files to the trunk's float32
-    trunk.load_state_dict({**state, **found.tensors})
+    trunk.load_state_dict({**state, **fit.tensors})
 
 
 def file_of(backbone: str, weights: str) -> Path | None:
@@ -73,8 +73,8 @@ def download(backbone: str, name: str) -> Mapping[str, torch.Tensor]:
     """Return weights that torchvision or timm publishes, cached or downloaded. Raises UserError."""
     if is_timm(backbone):
         return download_timm(backbone, name)
-    known = torchvision.models.get_model_weights(backbone).__members__
-    chosen = lookup(f"weights of {backbone}", name, {**known, RANDOM: None})
+    published = torchvision.models.get_model_weights(backbone).__members__
+    chosen = lookup(f"weights of {backbone}", name, {**published, RANDOM: None})
     try:
         return chosen.get_state_dict(check_hash=True)
     except (URLError, OSError, RuntimeError) as error:

@@ -112,9 +112,9 @@ class Weights(NamedTuple):
 @lru_cache(maxsize=CACHED_SHAPES)
 def weights(height: int, width: int, area: float, side: int, u: int, v: int) -> Weights:
     """Return the resampling weights of all windows of one area in an image of this shape."""
-    found = windows(height, width, area)
-    y, inside_y = axis([(w.top, w.height, height) for w in found], side, u)
-    x, inside_x = axis([(w.left, w.width, width) for w in found], side, v)
+    all_windows = windows(height, width, area)
+    y, inside_y = axis([(w.top, w.height, height) for w in all_windows], side, u)
+    x, inside_x = axis([(w.left, w.width, width) for w in all_windows], side, v)
     return Weights(y, x, (inside_y.unsqueeze(2) * inside_x.unsqueeze(1)).sum(dim=0))
 
 

@@ -97,16 +97,16 @@ def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceIma
         elif entry.key not in first:
             first[entry.key] = entry
         else:
-            there = first[entry.key]
-            group = groups.setdefault(entry.key, {there.location: there})
+            earlier = first[entry.key]
+            group = groups.setdefault(entry.key, {earlier.location: earlier})
             if entry.location in group:
                 rejects.append(Reject(entry.location, "duplicate", "listed more than once"))
             else:
                 group[entry.location] = entry
     later: dict[str, SourceImage] = {}
     for key, group in sorted(groups.items()):
-        first[key], *others = sorted(group.values(), key=lambda image: walk_order(image.location))
-        for image in others:
+        first[key], *clashing = sorted(group.values(), key=lambda image: walk_order(image.location))
+        for image in clashing:
             own = free_key(key, image.location, ChainMap(first, later))
             later[own] = image._replace(key=own)
     return [*first.values(), *later.values()], rejects

@@ -55,8 +55,8 @@ class Voc(Source):
             make = partial(datasets.VOCDetection, root, year, name, download)
             below = f"VOCdevkit/VOC{year}"
             needs = [f"{below}/ImageSets/Main/{name}.txt", f"{below}/JPEGImages"]
-            found = opened(f"voc {year}", root, make, needs, download)
-            self.entries += [(f"VOC{year}", Path(image).stem) for image in found.images]
+            voc = opened(f"voc {year}", root, make, needs, download)
+            self.entries += [(f"VOC{year}", Path(image).stem) for image in voc.images]
 
     def images(self) -> Iterator[SourceImage]:
         for folder, name in self.entries:
@@ -75,12 +75,12 @@ class Voc(Source):
 
 def voc_labels(xml: bytes, location: str) -> bytes:
     """Return the classes in a VOC annotation as JSON. Raises ValueError."""
-    known = {name: label for label, name in enumerate(VOC_CLASSES)}
+    labels_by_name = {name: label for label, name in enumerate(VOC_CLASSES)}
     plain: set[int] = set()
     difficult: set[int] = set()
     try:
         for entry in ElementTree.fromstring(xml).iter("object"):
-            label = known[entry.findtext("name", "").strip()]
+            label = labels_by_name[entry.findtext("name", "").strip()]
             (difficult if entry.findtext("difficult", "0").strip() == "1" else plain).add(label)
     except (ElementTree.ParseError, KeyError) as error:
         raise ValueError(f"{location}: not an annotation of VOC ({error})") from error
@@ -126,16 +126,16 @@ class CocoInstances(Coco):
             )
 
     def images(self) -> Iterator[SourceImage | Reject]:
-        found = opened(
+        coco = opened(
             "coco",
             self.root,
             lambda: datasets.CocoDetection(self.store.root, self.file),
             [posixpath.relpath(self.file, self.root)],
         ).coco
-        self.classes = [category["name"] for category in found.dataset["categories"]]
-        for number, entry in sorted(found.imgs.items()):
+        self.classes = [category["name"] for category in coco.dataset["categories"]]
+        for number, entry in sorted(coco.imgs.items()):
             name = posixpath.basename(entry["file_name"])
-            instances = json.dumps(found.imgToAnns.get(number, []), separators=(",", ":"))
+            instances = json.dumps(coco.imgToAnns.get(number, []), separators=(",", ":"))
             yield SourceImage(key_of(name), name, UNLABELED, instances)
 
     def members(self, image: SourceImage) -> dict[str, bytes]:

@@ -197,12 +197,12 @@ def digest_key(key: str, location: str, digits: int = 8) -> str:
     return f"{key[: MAX_KEY_LENGTH - 1 - digits]}-{digest}"
 
 
-def free_key(key: str, location: str, taken: Container[str]) -> str:
+def free_key(key: str, location: str, used_keys: Container[str]) -> str:
     """Return the key with as many digits of the location's sha256 as make it unique."""
     return next(
         candidate
         for digits in KEY_DIGITS
-        if (candidate := digest_key(key, location, digits)) not in taken
+        if (candidate := digest_key(key, location, digits)) not in used_keys
     )
 
 
@@ -217,10 +217,10 @@ def is_pattern(root: str) -> bool:
     return any(sign in root for sign in "*?[") and not Store(root).exists("")
 
 
-def check_split(dataset: str, split: str, known: Sequence[str]) -> None:
+def check_split(dataset: str, split: str, splits: Sequence[str]) -> None:
     """Check that a dataset has a split. Raises a UserError that lists the splits."""
-    if split not in known:
-        raise UserError(f"{dataset} has no split {split!r}: there are {', '.join(known)}")
+    if split not in splits:
+        raise UserError(f"{dataset} has no split {split!r}: there are {', '.join(splits)}")
 
 
 def opened(

@@ -41,10 +41,10 @@ class ImageNet(ClassFolders):
 
     def __init__(self, root: str, split: str, download: bool):
         store = split_folder(root, split, download)
-        there = class_folders(store)
-        self.flat = {} if any(map(WNID.fullmatch, there)) else kaggle_labels(root, store)
-        wnids = sorted({*self.flat.values()} or filter(WNID.fullmatch, there))
-        self.others = [name for name in there if name not in wnids]
+        folders = class_folders(store)
+        self.flat = {} if any(map(WNID.fullmatch, folders)) else kaggle_labels(root, store)
+        wnids = sorted({*self.flat.values()} or filter(WNID.fullmatch, folders))
+        self.other_folders = [name for name in folders if name not in wnids]
         super().__init__(store, self.choose(wnids, store))
 
     def choose(self, wnids: list[str], store: Store) -> list[str]:
@@ -66,7 +66,7 @@ class ImageNet(ClassFolders):
         elif self.flat:
             yield from self.list_flat()
         else:
-            for name in self.others:
+            for name in self.other_folders:
                 yield Reject(name, "no-class", "a folder that is named by no WordNet id")
 
     def list_flat(self) -> Iterator[SourceImage | Reject]:
@@ -90,9 +90,9 @@ class ImageNet100(ImageNet):
         classes = file.read_text().split()
         if missing := [name for name in classes if name not in wnids]:
             raise UserError(
-                f"{store.url}: lacks {len(missing)} of the 100 class folders: {some(missing)}"
+                f"{store.url}: lacks {len(missing)} of the 100 class folders: {shorten(missing)}"
             )
-        self.others = []
+        self.other_folders = []
         return classes
 
 
@@ -155,16 +155,18 @@ def kaggle_labels(root: str, store: Store) -> dict[str, str]:
 
 def compare_splits(store: Store, wnids: list[str]) -> str:
     """Describe the classes that one of the two splits has and the other lacks."""
-    other = {"train": "val", "val": "train"}[posixpath.basename(store.url)]
-    beside = Store(f"{posixpath.dirname(store.url)}/{other}")
+    other_split = {"train": "val", "val": "train"}[posixpath.basename(store.url)]
+    beside = Store(f"{posixpath.dirname(store.url)}/{other_split}")
     if not beside.exists(""):
         return ""
-    theirs = set(filter(WNID.fullmatch, class_folders(beside)))
-    missing, extra = sorted(theirs - set(wnids)), sorted(set(wnids) - theirs)
-    lacks = f"; {other} beside it also has {some(missing)}" if missing and theirs else ""
-    return lacks + (f"; {other} lacks {some(extra)}" if extra and theirs else "")
+    other_wnids = set(filter(WNID.fullmatch, class_folders(beside)))
+    missing, extra = sorted(other_wnids - set(wnids)), sorted(set(wnids) - other_wnids)
+    lacks = (
+        f"; {other_split} beside it also has {shorten(missing)}" if missing and other_wnids else ""
+    )
+    return lacks + (f"; {other_split} lacks {shorten(extra)}" if extra and other_wnids else "")
 
 
-def some(names: list[str]) -> str:
+def shorten(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

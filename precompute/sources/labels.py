@@ -56,21 +56,23 @@ class LabelReader:
         Raises:
             LabelError: the member is missing, is no label, or its label cannot be read.
         """
-        there = {extension: (offset, size) for extension, offset, size in members}
+        places = {extension: (offset, size) for extension, offset, size in members}
         if self.member == "none":
             return NONE, ""
         member, field = self.member, ""
-        if member and member not in there and re.match(r"(.*\.)?json[:.]", member):
+        if member and member not in places and re.match(r"(.*\.)?json[:.]", member):
             member, field = re.split(r"(?<=json)[:.]", member, maxsplit=1)
-        if not member and LABEL_MEMBER not in there:
-            label = self.read_member("json", "", *there["json"], file) if "json" in there else NONE
+        if not member and LABEL_MEMBER not in places:
+            label = (
+                self.read_member("json", "", *places["json"], file) if "json" in places else NONE
+            )
             if label == NONE:
-                refuse_other_names(there)
+                refuse_other_names(places)
             return label, "json"
         member = member or LABEL_MEMBER
-        if member not in there:
-            raise LabelError(f"it has no member {member!r} but {', '.join(list(there)[:8])}")
-        return self.read_member(member, field, *there[member], file), member
+        if member not in places:
+            raise LabelError(f"it has no member {member!r} but {', '.join(list(places)[:8])}")
+        return self.read_member(member, field, *places[member], file), member
 
     def read_member(self, member: str, field: str, offset: int, size: int, file: Any) -> str:
         is_json = member.endswith("json")
@@ -139,17 +141,17 @@ def name_classes(
         the number of each valid label, the names of the classes, and the reason for each invalid
         label.
     """
-    found = set(labels) - {NONE}
+    distinct_labels = set(labels) - {NONE}
     numbers = {NONE: UNLABELED}
-    digits = {label for label in found if NUMBER.fullmatch(label)}
-    if reader.text or (found and not digits):
-        names = sorted(found)
+    digits = {label for label in distinct_labels if NUMBER.fullmatch(label)}
+    if reader.text or (distinct_labels and not digits):
+        names = sorted(distinct_labels)
         numbers |= {label: place for place, label in enumerate(names)}
         return numbers, names, {}
     bad = {
         label: f"its label is {label[:40]!r}, not digits as others are; --label-text takes all "
         "labels for names"
-        for label in found - digits
+        for label in distinct_labels - digits
     }
     most = UNLABELED
     values = sorted({int(label) for label in digits})

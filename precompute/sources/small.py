@@ -79,19 +79,19 @@ class Flowers102(Source):
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("flowers102", split, ("train", "val", "test"))
-        found = opened(
+        dataset = opened(
             "flowers102",
             root,
             lambda: datasets.Flowers102(root, split, download=download),
             [f"flowers-102/{name}" for name in ("jpg", "imagelabels.mat", "setid.mat")],
             download,
         )
-        self.classes = list(found.classes)
+        self.classes = list(dataset.classes)
         self.store = Store(f"{root}/flowers-102/jpg")
         # torchvision has no public list of the files
         self.entries = [
             (Path(file).name, int(label))
-            for file, label in zip(found._image_files, found._labels, strict=True)
+            for file, label in zip(dataset._image_files, dataset._labels, strict=True)
         ]
 
     def images(self) -> Iterator[SourceImage]:
@@ -166,14 +166,14 @@ class Cifar10(Arrays):
         check_split("cifar10", split, ("train", "test"))
         self.root, self.split = os.path.abspath(root) if root else "", split
         batches = [f"data_batch_{n}" for n in range(1, 6)] if split == "train" else ["test_batch"]
-        found = opened(
+        dataset = opened(
             "cifar10",
             root,
             lambda: datasets.CIFAR10(root, split == "train", download=download),
             [f"cifar-10-batches-py/{name}" for name in (*batches, "batches.meta")],
             download,
         )
-        self.classes, self.labels = list(found.classes), list(found.targets)
+        self.classes, self.labels = list(dataset.classes), list(dataset.targets)
 
     @cached_property
     def pixels(self) -> np.ndarray:

@@ -103,8 +103,8 @@ class WebDatasetShards(PartedSource):
         if is_glob:
             self.tars = self.store.glob(root)
         else:
-            there = self.store.names("") if self.store.is_folder("") else []
-            self.tars = [name for name in there if name.endswith(".tar")]
+            names = self.store.names("") if self.store.is_folder("") else []
+            self.tars = [name for name in names if name.endswith(".tar")]
         if not self.store.is_local:  # one listing replaces a request per tar
             self.look_beside()
         if not self.tars:
@@ -113,7 +113,7 @@ class WebDatasetShards(PartedSource):
         self.labels = LabelReader(label_member, label_text)
         self.keys_with_dots = keys_with_dots
         self.classes: list[str] = []
-        self.others: set[str] = set()
+        self.copied_members: set[str] = set()
 
     def look_beside(self) -> None:
         """Find the sizes of the tars and the indices beside them, with one listing per folder."""
@@ -134,7 +134,7 @@ class WebDatasetShards(PartedSource):
         return numbers, bad
 
     def hint(self) -> str:
-        names = sorted(self.others)
+        names = sorted(self.copied_members)
         if not names:
             return ""
         return f"; they have the members {', '.join(names[:SHOWN])}: --label-member takes a label"
@@ -205,11 +205,9 @@ class WebDatasetShards(PartedSource):
             stem, extension = self.split_name(name)
             key = posixpath.join(folder, stem)
             group = groups.setdefault(current.setdefault(key, key), Group())
-            if any(extension == there for there, _, _ in group.members):
-                again = (
-                    sum(1 for other in groups if other == key or other.startswith(f"{key} (")) + 1
-                )
-                current[key] = f"{key} ({again})"
+            if any(extension == earlier for earlier, _, _ in group.members):
+                same_name = [own for own in groups if own == key or own.startswith(f"{key} (")]
+                current[key] = f"{key} ({len(same_name) + 1})"
                 group = groups.setdefault(current[key], Group())
             group.members.append((extension, member.offset, member.size))
             if member.kind:
@@ -242,11 +240,12 @@ class WebDatasetShards(PartedSource):
             if name in (image[0], SALIENCY_MEMBER) or (name == LABEL_MEMBER == label_name):
                 continue
             own = f"{RENAMED}{name}" if name in OWN_MEMBERS else name
-            if not MEMBER_PATTERN.fullmatch(own) or own in (there for there, _, _ in carried):
+            carried_names = {carried_name for carried_name, _, _ in carried}
+            if not MEMBER_PATTERN.fullmatch(own) or own in carried_names:
                 detail = f"{name!r} cannot stand beside an image here"
                 return Reject(source, "bad-member", detail)
             carried.append((own, offset, size))
-            self.others.add(name)
+            self.copied_members.add(name)
         name = key_of(f"{tar.removesuffix('.tar')}/{key}.image")
         annotation = json.dumps([image, *carried])
         return LabeledText(SourceImage(name, source, UNLABELED, annotation), label)
@@ -258,11 +257,11 @@ class WebDatasetShards(PartedSource):
         """
         if self.image_member:
             return [m for m in group.members if m[0].lower() == self.image_member]
-        others = [m for m in group.members if m[0] != SALIENCY_MEMBER]
+        members = [m for m in group.members if m[0] != SALIENCY_MEMBER]
         return (
-            [m for m in others if m[0].lower() in EXTENSIONS]
-            or [m for m in others if m[0].lower().rpartition(".")[2] in EXTENSIONS]
-            or [m for m in others if m[0].lower().rpartition(".")[2] in RARE_EXTENSIONS]
+            [m for m in members if m[0].lower() in EXTENSIONS]
+            or [m for m in members if m[0].lower().rpartition(".")[2] in EXTENSIONS]
+            or [m for m in members if m[0].lower().rpartition(".")[2] in RARE_EXTENSIONS]
         )
 
     def read(self, image: SourceImage) -> bytes:
@@ -284,10 +283,10 @@ class WebDatasetShards(PartedSource):
         """Return the tar that a location begins with; folders may be named like tars too."""
         parts = location.split("/")
         heads = ("/".join(parts[:count]) for count in range(1, len(parts)))
-        return next(head for head in heads if head in self.known_tars)
+        return next(head for head in heads if head in self.tar_names)
 
     @cached_property
-    def known_tars(self) -> frozenset[str]:
+    def tar_names(self) -> frozenset[str]:
         return frozenset(self.tars)
 
 

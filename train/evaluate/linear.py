@@ -122,7 +122,8 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
 def add_test_digest(job: TrainingJob, digest: str) -> TrainingJob:
     """Make the test images a setting of the job, so that no run resumes with other ones.
 
-    The option stays open in `job.given`, so a checkpoint of an older version, without it, resumes.
+    The option stays open in `job.user_config`, so a checkpoint of an older version, without it,
+    resumes.
     """
     method = replace(cast(LinearProbeConfig, job.config.method), test_digest=digest)
     return replace(job, config=replace(job.config, method=method))

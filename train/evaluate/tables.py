@@ -34,7 +34,7 @@ def format_table(rows: Sequence[Row], protocol: str) -> str:
         "| --- |" + " ---: |" * (len(heads) + 1),
     ]
     for line in dict.fromkeys(lines):
-        members = [index for index, other in enumerate(lines) if other == line]
+        members = [index for index, label in enumerate(lines) if label == line]
         cells = [
             format_spread([get_headline(chosen[i]) for i in members if columns[i] == head])
             for head in heads
@@ -86,7 +86,7 @@ def format_branch_table(rows: Sequence[Row], protocol: str, data: str) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     for line in dict.fromkeys(lines):
-        members = [row for row, other in zip(chosen, lines, strict=True) if other == line]
+        members = [row for row, label in zip(chosen, lines, strict=True) if label == line]
         is_baseline = get_fill(members[0]) == "none" and name_method(members[0]) in methods
         if len(branches[line]) > 1 or is_baseline:
             cells = [
@@ -106,8 +106,8 @@ def label_rows(
         settings_by_name.setdefault(name(row), []).append(read_settings(row))
     labels = []
     for row in rows:
-        own, others = read_settings(row), settings_by_name[name(row)]
-        differing = sorted(key for key in own if any(o.get(key) != own[key] for o in others))
+        own, all_settings = read_settings(row), settings_by_name[name(row)]
+        differing = sorted(key for key in own if any(o.get(key) != own[key] for o in all_settings))
         values = (f"{key} {format_value(own[key])}" for key in differing)
         labels.append(", ".join([name(row), *values]))
     return labels

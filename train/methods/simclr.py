@@ -140,11 +140,12 @@ def compute_similarity_scalars(
     """
     own = logits.gather(1, positive[:, None])[:, 0]
     views = embeddings.flatten(0, 1)
-    others = anchors @ views.sum(dim=0) - anchors.square().sum(dim=1) - own  # excludes the anchor
+    # without the anchor itself
+    negative_sums = anchors @ views.sum(dim=0) - anchors.square().sum(dim=1) - own
     scalars = {
         "negatives_accuracy": (logits.argmax(dim=1) == positive).float().mean(),
         "key_similarity": own.mean(),
-        "negatives_similarity": others.mean() / max(1, len(views) - 2),
+        "negatives_similarity": negative_sums.mean() / max(1, len(views) - 2),
     }
     if hard.shape[1]:
         queries = anchors[: len(hard)]

@@ -109,7 +109,7 @@ def read_coco(root: str, split: str, annotations: str | None = None) -> Pictures
 def explain(error: ValidationError, text: bytes) -> str:
     """Return the first problem of a file, with the number of the entry that has it."""
     # of a union, the error of the variant that fits best
-    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    first = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
     location, reason = first["loc"], first["msg"]
     if len(location) < 2:  # of the whole file or of one of its lists
         return ": ".join(["not a COCO annotation file", *map(str, location), reason])

@@ -163,8 +163,8 @@ def prepare_detection(
     _, metadata, path = load_encoder(options.encoder)
     train_set, test_set = read_sets(options)
     check_sets(train_set, test_set)
-    given = build_train_config(options, metadata["encoder"], path, train_set)
-    config = resolve_config(given, device)
+    user_config = build_train_config(options, metadata["encoder"], path, train_set)
+    config = resolve_config(user_config, device)
     torch.manual_seed(options.seed)
     setup = Setup(
         encoder=config.encoder,
@@ -185,7 +185,7 @@ def prepare_detection(
         seed=options.seed,
     )
     job = TrainingJob(
-        given=given,
+        user_config=user_config,
         config=config,
         device=device,
         data_name=train_set.name,
