@@ -42,6 +42,7 @@ def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_CONFIG_FILE", str(aws))
+            patch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first
             stack.enter_context(cluster(None))
         yield aws
 

@@ -39,6 +39,7 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
     """The head has no CPUs for work; a node joins, then the node that the job began on dies."""
     # the processes of this cluster have no token, even if the home folder has a token file
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first
     # five seconds, so that a node that waits for a CPU core is not declared dead
     quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
     head = {"num_cpus": 0, "_system_config": quickly}

@@ -36,6 +36,7 @@ def home() -> Iterator[Path]:
 def environment(home: Path, **more: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     own = {"HOME": str(home), "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    own["RAY_worker_niceness"] = "0"  # by default all other tests come first
     return clean | own | more
 
 
