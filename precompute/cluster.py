@@ -31,9 +31,9 @@ ANSWER_SECONDS = 25
 Ray is only reported as still starting (a loaded machine may need longer)."""
 VITAL = {"raylet", "gcs_server"}
 UNUSED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
-"""Methods by which Ray's head node starts its autoscaler, the process that sends the workers' output
-to the driver, and the server of the dashboard. A local job uses none of them, and to start them
-takes a third of the CPU time of `ray.init`."""
+"""Methods by which Ray's head node starts its autoscaler, the process that sends the output of
+workers to drivers, and the server of the dashboard. A local job uses none of them, and to start
+them takes about a third of the CPU time of `ray.init`."""
 LOG_PREFIX = re.compile(r"^\S*\[?\d{4}-\d\d-\d\d[^\]]*\] *|^\(\w+\) +|\x1b\[[0-9;]*m")
 """Prefix of a line of Ray's log (time, level and process), and terminal color codes."""
 
