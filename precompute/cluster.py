@@ -18,6 +18,7 @@ import ray
 import ray.data
 from ray._private import services
 from ray._private.authentication import authentication_token_setup as tokens
+from ray._private.node import Node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from schemas.cli import TerminatedError
@@ -29,6 +30,10 @@ ANSWER_SECONDS = 25
 """Seconds that `ray.init` may take. After that, a given cluster is treated as unreachable; a local
 Ray is only reported as still starting (a loaded machine may need longer)."""
 VITAL = {"raylet", "gcs_server"}
+UNUSED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods by which Ray's head node starts its autoscaler, the process that sends the output of
+workers to drivers, and the server of the dashboard. A local job uses none of them, and to start
+them takes about a third of the CPU time of `ray.init`."""
 LOG_PREFIX = re.compile(r"^\S*\[?\d{4}-\d\d-\d\d[^\]]*\] *|^\(\w+\) +|\x1b\[[0-9;]*m")
 """Prefix of a line of Ray's log (time, level and process), and terminal color codes."""
 
@@ -70,7 +75,7 @@ def connect(address: str | None) -> None:
     """Start a local Ray, or connect to the one at `address`. Raises UserError."""
     with kept_stderr() as (captured, terminal):
         try:
-            with token(address), watched_start(address, captured, terminal):
+            with token(address), unused_services_off(), watched_start(address, captured, terminal):
                 if address:
                     reach(address)
                 ray.init(
@@ -143,6 +148,22 @@ def token(address: str | None) -> Iterator[None]:
     else:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         yield
+
+
+@contextlib.contextmanager
+def unused_services_off() -> Iterator[None]:
+    """Let a head node that is started in this block do without `UNUSED_SERVICES`.
+
+    Ray has no option for it; a version without these methods starts what it always does.
+    """
+    methods = {name: vars(Node)[name] for name in UNUSED_SERVICES if name in vars(Node)}
+    for name in methods:
+        setattr(Node, name, lambda node, **options: None)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(Node, name, method)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Fixtures shared by tests of several packages: small pictures, small datasets, the real data."""
 
+import contextlib
 import io
 import random
 import sys
@@ -29,12 +30,21 @@ def mobilenet_weights() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_ray() -> Iterator[None]:
-    """Provide one Ray that all jobs of this process share in turn: starting one takes seconds."""
+def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Provide one Ray that all jobs of this process share in turn: starting one takes seconds.
+
+    Its workers inherit the environment of its start. A file that does not exist is named there as
+    the configuration of AWS; a test that writes it, in this place, can have them use its own S3.
+    """
     from precompute.cluster import cluster  # imported here: most tests need no Ray
 
-    with cluster(None):
-        yield
+    aws = tmp_path_factory.mktemp("ray") / "aws"
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_CONFIG_FILE", str(aws))
+            patch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first
+            stack.enter_context(cluster(None))
+        yield aws
 
 
 def existing(path: Path) -> Path:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
+from precompute.cluster import UNUSED_SERVICES, unused_services_off
 from precompute.demo import DemoScenes
 from precompute.estimators import SpectralOptions
 from precompute.job import Job, Resources, run_job, usable_resources
@@ -37,11 +39,13 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
     """The head has no CPUs for work; a node joins, then the node that the job began on dies."""
     # the processes of this cluster have no token, even if the home folder has a token file
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first
     # five seconds, so that a node that waits for a CPU core is not declared dead
     quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
     head = {"num_cpus": 0, "_system_config": quickly}
     # without hooks at exit, which Ray can set only where the main thread adds a node
-    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    with unused_services_off():
+        cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     first = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     one, two = tmp_path / "one", tmp_path / "two"
@@ -77,6 +81,16 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
     assert dataset.digest == without_ray(job(one)).digest
     for path in one.glob("shards/*"):
         assert path.read_bytes() == (two / "shards" / path.name).read_bytes()
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_local_ray_starts_only_what_a_job_uses() -> None:
+    """The processes that the raylet starts itself are not among them."""
+    node = ray._private.worker._global_node
+    assert set(node.all_processes) == {"gcs_server", "raylet"}
+    for name in UNUSED_SERVICES:
+        assert callable(vars(Node).get(name)), f"this version of Ray has no {name}"
+        assert vars(Node)[name].__name__ == name, "still replaced after the start"
 
 
 def test_a_cluster_that_does_not_answer_is_named(

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 from ray import cloudpickle
 
 from precompute.estimators import ScdaOptions
@@ -36,7 +38,7 @@ def demo_arguments(out: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shared_ray: None) -> Path:
     out = tmp_path_factory.mktemp("job") / "uninterrupted"
-    assert run_here(*demo_arguments(out), "--workers", 1) == 0  # other runs use all cores
+    assert run_here(*demo_arguments(out), "--workers", 1) == 0  # runs that resume use all cores
     return out
 
 
@@ -50,47 +52,63 @@ def process(*arguments: object) -> int:
     return int(found.stdout.split()[0])
 
 
-def wait_for(out: Path, moment: int, job: "subprocess.Popen[str]") -> None:
+def started(out: Path, *options: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command(*demo_arguments(out), "--workers", 1, *options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], job: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 120
-    while markers(out) < moment and job.poll() is None and time.monotonic() < deadline:
+    while not condition() and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     assert job.poll() is None, "the job ended before it could be killed"
+    assert condition()
+
+
+def errors_of(job: "subprocess.Popen[str]", out: Path, moment: int) -> str:
+    """Return what the job printed; it must have left the shards, and nothing that is complete."""
+    _, errors = job.communicate(timeout=20)
+    assert not (out / "dataset.json").exists()
+    assert markers(out) >= moment
+    return errors
 
 
 def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Kill the driver before the first shard, then Ray, then a worker; then send SIGTERM."""
+    """Kill the driver before the first shard, then a worker, then Ray; then send SIGTERM.
+
+    The jobs have one worker each, except the last, which ends. That which gets SIGTERM uses the Ray
+    of other tests and must leave it alone.
+    """
     out = tmp_path / "out"
-    for moment, victim in ((0, "driver"), (4, "raylet"), (8, "worker")):
-        job = subprocess.Popen(
-            command(*demo_arguments(out)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        wait_for(out, moment, job)
-        if victim == "driver":
-            time.sleep(2)
-            job.kill()
-        elif victim == "raylet":
-            os.kill(process("-P", job.pid, "-x", "raylet"), signal.SIGKILL)
-        else:
-            os.kill(process("-s", job.pid, "-f", "ray::MapWorker"), signal.SIGKILL)
-            wait_for(out, 16, job)  # a worker that dies does not stop the job
-            job.terminate()
-        _, errors = job.communicate(timeout=20)
-        assert not (out / "dataset.json").exists()
-        assert markers(out) >= moment
-        if victim == "raylet":
-            assert job.returncode == 1
-            assert "Ray's raylet died; run the same command again to resume" in errors
-        if victim == "worker":
-            assert job.returncode == 143
-            assert re.search(
-                r"terminated; \d+ of \d+ missing shards are written; run the same", errors
-            )
+    job = started(out)
+    wait_until((out / "shards").is_dir, job)
+    job.kill()
+    errors_of(job, out, 0)
+
+    job = started(out)
+    wait_until(lambda: markers(out) >= 4, job)
+    os.kill(process("-s", job.pid, "-f", "ray::MapWorker"), signal.SIGKILL)
+    wait_until(lambda: markers(out) >= 12, job)  # a worker that dies does not stop the job
+    os.kill(process("-P", job.pid, "-x", "raylet"), signal.SIGKILL)
+    errors = errors_of(job, out, 12)
+    assert job.returncode == 1
+    assert "Ray's raylet died; run the same command again to resume" in errors
+
+    job = started(out, "--address", ray.get_runtime_context().gcs_address)
+    before = markers(out)
+    wait_until(lambda: markers(out) >= before + 4, job)
+    job.terminate()
+    errors = errors_of(job, out, before + 4)
+    assert job.returncode == 143
+    assert re.search(r"terminated; \d+ of \d+ missing shards are written; run the same", errors)
+
     written = {path.name: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
     assert run_here(*demo_arguments(out)) == 0
     assert contents(out) == contents(uninterrupted)

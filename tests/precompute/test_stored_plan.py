@@ -225,14 +225,21 @@ def test_both_ways_give_the_same_shards_byte_for_byte(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_the_command_plans_on_the_cluster_and_goes_on_in_the_driver(tmp_path: Path) -> None:
-    """Either way of planning resumes a job begun in the other, with equal settings and bytes."""
+    """Either way of planning resumes a job begun in the other, with equal settings and bytes.
+
+    A job without Ray, whose plan is made in memory, says what the bytes are.
+    """
     for number in range(60):
         write(tmp_path / "root" / "abc"[number % 3] / f"{number}.jpg", encode(noise(number)))
     write(tmp_path / "root" / "a" / "0.png", encode(noise(1), "PNG"))  # its key is taken
     common = ["--dataset", "folder", "--root", tmp_path / "root", "--estimator", "spectral"]
     common += ["--shard-samples", "10", "--workers", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run_here(*common, "--out", one, "--plan", "driver") == 0
+    source = Folder(str(tmp_path / "root"), "train", False)
+    images, rejects = list_images(source.images())
+    plan = make_plan(images, seed=0, shard_samples=10)
+    job = Job("folder", "train", source, plan, rejects, SpectralOptions(), 0, str(one), 32)
+    without_ray(job)
     assert run_here(*common, "--out", two, "--plan", "cluster") == 0
     assert contents(one) == contents(two)
     assert not (two / "plan").exists()

@@ -17,6 +17,7 @@ from tests.train.runs import command, config, told
 from tests.train.torchrun import SECONDS, Torchrun, find_free_endpoint
 
 AGENT = ("--nproc-per-node", "2", "--standalone", "--local-addr", "127.0.0.1")
+TWELVE_STEPS = {"log_steps": 1, "epochs": 4, "checkpoint_steps": 2}
 LONGER = {"--log-steps": "1", "--epochs": "4", "--checkpoint-steps": "2"}
 
 
@@ -24,7 +25,7 @@ LONGER = {"--log-steps": "1", "--epochs": "4", "--checkpoint-steps": "2"}
 def whole(shards, tmp_path_factory, two_ranks) -> Path:
     """Train twelve steps on two ranks."""
     out = tmp_path_factory.mktemp("whole")
-    two_ranks(train.trainer.train, config(shards, out, log_steps=1, epochs=4, checkpoint_steps=2))
+    two_ranks(train.trainer.train, config(shards, out, **TWELVE_STEPS))
     return out
 
 
@@ -51,8 +52,8 @@ def wait_for_end(pid: int) -> None:
 
 
 @pytest.mark.slow
-def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path):
-    """Stop one rank, kill it, then kill torchrun; run the same command each time."""
+def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path, two_ranks):
+    """Stop one rank, kill it, then kill torchrun; run the same training each time."""
     out = tmp_path / "run"
     process, workers = started(shards, out, tmp_path / "hung", **{"--rank-timeout": "4"})
     os.kill(workers[1], signal.SIGSTOP)
@@ -72,8 +73,7 @@ def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path):
     assert re.search(r"stopped and saved after step \d+; run the same command again", process.said)
     assert not (out / "encoder.safetensors").exists()
 
-    process = Torchrun(AGENT, command(shards, out, **LONGER), tmp_path / "again")
-    assert process.wait() == 0, process.said
+    two_ranks(train.trainer.train, config(shards, out, **TWELVE_STEPS))
     assert len(told(out)) == 12
     assert told(out) == told(whole)
     first, second = (load_file(path / "encoder.safetensors") for path in (whole, out))
