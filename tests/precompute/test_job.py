@@ -83,11 +83,11 @@ def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
 ) -> None:
     """Kill the driver before the first shard, then a worker, then Ray; then send SIGTERM.
 
-    The jobs have one worker each, except the last, which ends. That which gets SIGTERM uses the Ray
-    of other tests and must leave it alone.
+    The jobs have one worker each, except the last, which ends. The first uses the Ray of other
+    tests, which goes on without it.
     """
     out = tmp_path / "out"
-    job = started(out)
+    job = started(out, "--address", ray.get_runtime_context().gcs_address)
     wait_until((out / "shards").is_dir, job)
     job.kill()
     errors_of(job, out, 0)
@@ -101,7 +101,7 @@ def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
     assert job.returncode == 1
     assert "Ray's raylet died; run the same command again to resume" in errors
 
-    job = started(out, "--address", ray.get_runtime_context().gcs_address)
+    job = started(out)
     before = markers(out)
     wait_until(lambda: markers(out) >= before + 4, job)
     job.terminate()
