@@ -60,6 +60,9 @@ def describe_shuffle(
 
     Args:
         samples: number of samples to analyze, from the start of the epoch.
+
+    Raises:
+        UserError: `samples` is below 1.
     """
     if samples < 1:
         raise UserError(f"--samples is {samples}; at least 1")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.order import DiskOrder, SampleOrder, deal, permute
+from pipeline.shuffle_quality import describe_shuffle
 from schemas import UserError
 
 SIZES = [7, 20, 20, 0, 20, 13, 20, 20, 1, 20, 20, 20]
@@ -201,3 +202,8 @@ def test_a_permutation_is_a_stable_sort_of_philox_words() -> None:
     words = np.random.Philox(key=key, counter=counter).random_raw(1000).tolist()
     expected = sorted(range(1000), key=lambda place: words[place])
     assert permute(1000, 9, 4, 5).tolist() == expected
+
+
+def test_no_samples_to_analyze_are_refused() -> None:
+    with pytest.raises(UserError, match="--samples is 0; at least 1"):
+        describe_shuffle("memory://nowhere", 8, samples=0)
