@@ -96,11 +96,9 @@ def apply_shared_blur(image: Tensor, taps: int, sigma: float) -> Tensor:
     """Blur (N, C, H, W) images with the same Gaussian, whose kernel is `taps` pixels wide."""
     if image.device.type != "cpu":
         return blur_by_matrix(image, build_shared_kernel(taps, sigma))
-    blurred = torch.empty_like(image, memory_format=torch.channels_last)
-    for single, out in zip(image, blurred, strict=True):
-        pixels = np.ascontiguousarray(single.permute(1, 2, 0).numpy())
-        out.copy_(torch.from_numpy(blur_on_cpu(pixels, taps // 2, sigma)).permute(2, 0, 1))
-    return blurred
+    images = np.ascontiguousarray(image.permute(0, 2, 3, 1).numpy())
+    blurred = np.stack([blur_on_cpu(single, taps // 2, sigma) for single in images])
+    return torch.from_numpy(blurred).permute(0, 3, 1, 2)
 
 
 def apply_high_pass(image: Tensor, recipe: Recipe) -> Tensor:

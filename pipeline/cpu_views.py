@@ -38,13 +38,9 @@ def make_view(crop: np.ndarray, look: Look, recipe: Recipe) -> np.ndarray:
     image = cv2.transform(image, NORMALIZE_GRAY if look.gray else NORMALIZE)
     if look.sigma:  # this blur commutes with gray and normalization
         image = blur_on_cpu(image, math.ceil(SOFT_BLUR_SIGMAS * look.sigma), look.sigma)
-    return apply_high_pass_(image, recipe) if recipe.high_pass else image
-
-
-def make_plain_view(crop: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Make the encoder's input of a view without augmentation: (H, W, 3) uint8 -> float32."""
-    image = cv2.transform(to_floats(crop), NORMALIZE)
-    return apply_high_pass_(image, recipe) if recipe.high_pass else image
+    if recipe.high_pass:
+        image -= blur_on_cpu(image, recipe.high_pass_kernel // 2, recipe.high_pass_sigma)
+    return image
 
 
 def to_floats(crop: np.ndarray) -> np.ndarray:
@@ -83,12 +79,6 @@ def rotate_hue(image: np.ndarray, turns: float) -> np.ndarray:
     hsv: np.ndarray = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     hsv[..., 0] += DEGREES * (turns % 1)  # OpenCV takes hues above 360, but none below 0
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-
-def apply_high_pass_(image: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Subtract the recipe's Gaussian blur from the image, in place."""
-    image -= blur_on_cpu(image, recipe.high_pass_kernel // 2, recipe.high_pass_sigma)
-    return image
 
 
 def build_pixel_mask(masks: Masks, row: int, side: int) -> np.ndarray:

@@ -70,6 +70,10 @@ class Look(NamedTuple):
     sigma: float
 
 
+UNCHANGED = Look(order=[], factors=[], hue=0.0, gray=False, sigma=0.0)
+"""The look of a view without augmentation."""
+
+
 def draw_photometric(size: int, recipe: Recipe, rng: Rng) -> Photometric:
     """Draw the photometric parameters of `size` views."""
 

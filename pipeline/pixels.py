@@ -24,7 +24,7 @@ from pipeline.devices import to_device
 from pipeline.fills import repeat_tile
 from pipeline.fused import FUSED_FILLS, MEAN, STD
 from pipeline.masks import Masks
-from pipeline.photometric import Photometric
+from pipeline.photometric import UNCHANGED, Photometric
 from pipeline.recipes import Recipe
 
 COMPILER_OPTIONS: dict[str, str | int | bool] = {
@@ -153,8 +153,8 @@ def make_plain_views(image: Tensor, recipe: Recipe) -> Tensor:
         (N, 3, H, W) float32, normalized, channels_last.
     """
     if image.device.type == "cpu":
-        crops = image.numpy()
-        return as_tensor(np.stack([cpu_views.make_plain_view(crop, recipe) for crop in crops]))
+        views = [cpu_views.make_view(crop, UNCHANGED, recipe) for crop in image.numpy()]
+        return as_tensor(np.stack(views))
     return encoder_input_(image.permute(0, 3, 1, 2).float().div_(255), recipe)
 
 

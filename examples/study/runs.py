@@ -252,13 +252,15 @@ def find_row(options: Options, run: Run) -> dict[str, Any] | None:
 def comparable(options: Options, run: Run) -> dict[str, Any]:
     """Return the settings that decide a run's result, flat, as JSON gives them back."""
     sets = evaluation_sets(options.shards)
-    digests = {name: ShardDataset.open(urls[0]).digest for name, urls in sets.items()}
-    test_digests = {name: ShardDataset.open(urls[1]).digest for name, urls in sets.items()}
+    digests = {name: [ShardDataset.open(url).digest for url in urls] for name, urls in sets.items()}
     return {
-        **collect_settings(run.config, digests.pop("")),
+        **collect_settings(run.config, digests[""][0]),
         "probe_epochs": SCALES[options.scale].probe_epochs,
-        **{f"transfer.{name}": digest for name, digest in digests.items()},
-        **{f"test.{name or 'pretraining'}": digest for name, digest in test_digests.items()},
+        **{f"transfer.{name}": train_digest for name, (train_digest, _) in digests.items() if name},
+        **{
+            f"test.{name or 'pretraining'}": test_digest
+            for name, (_, test_digest) in digests.items()
+        },
     }
 
 
