@@ -38,6 +38,8 @@ def test_any_store_gives_the_bytes_of_its_shards(
     cache.prefetch(range(SHARDS))
     for shard in range(SHARDS):
         content(cache, shard)
+    # a shard can be read a moment before the thread that fetched it has counted it
+    wait_until(lambda: cache.counts["fetched"] >= SHARDS)
     assert cache.counts["fetched"] == SHARDS
     assert cache.counts["bytes"] == sum(row.bytes for row in dataset.shards)
 
