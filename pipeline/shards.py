@@ -2,8 +2,9 @@
 
 A shard's index has the byte offsets of its samples; its parquet file has labels, heights and
 widths. Both are read when a shard is opened, and a shard stays open for the duration of its window.
-Each sample is one `pread`, because its image and its map are adjacent. Reads hold no Python lock
-and use no memory map, so truncating a file while it is read causes an exception, not a bus error.
+Each sample is one `preadv` into its batch's buffer, because its image and its map are adjacent.
+Reads hold no Python lock and use no memory map, so truncating a file while it is read causes an
+exception, not a bus error.
 """
 
 import os
@@ -16,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.buffers import BufferPool
 from pipeline.cache import Cache, ShardCache
 from pipeline.cache_folder import ShardFiles
 from pipeline.order import Order
@@ -190,23 +192,25 @@ class OpenShard:
             raise self.build_error("idx", f"a member lies outside the tar's {size} bytes")
         return extents
 
-    def read(self, index: int, size: int, offset: int) -> bytes:
-        """Read `size` bytes at `offset` of the tar, starting with the header of sample `index`.
+    def read(self, index: int, offset: int, content: np.ndarray) -> None:
+        """Fill `content`, (bytes,) uint8, from `offset`: the tar header of sample `index` and on.
 
         Raises:
             UserError: the file was truncated or changed since it was opened.
         """
         try:
-            content = os.pread(self.tar, size, offset)
+            count = os.preadv(self.tar, (content,), offset)
         except OSError as error:
             raise self.build_error("tar", f"sample {self.keys[index]}: {error.strerror}") from error
-        if len(content) == size and content.startswith(self.names[index]):
-            return content
-        if len(content) < size:
+        name = self.names[index]
+        if count < len(content):
             raise self.build_error(
-                "tar", f"sample {self.keys[index]} is cut short at byte {offset + len(content)}"
+                "tar", f"sample {self.keys[index]} is cut short at byte {offset + count}"
             )
-        raise self.build_error("tar", f"sample {self.keys[index]} is not at byte {offset} any more")
+        if content[: len(name)].tobytes() != name:
+            raise self.build_error(
+                "tar", f"sample {self.keys[index]} is not at byte {offset} any more"
+            )
 
     def build_error(self, extension: str, reason: str) -> UserError:
         """Return an error about one of the shard's files."""
@@ -240,6 +244,7 @@ class ShardReader:
         self._current: set[int] = set()
         self._coming: set[int] = set()
         self._epoch = -1
+        self._buffers = BufferPool()
         self._pool = ThreadPoolExecutor(READERS - 1, "read")
 
     def read(self, epoch: int, step: int) -> EncodedBatch:
@@ -278,12 +283,15 @@ class ShardReader:
         # the image's tar header is read too: its name shows that the file has not changed
         start = image - BLOCK
         size = saliency + saliency_size - start
-        extents = list(zip(indices.tolist(), size.tolist(), start.tolist(), strict=True))
-        contents: list[bytes] = [b""] * len(samples)
+        ends = np.cumsum(size)
+        buffer = self._buffers.take(int(ends[-1]))
+        contents = [buffer[a:b] for a, b in zip((ends - size).tolist(), ends.tolist(), strict=True)]
+        places = list(zip(shards, indices.tolist(), start.tolist(), contents, strict=True))
 
         def read_rows(rows: np.ndarray) -> None:
             for row in rows.tolist():
-                contents[row] = shards[row].read(*extents[row])
+                shard, index, offset, content = places[row]
+                shard.read(index, offset, content)
 
         # samples are numbered in their order on disk: neighbors are read one after the other
         part, *other_parts = np.array_split(np.argsort(samples), READERS)
@@ -297,17 +305,17 @@ class ShardReader:
         return EncodedBatch(
             samples=samples,
             images=[
-                np.frombuffer(content, np.uint8, size, BLOCK)
-                for content, size in zip(contents, image_size.tolist(), strict=True)
+                content[BLOCK:end]
+                for content, end in zip(contents, (BLOCK + image_size).tolist(), strict=True)
             ],
             maps=[
-                np.frombuffer(content, np.uint8, offset=offset)
-                for content, offset in zip(contents, (saliency - start).tolist(), strict=True)
+                content[begin:]
+                for content, begin in zip(contents, (saliency - start).tolist(), strict=True)
             ],
             labels=label,
             height=height,
             width=width,
-            keys=[shard.keys[index] for shard, (index, *_) in zip(shards, extents, strict=True)],
+            keys=[shard.keys[index] for shard, index in zip(shards, indices.tolist(), strict=True)],
             shards=[shard.location for shard in shards],
         )
 
