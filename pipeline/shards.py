@@ -199,7 +199,7 @@ class OpenShard:
             UserError: the file was truncated or changed since it was opened.
         """
         try:
-            count = os.preadv(self.tar, (content,), offset)
+            count = os.preadv(self.tar, (content.data,), offset)
         except OSError as error:
             raise self.build_error("tar", f"sample {self.keys[index]}: {error.strerror}") from error
         name = self.names[index]
