@@ -10,8 +10,8 @@ from typing import Any
 
 from fsspec.callbacks import Callback
 
+from pipeline.cache_folder import find_damage
 from schemas import ShardDataset, ShardRow, UserError
-from schemas.shard import INDEX_VERSION
 from schemas.storage import Store
 from schemas.tables import shard_name
 
@@ -31,8 +31,6 @@ TRANSIENT_4XX = (408, 425, 429)
 
 SILENCE_SECONDS = 60.0
 """Seconds without a byte after which an HTTP request counts as broken."""
-
-PARQUET_MAGIC = b"PAR1"
 
 JITTER_RNG = random.Random()
 """A separate generator, because the seed and state of the global one belong to the user."""
@@ -114,11 +112,8 @@ class Downloader:
                 raise
             raise UserError(f"{store.location(name)}: shard {row.shard} is missing") from error
         idx, parquet = side_files
-        head, *lines = idx.split(b"\n")
-        if head != f"{INDEX_VERSION} {row.samples}".encode() or len(lines) != row.samples + 1:
-            raise WrongBytes(f"its index is not one of {row.samples} samples")
-        if not (parquet.startswith(PARQUET_MAGIC) and parquet.endswith(PARQUET_MAGIC)):
-            raise WrongBytes("its table is not a complete parquet file")
+        if damage := find_damage(row, idx, parquet):
+            raise WrongBytes(damage)
         size = target.stat().st_size
         if size != row.bytes:
             raise WrongBytes(f"{size} bytes came, the table says {row.bytes}")

@@ -13,6 +13,7 @@ closed.
 
 import fcntl
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from schemas import ShardRow
+from schemas.shard import INDEX_VERSION
+
+FILE_NAME = re.compile(r"[0-9a-f]{64}\.(tar|idx|parquet|[0-9]+\.part)")
+"""Names of the files that a cache makes, and removes."""
+
+PARQUET_MAGIC = b"PAR1"
 
 
 class ShardFiles(NamedTuple):
@@ -107,8 +114,8 @@ class CacheFolder:
     def open(self, row: ShardRow) -> ShardFiles | None:
         """Open a shard and record its use; return None if it is not (or no longer) in the folder.
 
-        A file of the wrong size is removed. So is a file from before the last boot whose content
-        does not match its name, because not all of it may have reached the disk.
+        A shard with a damaged file is removed. Its tar is compared with its name only if it is from
+        before the last boot, because not all of it may have reached the disk.
         """
         try:
             tar = os.open(self.path(row.sha256, "tar"), os.O_RDONLY | os.O_CLOEXEC)
@@ -117,11 +124,11 @@ class CacheFolder:
         try:
             with suppress(FileNotFoundError):  # evicted at this moment
                 fcntl.flock(tar, fcntl.LOCK_SH)
-                idx, parquet = (self.path(row.sha256, suffix) for suffix in ("idx", "parquet"))
-                if idx.exists() and parquet.exists() and is_intact(tar, row):
-                    files = ShardFiles(tar, idx.read_bytes(), parquet.read_bytes())
+                side_files = (self.path(row.sha256, suffix) for suffix in ("idx", "parquet"))
+                idx, parquet = (p.read_bytes() if p.exists() else b"" for p in side_files)
+                if find_damage(row, idx, parquet) is None and is_intact(tar, row):
                     os.utime(tar)
-                    return files
+                    return ShardFiles(tar, idx, parquet)
                 with self.lock():
                     self._remove(row.sha256)
         except BaseException:
@@ -194,10 +201,15 @@ class CacheFolder:
     def _scan(self) -> tuple[list[StoredShard], int]:
         """Return the shards and the reserved bytes; remove the files that killed processes left.
 
-        The caller holds the lock.
+        Files with other names than those of a cache are the user's and do not count. The caller
+        holds the lock.
         """
         with os.scandir(self.folder) as entries:
-            files = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+            files = {
+                entry.name: entry.stat()
+                for entry in entries
+                if FILE_NAME.fullmatch(entry.name) and entry.is_file()
+            }
         shards, reserved = [], 0
         for name, status in files.items():
             sha256, _, suffix = name.partition(".")
@@ -267,6 +279,16 @@ def try_lock(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def find_damage(row: ShardRow, idx: bytes, parquet: bytes) -> str | None:
+    """Say what is wrong with the index or the table of a shard, if anything is."""
+    head, *lines = idx.split(b"\n")
+    if head != f"{INDEX_VERSION} {row.samples}".encode() or len(lines) != row.samples + 1:
+        return f"its index is not one of {row.samples} samples"
+    if not (parquet.startswith(PARQUET_MAGIC) and parquet.endswith(PARQUET_MAGIC)):
+        return "its table is not a complete parquet file"
+    return None
 
 
 def is_intact(tar: int, row: ShardRow) -> bool:

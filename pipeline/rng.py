@@ -63,9 +63,8 @@ class Rng:
         """Return the next `count` words of each stream, (N, count) uint64."""
         missing = count - self._words.shape[1]
         if missing > 0:
-            self._words = np.concatenate(
-                [self._words, self._draw(max(missing, WORDS_AHEAD))], axis=1
-            )
+            more = self._draw(max(missing, WORDS_AHEAD))
+            self._words = np.concatenate([self._words, more], axis=1) if self._words.size else more
         drawn_words, self._words = self._words[:, :count], self._words[:, count:]
         return np.ascontiguousarray(drawn_words)
 

@@ -246,7 +246,14 @@ def test_a_damaged_copy_is_fetched_again(open_cache: Open, monkeypatch: pytest.M
     with tar.open("r+b") as file:
         file.truncate(1000)
     content(cache, 0)
-    cache.folder.path(cache.dataset.shards[0].sha256, "idx").unlink()
+    idx, parquet = (
+        cache.folder.path(cache.dataset.shards[0].sha256, name) for name in ("idx", "parquet")
+    )
+    idx.unlink()
+    content(cache, 0)
+    idx.write_bytes(b"")
+    content(cache, 0)
+    parquet.write_bytes(bytes(parquet.stat().st_size))
     content(cache, 0)
     with tar.open("r+b") as file:
         file.write(b"\1")  # as after a power failure: only the size is correct
@@ -254,4 +261,24 @@ def test_a_damaged_copy_is_fetched_again(open_cache: Open, monkeypatch: pytest.M
         cache_folder.time, "clock_gettime", lambda clock: -1.0
     )  # pretends that the machine has just booted
     content(cache, 0)
-    assert cache.counts["fetched"] == 4
+    assert cache.counts["fetched"] == 6
+
+
+# --- files of others ------------------------------------------------------------------------------
+
+
+def test_files_that_the_cache_did_not_make_stay(open_cache: Open) -> None:
+    cache = open_cache()
+    names = (
+        "backup.tar", "imagenet.idx", "labels.parquet", "7.part", f"{'0' * 63}g.tar",
+        f"{'0' * 64}.idx.parquet",
+    )  # fmt: skip
+    for name in names:
+        (cache.folder.folder / name).write_bytes(b"mine")
+    before = cache.folder.count_bytes()
+    cache.folder.limit = sum(sizes(cache)[:2])
+    for shard in range(4):
+        content(cache, shard)
+    assert before == 0
+    assert cache.folder.evicted
+    assert all((cache.folder.folder / name).read_bytes() == b"mine" for name in names)
