@@ -187,7 +187,10 @@ class ShardCache:
             raise UserError(self._too_small(largest))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Fetch these shards in the background, in this order; replace the previous list."""
+        """Fetch these shards in the background, in this order; replace the previous list.
+
+        Fetches that have begun go on.
+        """
         with self._state:
             self._queue = [shard for shard in dict.fromkeys(shards) if shard in self._rows]
             self._needed = {
@@ -230,12 +233,6 @@ class ShardCache:
             self.counts["found"] += is_local
             self._needed.pop(row.sha256, None)
         return files
-
-    def close(self) -> None:
-        """Start no more fetches; those that have begun end by themselves."""
-        self._closed.set()
-        with self._state:
-            self._queue.clear()
 
     def _open_local(self, row: ShardRow) -> ShardFiles | None:
         try:

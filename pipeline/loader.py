@@ -36,6 +36,7 @@ from pipeline.registry import find
 from pipeline.rng import BatchRng
 from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
+from schemas.cli import digest_source
 from schemas.settings import differences, fields_of, plain, sentence
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class MaskedViews:
             self.recipe.crop_size,
             views=1 + self.recipe.pair,
             grid=self.recipe.grid
-            if self.recipe.fill != "none" or "saliency" in self.report
+            if self.recipe.uses_saliency or "saliency" in self.report
             else None,
             interpolation=self.recipe.interpolation,
             on_device=self.device.type == "cuda" and decode_on == "gpu",
@@ -127,6 +128,11 @@ class MaskedViews:
         )
         self.order.find_slice(rank, world_size)
         self.samples, self.dropped = self.order.samples, self.order.dropped
+        if streams > len(self.dataset.shards):
+            raise UserError(
+                f"{url}: {len(self.dataset.shards)} shards are too few for {streams} streams; "
+                "choose fewer streams"
+            )
         if self.order.steps == 0:
             raise UserError(
                 f"{url}: {self.samples} samples are too few for {world_size} ranks x batch "
@@ -192,7 +198,9 @@ class MaskedViews:
                 f"loader state of version {state['version']}, this code reads up to {STATE_VERSION}"
             )
         saved = convert_fingerprint(state)
-        changes = differences(saved, self._fingerprint(), build_default_fingerprint())
+        # an older state does not have the digests of custom functions
+        defaults = build_default_fingerprint() | digest_custom_functions(self.recipe)
+        changes = differences(saved, self._fingerprint(), defaults)
         is_batch_size_only = [change.name for change in changes] == ["batch_size"]
         if changes and not (is_batch_size_only and state["step"] == 0):
             where = " inside an epoch" if is_batch_size_only else ""
@@ -218,6 +226,7 @@ class MaskedViews:
             "seed": self.seed,
             "shuffle_shards": self.order.shuffle_shards,
             "streams": self.order.streams,
+            **digest_custom_functions(self.recipe),
         }
 
     def _next(self) -> Batch:
@@ -230,7 +239,12 @@ class MaskedViews:
             self._batches = Decoder(
                 self._ahead, self._spec, self.device, self.batch_size, self.dataset.url
             )
-        batch = self._assemble(next(self._batches))
+        try:
+            batch = self._assemble(next(self._batches))
+        except Exception:
+            # so that a later call tries again; not `close`, which waits for a read that goes on
+            self._ahead = self._batches = None
+            raise
         self.step += 1
         if self.step == self.order.steps:
             self.epoch, self.step = self.epoch + 1, 0
@@ -261,6 +275,14 @@ class MaskedViews:
 def build_default_fingerprint() -> dict[str, Any]:
     """Return the values of settings that an older state does not contain."""
     return {"recipe": fields_of(Recipe()), "shuffle_shards": SHUFFLE_SHARDS, "streams": 1}
+
+
+def digest_custom_functions(recipe: Recipe) -> dict[str, str]:
+    """Return the sha256 of the files of the recipe's custom masks and fill, by `code.FIELD`."""
+    paths = {name: getattr(recipe, name) for name in ("query_mask", "hard_negative_mask", "fill")}
+    return {
+        f"code.{name}": digest_source(name, path) for name, path in paths.items() if ":" in path
+    }
 
 
 def convert_fingerprint(state: dict[str, Any]) -> dict[str, Any]:
@@ -308,6 +330,6 @@ def check_masks_and_fills(recipe: Recipe) -> None:
     if recipe.fill == "none":
         return
     find("fill", recipe.fill, FILLS)
-    for name in (recipe.query_mask, recipe.hard_negative_mask):
-        if name != "regions":  # `regions` is not in the registry: it needs both windows
-            find("mask", name, MASKS)
+    if recipe.query_mask != "regions":  # it is not in the registry, because it needs both windows
+        find("mask", recipe.query_mask, MASKS)
+    find("mask", recipe.hard_negative_mask, MASKS)

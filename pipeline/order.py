@@ -151,10 +151,10 @@ class SampleOrder(NumberedSamples):
         shuffle_shards: int = SHUFFLE_SHARDS,
         streams: int = 1,
     ) -> None:
-        if batch_size < 1 or shuffle_shards < 1 or streams < 1 or seed < 0:
+        if min(batch_size, shuffle_shards, streams) < 1 or not 0 <= seed < 2**64:
             raise UserError(
                 f"batch size {batch_size}, shuffle_shards {shuffle_shards}, streams {streams} and "
-                f"seed {seed}: the seed is at least 0, the others at least 1"
+                f"seed {seed}: the seed is in 0 .. 2^64 - 1, the others are at least 1"
             )
         if batch_size % streams:
             raise UserError(

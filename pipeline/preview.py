@@ -50,10 +50,16 @@ def write_preview(
         The number of rows: `samples`, or the size of the dataset if that is smaller.
 
     Raises:
-        UserError: `MaskedViews` raises it, `samples` is below 1, or `out` cannot be written.
+        UserError: `MaskedViews` raises it, `samples` is below 1, or `out` is not the name of a
+            picture or cannot be written.
     """
     if samples < 1:
         raise UserError(f"samples is {samples}, it must be at least 1")
+    if out.suffix == ".html":
+        raise UserError(
+            f"{out}: give the name of the picture, {out.with_suffix('.png')}; its page has the "
+            "same name"
+        )
     dataset = ShardDataset.open(url)
     views = MaskedViews(
         url,
@@ -73,7 +79,7 @@ def write_preview(
     title, note = describe_sheet(dataset, recipe)
     try:
         draw_png(title, note, rows).save(out, format="PNG")
-        out.with_suffix(".html").write_text(render_html(title, note, rows))
+        out.with_suffix(".html").write_text(render_html(title, note, rows), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     return views.batch_size
@@ -264,8 +270,10 @@ def decode_sample(
     """
     saliency = Image.open(io.BytesIO(encoded_map.tobytes()))
     with without_size_limit():
-        image = Image.open(io.BytesIO(encoded_image.tobytes()))
-        return ImageOps.exif_transpose(image).convert("RGB"), saliency
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded_image.tobytes())))
+        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255, not scale them
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        return image.convert("RGB"), saliency
 
 
 @contextmanager

@@ -22,6 +22,7 @@ SOFT_BLUR_SIGMAS = 3
 Range = tuple[float, float]
 Branch = Literal["query", "key", "both"]
 Interpolation = Literal["bilinear", "bicubic"]
+RegionChoice = Literal["random", "salient"]
 
 VIEW_FIELDS = (
     "crop_size", "crop_area", "crop_ratio", "interpolation", "pair", "flip_probability",
@@ -116,7 +117,7 @@ class Recipe:
     """Number of boxes that both views of an image show; the query mask `regions` fills them."""
     region_extent: Range = (0.3, 0.7)
     """Range of the share of the views' overlap that a region covers along each axis (ours)."""
-    region_choice: Literal["random", "salient"] = "random"
+    region_choice: RegionChoice = "random"
     """Choice of regions: random boxes, or the most salient of `region_candidates` boxes (ours)."""
     region_candidates: int = 8
     """Number of boxes from which a salient region is chosen (ours)."""
@@ -135,6 +136,7 @@ class Recipe:
     scales with the crop (random_mask_hp.py)."""
 
     def __post_init__(self) -> None:
+        self._freeze_lists()
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_probability"):
@@ -155,6 +157,18 @@ class Recipe:
             "interpolation",
             self.interpolation,
             "bilinear or bicubic",
+        )
+        check(
+            self.region_choice in get_args(RegionChoice),
+            "region_choice",
+            self.region_choice,
+            "random or salient",
+        )
+        check(
+            self.hard_negative_mask != "regions",
+            "hard_negative_mask",
+            self.hard_negative_mask,
+            "another mask: only a query can have `regions`",
         )
         check(self.crop_size > 0, "crop_size", self.crop_size, "above 0")
         nearest = max(1, round(self.crop_size / self.grid)) * self.grid
@@ -204,6 +218,13 @@ class Recipe:
             "0 where the fill is none: nothing would set it apart from the key",
         )
 
+    def _freeze_lists(self) -> None:
+        """Turn lists into tuples: recipes are hashed, because each has its compiled functions."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+
     @property
     def masks_cells(self) -> bool:
         """True if masks or fills consist of cells, so that `grid` must divide the crop."""
@@ -211,6 +232,11 @@ class Recipe:
             return False
         has_only_boxes = self.query_mask == "regions" and self.hard_negatives == 0
         return not has_only_boxes or self.fill not in ("mean", "blur")
+
+    @property
+    def uses_saliency(self) -> bool:
+        """True if the views are made from saliency."""
+        return self.fill != "none" or (self.regions > 0 and self.region_choice == "salient")
 
     @property
     def cell(self) -> int:

@@ -53,9 +53,6 @@ class ShardSource(Protocol):
     def open(self, shard: int) -> ShardFiles:
         """Open the files of a shard. Raises a UserError that names the shard."""
 
-    def close(self) -> None:
-        """Stop all background work."""
-
 
 class LocalShards:
     """The shards of a dataset in a local folder."""
@@ -63,7 +60,7 @@ class LocalShards:
     description = ""
 
     def __init__(self, dataset: ShardDataset) -> None:
-        self.folder = Path(dataset.url)
+        self.folder = Path(dataset.store.root)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Do nothing, because `open` asks the kernel to read ahead."""
@@ -79,9 +76,6 @@ class LocalShards:
         # samples are read in random order, but a disk is faster from start to end
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
         return ShardFiles(descriptor, *contents)
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def open_source(dataset: ShardDataset, cache: Cache | None, open_shards: int = 1) -> ShardSource:
@@ -344,7 +338,8 @@ class ShardReader:
         return self._open[number]
 
     def close(self) -> None:
-        """Close all shards and end the threads."""
+        """Close all shards, end the threads, and announce that no more shards are needed."""
+        self.source.prefetch(())
         self._pool.shutdown()
         while self._open:
             self._open.popitem()[1].close()

@@ -38,8 +38,9 @@ def measure_quality(order: np.ndarray, labels: np.ndarray, batch_size: int) -> Q
     Raises:
         UserError: N is below the batch size or below 2.
     """
-    if len(order) < max(2, batch_size):
-        raise UserError(f"{len(order)} samples are fewer than a batch of {batch_size}")
+    required = max(2, batch_size)
+    if len(order) < required:
+        raise UserError(f"samples: {len(order)}; the quality of a shuffle needs {required} or more")
     used = len(order) // batch_size * batch_size
     batches = labels[order][:used].reshape(-1, batch_size)
     class_counts = [len(set(batch) - {-1}) for batch in batches.tolist()]

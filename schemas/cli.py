@@ -178,6 +178,20 @@ def imported(kind: str, path: str) -> Any:
         raise UserError(f"{kind} {path!r}: no Python ({place}: {error.msg})") from error
 
 
+def digest_source(kind: str, path: str) -> str:
+    """Return the sha256 of the source of the module that `imported` finds.
+
+    Raises:
+        UserError: `imported` raises it, or there is no source.
+    """
+    target = imported(kind, path)
+    try:
+        source = inspect.getsource(inspect.getmodule(target) or target)
+    except (TypeError, OSError) as error:
+        raise UserError(f"{kind} {path!r}: {error}") from error
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
 FILE_MODULE = "saliency_shards_file_"
 """Prefix of the names of modules that were loaded from a file path."""
 

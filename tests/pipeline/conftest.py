@@ -192,7 +192,7 @@ def open_cache(server: ObjectServer, tmp_path: Path) -> Iterator[Open]:
 
     yield open_
     for cache in opened:
-        cache.close()
+        cache.prefetch(())
 
 
 def content(cache: ShardCache, shard: int) -> bytes:

@@ -57,6 +57,23 @@ def test_a_new_list_replaces_the_earlier_one(server: ObjectServer, open_cache: O
     assert present(cache) == [*range(cache_module.CONCURRENT_FETCHES), 11]
 
 
+def test_a_closed_loader_fetches_no_more(
+    server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "CONCURRENT_FETCHES", 1)
+    views = MaskedViews(
+        f"{server.url}/b", small("mean"), 1, "cpu", cache=Cache(tmp_path / "c", ROOM),
+        shuffle_shards=4,
+    )  # fmt: skip
+    server.latency = 0.05
+    next(iter(views))  # announces all shards
+    views.close()
+    source = views._source
+    assert isinstance(source, ShardCache)
+    wait_until(lambda: source._threads == 0)
+    assert source.counts["fetched"] < SHARDS
+
+
 def test_what_is_there_is_not_fetched_again(server: ObjectServer, open_cache: Open) -> None:
     for _ in range(2):  # two epochs of two trainings
         cache = open_cache()

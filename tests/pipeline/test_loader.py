@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +279,18 @@ def test_a_loader_that_is_dropped_ends_its_threads(dataset: ShardDataset) -> Non
         next(iter(views))
         views.close()
     assert threading.active_count() <= before + 1  # the thread pool for pixels stays
+
+
+@pytest.mark.parametrize("url", ["file://{}", "~/{name}", "{name}"])
+def test_every_way_to_name_a_local_folder(
+    dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    folder = Path(dataset.url)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.chdir(folder.parent)
+    views = MaskedViews(url.format(folder, name=folder.name), small("mean"), BATCH, "cpu")
+    monkeypatch.chdir("/")  # the folder is found again wherever the program goes
+    assert torch.equal(next(iter(views)).query, take(views_of(dataset, "mean"), 1)[0].query)
 
 
 @pytest.mark.slow

@@ -128,8 +128,9 @@ def test_other_mistakes_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": -1}, "seed is at least 0"),
+        ({"seed": -1}, "seed is in 0"),
         ({"shuffle_shards": 0}, "shuffle_shards 0"),
+        ({"streams": 4}, "3 shards are too few for 4 streams; choose fewer streams"),
         ({"streams": 3}, "16 samples cannot be shared equally by 3 streams"),
         ({"world_size": 8, "batch_size": 3, "streams": 3}, "8 ranks cannot share 3 streams"),
     ],

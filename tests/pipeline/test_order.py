@@ -204,6 +204,12 @@ def test_a_permutation_is_a_stable_sort_of_philox_words() -> None:
     assert permute(1000, 9, 4, 5).tolist() == expected
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_philox_cannot_take_is_refused(seed: int) -> None:
+    with pytest.raises(UserError, match=r"the seed is in 0 \.\. 2\^64 - 1"):
+        SampleOrder([8], 4, seed)
+
+
 def test_no_samples_to_analyze_are_refused() -> None:
     with pytest.raises(UserError, match="--samples is 0; at least 1"):
         describe_shuffle("memory://nowhere", 8, samples=0)

@@ -1,5 +1,6 @@
 """The contact sheet and the command that writes it."""
 
+import io
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ from PIL import Image
 
 from pipeline import __main__ as command
 from pipeline.contact_sheet import KEY, QUERY
-from pipeline.preview import FOREGROUND, draw_view, outline_
+from pipeline.preview import FOREGROUND, decode_sample, draw_view, outline_
 from schemas import ShardDataset, UserError
 from schemas.cli import run
 from schemas.tables import SAMPLES
@@ -112,6 +113,17 @@ def test_a_high_pass_view_is_shown_about_middle_gray() -> None:
     assert np.unique(np.asarray(tile)).tolist() == [128]
 
 
+def test_16_bits_are_scaled_as_the_loader_does_it() -> None:
+    files = []
+    for pixels in (np.full((8, 8), 127 * 257, np.uint16), np.zeros((28, 28), np.uint8)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        files.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    image, _ = decode_sample(*files)
+    assert image.mode == "RGB"
+    assert set(np.asarray(image).ravel().tolist()) == {127}
+
+
 def test_mistakes_end_with_one_line(
     dataset: ShardDataset,
     tmp_path: Path,
@@ -126,6 +138,8 @@ def test_mistakes_end_with_one_line(
     monkeypatch.setattr("sys.argv", ["pipeline", "previw"])
     with pytest.raises(UserError, match="unknown command 'previw': did you mean preview"):
         command.main()
+    with pytest.raises(UserError, match=r"sheet\.html: give the name of the picture, .*\.png;"):
+        preview(monkeypatch, "--data", dataset.url, "--out", str(tmp_path / "sheet.html"))
     out = tmp_path / "missing" / "sheet.png"
     with pytest.raises(UserError, match="cannot be written"):
         preview(

@@ -52,6 +52,12 @@ def test_a_crop_that_cells_do_not_divide_is_refused_by_the_grids_option(
     assert dataclasses.replace(get_recipe(name), crop_size=96, grid=6, **changes).cell == 16
 
 
+def test_lists_as_from_a_file_of_settings_are_tuples() -> None:
+    recipe = Recipe(crop_area=[0.2, 1.0], foreground_cap=[0.56, 0.55])  # type: ignore[arg-type]
+    assert recipe == Recipe()
+    assert hash(recipe) == hash(Recipe())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -77,6 +83,8 @@ def test_a_crop_that_cells_do_not_divide_is_refused_by_the_grids_option(
         {"focal_kept": 225},
         {"branch": "neither"},
         {"interpolation": "nearest"},
+        {"region_choice": "salience"},
+        {"hard_negative_mask": "regions"},
     ],
 )
 def test_a_value_without_sense_is_refused_by_its_name(changes: dict[str, object]) -> None:

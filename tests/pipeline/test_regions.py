@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline import MaskedViews, regions
-from schemas import Sample, UserError, write_dataset
+from schemas import Sample, ShardDataset, UserError, write_dataset
 from tests.pipeline.conftest import CROP, rng_of, small, stored
 
 BLUE, RED = (20, 30, 200), (230, 20, 20)
@@ -110,6 +110,13 @@ def drawn(query, key, saliency=None, **changes):
     recipe = small("maskco", **changes)
     windows = (torch.tensor(window).repeat(64, 1) for window in (query, key))
     return regions.draw_regions(*windows, saliency, recipe, rng_of(64)), recipe
+
+
+def test_salient_regions_without_masks(dataset: ShardDataset) -> None:
+    recipe = small("none", regions=2, region_choice="salient")
+    batch = next(iter(MaskedViews(dataset.url, recipe, 8, "cpu")))
+    assert batch.query_regions is not None
+    assert batch.query_regions.shape == (8, 2, 4)
 
 
 def test_views_without_a_common_part_have_no_region():

@@ -67,6 +67,48 @@ def test_a_fill_in_float64_that_works_in_place(dataset: ShardDataset) -> None:
     assert torch.equal(batch.query[~batch.query_mask], plain.query[~batch.query_mask])
 
 
+def test_a_function_that_changed_since_the_state_is_refused(
+    dataset: ShardDataset, tmp_path: Path
+) -> None:
+    code = "def own(image, recipe, std, rng):\n    return image * 0 + {}\n"
+    states = []
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        file = tmp_path / name / "own.py"
+        file.parent.mkdir()
+        file.write_text(code.format(value))
+        views = MaskedViews(dataset.url, small("mean", fill=f"{file}:own"), 8, "cpu")
+        states.append(views.state_dict())
+    same, changed = states[1]["fingerprint"], states[2]["fingerprint"]
+    path = states[0]["fingerprint"]["recipe"]["fill"]
+    for fingerprint in (same, changed):
+        fingerprint["recipe"]["fill"] = path  # as if the one file had been edited
+    views = MaskedViews(dataset.url, small("mean", fill=path), 8, "cpu")
+    views.load_state_dict(states[1])
+    with pytest.raises(UserError, match=r"code\.fill was \w+, is \w+$"):
+        views.load_state_dict(states[2])
+    del changed["code.fill"]  # an older state does not have it
+    views.load_state_dict(states[2])
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_loader_goes_on_after_an_error_of_a_function(dataset: ShardDataset) -> None:
+    calls = []
+
+    @fills.fill("own")
+    def own(image, recipe, std, rng):
+        calls.append(len(image))
+        if len(calls) == 1:
+            raise ValueError("once")
+        return image * 0
+
+    views = MaskedViews(dataset.url, small("mean", fill="own"), 8, "cpu", report=("keys",))
+    with pytest.raises(ValueError, match="once"):
+        next(iter(views))
+    first_keys = next(batch.sample_keys for batch in views)
+    plain = MaskedViews(dataset.url, small("mean"), 8, "cpu", report=("keys",))
+    assert first_keys == next(iter(plain)).sample_keys
+
+
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
 def test_a_mask_that_is_not_bool(dataset: ShardDataset, dtype: torch.dtype) -> None:

@@ -134,7 +134,9 @@ def test_bf16_keeps_the_foreground_of_fp32(photos: Path, mobilenet_weights: Path
     images = batch(*[np.asarray(Image.open(f).convert("RGB")) for f in files])
     fronts = []
     for precision in ("bf16", "fp32"):
-        options = ScdaOptions("mobilenet_v2", str(mobilenet_weights), precision=precision)
+        options = ScdaOptions(
+            "mobilenet_v2", str(mobilenet_weights), areas=(1.0,), precision=precision
+        )
         maps = options.build()(images)
         fronts.append([m >= m.mean() - 0.6 * m.std() for m in maps])
     assert np.not_equal(*fronts).mean() < 0.01

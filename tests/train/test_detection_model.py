@@ -26,10 +26,11 @@ CPU = torch.device("cpu")
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-def detector(masks: bool = True, side: int = 64) -> Detector:
+def detector(masks: bool = True, side: int = 64, rois: int = 8) -> Detector:
     config = DetectorConfig(
-        path="", sha256="", masks=masks, short_sides=(side,), test_side=side, rois=8, proposals=8
-    )
+        path="", sha256="", masks=masks, short_sides=(side,), test_side=side, rois=rois,
+        proposals=rois,
+    )  # fmt: skip
     return config.build(Setup(encoder="resnet18", batch_size=2, classes=2))
 
 
@@ -95,7 +96,7 @@ def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
 @pytest.mark.slow
 def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
     data = odd_coco(tmp_path)
-    method = detector().train()
+    method = detector(rois=4).train()  # bf16 is slow on a CPU without instructions for it
     inside = [put_out(method.network, name) for name in ("backbone.layer3", "roi_heads.box_head")]
     outside = [
         put_out(method.network, name)

@@ -9,7 +9,7 @@ import torch
 from tests.conftest import DATA, existing
 from tests.train.pictures import options_of, write_encoder
 from train.encoders import build_encoder, save_encoder
-from train.evaluate.detection import command
+from train.evaluate.detection import command, roi_heads
 from train.evaluate.detection.command import Schedule
 
 SPLITS = ("train2017", "val2017")
@@ -51,6 +51,8 @@ def test_two_real_pictures_are_learnt_by_heart(tmp_path, monkeypatch):
     network.load_state_dict(known, strict=False)
     metadata = {"encoder": "resnet18", "high_pass": "False", "crop_size": "224"}
     save_encoder(encoder / "encoder.safetensors", network, metadata)
+    # layer4 on RoIs takes most of the time: 8 x 8 cells have a third of the published 14 x 14
+    monkeypatch.setattr(roi_heads, "ROI_SIZE", 8)
     # such a short training needs a high rate: 0.02 at a batch of 2
     monkeypatch.setattr(command, "REFERENCE_LR", 0.16)
     monkeypatch.setitem(command.SCHEDULES, "short", Schedule(60, 10, (8,)))
