@@ -1,11 +1,12 @@
 # The README's steps in an image:
-#   docker build -t saliency-shards . && docker run --gpus all saliency-shards make demo
+#   docker build -t saliency-shards . && docker run --gpus all --ipc=host saliency-shards make demo
+# --ipc=host: NCCL and the worker processes of data loaders need more than 64 MB of shared memory
 FROM python:3.11-slim-bookworm
 
-# g++ is for torch.compile, git for the revision that a run notes down
+# g++ is for torch.compile
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends make git g++ \
+    && apt-get install --yes --no-install-recommends make g++ \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /saliency-shards

@@ -172,4 +172,4 @@ lint: $(READY) ## Format, lint, types, shell scripts, Dockerfile
 
 .PHONY: clean
 clean: ## Remove .venv and what the demo wrote
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out/demo

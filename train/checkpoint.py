@@ -70,6 +70,8 @@ class Checkpoints:
             `steps_per_epoch` is one of them.
         defaults: values that stand in for settings that a checkpoint of an older version lacks.
         batch_may_change: True if the global batch may be another one where an epoch ended.
+        changeable: settings that may differ, because they change the results only by rounding or
+            batch statistics.
     """
 
     folder: Path
@@ -77,6 +79,7 @@ class Checkpoints:
     settings: dict[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
     batch_may_change: bool = False
+    changeable: frozenset[str] = frozenset()
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, ascending."""
@@ -168,6 +171,7 @@ class Checkpoints:
                 )
             saved = self.with_own_batch(saved)
             step = epochs * self.settings["steps_per_epoch"]
+        saved |= {name: self.settings[name] for name in self.changeable}
         if changed := differences(saved, self.settings, self.defaults):
             raise UserError(
                 f"{path}: made with other settings: {sentence(changed)}. "

@@ -17,21 +17,16 @@ from schemas.precision import pick_precision
 from schemas.settings import defaults_of, equal, flatten
 from train.distributed import world_size
 from train.encoders import Stem
-from train.methods import MethodConfig, MoCoConfig
+from train.methods import METHODS, MethodConfig, MoCoConfig
 from train.optim import OptimConfig
+from train.option_ranges import check_ranges
 
 # These may differ between a checkpoint and the run that resumes from it: they change where a run
 # lies, runs and decodes, and what it reports, not what it computes but for rounding.
 FREE = {
     "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
     "cache", "cache_gb", "knn", "wandb", "rank_timeout", "decode_on",
-    "method.path",
 }  # fmt: skip
-
-POSITIVE = (
-    "batch_size", "grad_accum_steps", "epochs", "keep_checkpoints", "log_steps",
-    "checkpoint_steps", "rank_timeout", "synthetic", "shuffle_shards", "streams",
-)  # fmt: skip
 
 RENAMED = {
     "accumulate": "grad_accum_steps",
@@ -145,14 +140,9 @@ def resolve_config(config: TrainConfig, device: torch.device) -> TrainConfig:
     Raises:
         UserError: options that make no sense, alone or together.
     """
-    positive = {
-        **{name: getattr(config, name) for name in POSITIVE},
-        "knn.epochs": config.knn.epochs,
-        "knn.batch-size": config.knn.batch_size,
-    }
-    for name, value in positive.items():
-        if value is not None and value < 1:
-            raise UserError(f"{format_flag(name)} {value}: must be at least 1")
+    # a user's method may have options of the same names with other meanings
+    is_own = type(config.method) in METHODS.values()
+    check_ranges(flatten(config if is_own else replace(config, method=MoCoConfig())))
     if config.knn.test_data is not None and config.knn.data is None:
         raise UserError("--knn.test-data: needs --knn.data, the images of the neighbors")
     config.method.check(config.recipe)
@@ -174,7 +164,7 @@ def resolve_config(config: TrainConfig, device: torch.device) -> TrainConfig:
         raise UserError(
             f"--warmup-epochs {config.optim.warmup_epochs}: must be below --epochs {config.epochs}"
         )
-    crop_size = config.crop_size or config.recipe.crop_size
+    crop_size = config.recipe.crop_size if config.crop_size is None else config.crop_size
     return replace(
         config,
         crop_size=crop_size,
@@ -198,7 +188,8 @@ def collect_settings(config: TrainConfig, dataset_digest: str) -> dict[str, Any]
     They are flat: name -> value. `data` is the digest of the dataset's content, so a dataset may
     move.
     """
-    return {"data": dataset_digest, "method": config.method.name, **drop_free(flatten(config))}
+    settings = drop_free(flatten(config), type(config.method))
+    return {"data": dataset_digest, "method": config.method.name, **settings}
 
 
 def collect_default_settings(
@@ -221,15 +212,16 @@ def collect_default_settings(
         for name, value in defaults.items():
             if name in user_values and equal(user_values[name], value):
                 defaults[name] = decided_values.get(name, value)
-    return drop_free(defaults)
+    return drop_free(defaults, method)
 
 
-def drop_free(settings: dict[str, Any]) -> dict[str, Any]:
+def drop_free(settings: dict[str, Any], method: type[MethodConfig]) -> dict[str, Any]:
     """Remove the settings that may differ between a checkpoint and the run that resumes from it."""
+    free = FREE | {f"method.{name}" for name in method.free}
     return {
         name: value
         for name, value in settings.items()
-        if name not in FREE and name.split(".")[0] not in FREE
+        if name not in free and name.split(".")[0] not in free
     }
 
 
@@ -255,10 +247,6 @@ def find_recipe_name(recipe: Recipe) -> str:
         if all(getattr(recipe, mask) == getattr(candidate, mask) for mask in masks):
             return name
     return "custom"
-
-
-def format_flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def round_to_multiple(number: int, base: int) -> int:

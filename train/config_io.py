@@ -4,6 +4,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,6 +15,7 @@ from schemas.settings import fields_of, plain
 from train.config import KnnConfig, TrainConfig, use_current_names
 from train.methods import find_method, get_method_name
 from train.optim import OptimConfig
+from train.presets import PRESETS, Preset
 
 Options = TypeVar("Options")
 
@@ -38,7 +40,11 @@ def dump_config(user_config: TrainConfig, decided: TrainConfig) -> str:
 
 
 def load_config(path: str) -> TrainConfig:
-    """Read a file by `dump_config`, or a part of one: missing options have their defaults.
+    """Read a file by `dump_config`, or one that a user wrote.
+
+    Options that a user's file leaves out are those of the method's preset, as on the command line.
+    A run's own file holds all options of its version; a later version's options have the values
+    that change nothing.
 
     Raises:
         UserError: no such file, invalid YAML, an unknown name, a value of the wrong type.
@@ -50,17 +56,25 @@ def load_config(path: str) -> TrainConfig:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no options, name: value")
     content = use_current_names(content)
-    content.pop(DECIDED, None)
-    method = dict(content.get("method") or {})
-    name = method.pop("name", "moco")
-    content["method"] = build_options(find_method(name), method, f"{path}: method")
+    method = dict(content.pop("method", None) or {})
+    method_type = find_method(method.pop("name", "moco"))
+    is_of_a_run = content.pop(DECIDED, None) is not None
+    preset = PRESETS.get(method_type.name)
+    if is_of_a_run or preset is None or type(preset.config.method) is not method_type:
+        preset = Preset(TrainConfig())
+    else:
+        method = fields_of(preset.config.method) | method
     recipe = dict(content.get("recipe") or {})
-    if (recipe_name := recipe.pop("name", None)) is not None:
-        content["recipe"] = fields_of(get_recipe(recipe_name)) | recipe
+    name = recipe.pop("name", None)
+    base = preset.config.recipe if name is None else get_recipe(name)
+    content["recipe"] = fields_of(base) | preset.views | recipe
     for part, kind in PARTS.items():
-        if part in content:
-            content[part] = build_options(kind, content[part] or {}, f"{path}: {part}")
-    return build_options(TrainConfig, content, path)
+        values = fields_of(getattr(preset.config, part)) | (content.get(part) or {})
+        content[part] = build_options(kind, values, f"{path}: {part}")
+    content["method"] = build_options(method_type, method, f"{path}: method")
+    # a preset has neither data nor folder
+    general = {name: x for name, x in fields_of(preset.config).items() if x is not tyro.MISSING}
+    return build_options(TrainConfig, general | content, path)
 
 
 def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Options:

@@ -1,5 +1,7 @@
 """Extract features of labeled images with a frozen encoder."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -8,7 +10,7 @@ from tqdm import tqdm
 
 from pipeline import Cache, EvalViews, Recipe
 from schemas import ShardDataset, UserError
-from schemas.precision import autocast, pick_precision
+from schemas.precision import Precision, autocast, pick_precision
 from train.distributed import gather_uneven, is_main, rank, world_size
 
 
@@ -77,6 +79,16 @@ def open_eval_views(
     )
 
 
+def pick_eval_precision(
+    precision: str, metadata: Mapping[str, str], device: torch.device
+) -> Precision:
+    """Return the precision of an evaluation: with `auto`, an fp32 encoder is evaluated in fp32."""
+    settings = json.loads(metadata.get("settings", "{}"))
+    if precision == "auto" and settings.get("precision") == "fp32":
+        return "fp32"
+    return pick_precision(precision, device)
+
+
 @torch.inference_mode()
 def extract_features(
     encoder: nn.Module,
@@ -84,7 +96,7 @@ def extract_features(
     url: str,
     device: torch.device,
     batch_size: int,
-    precision: str = "auto",
+    precision: str,
     cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute pooled features of the center crop of every image; batch statistics are frozen.
@@ -96,13 +108,13 @@ def extract_features(
         encoder: (N, 3, H, W) -> (N, D). Stays in evaluation mode afterwards.
         recipe: provides the crop size and the high-pass filter.
         batch_size: images per forward pass on this rank; does not change the result.
+        precision: bf16 or fp32.
 
     Returns:
         Features (N, D) float32, L2-normalized, and labels (N,) int64, on the device, on all ranks.
     """
     views = open_eval_views(url, recipe, device, batch_size, cache)
     encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()
-    precision = pick_precision(precision, device)
     features, labels = [], []
     for batch in tqdm(
         views, unit="batch", desc="features", disable=None if is_main() else True, leave=False

@@ -8,7 +8,7 @@ Learning rates are for a batch of 256 (`OptimConfig.base_lr`) and scale linearly
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.recipes import RECIPES, Recipe
+from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
 from train.config import TrainConfig
 from train.methods import (
@@ -153,7 +153,8 @@ def choose_defaults(
     """Return the options that apply before the command line changes single ones.
 
     Args:
-        file: options read from a file; they replace a preset.
+        file: options read from a file; they replace a preset. With another recipe, crops and
+            colors remain those of the file.
 
     Raises:
         UserError: the preset, or the file, is for another method.
@@ -161,7 +162,12 @@ def choose_defaults(
     if file is not None:
         if preset is not None or method not in (None, type(file.method)):
             raise UserError("--config already names the method: leave --preset and --method out")
-        return file if recipe is None else replace(file, recipe=recipe)
+        if recipe is None:
+            return file
+        views = {name: getattr(file.recipe, name) for name in VIEW_FIELDS}
+        if not file.recipe.pair:
+            views["hard_negatives"] = 0
+        return replace(file, recipe=replace(recipe, **views))
     if preset is None:
         preset = find_preset(method or MoCoConfig)
     elif method is not None and type(preset.config.method) is not method:

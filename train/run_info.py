@@ -64,6 +64,9 @@ def read_git_revision() -> str | None:
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]
     try:
+        # an installed copy may lie inside another project's checkout, which does not track it
+        tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, capture_output=True, check=True)
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )

@@ -203,6 +203,7 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
         settings=settings,
         defaults=collect_default_settings(type(config.method), job.user_config, config),
         batch_may_change=job.batch_may_change,
+        changeable=frozenset() if config.method.parts_matter else frozenset({"grad_accum_steps"}),
     )
     step = TrainingStep(job.method, config, job.device)
     with raise_on_all_ranks():

@@ -171,6 +171,15 @@ def test_another_batch_is_accepted_where_an_epoch_ended(tmp_path, batch_size, ep
     assert before.restore(*state()) == (4, 1, 8)  # the same command as at first works too
 
 
+def test_the_number_of_parts_may_change_where_it_does_not_matter(tmp_path):
+    checkpoints(tmp_path, grad_accum_steps=1).save(4, *state())
+    other = checkpoints(tmp_path, grad_accum_steps=4)
+    with pytest.raises(UserError, match="grad_accum_steps was 1, is 4"):
+        other.restore(*state())
+    other = replace(other, changeable=frozenset({"grad_accum_steps"}))
+    assert other.restore(*state()).step == 4
+
+
 def test_another_batch_is_refused_inside_an_epoch_and_after_the_last(tmp_path):
     checkpoints(tmp_path).save(5, *state())
     other = checkpoints(tmp_path, batch_size=4, steps_per_epoch=8)

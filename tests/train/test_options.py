@@ -14,6 +14,8 @@ from schemas import UserError
 from tests.train.runs import ARGUMENTS, command, config
 from train.__main__ import main, parse_command_line
 from train.config import KnnConfig, make_cache, resolve_config
+from train.config_io import dump_config, load_config
+from train.presets import PRESETS, SIMCLR_VIEWS
 from train.run_info import collect_notes
 
 
@@ -61,6 +63,34 @@ def test_a_file_names_a_recipe_and_changes_it(tmp_path):
     assert recipe == replace(RECIPES["blur"], hard_negatives=0)
 
 
+@pytest.mark.parametrize("method", ["supervised", "simclr", "adios", "maskco", "moco"])
+def test_a_file_that_names_a_method_starts_from_its_preset(tmp_path, method):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"data: x\nout: y\nmethod: {{name: {method}}}\nseed: 3\n")
+    by_command = parse_command_line(
+        ["--data", "x", "--out", "y", "--method", method, "--seed", "3"]
+    )
+    assert parse_command_line(["--config", str(path)]) == by_command
+    if method == "simclr":
+        path.write_text(
+            "data: x\nout: y\nmethod: {name: simclr, temperature: 0.5}\nrecipe: {name: blur}\n"
+        )
+        own = parse_command_line(["--config", str(path)])
+        assert (own.method.temperature, own.method.head_layers) == (0.5, 3)
+        blur = ["--data", "x", "--out", "y", "--method", "simclr", "--recipe", "blur"]
+        assert own.recipe == parse_command_line(blur).recipe
+
+
+def test_a_recipe_beside_a_file_keeps_the_views_of_the_file(tmp_path):
+    given = replace(PRESETS["simclr"].config, data="x", out="y")
+    given = replace(given, recipe=replace(given.recipe, **SIMCLR_VIEWS))
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(given, given))
+    assert load_config(str(path)) == given
+    recipe = parse_command_line(["--config", str(path), "--recipe", "blur"]).recipe
+    assert recipe == replace(RECIPES["blur"], **SIMCLR_VIEWS)
+
+
 def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
     for knn, message in (
         (KnnConfig(data=shards), "20 200: each must be between 1 and 25"),
@@ -87,6 +117,20 @@ def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
         ("--warmup-epochs", "2", "must be below --epochs 2"),
         ("--preset", "mocco", "did you mean moco"),
         ("--preset", "simclr", "--preset is of method simclr, --method is moco"),
+        ("--lr", "-1", "--lr -1.0: must be above 0"),
+        ("--base-lr", "0", "--base-lr 0.0: must be above 0"),
+        ("--clip-gradient", "0", "--clip-gradient 0.0: must be above 0"),
+        ("--momentum", "1", "--momentum 1.0: must be at least 0 and below 1"),
+        ("--weight-decay", "-1", "must be at least 0"),
+        ("--temperature", "0", "--temperature 0.0: must be above 0"),
+        ("--temperature", "nan", "--temperature nan: must be above 0"),
+        ("--ema-momentum", "1.5", "--ema-momentum 1.5: must be between 0 and 1"),
+        ("--rho", "-2", "must be at least 0"),
+        ("--projection", "0", "--projection 0: must be at least 1"),
+        ("--hidden", "0", "--hidden 0: must be at least 1"),
+        ("--crop-size", "0", "crop_size is 0"),
+        ("--knn.neighbors", "0", "--knn.neighbors 0: must be at least 1"),
+        ("--cache-gb", "0", "--cache-gb 0.0: must be above 0"),
         ("--accumulate", "3", "does not divide among 1 processes x 3 parts; the nearest"),
     ],
 )

@@ -73,7 +73,7 @@ def test_knn_of_each_epoch_is_that_of_the_encoder(shards, run):
     settings = config(shards, run)
     encoder, _, _ = load_encoder(str(run))
     recipe = remove_masks(replace(settings.recipe, crop_size=28))
-    found = extract_features(encoder, recipe, shards, torch.device("cpu"), 7)
+    found = extract_features(encoder, recipe, shards, torch.device("cpu"), 7, "fp32")
     accuracy = knn_accuracy(found, None, classes=2, neighbors=(1, 5))
     assert rows[-1]["knn_1"] == pytest.approx(accuracy[1])
     assert rows[-1]["knn_5"] == pytest.approx(accuracy[5])

@@ -11,7 +11,12 @@ from train.config import make_cache
 from train.distributed import is_main, raise_on_all_ranks
 from train.encoders import build_untrained_encoder, load_encoder
 from train.evaluate import results
-from train.features import build_eval_recipe, extract_features, open_labeled_pair
+from train.features import (
+    build_eval_recipe,
+    extract_features,
+    open_labeled_pair,
+    pick_eval_precision,
+)
 from train.knn import NEIGHBORS, TEMPERATURE, check_neighbors, knn_accuracy
 from train.process_group import pick_device
 
@@ -36,6 +41,9 @@ class KnnOptions:
     """Random seed for the weights of the untrained encoder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch finds a GPU, else cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the encoder. auto: fp32 for an encoder that was trained in fp32; otherwise bf16
+    if the device supports it."""
     cache: str | None = None
     """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
     a remote dataset and none for a local one."""
@@ -61,9 +69,12 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
         encoders.append(("untrained", build_untrained_encoder(metadata, options.seed)))
     recipe = build_eval_recipe(metadata)
     cache = make_cache(options.cache, options.cache_gb)
+    precision = pick_eval_precision(options.precision, metadata, device)
 
     def extract(model: nn.Module, url: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return extract_features(model, recipe, url, device, options.batch_size, cache=cache)
+        return extract_features(
+            model, recipe, url, device, options.batch_size, precision, cache=cache
+        )
 
     rows: list[dict[str, Any]] = []
     for weights, model in encoders:
@@ -85,7 +96,9 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
                 weights=weights,
                 split="test data" if test else "leave-one-out",
                 temperature=TEMPERATURE,
+                neighbors=list(options.neighbors),
                 seed=options.seed,
+                precision=precision,
             )
         )
     with raise_on_all_ranks():

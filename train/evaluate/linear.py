@@ -20,12 +20,17 @@ import tyro
 
 from pipeline import Cache, Recipe
 from schemas.json_lines import read_json_lines
-from schemas.precision import autocast, pick_precision
+from schemas.precision import Precision, autocast
 from train.config import TrainConfig, make_cache
 from train.distributed import is_main, raise_on_all_ranks, world_size
 from train.encoders import compute_digest, load_encoder
 from train.evaluate import results
-from train.features import build_eval_recipe, open_eval_views, open_labeled_pair
+from train.features import (
+    build_eval_recipe,
+    open_eval_views,
+    open_labeled_pair,
+    pick_eval_precision,
+)
 from train.methods import LinearProbe, LinearProbeConfig, Method
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
@@ -63,6 +68,9 @@ class LinearOptions:
     """auto: cuda if torch finds a GPU, else cpu."""
     log_steps: int = 10
     """Steps between two log lines."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of encoder and classifier. auto: fp32 for an encoder that was trained in fp32;
+    otherwise bf16 if the device supports it."""
     cache: str | None = None
     """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
     a remote dataset and none for a local one."""
@@ -87,12 +95,13 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
     recipe = build_eval_recipe(metadata)
     cache = make_cache(options.cache, options.cache_gb)
     out = Path(options.out or path.parent / f"linear-{train_set.card.name}-{options.seed}")
-    config = build_train_config(options, metadata["encoder"], path, recipe, out)
+    precision = pick_eval_precision(options.precision, metadata, device)
+    config = build_train_config(options, metadata["encoder"], path, recipe, out, precision)
 
     def test_after_epoch(method: Method, epoch: int) -> dict[str, float]:
         probe = cast(LinearProbe, method)
         share = max(1, options.batch_size // world_size())
-        return test(probe, recipe, options.test_data, device, share, cache)
+        return test(probe, recipe, options.test_data, device, share, precision, cache)
 
     with raise_on_all_ranks():
         job = add_test_digest(prepare_job(config), test_set.digest)
@@ -113,6 +122,7 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
             base_lr=options.base_lr,
             drop_epochs=list(config.optim.milestones),  # the name in older results.jsonl too
             seed=options.seed,
+            precision=precision,
         )
         if is_main():
             results.append(path.parent, [row])
@@ -130,7 +140,12 @@ def add_test_digest(job: TrainingJob, digest: str) -> TrainingJob:
 
 
 def build_train_config(
-    options: LinearOptions, encoder: str, path: Path, recipe: Recipe, out: Path
+    options: LinearOptions,
+    encoder: str,
+    path: Path,
+    recipe: Recipe,
+    out: Path,
+    precision: Precision,
 ) -> TrainConfig:
     """Build the options of `train` for a probe of the encoder in the file at `path`."""
     milestones = options.milestones
@@ -152,6 +167,7 @@ def build_train_config(
         ),
         seed=options.seed,
         device=options.device,
+        precision=precision,
         log_steps=options.log_steps,
         keep_checkpoints=1,
         cache=options.cache,
@@ -166,11 +182,11 @@ def test(
     url: str,
     device: torch.device,
     batch_size: int,
+    precision: Precision,
     cache: Cache | None,
 ) -> dict[str, float]:
     """Compute top-1 and top-5 accuracy on center crops; over all ranks each image counts once."""
     views = open_eval_views(url, recipe, device, batch_size, cache)
-    precision = pick_precision("auto", device)
     counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, images
     for batch in views:
         with autocast(precision, device):

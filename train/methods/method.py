@@ -67,6 +67,13 @@ class MethodConfig(ABC):
     name: ClassVar[str]
     """Name of the method in checkpoints, encoder files and tables."""
 
+    free: ClassVar[frozenset[str]] = frozenset()
+    """Options that may differ when a run resumes, for example the path of a file whose digest is an
+    option too."""
+    parts_matter: ClassVar[bool] = True
+    """Whether the loss of a batch depends on the parts that it is split into (--grad-accum-steps),
+    but for batch statistics; if not, their number may change when a run resumes."""
+
     @abstractmethod
     def build(self, setup: Setup) -> "Method":
         """Build the method. Raise UserError if the options and the setup do not fit together."""

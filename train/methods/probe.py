@@ -20,6 +20,8 @@ class LinearProbeConfig(MethodConfig):
     """The encoder to probe."""
 
     name: ClassVar[str] = "linear"
+    free: ClassVar[frozenset[str]] = frozenset({"path"})
+    parts_matter: ClassVar[bool] = False
 
     path: str
     """File of the encoder, or folder of its run."""

@@ -12,6 +12,7 @@ import tyro
 
 from pipeline.recipes import RECIPES
 from schemas import UserError
+from schemas.settings import fields_of, plain
 from train.config import TrainConfig, resolve_config
 from train.distributed import is_main, raise_on_all_ranks, rank, world_size
 from train.encoders import compute_digest, load_encoder
@@ -23,7 +24,7 @@ from train.evaluate.detection.loader import DetectionLoader
 from train.evaluate.detection.metric import average_precision, detect_all
 from train.evaluate.detection.model import Detector, DetectorConfig
 from train.evaluate.detection.voc import read_voc
-from train.methods import Method, Setup
+from train.methods import Method, MethodConfig, Setup
 from train.optim import OptimConfig
 from train.process_group import pick_device
 from train.trainer import TrainingJob, train_job
@@ -150,9 +151,17 @@ def evaluate(options: DetectionOptions) -> dict[str, Any]:
                 iterations=job.total_steps,
                 batch_size=options.batch_size,
                 seed=options.seed,
+                precision=job.config.precision,
+                **list_network_settings(job.config.method),
             )
             results.append(path.parent, [row])
     return row
+
+
+def list_network_settings(method: MethodConfig) -> dict[str, Any]:
+    """Return the settings of the detector that its accuracy depends on."""
+    settings = plain(fields_of(method))
+    return {name: value for name, value in settings.items() if name not in ("path", "sha256")}
 
 
 def prepare_detection(

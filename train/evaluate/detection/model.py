@@ -42,6 +42,7 @@ class DetectorConfig(MethodConfig):
     """
 
     name: ClassVar[str] = "detection"
+    free: ClassVar[frozenset[str]] = frozenset({"path"})
 
     path: str
     """File of the encoder, or folder of its run; empty for random weights."""

@@ -1,0 +1,53 @@
+"""The ranges of numeric options, checked before anything is built."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from schemas import UserError
+
+AT_LEAST_1 = (
+    "batch_size", "grad_accum_steps", "epochs", "keep_checkpoints", "log_steps",
+    "checkpoint_steps", "rank_timeout", "synthetic", "shuffle_shards", "streams",
+    "knn.epochs", "knn.batch_size", "knn.neighbors",
+    "method.queue", "method.projection", "method.hidden", "method.head_layers", "method.masks",
+    "method.channels", "method.region_size", "method.prediction_depth",
+)  # fmt: skip
+ABOVE_0 = (
+    "cache_gb", "optim.lr", "optim.base_lr", "optim.clip_gradient", "optim.trust_coefficient",
+    "method.temperature", "method.mask_rate",
+)  # fmt: skip
+AT_LEAST_0 = ("seed", "optim.weight_decay", "optim.milestones", "method.rho", "method.sparsity",
+              "method.entropy")  # fmt: skip
+BELOW_1 = ("optim.momentum",)
+UP_TO_1 = ("method.ema_momentum", "method.label_smoothing")
+
+REQUIREMENTS = (
+    ("at least 1", lambda value: value >= 1, AT_LEAST_1),
+    ("above 0", lambda value: value > 0, ABOVE_0),
+    ("at least 0", lambda value: value >= 0, AT_LEAST_0),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, BELOW_1),
+    ("between 0 and 1", lambda value: 0 <= value <= 1, UP_TO_1),
+)
+
+
+def check_ranges(options: Mapping[str, Any]) -> None:
+    """Check the options of a training that have a range; None is always valid.
+
+    Args:
+        options: flat options, dotted name -> value, as from `schemas.settings.flatten`.
+
+    Raises:
+        UserError: a number is outside its range, or is not a number; the message names its flag.
+    """
+    for requirement, is_valid, names in REQUIREMENTS:
+        for name in names:
+            value = options.get(name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not is_valid(number):
+                    raise UserError(f"{format_flag(name)} {number}: must be {requirement}")
+
+
+def format_flag(name: str) -> str:
+    """Return the flag of an option; those of the method and the optimizer have no prefix."""
+    flag = name.removeprefix("method.").removeprefix("optim.").replace("_", "-")
+    return f"--{flag}"
