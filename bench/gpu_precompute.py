@@ -5,7 +5,6 @@ packages: torch, torchvision, DALI, numpy, pyarrow, fsspec and pillow are enough
 figures and a verdict; a small version of it runs on a CPU.
 """
 
-import importlib.util
 import io
 import multiprocessing
 import os
@@ -16,6 +15,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
+
+from bench.process import is_installed
 
 NEEDED = ("torch", "torchvision", "nvidia.dali", "numpy", "pyarrow", "fsspec", "PIL")
 
@@ -81,13 +82,6 @@ class Result:
 def missing_packages() -> list[str]:
     """Return the required packages that are not installed here."""
     return [name for name in NEEDED if not is_installed(name)]
-
-
-def is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # raised for the missing parent of nvidia.dali
-        return False
 
 
 def measure(settings: Settings) -> Result:

@@ -10,7 +10,6 @@ CPU.
 
 import argparse
 import functools
-import importlib.util
 import platform
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from bench.process import is_installed
 
 LOADER = ("torch", "nvidia.dali", "cv2", "numpy", "PIL", "pyarrow", "fsspec")
 STEP = (*LOADER, "torchvision", "tyro", "safetensors")
@@ -65,13 +66,6 @@ class Report:
             which = f" ({', '.join(parts)})" if parts and verdict != PASS else ""
             named.append(f"{verdict} {len(parts)}{which}")
         return ", ".join(named)
-
-
-def is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # raised for the missing parent of nvidia.dali
-        return False
 
 
 def describe_environment() -> str:

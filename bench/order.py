@@ -1,11 +1,11 @@
 """Measure the seconds and the memory that planning a batch of a very large dataset takes."""
 
-import resource
 import time
 from dataclasses import dataclass
 
 import numpy as np
 
+from bench.process import peak_megabytes
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 
 
@@ -23,10 +23,6 @@ class Options:
     """Number of shards whose samples are shuffled together."""
     streams: tuple[int, ...] = (1, 8)
     """Numbers of streams to measure."""
-
-
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def table(options: Options) -> str:

@@ -1,5 +1,6 @@
-"""Time and memory of this process, and memory of Ray workers, as /proc shows them."""
+"""Time, memory and packages of this process, and memory of Ray workers, as /proc shows them."""
 
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -15,6 +16,14 @@ def peak_megabytes() -> float:
     """Return the peak memory of this process in MB (getrusage would include its parent's)."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
+
+
+def is_installed(name: str) -> bool:
+    """Return whether a package or module can be imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # raised for the missing parent of nvidia.dali
+        return False
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:

@@ -28,6 +28,9 @@ FREE = {
     "cache", "cache_gb", "knn", "wandb", "rank_timeout", "decode_on",
 }  # fmt: skip
 
+NEIGHBORS = (20, 200)
+"""Numbers of voting neighbors of the kNN accuracies (k in tables)."""
+
 RENAMED = {
     "accumulate": "grad_accum_steps",
     "optim.trust": "optim.trust_coefficient",
@@ -48,7 +51,7 @@ class KnnConfig:
     """Labeled shards to classify; by default `data` itself, leave-one-out."""
     epochs: int = 5
     """Epochs between evaluations; the last epoch is always evaluated."""
-    neighbors: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--knn.neighbours",))] = (20, 200)
+    neighbors: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--knn.neighbours",))] = NEIGHBORS
     """Numbers of voting neighbors; one accuracy is reported for each."""
     batch_size: int = 64
     """Images per forward pass on each process; does not change the result."""

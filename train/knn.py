@@ -12,13 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from schemas import UserError
-from train.config import TrainConfig, make_cache
+from train.config import NEIGHBORS, TrainConfig, make_cache
 from train.distributed import world_size
 from train.features import extract_features, open_eval_views, open_labeled_pair, remove_masks
 from train.methods import Method
 
 TEMPERATURE = 0.07
-NEIGHBORS = (20, 200)
 CHUNK = 1024  # queries at a time: 1024 x 126,689 similarities of ImageNet-100 are 519 MB
 
 

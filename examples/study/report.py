@@ -2,12 +2,12 @@
 
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.study.arms import SCALES, describe_arm
 from examples.study.runs import Options, list_runs, row_path, tier_of
+from train.evaluate.tables import format_spread
 
 
 def load_rows(options: Options) -> dict[str, list[dict[str, Any]]]:
@@ -40,19 +40,12 @@ def table(options: Options) -> str:
     ]
     for name, own in rows.items():
         cells = [
-            spread([100 * row["accuracy"][c] for row in own if c in row["accuracy"]])
+            format_spread([100 * row["accuracy"][c] for row in own if c in row["accuracy"]], 1)
             for c in columns
         ]
         minutes = statistics.median(row["train_seconds"] for row in own) / 60
         lines.append(f"| {describe_arm(name)} | {' | '.join(cells)} | {len(own)} | {minutes:.0f} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return mean and standard deviation as text; "" for no values."""
-    if len(values) < 2:
-        return "".join(f"{value:.1f}" for value in values)
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def plot(options: Options, path: Path) -> None:

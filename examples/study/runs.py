@@ -32,6 +32,7 @@ from schemas.settings import differences, sentence
 from schemas.storage import Store
 from schemas.versions import version_of
 from train.config import (
+    NEIGHBORS,
     TrainConfig,
     collect_default_settings,
     collect_settings,
@@ -43,7 +44,6 @@ from train.trainer import train
 
 NICENESS = 10
 """Niceness of the parallel runs (our choice): other work on the machine takes precedence."""
-NEIGHBORS = (20, 200)
 VERSIONS = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
 
 

@@ -7,7 +7,7 @@ import torch
 import tyro
 from torch import nn
 
-from train.config import make_cache
+from train.config import NEIGHBORS, make_cache
 from train.distributed import is_main, raise_on_all_ranks
 from train.encoders import build_untrained_encoder, load_encoder
 from train.evaluate import results
@@ -17,7 +17,7 @@ from train.features import (
     open_labeled_pair,
     pick_eval_precision,
 )
-from train.knn import NEIGHBORS, TEMPERATURE, check_neighbors, knn_accuracy
+from train.knn import TEMPERATURE, check_neighbors, knn_accuracy
 from train.process_group import pick_device
 
 

@@ -184,10 +184,9 @@ def get_headline(row: Row) -> float:
     return 100 * (accuracy[name] if name in accuracy else next(iter(accuracy.values())))
 
 
-def format_spread(values: Iterable[float]) -> str:
+def format_spread(values: Iterable[float], digits: int = 2) -> str:
+    """Return mean and standard deviation as text; "" for no values."""
     values = list(values)
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    if len(values) < 2:
+        return "".join(f"{value:.{digits}f}" for value in values)
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
