@@ -174,10 +174,15 @@ class Store:
         def fail(error: OSError) -> None:
             raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
+        # the folders that lead to the current one, each with its real path
+        path: list[tuple[str, str]] = []
         for directory, folders, names in os.walk(self.path(folder), onerror=fail, followlinks=True):
-            real = os.path.realpath(directory) + "/"
+            while path and not directory.startswith(os.path.join(path[-1][0], "")):
+                path.pop()
+            path.append((directory, os.path.join(os.path.realpath(directory), "")))
             for link in filter(os.path.islink, (os.path.join(directory, name) for name in folders)):
-                if real.startswith(os.path.realpath(link) + "/"):
+                target = os.path.join(os.path.realpath(link), "")
+                if any(real.startswith(target) for _, real in path):
                     raise UserError(f"{link}: leads back to a folder that holds it; remove it")
                 self.followed.append(link)
             folders.sort()

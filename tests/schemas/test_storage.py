@@ -81,6 +81,39 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
     S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.parametrize(
+    ("links", "first_repeat"),
+    [
+        ({"a/x": "../b", "b/y": "../a"}, "a/x/y"),
+        ({"a/x": "../b", "b/y": "../c", "c/z": "../a"}, "a/x/y/z"),
+        ({"a/x": "../../out/b", "../out/b/y": "../../out"}, "a/x/y"),
+        ({"a/x": "../../out/b", "../out/b/y": "../../in", "../in/z": "../out"}, "a/x/y/z"),
+        ({"a/x": "../../out/b", "../out/b/y": "../.."}, "a/x/y"),
+    ],
+)
+def test_links_that_form_a_cycle_are_named(
+    links: dict[str, str], first_repeat: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    for link, target in links.items():
+        path = Path(os.path.normpath(root / link))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "photo.jpg").touch()
+        path.symlink_to(target)
+    with pytest.raises(UserError, match=f"root/{first_repeat}: leads back to a folder that holds"):
+        list(Store(root).walk())
+
+
+def test_two_links_to_one_folder_are_no_cycle(tmp_path: Path) -> None:
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "c" / "photo.jpg").touch()
+    (tmp_path / "a" / "x").symlink_to("../c")
+    (tmp_path / "b" / "x").symlink_to("../c")
+    names = ["a/x/photo.jpg", "b/x/photo.jpg", "c/photo.jpg"]
+    assert sorted(Store(tmp_path).walk()) == names
+
+
 def globbed(store: Store) -> list[str]:
     return store.glob("s3://bucket/folder/*.jpg")
 
