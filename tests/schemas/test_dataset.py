@@ -1,5 +1,6 @@
 """Test a dataset on disk: write, open and iterate it, on any fsspec URL, with any reader."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -181,6 +182,19 @@ def test_a_card_that_is_no_json_is_refused(samples: list[Sample], tmp_path: Path
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(FormatError, match="not JSON"):
         ShardDataset.open(tmp_path)
+
+
+def test_a_damaged_byte_of_the_table_of_shards_raises_no_error_but_ours(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    table = write(tmp_path, samples).store.path("shards.parquet")
+    content = Path(table).read_bytes()
+    for place in range(0, len(content), 23):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x11
+        Path(table).write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            ShardDataset.open(tmp_path)
 
 
 def test_iterating_never_yields_less_than_the_tables_say(
