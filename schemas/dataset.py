@@ -51,8 +51,30 @@ class ShardDataset:
         """Open a dataset by its folder: a plain path or any fsspec URL.
 
         Raises:
-            UserError: nothing is there, or the job that writes the dataset has not finished.
+            UserError: nothing is there, or the job that writes or extends the dataset has not
+                finished.
             FormatError: the dataset has another format version, or its card or table is damaged.
+        """
+        dataset = cls.open_unchecked(url)
+        card, shards = dataset.card, dataset.shards
+        samples = sum(row.samples for row in shards)
+        if (card.shards, card.samples) != (len(shards), samples):
+            raise UserError(
+                f"{dataset.url}: not finished: its {CARD} counts {card.samples} samples in "
+                f"{card.shards} shards, {SHARDS} {samples} in {len(shards)}; run the same "
+                "precompute command again to complete it"
+            )
+        return dataset
+
+    @classmethod
+    def open_unchecked(cls, url: str | Path) -> "ShardDataset":
+        """Open a dataset as `open` does, even if its card and its table of shards disagree.
+
+        `verify` reports the difference. It is left by an extension that was interrupted before it
+        wrote the card.
+
+        Raises:
+            UserError, FormatError: see `open`.
         """
         store = Store(url)
         try:

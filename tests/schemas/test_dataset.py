@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -156,6 +157,19 @@ def test_opening_an_unfinished_dataset_says_so(samples: list[Sample], tmp_path: 
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"not finished.*precompute command again"):
         ShardDataset.open(tmp_path)
+
+
+def test_opening_a_dataset_whose_extension_stopped_before_the_card_says_so(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    write(tmp_path / "before", samples[:20])
+    write(tmp_path / "set", samples)
+    shutil.copy(tmp_path / "before" / "dataset.json", tmp_path / "set")
+    with pytest.raises(
+        UserError,
+        match=r"not finished.* 20 samples in 2 shards, shards\.parquet 25 in 3; run the same",
+    ):
+        ShardDataset.open(tmp_path / "set")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def problems(folder: Path) -> list[Problem]:
-    return ShardDataset.open(folder).verify().problems
+    return ShardDataset.open_unchecked(folder).verify().problems
 
 
 def member(folder: Path, shard: int, extension: str) -> tuple[Path, Member]:
@@ -211,6 +211,15 @@ def test_no_flipped_byte_of_a_table_ends_the_verification(folder: Path, name: st
         flip(folder / name, place)
         problems(folder)
         (folder / name).write_bytes(good)
+
+
+def test_an_extension_that_stopped_before_the_card(folder: Path, whole: Path) -> None:
+    card = json.loads((whole / "dataset.json").read_text()) | {"samples": 6, "shards": 2}
+    (folder / "dataset.json").write_text(json.dumps(card))
+    assert problems(folder) == [
+        Problem("dataset.json", "counts 6 samples, samples.parquet has 9"),
+        Problem("dataset.json", "counts 2 shards, shards.parquet has 3"),
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx", "parquet"])
