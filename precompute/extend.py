@@ -5,6 +5,7 @@ import pyarrow.compute as pc
 
 from precompute.sources import SourceImage
 from precompute.sources.base import KEY_DIGITS, digest_key, free_key
+from schemas.dataset import read_card
 from schemas.errors import UserError
 from schemas.names import to_stored
 from schemas.shard import read_markers
@@ -28,7 +29,7 @@ def only_new(
         raise UserError(f"{out}: no whole dataset that could be extended; leave --extend out")
     # Read the card and the shards' markers, because an extension that was interrupted at its very
     # end may have written the tables already.
-    card = DatasetCard.from_json(store.read(CARD), store.location(CARD))
+    card = read_card(store)
     old_classes, classes = card.classes, [to_stored(name) for name in classes]
     if classes[: len(old_classes)] != old_classes:
         raise UserError(

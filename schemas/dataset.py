@@ -78,7 +78,7 @@ class ShardDataset:
         """
         store = Store(url)
         try:
-            content = store.read(CARD)
+            card = read_card(store)
         except FileNotFoundError as error:
             if store.sizes(SHARD_FOLDER):
                 raise UserError(
@@ -88,7 +88,6 @@ class ShardDataset:
             raise UserError(
                 f"{store.url}: no dataset here (no {CARD}); write one with `make precompute`"
             ) from error
-        card = DatasetCard.from_json(content, store.location(CARD))
         dataset = cls(store, card, [])
         dataset.shards = [
             ShardRow(**row) for row in dataset._table(SHARDS, SHARDS_SCHEMA).to_pylist()
@@ -180,7 +179,9 @@ class ShardDataset:
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         location = self.store.location(name)
         try:
-            return from_parquet(self.store.read(name), schema, location)
+            with self.store.reads(name):
+                content = self.store.read(name)
+            return from_parquet(content, schema, location)
         except FileNotFoundError as error:
             raise FormatError(f"{location}: missing; the dataset is damaged") from error
 
@@ -188,7 +189,8 @@ class ShardDataset:
         name = shard_name(row.shard, "tar")
         location = self.store.location(name)
         try:
-            tar = self.store.read(name)
+            with self.store.reads(name):
+                tar = self.store.read(name)
             bundles = bundle(members_of(tar))
         except FileNotFoundError as error:
             raise FormatError(f"{location}: missing; `verify` lists all that is wrong") from error
@@ -214,6 +216,13 @@ class ShardDataset:
                 reencoded=fields["reencoded"],
                 members={name: content[name] for name in list(content)[3:]},
             )
+
+
+def read_card(store: Store) -> DatasetCard:
+    """Read the card of a dataset. Raises FileNotFoundError, UserError."""
+    with store.reads(CARD):
+        content = store.read(CARD)
+    return DatasetCard.from_json(content, store.location(CARD))
 
 
 def bundle(members: Iterator[Member]) -> list[tuple[str, list[Member]]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ import wds2idx
 from PIL import Image
 
 from schemas import FormatError, Sample, ShardDataset, UserError, write_dataset
+from schemas.storage import Store
 from tests.readers import MEMBERS, READERS
 
 Make = Callable[..., Sample]
@@ -150,6 +152,28 @@ def test_opening_nothing_says_what_to_do(tmp_path: Path) -> None:
         ShardDataset.open(tmp_path / "absent")
     with pytest.raises(UserError, match="nonsense"):
         ShardDataset.open("nonsense://bucket/set")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "shards.parquet", "samples.parquet"])
+@pytest.mark.parametrize("where", ["path", "memory"])
+def test_a_file_that_may_not_be_read_is_named(
+    where: str, name: str, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = tmp_path / "set" if where == "path" else f"memory://{tmp_path.name}/set"
+    write(url, samples)
+    read = Store.read
+
+    def refuse(self: Store, file: str, *limits: int) -> bytes:
+        if file == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(self, file, *limits)
+
+    monkeypatch.setattr(Store, "read", refuse)
+    advice = "permissions" if where == "path" else "keys"
+    with pytest.raises(
+        UserError, match=rf"/{name}: cannot be read \(Permission denied\); .*{advice}"
+    ):
+        list(ShardDataset.open(url))
 
 
 def test_opening_an_unfinished_dataset_says_so(samples: list[Sample], tmp_path: Path) -> None:

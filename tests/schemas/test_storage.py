@@ -9,6 +9,7 @@ from s3fs import S3FileSystem
 
 from schemas import UserError
 from schemas.storage import Store
+from schemas.streams import RangeReader
 
 
 def test_a_failed_write_leaves_what_was_there(
@@ -79,6 +80,43 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
             assert message.startswith(f"s3://bucket/folder: the store does not answer ({reason}")
             assert "keys and the network" in message
     S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("text", ["Access Denied", ""])
+def test_a_store_that_refuses_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs raises a PermissionError without a number for wrong keys."""
+    store = Store("memory://refusing")
+    store.write("folder/file", b"content")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(*[text] * bool(text))
+
+    for name in ("exists", "isdir", "glob", "info", "cat_file", "find"):
+        monkeypatch.setattr(store.fs, name, refuse)
+    reason = text or "PermissionError"
+    for ask in (
+        lambda: store.exists("folder"),
+        lambda: store.is_folder("folder"),
+        lambda: store.sizes("folder"),
+        lambda: store.glob("memory://refusing/*"),
+        lambda: list(store.walk("folder")),
+        lambda: store.read_ranges("folder/file"),
+    ):
+        with pytest.raises(UserError, match=rf"cannot be read \({reason}\); .* your keys and"):
+            ask()
+    with pytest.raises(UserError, match=r"/refusing/folder/file: cannot be read"):
+        RangeReader(store, "folder/file", 7).read()
+
+
+def test_an_error_without_text_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("memory://silent")
+
+    def fail(path: str) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(store.fs, "exists", fail)
+    with pytest.raises(UserError, match=r"does not answer \(RuntimeError\)"):
+        store.exists("file")
 
 
 @pytest.mark.parametrize(

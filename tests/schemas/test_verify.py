@@ -244,7 +244,11 @@ def test_a_disk_that_fails_is_a_problem_of_each_file(
 
     monkeypatch.setattr(Store, "read", fail)
     assert problems(folder) == [
-        Problem("shards/000001.parquet", "Input/output error"),
+        Problem(
+            "shards/000001.parquet",
+            f"{folder}/shards/000001.parquet: cannot be read (Input/output error); look at its "
+            "permissions and at the disk",
+        ),
         Problem("shards/000001.tar", "cannot be read (Input/output error)"),
     ]
 
