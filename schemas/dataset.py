@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -148,7 +149,14 @@ class ShardDataset:
         return self.card.samples
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples. Raises FormatError where a shard does not match the tables."""
+        """Yield the samples.
+
+        Only `verify` compares the bytes of images with their sha256.
+
+        Raises:
+            FormatError: a shard does not match the tables: it is missing or cut short, it has other
+                samples or labels, or a map is damaged.
+        """
         start = 0
         for row in self.shards:
             yield from self._read_shard(row, self.samples.rows(start, start + row.samples))
@@ -200,22 +208,41 @@ class ShardDataset:
             raise FormatError(f"{location}: other samples than in {SAMPLES}; see `verify`")
         for (key, members), fields in zip(bundles, table.to_pylist(), strict=True):
             content = {m.extension: tar[m.offset : m.offset + m.size] for m in members}
-            image = next(iter(content))
-            saliency = SaliencyMap.from_png(
-                content[SALIENCY_MEMBER], fields["saliency_min"], fields["saliency_max"]
-            )
-            yield Sample(
-                key=key,
-                image=content[image],
-                extension=image,
-                saliency=saliency.values(),
-                label=int(content[LABEL_MEMBER]),
-                height=fields["height"],
-                width=fields["width"],
-                source=fields["source"],
-                reencoded=fields["reencoded"],
-                members={name: content[name] for name in list(content)[3:]},
-            )
+            try:
+                sample = build_sample(content, fields)
+            except ValueError as error:
+                raise FormatError(
+                    f"{location}: sample {key}: {error}; `verify` lists all that is wrong"
+                ) from error
+            yield sample
+
+
+def build_sample(content: dict[str, bytes], fields: dict[str, Any]) -> Sample:
+    """Build a sample from its members and its row of the table of samples.
+
+    Raises:
+        ValueError: the map is damaged, the label is not that of the row, or the row has values that
+            no sample can have.
+    """
+    label = content[LABEL_MEMBER]
+    if label != str(fields["label"]).encode():
+        raise ValueError(f"its label is {label!r}, {SAMPLES} says {fields['label']}")
+    image, *_ = content
+    saliency = SaliencyMap.from_png(
+        content[SALIENCY_MEMBER], fields["saliency_min"], fields["saliency_max"]
+    )
+    return Sample(
+        key=fields["key"],
+        image=content[image],
+        extension=image,
+        saliency=saliency.values(),
+        label=fields["label"],
+        height=fields["height"],
+        width=fields["width"],
+        source=fields["source"],
+        reencoded=fields["reencoded"],
+        members={name: content[name] for name in list(content)[3:]},
+    )
 
 
 def read_card(store: Store) -> DatasetCard:

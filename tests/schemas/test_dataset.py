@@ -19,6 +19,7 @@ import wds2idx
 from PIL import Image
 
 from schemas import FormatError, Sample, ShardDataset, UserError, write_dataset
+from schemas.shard import members_of
 from schemas.storage import Store
 from tests.readers import MEMBERS, READERS
 
@@ -246,6 +247,28 @@ def test_iterating_never_yields_less_than_the_tables_say(
     shard.unlink()
     with pytest.raises(FormatError, match=r"000001\.tar: missing"):
         list(dataset)
+
+
+@pytest.mark.parametrize(
+    ("extension", "place", "message"),
+    [
+        ("saliency.png", 40, "sample sample-0012: not a sound PNG"),
+        ("cls", 0, r"sample sample-0012: its label is b'\d', samples\.parquet says 0"),
+    ],
+)
+def test_iterating_refuses_a_sample_that_differs_from_its_row(
+    extension: str, place: int, message: str, samples: list[Sample], tmp_path: Path
+) -> None:
+    dataset = write(tmp_path, samples)
+    tar = tmp_path / "shards" / "000001.tar"
+    content = bytearray(tar.read_bytes())
+    [member] = [m for m in members_of(content) if m[:2] == ("sample-0012", extension)]
+    content[member.offset + place] ^= 1
+    tar.write_bytes(content)
+    read = []
+    with pytest.raises(FormatError, match=rf"000001\.tar: {message}.*`verify` lists all"):
+        read.extend(dataset)
+    assert len(read) == 12
 
 
 def test_schemas_imports_neither_torch_nor_dali_nor_ray() -> None:
