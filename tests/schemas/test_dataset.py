@@ -140,6 +140,27 @@ def test_a_key_that_comes_twice_is_refused(make_sample: Make, tmp_path: Path) ->
 def test_maps_of_two_sides_are_refused(make_sample: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one side, not of \[14, 28\]"):
         write(tmp_path, [make_sample(0), make_sample(1, side=14)])
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_key_that_comes_twice_in_a_shard_is_refused(make_sample: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sample-0001 comes twice; keys must be unique"):
+        write(tmp_path, [make_sample(index) for index in (0, 1, 1)])
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_label_without_a_class_is_refused(make_sample: Make, tmp_path: Path) -> None:
+    samples = [make_sample(index) for index in range(3)]
+    with pytest.raises(UserError, match="sample-0000 has the label 0, but there are 0 classes"):
+        write_dataset(tmp_path, samples, name="test")
+    with pytest.raises(UserError, match="sample-0002 has the label 2, but there are 2 classes"):
+        write_dataset(tmp_path, samples, name="test", classes=["a", "b"])
+    assert not (tmp_path / "shards").exists()
+
+
+def test_no_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no sample to write"):
+        write(tmp_path, [])
 
 
 def test_a_folder_in_use_is_refused(samples: list[Sample], tmp_path: Path) -> None:
