@@ -12,6 +12,7 @@ from fsspec.callbacks import Callback
 
 from pipeline.cache_folder import find_damage
 from schemas import ShardDataset, ShardRow, UserError
+from schemas.errors import summarize_error
 from schemas.storage import Store
 from schemas.tables import shard_name
 
@@ -179,9 +180,3 @@ def is_transient(error: Exception) -> bool:
     status = getattr(error, "status", None)
     is_refused = isinstance(status, int) and 400 <= status < 500
     return not isinstance(error, PermissionError) and (not is_refused or status in TRANSIENT_4XX)
-
-
-def summarize_error(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of its class if it has none."""
-    text = (getattr(error, "strerror", None) or str(error)).strip()
-    return text.splitlines()[0] if text else type(error).__name__

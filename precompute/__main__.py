@@ -326,7 +326,7 @@ def report(summary: "Summary") -> str:
 def start() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # folder names need not be valid UTF-8
-    run(main, outlives_reader=True, decodes=True)
+    run(main, outlives_reader=True, decodes=True, resumes=True)
 
 
 if __name__ == "__main__":

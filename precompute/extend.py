@@ -5,7 +5,7 @@ import pyarrow.compute as pc
 
 from precompute.sources import SourceImage
 from precompute.sources.base import KEY_DIGITS, digest_key, free_key
-from schemas.dataset import ShardDataset
+from schemas.dataset import read_card
 from schemas.errors import UserError
 from schemas.names import to_stored
 from schemas.shard import read_markers
@@ -24,25 +24,26 @@ def only_new(
     Raises:
         UserError: there is no complete dataset, or its labels would change their meaning.
     """
-    if not Store(out).exists(CARD):
+    store = Store(out)
+    if not store.exists(CARD):
         raise UserError(f"{out}: no whole dataset that could be extended; leave --extend out")
-    dataset = ShardDataset.open(out)
-    old_classes, classes = dataset.classes, [to_stored(name) for name in classes]
+    # Read the card and the shards' markers, because an extension that was interrupted at its very
+    # end may have written the tables already.
+    card = read_card(store)
+    old_classes, classes = card.classes, [to_stored(name) for name in classes]
     if classes[: len(old_classes)] != old_classes:
         raise UserError(
             f"{out}: its labels would change: it has the classes {', '.join(old_classes[:5])} ..., "
             f"the source {', '.join(classes[:5])} ...; new classes must come behind the old ones"
         )
-    # Read from the shards' markers, because an extension that was interrupted at its very end may
-    # have written the tables already.
     unseen = {to_stored(image.location) for image in images}
     chunks: list[pa.Array] = []
-    for marker in read_markers(dataset.store, range(dataset.card.shards)):
+    for marker in read_markers(store, range(card.shards)):
         chunks += marker.samples["key"].chunks
         unseen.difference_update(marker.samples["source"].to_pylist())
         unseen.difference_update(reject.source for reject in marker.rejects)
     new_images = [image for image in images if to_stored(image.location) in unseen]
-    return dataset.card, rename(new_images, images, pa.chunked_array(chunks, pa.string())), rejects
+    return card, rename(new_images, images, pa.chunked_array(chunks, pa.string())), rejects
 
 
 def rename(

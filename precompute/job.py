@@ -25,7 +25,7 @@ from precompute.sources import Source
 from precompute.stored_plan import PLAN_FOLDER
 from precompute.worker import BuilderFactory, ShardActor
 from schemas.cli import TerminatedError, loaded_files
-from schemas.dataset import ShardDataset
+from schemas.dataset import ShardDataset, read_card
 from schemas.errors import UserError
 from schemas.settings import defaults_of
 from schemas.storage import Store
@@ -294,7 +294,7 @@ def run_job(job: Job, resources: Resources) -> Summary:
     settings = job.settings(estimator.weights_sha256)
     card = None
     if store.exists(CARD):  # shards of a newer format would look damaged and be overwritten
-        card = DatasetCard.from_json(store.read(CARD), store.location(CARD))
+        card = read_card(store)
     missing = missing_shards(store, settings, job.default_settings)
     store.make_folder(SHARD_FOLDER)
     at_work = 0.0

@@ -162,9 +162,11 @@ def read_rows(store: Store, bucket: int) -> pa.Table:
     """Return the rows of a bucket in the order of listing; an empty table if there are none."""
     name = rows_name(bucket)
     try:
-        return from_parquet(store.read(name), ROWS_SCHEMA, store.location(name))
+        with store.reads(name):
+            content = store.read(name)
     except FileNotFoundError:
         return ROWS_SCHEMA.empty_table()
+    return from_parquet(content, ROWS_SCHEMA, store.location(name))
 
 
 def read_rejects(store: Store, buckets: int) -> list[Ordered]:

@@ -28,7 +28,8 @@ def verify(
         record: File that records the shards verified without a problem; with it, the same command
             resumes an interrupted verification.
     """
-    report = verify_dataset(ShardDataset.open(url), VerifyOptions(workers, shards, seed, record))
+    dataset = ShardDataset.open_unchecked(url)
+    report = verify_dataset(dataset, VerifyOptions(workers, shards, seed, record))
     print(report)
     return 0 if report.clean else 1
 

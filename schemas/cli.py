@@ -97,7 +97,10 @@ def lasting_output() -> Iterator[None]:
 
 
 def run(
-    main: Callable[[], int | None], outlives_reader: bool = False, decodes: bool = False
+    main: Callable[[], int | None],
+    outlives_reader: bool = False,
+    decodes: bool = False,
+    resumes: bool = False,
 ) -> None:
     """Run a command; a user error becomes one line on stderr and exit status 2.
 
@@ -105,13 +108,15 @@ def run(
         outlives_reader: True for a job whose result is not what it prints: it continues when stdout
             or stderr is closed. Other commands end with status 141, as programs in pipes do.
         decodes: True for a command that decodes images: see `decoder_noise`.
+        resumes: True for a command that continues its earlier work when it is run again; an
+            interruption (Ctrl-C) then says so.
     """
     with contextlib.ExitStack() as stack:
         if decodes:
             stack.enter_context(without_decoder_noise())
         if outlives_reader:
             stack.enter_context(lasting_output())
-        status = status_of(main)
+        status = status_of(main, resumes)
     sys.exit(status)
 
 
@@ -124,7 +129,7 @@ def complain(text: str) -> None:
             discard(sys.stderr)
 
 
-def status_of(main: Callable[[], int | None]) -> int | None:
+def status_of(main: Callable[[], int | None], resumes: bool = False) -> int | None:
     """Run a command and return its exit status; print on stderr what the user must know."""
     try:
         status = main()
@@ -138,7 +143,7 @@ def status_of(main: Callable[[], int | None]) -> int | None:
         complain(str(error))
         status = error.status
     except KeyboardInterrupt:
-        complain("interrupted; the same command again goes on from here")
+        complain(f"interrupted{'; run the same command again to resume' * resumes}")
         status = 130
     except BrokenPipeError:
         # The reader of the output has left; keep Python from writing to it once more at exit.

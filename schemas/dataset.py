@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -51,12 +52,34 @@ class ShardDataset:
         """Open a dataset by its folder: a plain path or any fsspec URL.
 
         Raises:
-            UserError: nothing is there, or the job that writes the dataset has not finished.
+            UserError: nothing is there, or the job that writes or extends the dataset has not
+                finished.
             FormatError: the dataset has another format version, or its card or table is damaged.
+        """
+        dataset = cls.open_unchecked(url)
+        card, shards = dataset.card, dataset.shards
+        samples = sum(row.samples for row in shards)
+        if (card.shards, card.samples) != (len(shards), samples):
+            raise UserError(
+                f"{dataset.url}: not finished: its {CARD} counts {card.samples} samples in "
+                f"{card.shards} shards, {SHARDS} {samples} in {len(shards)}; run the same "
+                "precompute command again to complete it"
+            )
+        return dataset
+
+    @classmethod
+    def open_unchecked(cls, url: str | Path) -> "ShardDataset":
+        """Open a dataset as `open` does, even if its card and its table of shards disagree.
+
+        `verify` reports the difference. It is left by an extension that was interrupted before it
+        wrote the card.
+
+        Raises:
+            UserError, FormatError: see `open`.
         """
         store = Store(url)
         try:
-            content = store.read(CARD)
+            card = read_card(store)
         except FileNotFoundError as error:
             if store.sizes(SHARD_FOLDER):
                 raise UserError(
@@ -66,7 +89,6 @@ class ShardDataset:
             raise UserError(
                 f"{store.url}: no dataset here (no {CARD}); write one with `make precompute`"
             ) from error
-        card = DatasetCard.from_json(content, store.location(CARD))
         dataset = cls(store, card, [])
         dataset.shards = [
             ShardRow(**row) for row in dataset._table(SHARDS, SHARDS_SCHEMA).to_pylist()
@@ -127,7 +149,14 @@ class ShardDataset:
         return self.card.samples
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples. Raises FormatError where a shard does not match the tables."""
+        """Yield the samples.
+
+        Only `verify` compares the bytes of images with their sha256.
+
+        Raises:
+            FormatError: a shard does not match the tables: it is missing or cut short, it has other
+                samples or labels, or a map is damaged.
+        """
         start = 0
         for row in self.shards:
             yield from self._read_shard(row, self.samples.rows(start, start + row.samples))
@@ -158,7 +187,9 @@ class ShardDataset:
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         location = self.store.location(name)
         try:
-            return from_parquet(self.store.read(name), schema, location)
+            with self.store.reads(name):
+                content = self.store.read(name)
+            return from_parquet(content, schema, location)
         except FileNotFoundError as error:
             raise FormatError(f"{location}: missing; the dataset is damaged") from error
 
@@ -166,7 +197,8 @@ class ShardDataset:
         name = shard_name(row.shard, "tar")
         location = self.store.location(name)
         try:
-            tar = self.store.read(name)
+            with self.store.reads(name):
+                tar = self.store.read(name)
             bundles = bundle(members_of(tar))
         except FileNotFoundError as error:
             raise FormatError(f"{location}: missing; `verify` lists all that is wrong") from error
@@ -176,22 +208,48 @@ class ShardDataset:
             raise FormatError(f"{location}: other samples than in {SAMPLES}; see `verify`")
         for (key, members), fields in zip(bundles, table.to_pylist(), strict=True):
             content = {m.extension: tar[m.offset : m.offset + m.size] for m in members}
-            image = next(iter(content))
-            saliency = SaliencyMap.from_png(
-                content[SALIENCY_MEMBER], fields["saliency_min"], fields["saliency_max"]
-            )
-            yield Sample(
-                key=key,
-                image=content[image],
-                extension=image,
-                saliency=saliency.values(),
-                label=int(content[LABEL_MEMBER]),
-                height=fields["height"],
-                width=fields["width"],
-                source=fields["source"],
-                reencoded=fields["reencoded"],
-                members={name: content[name] for name in list(content)[3:]},
-            )
+            try:
+                sample = build_sample(content, fields)
+            except ValueError as error:
+                raise FormatError(
+                    f"{location}: sample {key}: {error}; `verify` lists all that is wrong"
+                ) from error
+            yield sample
+
+
+def build_sample(content: dict[str, bytes], fields: dict[str, Any]) -> Sample:
+    """Build a sample from its members and its row of the table of samples.
+
+    Raises:
+        ValueError: the map is damaged, the label is not that of the row, or the row has values that
+            no sample can have.
+    """
+    label = content[LABEL_MEMBER]
+    if label != str(fields["label"]).encode():
+        raise ValueError(f"its label is {label!r}, {SAMPLES} says {fields['label']}")
+    image, *_ = content
+    saliency = SaliencyMap.from_png(
+        content[SALIENCY_MEMBER], fields["saliency_min"], fields["saliency_max"]
+    )
+    return Sample(
+        key=fields["key"],
+        image=content[image],
+        extension=image,
+        saliency=saliency.values(),
+        label=fields["label"],
+        height=fields["height"],
+        width=fields["width"],
+        source=fields["source"],
+        reencoded=fields["reencoded"],
+        members={name: content[name] for name in list(content)[3:]},
+    )
+
+
+def read_card(store: Store) -> DatasetCard:
+    """Read the card of a dataset. Raises FileNotFoundError, UserError."""
+    with store.reads(CARD):
+        content = store.read(CARD)
+    return DatasetCard.from_json(content, store.location(CARD))
 
 
 def bundle(members: Iterator[Member]) -> list[tuple[str, list[Member]]]:

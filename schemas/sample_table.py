@@ -196,7 +196,9 @@ class SampleTable:
         name = shard_name(shard, "parquet")
         location = self.store.location(name)
         try:
-            table = from_parquet(self.store.read(name), schema, location)
+            with self.store.reads(name):
+                content = self.store.read(name)
+            table = from_parquet(content, schema, location)
         except FileNotFoundError as error:
             raise FormatError(f"{location}: missing; the dataset is damaged") from error
         if len(table) != part.rows:

@@ -196,11 +196,14 @@ def read_marker(store: Store, shard: int) -> ShardMarker:
 
     Raises:
         FileNotFoundError: the shard is not written.
+        UserError: the file cannot be read.
         FormatError: the file is damaged, or it is not the parquet file of a shard.
     """
     name = shard_name(shard, "parquet")
     location = store.location(name)
-    table = from_parquet(store.read(name), SAMPLES_SCHEMA, location)
+    with store.reads(name):
+        content = store.read(name)
+    table = from_parquet(content, SAMPLES_SCHEMA, location)
     metadata = (table.schema.metadata or {}).get(MARKER_METADATA)
     if metadata is None:
         raise FormatError(f"{location}: not a shard's parquet file: its metadata is missing")

@@ -13,10 +13,12 @@ from typing import BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import UserError
+from schemas.errors import UserError, summarize_error
 from schemas.streams import RangeReader, StoreWriter, sync_folder
 
 TEMPORARY_SUFFIX = ".tmp"
+STORE_ADVICE = "look at its address, your keys and the network"
+DISK_ADVICE = "look at its permissions and at the disk"
 OPEN_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 """Prefixes of files that this process already has open, such as a shell's `<(find ...)`."""
 IRREGULAR = {
@@ -79,28 +81,46 @@ class Store:
         except Exception as error:
             if self.is_local:
                 raise
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{self.url}: the store does not answer ({reason}); look at its address, your keys "
-                "and the network"
+                f"{self.url}: the store does not answer ({summarize_error(error)}); {STORE_ADVICE}"
+            ) from error
+
+    @contextmanager
+    def reads(self, name: str) -> Iterator[None]:
+        """Turn the reason why a file or folder cannot be read into a one-line error.
+
+        Raises:
+            FileNotFoundError, NotAFileError: there is no such file, or no file to be read.
+            UserError: no permission, keys that the store refuses, or a disk that fails.
+        """
+        try:
+            with self.answers():
+                yield
+        except (FileNotFoundError, NotAFileError):
+            raise
+        except OSError as error:
+            advice = DISK_ADVICE if self.is_local else STORE_ADVICE
+            reason = summarize_error(error)
+            raise UserError(
+                f"{self.location(name)}: cannot be read ({reason}); {advice}"
             ) from error
 
     def exists(self, name: str) -> bool:
-        with self.answers():
+        with self.reads(name):
             return self.fs.exists(self.path(name))
 
     def is_folder(self, name: str) -> bool:
-        with self.answers():
+        with self.reads(name):
             return self.fs.isdir(self.path(name))
 
     def glob(self, url: str) -> list[str]:
         """Return the sorted names that match a pattern: a path or URL below this folder."""
-        with self.answers():
+        with self.reads(""):
             paths = self.fs.glob(Store(url).root, detail=False)
         return sorted(posixpath.relpath(path, self.root) for path in paths)
 
     def size(self, name: str) -> int:
-        """Return the size of a file in bytes. Raises FileNotFoundError."""
+        """Return the size of a file in bytes. Raises OSError."""
         with self.answers():
             return self.fs.info(self.path(name))["size"]
 
@@ -110,6 +130,7 @@ class Store:
         Raises:
             FileNotFoundError: there is no such file.
             NotAFileError: it is a pipe, a socket or a device, which might never end.
+            OSError: it cannot be read; `reads` turns this into a UserError.
         """
         if self.is_local:
             check_regular(self.path(name))
@@ -121,7 +142,7 @@ class Store:
             return self.fs.cat_file(self.path(name), start=start, end=end)
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading. Raises FileNotFoundError, NotAFileError."""
+        """Open a file for reading. Raises OSError, as `read` does."""
         if self.is_local and not self.path(name).startswith(OPEN_DESCRIPTORS):
             check_regular(self.path(name))
         with self.answers():
@@ -134,7 +155,7 @@ class Store:
         """
         if not self.is_folder(folder):
             return {}
-        with self.answers():
+        with self.reads(folder):
             entries = self.fs.ls(self.path(folder), detail=True)
         files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
         return dict(sorted(files.items()))
@@ -143,12 +164,12 @@ class Store:
         """Return the sorted names of all entries directly in `folder` that are not folders."""
         if not self.is_local:
             return list(self.sizes(folder))
-        with os.scandir(self.path(folder)) as entries:
+        with self.reads(folder), os.scandir(self.path(folder)) as entries:
             return sorted(entry.name for entry in entries if not entry.is_dir())
 
     def folders(self) -> list[str]:
         """Return the sorted names of the folders directly in this one."""
-        with self.answers():
+        with self.reads(""):
             entries = self.fs.ls(self.root, detail=True)
             # A link has its own type; asking about every file would cost one request each.
             paths = [
@@ -166,7 +187,7 @@ class Store:
             UserError: a folder cannot be listed, or links form a cycle.
         """
         if not self.is_local:
-            with self.answers():
+            with self.reads(folder):
                 paths = sorted(self.fs.find(self.path(folder)))
             yield from (posixpath.relpath(path, self.root) for path in paths)
             return
@@ -174,10 +195,15 @@ class Store:
         def fail(error: OSError) -> None:
             raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
+        # the folders that lead to the current one, each with its real path
+        path: list[tuple[str, str]] = []
         for directory, folders, names in os.walk(self.path(folder), onerror=fail, followlinks=True):
-            real = os.path.realpath(directory) + "/"
+            while path and not directory.startswith(os.path.join(path[-1][0], "")):
+                path.pop()
+            path.append((directory, os.path.join(os.path.realpath(directory), "")))
             for link in filter(os.path.islink, (os.path.join(directory, name) for name in folders)):
-                if real.startswith(os.path.realpath(link) + "/"):
+                target = os.path.join(os.path.realpath(link), "")
+                if any(real.startswith(target) for _, real in path):
                     raise UserError(f"{link}: leads back to a folder that holds it; remove it")
                 self.followed.append(link)
             folders.sort()

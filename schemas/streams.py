@@ -22,12 +22,14 @@ class RangeReader(io.RawIOBase):
 
     Raises:
         FileNotFoundError: there is no such file.
+        UserError: the file cannot be read; also from every method.
     """
 
     def __init__(self, store: "Store", name: str, size: int | None = None):
         super().__init__()
         self.store, self.name = store, name
-        self.size = store.size(name) if size is None else size
+        with store.reads(name):
+            self.size = store.size(name) if size is None else size
         self.position = 0
 
     def readable(self) -> bool:
@@ -48,9 +50,13 @@ class RangeReader(io.RawIOBase):
         end = self.size if size is None or size < 0 else min(self.position + size, self.size)
         if end <= self.position:
             return b""
-        content = self.store.read(self.name, self.position, end)
+        content = self.fetch(self.position, end)
         self.position += len(content)
         return content
+
+    def fetch(self, start: int, end: int) -> bytes:
+        with self.store.reads(self.name):
+            return self.store.read(self.name, start, end)
 
     def readinto(self, buffer: Any) -> int:
         content = self.read(len(buffer))

@@ -127,7 +127,7 @@ def open_parquet(source: Any, location: str) -> pq.ParquetFile:
         # Without pre_buffer: Arrow would read a Python file in a thread of its own, which aborts
         # the process (apache/arrow#34314) if it releases the file while Python exits.
         return pq.ParquetFile(source, pre_buffer=False)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # OSError is also Arrow's own, for bad metadata
         raise FormatError(f"{location}: not a readable parquet file ({error})") from error
 
 

@@ -6,17 +6,19 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import FormatError, UserError
+from schemas.errors import FormatError, UserError, summarize_error
 from schemas.parallel import map_ahead
 from schemas.saliency import SaliencyMap
 from schemas.sample import IMAGE_EXTENSIONS, LABEL_MEMBER, SALIENCY_MEMBER
 from schemas.shard import Member, index_of, members_of, read_marker
+from schemas.storage import Store
 from schemas.table_writer import KeyHashes
-from schemas.tables import CARD, SAMPLES, SHARD_FOLDER, SHARDS, ShardRow, shard_name
+from schemas.tables import CARD, REJECTS, SAMPLES, SHARD_FOLDER, SHARDS, ShardRow, shard_name
 from schemas.verify_record import Problem, VerifyRecord
 
 if TYPE_CHECKING:
@@ -115,18 +117,7 @@ def verify_dataset(
         UserError: the record cannot be used.
     """
     chosen = options.choose(dataset.shards)
-    problems = list(check_counts(dataset))
-    if len(chosen) == len(dataset.shards):
-        problems += check_columns(dataset)
-    ranges: dict[int, tuple[int, int]] = {}
-    try:
-        ranges = dataset.samples.ranges()
-    except FormatError as error:
-        problems.append(Problem(SAMPLES, str(error)))
-    if unknown := ranges.keys() - {row.shard for row in dataset.shards}:
-        problems.append(
-            Problem(SAMPLES, f"has samples of shards {sorted(unknown)}, which {SHARDS} lacks")
-        )
+    problems, ranges = check_tables(dataset, all_rows=len(chosen) == len(dataset.shards))
 
     def check_here(rows: Sequence[Placed]) -> Iterator[tuple[ShardRow, list[Problem]]]:
         results = map_ahead(
@@ -153,20 +144,66 @@ def verify_dataset(
     )
 
 
-def check_counts(dataset: ShardDataset) -> Iterator[Problem]:
-    """Compare the card, the lengths of the tables and the listing of the folder."""
-    card, samples = dataset.card, dataset.samples
-    if card.samples != len(samples):
-        yield Problem(CARD, f"counts {card.samples} samples, {SAMPLES} has {len(samples)}")
+@contextmanager
+def list_errors(problems: list[Problem], name: str) -> Iterator[None]:
+    """Turn the reason why a file or folder cannot be read into a problem of it."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        problems.append(Problem(name, summarize_error(error)))
+
+
+def check_tables(
+    dataset: ShardDataset, all_rows: bool
+) -> tuple[list[Problem], dict[int, tuple[int, int]]]:
+    """Compare the card, the tables and the listing of the folder.
+
+    Args:
+        all_rows: whether to check the columns of all rows too.
+
+    Returns:
+        The problems, and the (start, stop) rows of each shard in the table of samples; no rows if
+        the table cannot be read.
+    """
+    card, shards = dataset.card, {row.shard for row in dataset.shards}
+    problems: list[Problem] = []
+    ranges: dict[int, tuple[int, int]] = {}
+    with list_errors(problems, SAMPLES):
+        samples = len(dataset.samples)
+        if card.samples != samples:
+            problems.append(
+                Problem(CARD, f"counts {card.samples} samples, {SAMPLES} has {samples}")
+            )
     if card.shards != len(dataset.shards):
-        yield Problem(CARD, f"counts {card.shards} shards, {SHARDS} has {len(dataset.shards)}")
-    if card.rejects != len(dataset.rejects):
-        yield Problem(CARD, f"counts {card.rejects} rejects, the table has {len(dataset.rejects)}")
-    shard_numbers = {row.shard for row in dataset.shards}
+        problems.append(
+            Problem(CARD, f"counts {card.shards} shards, {SHARDS} has {len(dataset.shards)}")
+        )
+    with list_errors(problems, REJECTS):
+        rejects = len(dataset.rejects)
+        if card.rejects != rejects:
+            problems.append(
+                Problem(CARD, f"counts {card.rejects} rejects, the table has {rejects}")
+            )
+    with list_errors(problems, SHARD_FOLDER):
+        problems += check_folder(dataset.store, shards)
+    if all_rows:
+        with list_errors(problems, SAMPLES):
+            problems += check_columns(dataset)
+    with list_errors(problems, SAMPLES):
+        ranges = dataset.samples.ranges()
+    if unknown := ranges.keys() - shards:
+        problems.append(
+            Problem(SAMPLES, f"has samples of shards {sorted(unknown)}, which {SHARDS} lacks")
+        )
+    return list(dict.fromkeys(problems)), ranges  # a damaged table gives an error in each check
+
+
+def check_folder(store: Store, shards: set[int]) -> Iterator[Problem]:
+    """Find files that belong to none of these shards."""
     expected = {
-        shard_name(shard, suffix) for shard in shard_numbers for suffix in ("tar", "idx", "parquet")
+        shard_name(shard, suffix) for shard in shards for suffix in ("tar", "idx", "parquet")
     }
-    for file in dataset.store.sizes(SHARD_FOLDER):
+    for file in store.sizes(SHARD_FOLDER):
         if f"{SHARD_FOLDER}/{file}" not in expected:
             yield Problem(f"{SHARD_FOLDER}/{file}", f"not a file of any shard in {SHARDS}")
 
@@ -197,16 +234,15 @@ def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) ->
     store, name = dataset.store, shard_name(row.shard, "tar")
     try:
         expected = dataset.samples.rows(*place).to_pylist()
-    except FormatError as error:
-        yield Problem(name, f"not checked: {error}")
+    except (OSError, UserError) as error:
+        yield Problem(name, f"not checked: {summarize_error(error)}")
         return
     if row.samples != len(expected):
         yield Problem(SHARDS, f"{name} has {row.samples} samples, {SAMPLES} {len(expected)}")
     yield from check_marker(dataset, row, expected)
-    try:
-        tar = store.read(name)
-    except FileNotFoundError:
-        yield Problem(name, "missing")
+    tar = read_file(store, name)
+    if isinstance(tar, Problem):
+        yield tar
         return
     if len(tar) != row.bytes:
         yield Problem(name, f"has {len(tar)} bytes, the table says {row.bytes}")
@@ -228,6 +264,16 @@ def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) ->
         )
     if readable:
         yield from check_index(dataset, row, tar)
+
+
+def read_file(store: Store, name: str) -> bytes | Problem:
+    """Return the content of a file, or the reason why it cannot be read."""
+    try:
+        return store.read(name)
+    except FileNotFoundError:
+        return Problem(name, "missing")
+    except OSError as error:
+        return Problem(name, f"cannot be read ({summarize_error(error)})")
 
 
 def check_samples(
@@ -279,12 +325,10 @@ def check_sample(
 
 def check_index(dataset: ShardDataset, row: ShardRow, tar: bytes) -> Iterator[Problem]:
     name = shard_name(row.shard, "idx")
-    try:
-        index = dataset.store.read(name)
-    except FileNotFoundError:
-        yield Problem(name, "missing")
-        return
-    if index != index_of(tar):
+    index = read_file(dataset.store, name)
+    if isinstance(index, Problem):
+        yield index
+    elif index != index_of(tar):
         yield Problem(name, "stale: it does not describe the tar beside it")
 
 
@@ -296,8 +340,8 @@ def check_marker(
         marker = read_marker(dataset.store, row.shard)
     except FileNotFoundError:
         yield Problem(name, "missing")
-    except FormatError as error:
-        yield Problem(name, str(error))
+    except (OSError, UserError) as error:
+        yield Problem(name, summarize_error(error))
     else:
         if marker.row != row or marker.samples.to_pylist() != expected:
             yield Problem(name, f"says otherwise than {SHARDS} and {SAMPLES}")

@@ -150,22 +150,25 @@ def write_dataset(
     Args:
         url: an empty or new folder.
         samples: samples whose maps all have the same side.
+        classes: names by label; may be empty if no sample has a label.
         shard_samples: maximum number of samples per shard.
         estimator: description of how the maps were made, for the card.
 
     Raises:
-        UserError: the folder has a dataset already, there is no sample, or a key is repeated.
+        UserError: the folder has a dataset already, there is no sample, a key is repeated, a label
+            has no class, or the maps are not of one side.
     """
     store = Store(url)
     if store.exists(CARD) or store.sizes(SHARD_FOLDER):
         raise UserError(f"{store.url}: has shards already; choose another folder")
     shards, sides = 0, set()
     for shard, group in enumerate(batched(samples, shard_samples)):
-        write_shard(store, shard, group)
         sides |= {len(sample.saliency) for sample in group}
+        check_group(store, group, sides, len(classes))
+        write_shard(store, shard, group)
         shards = shard + 1
-    if len(sides) != 1:
-        raise UserError(f"{store.url}: maps must be of one side, not of {sorted(sides) or 'none'}")
+    if not shards:
+        raise UserError(f"{store.url}: there is no sample to write")
     return finish_dataset(
         store,
         shards,
@@ -177,6 +180,30 @@ def write_dataset(
         plan="",
         seed=0,
     )
+
+
+def check_group(store: Store, group: list[Sample], sides: set[int], classes: int) -> None:
+    """Check the samples of a shard before it is written. Keys of two shards are compared later.
+
+    Args:
+        sides: sides of all maps up to and including this shard.
+        classes: number of classes.
+
+    Raises:
+        UserError: a key is repeated, a label has no class, or the maps are not of one side.
+    """
+    if len(sides) != 1:
+        raise UserError(f"{store.url}: maps must be of one side, not of {sorted(sides)}")
+    keys: set[str] = set()
+    for sample in group:
+        if sample.key in keys:
+            raise UserError(f"{store.url}: key {sample.key} comes twice; keys must be unique")
+        keys.add(sample.key)
+        if sample.label >= classes:
+            raise UserError(
+                f"{store.url}: sample {sample.key} has the label {sample.label}, but there are "
+                f"{classes} classes; name all of them in `classes`, or use the label -1"
+            )
 
 
 def batched(items: Iterable[Sample], size: int) -> Iterable[list[Sample]]:

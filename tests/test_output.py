@@ -89,6 +89,21 @@ def status(main, **options) -> int:
     return stop.value.code
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "interrupted\n"),
+        ({"resumes": True}, "interrupted; run the same command again to resume\n"),
+    ],
+)
+def test_only_a_command_that_resumes_says_so(options, message, capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    assert status(main, **options) == 130
+    assert capsys.readouterr().err == message
+
+
 def test_a_job_goes_on_and_a_question_ends(broken, monkeypatch):
     done = []
 

@@ -71,7 +71,7 @@ def parse_options(arguments: list[str], path: str | None) -> TrainConfig:
 
 
 def start() -> None:
-    run(main, outlives_reader=True, decodes=True)
+    run(main, outlives_reader=True, decodes=True, resumes=True)
 
 
 if __name__ == "__main__":

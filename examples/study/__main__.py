@@ -13,4 +13,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, outlives_reader=True, decodes=True)
+    run(main, outlives_reader=True, decodes=True, resumes=True)

@@ -57,7 +57,7 @@ class BlockReader(RangeReader):
         begin = self.position - self.start
         if size and not 0 <= begin <= begin + size <= len(self.block):
             end = min(self.position + max(size, BLOCK), self.size)
-            self.block = self.store.read(self.name, self.position, end)
+            self.block = self.fetch(self.position, end)
             self.start, begin = self.position, 0
         content = self.block[begin : begin + size]
         self.position += len(content)

@@ -142,7 +142,8 @@ class WebDatasetShards(PartedSource):
     def list_part(self, part: str) -> Iterator[LabeledText | Reject]:
         """List the samples of a tar by its headers, or by its index if it is in an object store."""
         try:
-            file = self.open_tar(part)
+            with self.store.reads(part):
+                file = self.open_tar(part)
         except NotAFileError as error:
             yield Reject(part, "not-a-file", str(error))
             return
@@ -167,7 +168,9 @@ class WebDatasetShards(PartedSource):
     def members_of(self, tar: str, file: BinaryIO | BlockReader) -> Iterator[TarMember]:
         """Yield the members of a tar, except folders. Raises tarfile.TarError."""
         if isinstance(file, BlockReader) and (index := index_name(tar)) in self.indices:
-            members = members_by_index(self.store.read(index), file)
+            with self.store.reads(index):
+                content = self.store.read(index)
+            members = members_by_index(content, file)
             if members is not None:
                 yield from members
                 return

@@ -135,6 +135,8 @@ def test_new_images_are_added_in_new_shards(
     # resume after an interruption just before the card was written, with one shard damaged
     (out / "dataset.json").write_bytes(before["dataset.json"])
     (out / "shards" / "000003.parquet").unlink()
+    with pytest.raises(UserError, match=r"not finished: its dataset\.json counts 5 samples in 2"):
+        ShardDataset.open(out)
     run_here(*arguments(root, out), "--extend")
     assert contents(out) == after
 

@@ -11,15 +11,21 @@ import pytest
 
 from precompute import guard, progress
 from precompute.__main__ import count_classes
+from precompute.encode import Resize
+from precompute.estimators import SpectralOptions
 from precompute.extend import only_new
+from precompute.job import Job, Resources, run_job
+from precompute.plan import make_plan
 from precompute.progress import stalled
 from precompute.reads import PendingReads
+from precompute.shard_builder import ShardBuilder
 from precompute.sources import SourceImage, list_images, open_source
 from precompute.sources.base import digest_key
 from precompute.sources.imagenet import CLASSES
 from precompute.sources.trees import Folder
-from schemas import UserError
+from schemas import ShardDataset, UserError
 from schemas.storage import Store
+from schemas.tables import CARD
 from tests.conftest import encode, noise
 from tests.precompute.conftest import build_folder, run_here, write
 
@@ -307,3 +313,30 @@ def test_a_new_key_is_not_one_of_an_image_that_has_left_the_source(tmp_path: Pat
     _, new, _ = only_new(str(tmp_path / "out"), images, rejects, ["a"])
     keys = {image.location: image.key for image in new}
     assert keys == {"a/x.png": digest_key("a_x", "a/x.png", 16), "a/y.png": "a_y"}
+
+
+def test_an_extension_that_stopped_before_the_card_is_completed(tmp_path: Path) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    write(root / "a" / "0.jpg", encode(noise(0)))
+    before = build_folder(root, out).card
+    write(root / "a" / "1.jpg", encode(noise(1)))
+    source = Folder(str(root), "train", False)
+
+    def extend() -> Job:
+        images, rejects = list_images(source.images())
+        card, new, rejects = only_new(str(out), images, rejects, ["a"])
+        plan = make_plan(new, seed=0, shard_samples=1000)
+        options = SpectralOptions()
+        return Job("folder", "train", source, plan, rejects, options, 0, str(out), 32, before=card)
+
+    job, store = extend(), Store(out)
+    settings = job.settings(None)
+    builder = ShardBuilder(source, SpectralOptions().build(), store, 32, Resize(), settings)
+    builder.build(1, job.plan.shards[0], lambda written, rejected: None)
+    digest = job.finish(store, settings, saliency_side=28).digest
+    store.write(CARD, before.to_json())
+    with pytest.raises(UserError, match=r"not finished: its dataset\.json counts 1 samples in 1"):
+        ShardDataset.open(out)
+    run_job(extend(), Resources())  # starts no Ray, because no shard is missing
+    dataset = ShardDataset.open(out)
+    assert (len(dataset), dataset.digest, dataset.verify().clean) == (2, digest, True)

@@ -1,8 +1,11 @@
 """Test a dataset on disk: write, open and iterate it, on any fsspec URL, with any reader."""
 
+import contextlib
 import dataclasses
+import errno
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +19,8 @@ import wds2idx
 from PIL import Image
 
 from schemas import FormatError, Sample, ShardDataset, UserError, write_dataset
+from schemas.shard import members_of
+from schemas.storage import Store
 from tests.readers import MEMBERS, READERS
 
 Make = Callable[..., Sample]
@@ -135,6 +140,27 @@ def test_a_key_that_comes_twice_is_refused(make_sample: Make, tmp_path: Path) ->
 def test_maps_of_two_sides_are_refused(make_sample: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one side, not of \[14, 28\]"):
         write(tmp_path, [make_sample(0), make_sample(1, side=14)])
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_key_that_comes_twice_in_a_shard_is_refused(make_sample: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sample-0001 comes twice; keys must be unique"):
+        write(tmp_path, [make_sample(index) for index in (0, 1, 1)])
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_label_without_a_class_is_refused(make_sample: Make, tmp_path: Path) -> None:
+    samples = [make_sample(index) for index in range(3)]
+    with pytest.raises(UserError, match="sample-0000 has the label 0, but there are 0 classes"):
+        write_dataset(tmp_path, samples, name="test")
+    with pytest.raises(UserError, match="sample-0002 has the label 2, but there are 2 classes"):
+        write_dataset(tmp_path, samples, name="test", classes=["a", "b"])
+    assert not (tmp_path / "shards").exists()
+
+
+def test_no_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no sample to write"):
+        write(tmp_path, [])
 
 
 def test_a_folder_in_use_is_refused(samples: list[Sample], tmp_path: Path) -> None:
@@ -150,11 +176,46 @@ def test_opening_nothing_says_what_to_do(tmp_path: Path) -> None:
         ShardDataset.open("nonsense://bucket/set")
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "shards.parquet", "samples.parquet"])
+@pytest.mark.parametrize("where", ["path", "memory"])
+def test_a_file_that_may_not_be_read_is_named(
+    where: str, name: str, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = tmp_path / "set" if where == "path" else f"memory://{tmp_path.name}/set"
+    write(url, samples)
+    read = Store.read
+
+    def refuse(self: Store, file: str, *limits: int) -> bytes:
+        if file == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(self, file, *limits)
+
+    monkeypatch.setattr(Store, "read", refuse)
+    advice = "permissions" if where == "path" else "keys"
+    with pytest.raises(
+        UserError, match=rf"/{name}: cannot be read \(Permission denied\); .*{advice}"
+    ):
+        list(ShardDataset.open(url))
+
+
 def test_opening_an_unfinished_dataset_says_so(samples: list[Sample], tmp_path: Path) -> None:
     write(tmp_path, samples)
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"not finished.*precompute command again"):
         ShardDataset.open(tmp_path)
+
+
+def test_opening_a_dataset_whose_extension_stopped_before_the_card_says_so(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    write(tmp_path / "before", samples[:20])
+    write(tmp_path / "set", samples)
+    shutil.copy(tmp_path / "before" / "dataset.json", tmp_path / "set")
+    with pytest.raises(
+        UserError,
+        match=r"not finished.* 20 samples in 2 shards, shards\.parquet 25 in 3; run the same",
+    ):
+        ShardDataset.open(tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +244,19 @@ def test_a_card_that_is_no_json_is_refused(samples: list[Sample], tmp_path: Path
         ShardDataset.open(tmp_path)
 
 
+def test_a_damaged_byte_of_the_table_of_shards_raises_no_error_but_ours(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    table = write(tmp_path, samples).store.path("shards.parquet")
+    content = Path(table).read_bytes()
+    for place in range(0, len(content), 23):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x11
+        Path(table).write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            ShardDataset.open(tmp_path)
+
+
 def test_iterating_never_yields_less_than_the_tables_say(
     samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -194,6 +268,28 @@ def test_iterating_never_yields_less_than_the_tables_say(
     shard.unlink()
     with pytest.raises(FormatError, match=r"000001\.tar: missing"):
         list(dataset)
+
+
+@pytest.mark.parametrize(
+    ("extension", "place", "message"),
+    [
+        ("saliency.png", 40, "sample sample-0012: not a sound PNG"),
+        ("cls", 0, r"sample sample-0012: its label is b'\d', samples\.parquet says 0"),
+    ],
+)
+def test_iterating_refuses_a_sample_that_differs_from_its_row(
+    extension: str, place: int, message: str, samples: list[Sample], tmp_path: Path
+) -> None:
+    dataset = write(tmp_path, samples)
+    tar = tmp_path / "shards" / "000001.tar"
+    content = bytearray(tar.read_bytes())
+    [member] = [m for m in members_of(content) if m[:2] == ("sample-0012", extension)]
+    content[member.offset + place] ^= 1
+    tar.write_bytes(content)
+    read = []
+    with pytest.raises(FormatError, match=rf"000001\.tar: {message}.*`verify` lists all"):
+        read.extend(dataset)
+    assert len(read) == 12
 
 
 def test_schemas_imports_neither_torch_nor_dali_nor_ray() -> None:

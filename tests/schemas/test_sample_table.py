@@ -254,6 +254,7 @@ def test_keys_are_compared_by_their_text_where_hashes_collide(
             tmp_path / "twice",
             [make_sample(index) for index in (0, 1, 2, 1)],
             name="test",
+            classes=["a", "b", "c"],
             shard_samples=2,
         )
     assert not (tmp_path / "twice" / SAMPLES).exists()

@@ -9,6 +9,7 @@ from s3fs import S3FileSystem
 
 from schemas import UserError
 from schemas.storage import Store
+from schemas.streams import RangeReader
 
 
 def test_a_failed_write_leaves_what_was_there(
@@ -79,6 +80,76 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
             assert message.startswith(f"s3://bucket/folder: the store does not answer ({reason}")
             assert "keys and the network" in message
     S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("text", ["Access Denied", ""])
+def test_a_store_that_refuses_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs raises a PermissionError without a number for wrong keys."""
+    store = Store("memory://refusing")
+    store.write("folder/file", b"content")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(*[text] * bool(text))
+
+    for name in ("exists", "isdir", "glob", "info", "cat_file", "find"):
+        monkeypatch.setattr(store.fs, name, refuse)
+    reason = text or "PermissionError"
+    for ask in (
+        lambda: store.exists("folder"),
+        lambda: store.is_folder("folder"),
+        lambda: store.sizes("folder"),
+        lambda: store.glob("memory://refusing/*"),
+        lambda: list(store.walk("folder")),
+        lambda: store.read_ranges("folder/file"),
+    ):
+        with pytest.raises(UserError, match=rf"cannot be read \({reason}\); .* your keys and"):
+            ask()
+    with pytest.raises(UserError, match=r"/refusing/folder/file: cannot be read"):
+        RangeReader(store, "folder/file", 7).read()
+
+
+def test_an_error_without_text_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("memory://silent")
+
+    def fail(path: str) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(store.fs, "exists", fail)
+    with pytest.raises(UserError, match=r"does not answer \(RuntimeError\)"):
+        store.exists("file")
+
+
+@pytest.mark.parametrize(
+    ("links", "first_repeat"),
+    [
+        ({"a/x": "../b", "b/y": "../a"}, "a/x/y"),
+        ({"a/x": "../b", "b/y": "../c", "c/z": "../a"}, "a/x/y/z"),
+        ({"a/x": "../../out/b", "../out/b/y": "../../out"}, "a/x/y"),
+        ({"a/x": "../../out/b", "../out/b/y": "../../in", "../in/z": "../out"}, "a/x/y/z"),
+        ({"a/x": "../../out/b", "../out/b/y": "../.."}, "a/x/y"),
+    ],
+)
+def test_links_that_form_a_cycle_are_named(
+    links: dict[str, str], first_repeat: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    for link, target in links.items():
+        path = Path(os.path.normpath(root / link))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "photo.jpg").touch()
+        path.symlink_to(target)
+    with pytest.raises(UserError, match=f"root/{first_repeat}: leads back to a folder that holds"):
+        list(Store(root).walk())
+
+
+def test_two_links_to_one_folder_are_no_cycle(tmp_path: Path) -> None:
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "c" / "photo.jpg").touch()
+    (tmp_path / "a" / "x").symlink_to("../c")
+    (tmp_path / "b" / "x").symlink_to("../c")
+    names = ["a/x/photo.jpg", "b/x/photo.jpg", "c/photo.jpg"]
+    assert sorted(Store(tmp_path).walk()) == names
 
 
 def globbed(store: Store) -> list[str]:

@@ -1,6 +1,8 @@
 """Test that `verify` finds and names everything that is wrong."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from schemas import Problem, Sample, ShardDataset, UserError, write_dataset
 from schemas.shard import Member, members_of
+from schemas.storage import Store
 from schemas.verify import VerifyOptions, verify_dataset
 from schemas.verify_record import VerifyRecord
 
@@ -31,7 +34,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def problems(folder: Path) -> list[Problem]:
-    return ShardDataset.open(folder).verify().problems
+    return ShardDataset.open_unchecked(folder).verify().problems
 
 
 def member(folder: Path, shard: int, extension: str) -> tuple[Path, Member]:
@@ -173,6 +176,81 @@ def test_a_marker_that_is_not_the_shards(folder: Path, damage: str) -> None:
         shutil.copy(folder / "shards" / "000000.parquet", marker)
     [problem] = problems(folder)
     assert problem.where == "shards/000001.parquet"
+
+
+@pytest.mark.parametrize("damage", ["missing", "a page", "the footer", "a folder"])
+@pytest.mark.parametrize("name", ["samples.parquet", "rejects.parquet"])
+def test_a_table_that_cannot_be_read(folder: Path, name: str, damage: str) -> None:
+    """The shards are looked at as far as that is possible without the table."""
+    table = folder / name
+    content = bytearray(table.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    place = {"a page": 4, "the footer": footer}.get(damage, 0)
+    content[place : place + 20] = bytes(20)
+    table.unlink()
+    if damage == "a folder":
+        table.mkdir()
+    elif damage != "missing":
+        table.write_bytes(content)
+    (folder / "shards" / "000002.idx").unlink()
+    (folder / "shards" / "other.tar").touch()
+    found = problems(folder)
+    if (name, damage) != ("rejects.parquet", "a page"):  # that table has no rows
+        assert name in {problem.where for problem in found}
+    assert "shards/other.tar" in {problem.where for problem in found}
+    if name == "rejects.parquet":
+        assert Problem("shards/000002.idx", "missing") in found
+    else:
+        assert sum("not checked: " in problem.what for problem in found) == 3
+
+
+@pytest.mark.parametrize("name", ["samples.parquet", "rejects.parquet"])
+def test_no_flipped_byte_of_a_table_ends_the_verification(folder: Path, name: str) -> None:
+    good = (folder / name).read_bytes()
+    for place in range(0, len(good), 97):
+        flip(folder / name, place)
+        problems(folder)
+        (folder / name).write_bytes(good)
+
+
+def test_an_extension_that_stopped_before_the_card(folder: Path, whole: Path) -> None:
+    card = json.loads((whole / "dataset.json").read_text()) | {"samples": 6, "shards": 2}
+    (folder / "dataset.json").write_text(json.dumps(card))
+    assert problems(folder) == [
+        Problem("dataset.json", "counts 6 samples, samples.parquet has 9"),
+        Problem("dataset.json", "counts 2 shards, shards.parquet has 3"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx", "parquet"])
+def test_a_folder_in_place_of_a_file_of_a_shard(folder: Path, suffix: str) -> None:
+    path = folder / "shards" / f"000001.{suffix}"
+    path.unlink()
+    path.mkdir()
+    [problem] = problems(folder)
+    assert problem.where == f"shards/000001.{suffix}"
+    assert "Is a directory" in problem.what
+
+
+def test_a_disk_that_fails_is_a_problem_of_each_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Store.read
+
+    def fail(self: Store, name: str, *limits: int) -> bytes:
+        if "000001" in name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, name, *limits)
+
+    monkeypatch.setattr(Store, "read", fail)
+    assert problems(folder) == [
+        Problem(
+            "shards/000001.parquet",
+            f"{folder}/shards/000001.parquet: cannot be read (Input/output error); look at its "
+            "permissions and at the disk",
+        ),
+        Problem("shards/000001.tar", "cannot be read (Input/output error)"),
+    ]
 
 
 def test_a_draw_of_shards_reads_those_alone(folder: Path) -> None:
