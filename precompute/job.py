@@ -22,7 +22,6 @@ from precompute.progress import watch
 from precompute.progress_actor import ProgressActor
 from precompute.resume import missing_shards
 from precompute.sources import Source
-from precompute.stored_plan import PLAN_FOLDER
 from precompute.worker import BuilderFactory, ShardActor
 from schemas.cli import TerminatedError, loaded_files
 from schemas.dataset import ShardDataset
@@ -305,7 +304,6 @@ def run_job(job: Job, resources: Resources) -> Summary:
     dataset = job.finish(store, settings, estimator.side)
     images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
     summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
-    store.remove_folder(PLAN_FOLDER)  # with the plans of this run and of any that were killed
     store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
     return summary
 
