@@ -26,10 +26,7 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
     """
     first = settings.get("first_shard", 0)
     if first:
-        old, new = (
-            {name: value for name, value in full.items() if name not in OF_ONE_PLAN}
-            for full in (read_marker(store, 0).settings, settings)
-        )
+        old, new = map(without_plan, (read_marker(store, 0).settings, settings))
         refuse_other_settings(store, old, new, defaults)
     files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
     end = first + settings["shards"]
@@ -61,6 +58,42 @@ def sound_marker(store: Store, shard: int) -> ShardMarker | None:
         return read_marker(store, shard)
     except FormatError:
         return None
+
+
+def without_plan(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a dataset and its extension have in common."""
+    return {name: value for name, value in settings.items() if name not in OF_ONE_PLAN}
+
+
+def refuse_shard_of_other_job(
+    store: Store, marker: ShardMarker, settings: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    """Check that a finished shard belongs to this job, or to the dataset that the job extends.
+
+    `missing_shards` checks the shards that exist before the job; another job in the same folder may
+    have written some since.
+
+    Args:
+        settings, defaults: those of `missing_shards`.
+
+    Raises:
+        UserError: another job wrote the shard.
+    """
+    shard = marker.row.shard
+    is_extended = shard < settings.get("first_shard", 0)
+    old, new = marker.settings, settings
+    if is_extended:
+        old, new = without_plan(old), without_plan(new)
+    changes = differences(old, new, defaults)
+    if not changes:
+        return
+    text = sentence(difference for difference in changes if difference.name != "plan")
+    advice = f"delete {shard_name(shard, '*')} there and run this command again, or choose"
+    raise UserError(
+        f"{store.url}: shard {shard} was written by another job: "
+        f"{text or 'of other source images, or the same under other names'}; let no other job "
+        f"write here, and {'make the dataset anew in' if is_extended else advice} another OUT"
+    )
 
 
 def refuse_other_settings(
