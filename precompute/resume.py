@@ -1,5 +1,6 @@
 """Find the missing shards; refuse to resume under other settings."""
 
+from collections.abc import Container
 from typing import Any
 
 from schemas.errors import FormatError, UserError
@@ -7,7 +8,7 @@ from schemas.parallel import map_ahead
 from schemas.settings import differences, sentence
 from schemas.shard import MARKERS_AT_A_TIME, ShardMarker, read_marker
 from schemas.storage import Store
-from schemas.tables import SHARD_FOLDER, shard_name
+from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, shard_name
 
 SUFFIXES = ("tar", "idx", "parquet")
 OF_ONE_PLAN = ("images", "shards", "plan", "first_shard")
@@ -25,10 +26,11 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
         UserError: the existing shards were made with other settings.
     """
     first = settings.get("first_shard", 0)
+    files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
+    advice = advice_on_settings(store, files, first)
     if first:
         old, new = map(without_plan, (read_marker(store, 0).settings, settings))
-        refuse_other_settings(store, old, new, defaults)
-    files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
+        refuse_other_settings(store, old, new, defaults, "Give the earlier values")
     end = first + settings["shards"]
     own = {shard_name(shard, suffix) for shard in range(end) for suffix in SUFFIXES}
 
@@ -36,7 +38,7 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
         tar, index, parquet = (shard_name(shard, suffix) for suffix in SUFFIXES)
         marker = sound_marker(store, shard) if parquet in files else None
         if marker:
-            refuse_other_settings(store, marker.settings, settings, defaults)
+            refuse_other_settings(store, marker.settings, settings, defaults, advice)
         return not marker or files.get(tar) != marker.row.bytes or index not in files
 
     shards = range(first, end)
@@ -97,7 +99,7 @@ def refuse_shard_of_other_job(
 
 
 def refuse_other_settings(
-    store: Store, old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]
+    store: Store, old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], advice: str
 ) -> None:
     """Compare the settings of two jobs. Raises a UserError that names each difference."""
     changes = differences(old, new, defaults)
@@ -106,7 +108,31 @@ def refuse_other_settings(
     text = sentence(difference for difference in changes if difference.name != "plan")
     raise UserError(
         f"{store.url}: was made with other settings: "
-        f"{text or 'other source images, or the same under other names'}. Give the earlier "
-        "values, choose another OUT, delete the folder to make it anew, or add new images by "
-        "--extend"
+        f"{text or 'other source images, or the same under other names'}. {advice}, or choose "
+        "another OUT"
+    )
+
+
+def advice_on_settings(store: Store, files: Container[str], first: int) -> str:
+    """Return what to do about shards of other settings than those of this run.
+
+    Args:
+        files: names of the files of all shards.
+        first: number of the first shard of an extension; 0 if nothing is extended.
+    """
+    if first:
+        return (
+            "Give the earlier values and restore the source as it was to finish the earlier "
+            f"extension, delete its shards ({shard_name(first, '*')} and later) to begin it anew"
+        )
+    if store.exists(CARD):
+        shards = range(DatasetCard.from_json(store.read(CARD), store.location(CARD)).shards)
+        if all(shard_name(shard, "parquet") in files for shard in shards):
+            return (
+                "Give the earlier values, delete the folder to make it anew, add new images by "
+                "--extend"
+            )
+    return (
+        "Give the earlier values and restore the source as it was to complete it, delete the "
+        "folder to make it anew"
     )

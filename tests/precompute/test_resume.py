@@ -12,6 +12,7 @@ from precompute.demo import DemoScenes
 from precompute.estimators import ScdaOptions, SpectralOptions
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
+from precompute.resume import missing_shards
 from precompute.sources import list_images
 from schemas import Sample, ShardDataset, UserError
 from schemas.shard import write_shard
@@ -39,6 +40,10 @@ def write(job: Job, shard: int, make_sample: Make) -> None:
 
 def finish(job: Job) -> ShardDataset:
     return job.finish(Store(job.out), job.settings(None), saliency_side=28)
+
+
+def missing(job: Job) -> list[int]:
+    return missing_shards(Store(job.out), job.settings(None), job.default_settings)
 
 
 @pytest.mark.parametrize("place", ["memory://two_jobs", "local"])
@@ -80,3 +85,46 @@ def test_a_second_job_does_not_share_a_folder(
     ):
         run_job(job_of(tmp_path), Resources())
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_extend_is_offered_only_for_a_whole_dataset(tmp_path: Path, make_sample: Make) -> None:
+    job = job_of(tmp_path)
+    write(job, 0, make_sample)
+    with pytest.raises(
+        UserError, match=r"images was 6, is 9.*restore the source as it "
+    ) as refusal:
+        missing(job_of(tmp_path, images=9))
+    assert "--extend" not in str(refusal.value)
+    assert missing(job) == [1]
+    write(job, 1, make_sample)
+    finish(job)
+    with pytest.raises(UserError, match=r"images was 6, is 9.*add new images by --extend"):
+        missing(job_of(tmp_path, images=9))
+    Path(tmp_path, "shards", "000001.parquet").unlink()  # `--extend` needs it
+    with pytest.raises(
+        UserError, match=r"images was 6, is 9.*restore the source as it "
+    ) as refusal:
+        missing(job_of(tmp_path, images=9))
+    assert "--extend" not in str(refusal.value)
+
+
+def test_an_interrupted_extension_of_another_source_is_finished_or_deleted(
+    tmp_path: Path, make_sample: Make
+) -> None:
+    job = job_of(tmp_path)
+    for shard in range(2):
+        write(job, shard, make_sample)
+    dataset = finish(job)
+    earlier, larger = extension_of(job, dataset, images=4), extension_of(job, dataset, images=5)
+    write(earlier, 2, make_sample)
+    assert missing(earlier) == [3]
+    with pytest.raises(
+        UserError, match=r"images was 4, is 5.*delete its shards \(shards/000002\.\*"
+    ) as refusal:
+        missing(larger)
+    assert "--extend" not in str(refusal.value)
+    for path in tmp_path.glob("shards/000002.*"):
+        path.unlink()
+    assert missing(larger) == [2, 3]
+    with pytest.raises(UserError, match=r"seed was 0, is 1\. Give the earlier values, or choose"):
+        missing(replace(larger, seed=1))
