@@ -1,12 +1,12 @@
 """Find the missing shards; refuse to resume under other settings."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 from schemas.errors import FormatError, UserError
 from schemas.parallel import map_ahead
 from schemas.settings import differences, sentence
-from schemas.shard import MARKERS_AT_A_TIME, ShardMarker, read_marker
+from schemas.shard import MARKERS_AT_A_TIME, ShardMarker, read_marker, read_markers
 from schemas.storage import Store
 from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, shard_name
 
@@ -29,6 +29,8 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
     files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
     advice = advice_on_settings(store, files, first)
     if first:
+        if shard_name(0, "parquet") not in files:
+            raise UserError(describe_missing_markers(store, first))
         old, new = map(without_plan, (read_marker(store, 0).settings, settings))
         refuse_other_settings(store, old, new, defaults, "Give the earlier values")
     end = first + settings["shards"]
@@ -136,3 +138,38 @@ def advice_on_settings(store: Store, files: Container[str], first: int) -> str:
         "Give the earlier values and restore the source as it was to complete it, delete the "
         "folder to make it anew"
     )
+
+
+def markers_of_dataset(store: Store, shards: int) -> Iterator[ShardMarker]:
+    """Read the markers of a complete dataset that is to be extended.
+
+    Raises:
+        UserError: a marker is missing.
+        FormatError: a marker is damaged.
+    """
+    try:
+        yield from read_markers(store, range(shards))
+    except FileNotFoundError as error:
+        raise UserError(describe_missing_markers(store, shards)) from error
+
+
+def describe_missing_markers(store: Store, shards: int) -> str:
+    """Explain that markers of a complete dataset are missing, and whether they can be rebuilt.
+
+    The command that made a dataset rebuilds its shards, unless the dataset has been extended since.
+    """
+    files = store.sizes(SHARD_FOLDER)
+    names = [shard_name(shard, "parquet") for shard in range(shards)]
+    is_there = [name.removeprefix(f"{SHARD_FOLDER}/") in files for name in names]
+    lost = [name for name, there in zip(names, is_there, strict=True) if not there]
+    is_extended = any(is_there) and (
+        read_marker(store, is_there.index(True)).settings.get("shards") != shards
+    )
+    advice = (
+        "restore it from a copy, or make the dataset anew in another OUT"
+        if is_extended
+        else "to rebuild it, run the command that made the dataset, without --extend and with the "
+        "source as it was"
+    )
+    others = f" (and {len(lost) - 1} others)" if len(lost) > 1 else ""
+    return f"{store.location(lost[0])}: missing{others}; {advice}"

@@ -10,6 +10,7 @@ from filelock import FileLock
 from precompute import output_lock
 from precompute.demo import DemoScenes
 from precompute.estimators import ScdaOptions, SpectralOptions
+from precompute.extend import only_new
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
 from precompute.resume import missing_shards
@@ -128,3 +129,32 @@ def test_an_interrupted_extension_of_another_source_is_finished_or_deleted(
     assert missing(larger) == [2, 3]
     with pytest.raises(UserError, match=r"seed was 0, is 1\. Give the earlier values, or choose"):
         missing(replace(larger, seed=1))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_missing_marker_is_named_with_the_command_that_rebuilds_it(
+    lost: int, tmp_path: Path, make_sample: Make
+) -> None:
+    job = job_of(tmp_path)
+    for shard in range(2):
+        write(job, shard, make_sample)
+    dataset = finish(job)
+    marker = tmp_path / "shards" / f"00000{lost}.parquet"
+    marker.unlink()
+    with pytest.raises(UserError, match=f"{marker}: missing; to rebuild it, run .* without --ext"):
+        only_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
+    if lost == 0:
+        with pytest.raises(UserError, match=f"{marker}: missing; to rebuild it, run"):
+            missing(extension_of(job, dataset))
+    assert missing(job) == [lost]
+    write(job, lost, make_sample)
+    more = extension_of(job, finish(job))
+    write(more, 2, make_sample)
+    finish(more)
+    marker.unlink()
+    with pytest.raises(UserError, match=f"{marker}: missing; restore it from a copy"):
+        only_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
+    for path in tmp_path.glob("shards/*.parquet"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"000000\.parquet: missing \(and 2 others\); to rebuild"):
+        only_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
