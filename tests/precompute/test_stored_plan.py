@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ from precompute.estimators import SpectralOptions
 from precompute.job import Job
 from precompute.plan import Plan, cut_shards, make_plan
 from precompute.sources import Source, SourceImage, list_images, list_source, open_source
-from precompute.sources.base import LabeledText, PartedSource, digest_key
+from precompute.sources.base import (
+    REMOTE_READERS,
+    LabeledText,
+    PartedSource,
+    count_readers,
+    digest_key,
+)
 from precompute.sources.trees import Folder
 from precompute.stored_plan import StoredPlan, digest_of, plan_text
 from schemas import UserError
@@ -185,6 +192,21 @@ def test_tars_and_trees_are_planned_alike(tmp_path: Path) -> None:
     assert_equal(tree, tmp_path / "b")
     found = in_buckets(tree, tmp_path / "c", seed=0, shard_samples=4)
     assert found.linked == [str(tmp_path / "root" / "ant" / "link")]
+
+
+def test_readers_that_listing_finds_reach_the_driver(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.jpg\nmemory://photos/b.jpg\n.\n")
+    source = open_source("files", str(tmp_path / "list.txt"), "train", False)
+
+    class OtherProcess(LocalRunner):
+        def shuffle(self, source: Source, *given: Any) -> set[str]:
+            return super().shuffle(copy(source), *given)
+
+    listing = plan_in_buckets(
+        source, str(tmp_path / "plan"), OtherProcess(), seed=0, shard_samples=6, buckets=2
+    )
+    assert (listing.plan.images, len(listing.rejects)) == (2, 1)
+    assert count_readers(source) == REMOTE_READERS
 
 
 def test_a_worker_reads_its_shard_from_the_plan(tmp_path: Path) -> None:
