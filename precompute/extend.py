@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from precompute.resume import markers_of_dataset
+from precompute.resume import read_dataset_markers
 from precompute.sources import SourceImage
 from precompute.sources.base import KEY_DIGITS, digest_key, free_key
 from schemas.dataset import ShardDataset
@@ -37,7 +37,7 @@ def only_new(
     # have written the tables already.
     unseen = {to_stored(image.location) for image in images}
     chunks: list[pa.Array] = []
-    for marker in markers_of_dataset(dataset.store, dataset.card.shards):
+    for marker in read_dataset_markers(dataset.store, dataset.card.shards):
         chunks += marker.samples["key"].chunks
         unseen.difference_update(marker.samples["source"].to_pylist())
         unseen.difference_update(reject.source for reject in marker.rejects)

@@ -27,11 +27,11 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
     """
     first = settings.get("first_shard", 0)
     files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
-    advice = advice_on_settings(store, files, first)
+    advice = give_advice(store, files, first)
     if first:
         if shard_name(0, "parquet") not in files:
             raise UserError(describe_missing_markers(store, first))
-        old, new = map(without_plan, (read_marker(store, 0).settings, settings))
+        old, new = map(drop_plan, (read_marker(store, 0).settings, settings))
         refuse_other_settings(store, old, new, defaults, "Give the earlier values")
     end = first + settings["shards"]
     own = {shard_name(shard, suffix) for shard in range(end) for suffix in SUFFIXES}
@@ -64,7 +64,7 @@ def sound_marker(store: Store, shard: int) -> ShardMarker | None:
         return None
 
 
-def without_plan(settings: dict[str, Any]) -> dict[str, Any]:
+def drop_plan(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a dataset and its extension have in common."""
     return {name: value for name, value in settings.items() if name not in OF_ONE_PLAN}
 
@@ -87,7 +87,7 @@ def refuse_shard_of_other_job(
     is_extended = shard < settings.get("first_shard", 0)
     old, new = marker.settings, settings
     if is_extended:
-        old, new = without_plan(old), without_plan(new)
+        old, new = drop_plan(old), drop_plan(new)
     changes = differences(old, new, defaults)
     if not changes:
         return
@@ -115,7 +115,7 @@ def refuse_other_settings(
     )
 
 
-def advice_on_settings(store: Store, files: Container[str], first: int) -> str:
+def give_advice(store: Store, files: Container[str], first: int) -> str:
     """Return what to do about shards of other settings than those of this run.
 
     Args:
@@ -140,7 +140,7 @@ def advice_on_settings(store: Store, files: Container[str], first: int) -> str:
     )
 
 
-def markers_of_dataset(store: Store, shards: int) -> Iterator[ShardMarker]:
+def read_dataset_markers(store: Store, shards: int) -> Iterator[ShardMarker]:
     """Read the markers of a complete dataset that is to be extended.
 
     Raises:
@@ -160,10 +160,10 @@ def describe_missing_markers(store: Store, shards: int) -> str:
     """
     files = store.sizes(SHARD_FOLDER)
     names = [shard_name(shard, "parquet") for shard in range(shards)]
-    is_there = [name.removeprefix(f"{SHARD_FOLDER}/") in files for name in names]
-    lost = [name for name, there in zip(names, is_there, strict=True) if not there]
-    is_extended = any(is_there) and (
-        read_marker(store, is_there.index(True)).settings.get("shards") != shards
+    has_marker = [name.removeprefix(f"{SHARD_FOLDER}/") in files for name in names]
+    missing = [name for name, exists in zip(names, has_marker, strict=True) if not exists]
+    is_extended = any(has_marker) and (
+        read_marker(store, has_marker.index(True)).settings.get("shards") != shards
     )
     advice = (
         "restore it from a copy, or make the dataset anew in another OUT"
@@ -171,5 +171,5 @@ def describe_missing_markers(store: Store, shards: int) -> str:
         else "to rebuild it, run the command that made the dataset, without --extend and with the "
         "source as it was"
     )
-    others = f" (and {len(lost) - 1} others)" if len(lost) > 1 else ""
-    return f"{store.location(lost[0])}: missing{others}; {advice}"
+    others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
+    return f"{store.location(missing[0])}: missing{others}; {advice}"

@@ -234,9 +234,12 @@ class Store:
 
     def remove_empty_folder(self, name: str) -> None:
         """Delete a folder inside this one if it exists and has no content."""
-        if self.is_folder(name) and not self.fs.ls(self.path(name), detail=False):
-            with suppress(OSError):  # another process has written to it meanwhile
-                self.fs.rmdir(self.path(name))
+        if not self.is_folder(name):
+            return
+        with self.answers():
+            if not self.fs.ls(self.path(name), detail=False):
+                with suppress(OSError):  # another process has written to it meanwhile
+                    self.fs.rmdir(self.path(name))
 
     def remove_temporaries(self, folder: str) -> int:
         """Delete the unfinished files of killed writers; return their number."""
