@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import tyro
@@ -94,8 +95,8 @@ class Options:
     extend: bool = False
     """Add the source's new images to a complete dataset, in new shards."""
     dry_run: bool = False
-    """Print the plan (images, shards, bytes and time, estimated from a few batches) without writing
-    anything."""
+    """Print the plan (images, shards, bytes and time, estimated from a few batches on this machine)
+    without writing anything to OUT."""
     batch_size: int = 32
     """Number of images decoded and estimated together; the last bits of the saliency maps depend
     on it."""
@@ -122,6 +123,11 @@ class Options:
             value = getattr(self, option)
             if value is not None and value < bound:
                 raise UserError(f"--{option.replace('_', '-')} is {value}; at least {bound}")
+        if self.dry_run and self.address:
+            raise UserError(
+                "--dry-run estimates the time on this machine, not on the cluster at "
+                f"{self.address}; leave --address out"
+            )
 
 
 def main() -> int:
@@ -244,14 +250,11 @@ def plan_there(
     """
     from precompute.cluster import cluster
     from precompute.plan_job import plan_on_cluster
-    from precompute.stored_plan import PLAN_FOLDER
 
     stack.enter_context(cluster(options.address))
-    place = f"{out.rstrip('/')}/{PLAN_FOLDER}/{uuid.uuid4().hex[:8]}"
-    stack.callback(Store(place).remove_folder)
     listing = plan_on_cluster(
         source,
-        place,
+        stack.enter_context(plan_folder(options, out)),
         seed=options.seed,
         shard_samples=options.shard_samples,
         limit=options.limit,
@@ -261,6 +264,23 @@ def plan_there(
         raise UserError(no_images(root, listing.rejects))
     print(count_classes(listing.labels, source), flush=True)
     return Planned(listing.plan, listing.rejects, None)
+
+
+@contextlib.contextmanager
+def plan_folder(options: Options, out: str) -> Iterator[str]:
+    """Provide a folder for this run's plan: below OUT, or a temporary one for a dry run."""
+    from precompute.stored_plan import PLAN_FOLDER
+
+    if options.dry_run:  # its cluster is on this machine, so no other node reads the plan
+        with TemporaryDirectory(prefix="saliency-plan-") as place:
+            yield place
+        return
+    store, name = Store(out), f"{PLAN_FOLDER}/{uuid.uuid4().hex[:8]}"
+    try:
+        yield store.location(name)
+    finally:
+        store.remove_folder(name)
+        store.remove_empty_folder(PLAN_FOLDER)
 
 
 class TooManyImagesError(Exception):

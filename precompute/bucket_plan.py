@@ -91,7 +91,7 @@ def plan_in_buckets(
     limit: int | None = None,
     buckets: int = BUCKETS,
 ) -> StoredListing:
-    """List a source and plan its shards; sets `source.classes`.
+    """List a source and plan its shards; sets `source.classes` and `source.readers`.
 
     Args:
         place: an empty or new folder for the plan, which every node can read and write.
@@ -115,6 +115,7 @@ def plan_in_buckets(
     else:
         source.classes = max((fact["classes"] for fact in facts), key=len, default=[])
 
+    source.readers = max((fact["readers"] for fact in facts if fact["readers"]), default=None)
     every_bucket = ((bucket, seed, numbers, bad) for bucket in range(buckets))
     settled = list(runner.map(partial(stages.settle, place), every_bucket))
     counts = [result.images for result in settled]

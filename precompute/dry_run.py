@@ -118,9 +118,9 @@ def speed_up(device: str, workers: int, machine: Machine) -> tuple[int, str]:
     """Return the job's rate as a multiple of one worker's, and the hardware that workers share.
 
     Workers on one GPU share it, so a GPU counts once, which is the cautious estimate. Workers on
-    the CPU have separate cores, but cores that share caches reach less than this number.
+    the CPU count up to the number of cores, but cores that share caches reach less than that.
     """
     if device == "cuda" and machine.devices:
         times = min(workers, machine.devices)
         return times, f"{times} of {machine.devices} GPUs"
-    return workers, f"{machine.cores} CPU cores"
+    return min(workers, machine.cores), f"{machine.cores} CPU cores"

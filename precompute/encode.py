@@ -19,10 +19,6 @@ from schemas.tables import Reject
 # filter is set once, because warnings.catch_warnings is not safe in the threads that read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-EXIF_ORIENTATION = 0x0112
-SIDEWAYS = (5, 6, 7, 8)
-"""Values of EXIF's orientation that swap height and width."""
-
 MAX_JPEG_SIDE = 65500
 """Longest side of a JPEG that libjpeg can write, in pixels."""
 
@@ -159,9 +155,11 @@ def shrink(
         width, height = (max(1, round(side * scale)) for side in opened.size)
         # faster: lets libjpeg decode at 1/2, 1/4 ... of the size, but at twice the target or more
         opened.draft("RGB", (2 * width, 2 * height))
-        if opened.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
-            width, height = height, width
-        pixels = oriented(opened).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = oriented(opened)
+        # Pillow gives the size of a TIFF after orientation, but that of a JPEG or PNG before it
+        short, long = sorted((width, height))
+        size = (long, short) if pixels.width > pixels.height else (short, long)
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         if max(pixels.size) > MAX_JPEG_SIDE:
             pixels.save(buffer, "PNG")

@@ -3,12 +3,12 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from precompute.resume import read_dataset_markers
 from precompute.sources import SourceImage
 from precompute.sources.base import KEY_DIGITS, digest_key, free_key
 from schemas.dataset import read_card
 from schemas.errors import UserError
 from schemas.names import to_stored
-from schemas.shard import read_markers
 from schemas.storage import Store
 from schemas.tables import CARD, DatasetCard, Reject
 
@@ -38,7 +38,7 @@ def only_new(
         )
     unseen = {to_stored(image.location) for image in images}
     chunks: list[pa.Array] = []
-    for marker in read_markers(store, range(card.shards)):
+    for marker in read_dataset_markers(store, card.shards):
         chunks += marker.samples["key"].chunks
         unseen.difference_update(marker.samples["source"].to_pylist())
         unseen.difference_update(reject.source for reject in marker.rejects)

@@ -16,13 +16,13 @@ from ray import cloudpickle
 
 from precompute.cluster import cluster, start_beside_driver
 from precompute.encode import Resize
-from precompute.estimators import EstimatorOptions
+from precompute.estimators import Estimator, EstimatorOptions
+from precompute.output_lock import lock_output
 from precompute.plan import Plan
 from precompute.progress import watch
 from precompute.progress_actor import ProgressActor
-from precompute.resume import missing_shards
+from precompute.resume import missing_shards, refuse_shard_of_other_job
 from precompute.sources import Source
-from precompute.stored_plan import PLAN_FOLDER
 from precompute.worker import BuilderFactory, ShardActor
 from schemas.cli import TerminatedError, loaded_files
 from schemas.dataset import ShardDataset, read_card
@@ -100,7 +100,7 @@ class Job:
             settings: what `settings` returns.
 
         Raises:
-            UserError: two samples have the same key.
+            UserError: two samples have the same key, or another job has written some of the shards.
         """
         return finish_dataset(
             store,
@@ -114,6 +114,9 @@ class Job:
             seed=self.seed,
             rejects=self.rejects,
             packages=(*PACKAGES, "ray", "torch", "torchvision", "nvidia-dali-cuda130"),
+            check_marker=lambda marker: refuse_shard_of_other_job(
+                store, marker, settings, self.default_settings
+            ),
         )
 
     @property
@@ -282,15 +285,25 @@ def run_job(job: Job, resources: Resources) -> Summary:
     """Build the missing shards of a job, then write the tables and the card.
 
     Raises:
-        UserError: the output has other settings or another format version, cannot be written, or a
-            shard keeps failing.
+        UserError: the output has other settings or another format version, cannot be written or is
+            being written by another job, or a shard keeps failing.
     """
     start = time.monotonic()
-    store = Store(job.out)
     # The driver loads the weights too, so that wrong or missing weights are noticed before Ray is
     # started. It does so on the CPU, because its context would stay on the GPU for the whole job,
     # and a GPU in exclusive-process mode would then accept no worker.
     estimator = job.estimator.build(device="cpu")
+    with lock_output(Store(job.out)):
+        return build_dataset(job, resources, estimator, start)
+
+
+def build_dataset(job: Job, resources: Resources, estimator: Estimator, start: float) -> Summary:
+    """Do the work of `run_job`, as the only job in the output folder.
+
+    Args:
+        start: when the run began, by `time.monotonic`.
+    """
+    store = Store(job.out)
     settings = job.settings(estimator.weights_sha256)
     card = None
     if store.exists(CARD):  # shards of a newer format would look damaged and be overwritten
@@ -305,7 +318,6 @@ def run_job(job: Job, resources: Resources) -> Summary:
     dataset = job.finish(store, settings, estimator.side)
     images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
     summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
-    store.remove_folder(PLAN_FOLDER)  # with the plans of this run and of any that were killed
     store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
     return summary
 

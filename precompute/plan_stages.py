@@ -87,7 +87,7 @@ def rejects_bucket(buckets: int) -> int:
 
 
 def facts_bucket(buckets: int) -> int:
-    """Return the number that marks rows with a source's classes and links after listing."""
+    """Return the number that marks rows with what `read_facts` returns."""
     return buckets + 1
 
 
@@ -109,8 +109,13 @@ def list_rows(
         if len(rows) == ROWS_AT_ONCE:
             yield rows_table(rows)
             rows = []
-    facts = json.dumps({"classes": list(source.classes), "linked": list(source.linked_folders())})
-    rows.append((facts_bucket(buckets), first << 32, None, b"", b"", 0, facts.encode()))
+    facts = {
+        "classes": list(source.classes),
+        "linked": list(source.linked_folders()),
+        "readers": source.readers,
+    }
+    text = json.dumps(facts).encode()
+    rows.append((facts_bucket(buckets), first << 32, None, b"", b"", 0, text))
     yield rows_table(rows)
 
 
@@ -180,7 +185,7 @@ def read_rejects(store: Store, buckets: int) -> list[Ordered]:
 
 
 def read_facts(store: Store, buckets: int) -> list[dict[str, Any]]:
-    """Return the source's classes and linked folders, once for each group of parts listed."""
+    """Return the source's classes, linked folders and readers, for each group of parts listed."""
     table = read_rows(store, facts_bucket(buckets))
     return [json.loads(fact) for fact in table.column("annotation").to_pylist()]
 

@@ -1,13 +1,14 @@
 """Find the missing shards; refuse to resume under other settings."""
 
+from collections.abc import Container, Iterator
 from typing import Any
 
 from schemas.errors import FormatError, UserError
 from schemas.parallel import map_ahead
 from schemas.settings import differences, sentence
-from schemas.shard import MARKERS_AT_A_TIME, ShardMarker, read_marker
+from schemas.shard import MARKERS_AT_A_TIME, ShardMarker, read_marker, read_markers
 from schemas.storage import Store
-from schemas.tables import SHARD_FOLDER, shard_name
+from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, shard_name
 
 SUFFIXES = ("tar", "idx", "parquet")
 OF_ONE_PLAN = ("images", "shards", "plan", "first_shard")
@@ -25,13 +26,13 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
         UserError: the existing shards were made with other settings.
     """
     first = settings.get("first_shard", 0)
-    if first:
-        old, new = (
-            {name: value for name, value in full.items() if name not in OF_ONE_PLAN}
-            for full in (read_marker(store, 0).settings, settings)
-        )
-        refuse_other_settings(store, old, new, defaults)
     files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
+    advice = give_advice(store, files, first)
+    if first:
+        if shard_name(0, "parquet") not in files:
+            raise UserError(describe_missing_markers(store, first))
+        old, new = map(drop_plan, (read_marker(store, 0).settings, settings))
+        refuse_other_settings(store, old, new, defaults, "Give the earlier values")
     end = first + settings["shards"]
     own = {shard_name(shard, suffix) for shard in range(end) for suffix in SUFFIXES}
 
@@ -39,7 +40,7 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
         tar, index, parquet = (shard_name(shard, suffix) for suffix in SUFFIXES)
         marker = sound_marker(store, shard) if parquet in files else None
         if marker:
-            refuse_other_settings(store, marker.settings, settings, defaults)
+            refuse_other_settings(store, marker.settings, settings, defaults, advice)
         return not marker or files.get(tar) != marker.row.bytes or index not in files
 
     shards = range(first, end)
@@ -63,8 +64,44 @@ def sound_marker(store: Store, shard: int) -> ShardMarker | None:
         return None
 
 
+def drop_plan(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a dataset and its extension have in common."""
+    return {name: value for name, value in settings.items() if name not in OF_ONE_PLAN}
+
+
+def refuse_shard_of_other_job(
+    store: Store, marker: ShardMarker, settings: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    """Check that a finished shard belongs to this job, or to the dataset that the job extends.
+
+    `missing_shards` checks the shards that exist before the job; another job in the same folder may
+    have written some since.
+
+    Args:
+        settings, defaults: those of `missing_shards`.
+
+    Raises:
+        UserError: another job wrote the shard.
+    """
+    shard = marker.row.shard
+    is_extended = shard < settings.get("first_shard", 0)
+    old, new = marker.settings, settings
+    if is_extended:
+        old, new = drop_plan(old), drop_plan(new)
+    changes = differences(old, new, defaults)
+    if not changes:
+        return
+    text = sentence(difference for difference in changes if difference.name != "plan")
+    advice = f"delete {shard_name(shard, '*')} there and run this command again, or choose"
+    raise UserError(
+        f"{store.url}: shard {shard} was written by another job: "
+        f"{text or 'of other source images, or the same under other names'}; let no other job "
+        f"write here, and {'make the dataset anew in' if is_extended else advice} another OUT"
+    )
+
+
 def refuse_other_settings(
-    store: Store, old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]
+    store: Store, old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], advice: str
 ) -> None:
     """Compare the settings of two jobs. Raises a UserError that names each difference."""
     changes = differences(old, new, defaults)
@@ -73,7 +110,66 @@ def refuse_other_settings(
     text = sentence(difference for difference in changes if difference.name != "plan")
     raise UserError(
         f"{store.url}: was made with other settings: "
-        f"{text or 'other source images, or the same under other names'}. Give the earlier "
-        "values, choose another OUT, delete the folder to make it anew, or add new images by "
-        "--extend"
+        f"{text or 'other source images, or the same under other names'}. {advice}, or choose "
+        "another OUT"
     )
+
+
+def give_advice(store: Store, files: Container[str], first: int) -> str:
+    """Return what to do about shards of other settings than those of this run.
+
+    Args:
+        files: names of the files of all shards.
+        first: number of the first shard of an extension; 0 if nothing is extended.
+    """
+    if first:
+        return (
+            "Give the earlier values and restore the source as it was to finish the earlier "
+            f"extension, delete its shards ({shard_name(first, '*')} and later) to begin it anew"
+        )
+    if store.exists(CARD):
+        shards = range(DatasetCard.from_json(store.read(CARD), store.location(CARD)).shards)
+        if all(shard_name(shard, "parquet") in files for shard in shards):
+            return (
+                "Give the earlier values, delete the folder to make it anew, add new images by "
+                "--extend"
+            )
+    return (
+        "Give the earlier values and restore the source as it was to complete it, delete the "
+        "folder to make it anew"
+    )
+
+
+def read_dataset_markers(store: Store, shards: int) -> Iterator[ShardMarker]:
+    """Read the markers of a complete dataset that is to be extended.
+
+    Raises:
+        UserError: a marker is missing.
+        FormatError: a marker is damaged.
+    """
+    try:
+        yield from read_markers(store, range(shards))
+    except FileNotFoundError as error:
+        raise UserError(describe_missing_markers(store, shards)) from error
+
+
+def describe_missing_markers(store: Store, shards: int) -> str:
+    """Explain that markers of a complete dataset are missing, and whether they can be rebuilt.
+
+    The command that made a dataset rebuilds its shards, unless the dataset has been extended since.
+    """
+    files = store.sizes(SHARD_FOLDER)
+    names = [shard_name(shard, "parquet") for shard in range(shards)]
+    has_marker = [name.removeprefix(f"{SHARD_FOLDER}/") in files for name in names]
+    missing = [name for name, exists in zip(names, has_marker, strict=True) if not exists]
+    is_extended = any(has_marker) and (
+        read_marker(store, has_marker.index(True)).settings.get("shards") != shards
+    )
+    advice = (
+        "restore it from a copy, or make the dataset anew in another OUT"
+        if is_extended
+        else "to rebuild it, run the command that made the dataset, without --extend and with the "
+        "source as it was"
+    )
+    others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
+    return f"{store.location(missing[0])}: missing{others}; {advice}"

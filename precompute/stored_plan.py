@@ -23,8 +23,9 @@ from schemas.names import to_bytes
 from schemas.storage import Store
 from schemas.tables import open_parquet, read_columns
 
-PLAN_FOLDER = "plan"
-"""Folder of plans below OUT. Each run has a separate subfolder, so that runs cannot interfere."""
+PLAN_FOLDER = ".saliency-plan"
+"""Folder of plans below OUT. Each run has a separate subfolder and removes only that one, so that
+runs cannot interfere."""
 ROW_GROUP = 5_000
 """Rows of a row group, the least that a worker reads: a few shards' worth (our choice)."""
 PLAN_SCHEMA = pa.schema(

@@ -6,7 +6,7 @@ import posixpath
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -257,6 +257,15 @@ class Store:
         if self.exists(name):
             with self.writes(name):
                 self.fs.rm(self.path(name), recursive=True)
+
+    def remove_empty_folder(self, name: str) -> None:
+        """Delete a folder inside this one if it exists and has no content."""
+        if not self.is_folder(name):
+            return
+        with self.answers():
+            if not self.fs.ls(self.path(name), detail=False):
+                with suppress(OSError):  # another process has written to it meanwhile
+                    self.fs.rmdir(self.path(name))
 
     def remove_temporaries(self, folder: str) -> int:
         """Delete the unfinished files of killed writers; return their number."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from schemas.dataset import ShardDataset
 from schemas.errors import UserError
 from schemas.names import to_stored
 from schemas.sample import Sample
-from schemas.shard import read_markers, write_shard
+from schemas.shard import ShardMarker, read_markers, write_shard
 from schemas.storage import Store
 from schemas.table_writer import KeyHashes, TableWriter
 from schemas.tables import (
@@ -48,6 +48,7 @@ def finish_dataset(
     seed: int,
     rejects: Sequence[Reject] = (),
     packages: Sequence[str] = PACKAGES,
+    check_marker: Callable[[ShardMarker], None] | None = None,
 ) -> ShardDataset:
     """Merge the markers of shards 0 .. `shards` - 1 into the tables, then write the card.
 
@@ -57,13 +58,14 @@ def finish_dataset(
     Args:
         rejects: inputs that belong to no shard; the rejects of the shards come after them.
         packages: packages whose versions the card records.
+        check_marker: called with each marker; raises an exception for one that does not belong.
 
     The other arguments are fields of `DatasetCard`.
 
     Raises:
         UserError: two samples have the same key.
     """
-    merged = merge_markers(store, shards, rejects)
+    merged = merge_markers(store, shards, rejects, check_marker)
     store.write(SHARDS, to_parquet(table_of(merged.shards, SHARDS_SCHEMA)))
     card = DatasetCard(
         name=name,
@@ -90,7 +92,12 @@ class Merged(NamedTuple):
     rejects: int
 
 
-def merge_markers(store: Store, shards: int, rejects: Sequence[Reject]) -> Merged:
+def merge_markers(
+    store: Store,
+    shards: int,
+    rejects: Sequence[Reject],
+    check_marker: Callable[[ShardMarker], None] | None = None,
+) -> Merged:
     """Write samples.parquet and rejects.parquet from the markers of the shards.
 
     A dataset of more than MERGED_SAMPLES samples gets no samples.parquet.
@@ -106,6 +113,8 @@ def merge_markers(store: Store, shards: int, rejects: Sequence[Reject]) -> Merge
         samples: TableWriter | None = TableWriter(store, SAMPLES, SAMPLES_SCHEMA)
         stack.push(lambda *error: samples.__exit__(*error) if samples else None)
         for marker in read_markers(store, range(shards)):
+            if check_marker:
+                check_marker(marker)
             rows.append(marker.row)
             hashes.add(marker.samples["key"].to_pylist())
             rejected.add(table_of(marker.rejects, REJECTS_SCHEMA))

@@ -20,7 +20,7 @@ class FunctionEstimator:
     Args:
         path: `FILE.py:function` or `module:function`. The function takes a list of
             (height, width, 3) uint8 arrays and returns (N, side, side) floats; higher is more
-            salient.
+            salient. The side must be the same for images of all sizes.
 
     Raises:
         UserError: there is no such function, or it does not return maps.
@@ -41,7 +41,14 @@ class FunctionEstimator:
         self.side = self.maps([np.zeros((32, 32, 3), np.uint8)]).shape[-1]
 
     def __call__(self, images: Any) -> np.ndarray:
-        return self.maps([np.asarray(image.cpu()) for image in images])
+        maps = self.maps([np.asarray(image.cpu()) for image in images])
+        if maps.shape[-1] != self.side:
+            raise UserError(
+                f"estimator {self.path}: returned {maps.shape} for {len(maps)} images, not "
+                f"{(len(maps), self.side, self.side)} as it did for an image of 32 x 32 pixels; "
+                "let it return maps of one side for images of all sizes"
+            )
+        return maps
 
     def maps(self, arrays: list[np.ndarray]) -> np.ndarray:
         maps = np.asarray(self.function(arrays), dtype=np.float32)

@@ -61,9 +61,12 @@ class Source(ABC):
 
     Attributes:
         classes: class names by label, complete once all images are listed; empty without labels.
+        readers: number of images, or parts, to read in parallel, final once all images are listed;
+            None for a number that depends on whether a store in the source's attributes is remote.
     """
 
     classes: Sequence[str] = ()
+    readers: int | None = None
 
     def hint(self) -> str:
         """Return a hint for the user if no image has a class, as the end of a sentence."""
@@ -172,7 +175,9 @@ def number_label(
 
 
 def count_readers(source: Source) -> int:
-    """Return how many images to read in parallel: more if one of the source's stores is remote."""
+    """Return how many images, or parts, of a source to read in parallel; see `Source.readers`."""
+    if source.readers is not None:
+        return source.readers
     stores = [value for value in vars(source).values() if isinstance(value, Store)]
     is_remote = any(not store.is_local for store in stores)
     return REMOTE_READERS if is_remote else LOCAL_READERS

@@ -3,8 +3,10 @@
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 
 from precompute.sources.base import (
+    REMOTE_READERS,
     WHOLE,
     PartedSource,
     Source,
@@ -146,7 +148,13 @@ class Files(Source):
 
     def images(self) -> Iterator[SourceImage | Reject]:
         for location in self.locations():
-            yield SourceImage(key_of(location), location, UNLABELED)
+            if "://" in location and not location.startswith("file://"):
+                self.readers = REMOTE_READERS  # the list itself may be a local file
+            if PurePosixPath(location).name:
+                yield SourceImage(key_of(location), location, UNLABELED)
+            else:
+                detail = "a line of the list that names no file; correct or remove it"
+                yield Reject(location, "not-a-file", detail)
 
     def locations(self) -> Iterator[str]:
         if self.is_glob:

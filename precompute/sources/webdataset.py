@@ -268,15 +268,16 @@ class WebDatasetShards(PartedSource):
         )
 
     def read(self, image: SourceImage) -> bytes:
-        return next(self.contents(image))[1]
+        [(_, content)] = self.contents(image, slice(0, 1))
+        return content
 
     def members(self, image: SourceImage) -> dict[str, bytes]:
-        _, *carried = self.contents(image)
-        return dict(carried)
+        return dict(self.contents(image, slice(1, None)))
 
-    def contents(self, image: SourceImage) -> Iterator[tuple[str, bytes]]:
+    def contents(self, image: SourceImage, chosen: slice) -> Iterator[tuple[str, bytes]]:
+        """Read the chosen files of a sample: the image comes first, then its other members."""
         tar = self.tar_of(image.location)
-        for extension, offset, size in json.loads(image.annotation):
+        for extension, offset, size in json.loads(image.annotation)[chosen]:
             content = self.store.read(tar, offset, offset + size) if size else b""
             if len(content) != size:
                 raise OSError(f"{to_stored(tar)} has become shorter than it was when listed")

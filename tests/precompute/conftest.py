@@ -35,8 +35,9 @@ def run_here(*arguments: object) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file, except stats.json, which has the duration of the run."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "stats.json")
+    """Return the content of every file, except the lock and stats.json, which has a duration."""
+    others = ("stats.json", ".lock")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in others)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

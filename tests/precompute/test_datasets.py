@@ -13,6 +13,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from precompute.sources import Source, SourceImage, list_images, open_source
+from precompute.sources.base import LOCAL_READERS, REMOTE_READERS, count_readers
 from schemas import UserError
 from tests.conftest import DATA, encode, existing, noise
 from tests.precompute.conftest import listed, write
@@ -221,6 +222,26 @@ def test_files_by_glob_and_by_list(tmp_path: Path) -> None:
     for no_list in ("absent.txt", "x"):
         with pytest.raises(UserError, match=r"no such text file; .*DATASET=folder takes a folder"):
             open_source("files", str(tmp_path / no_list), "train", False)
+
+
+def test_urls_in_a_list_are_read_by_the_readers_of_a_store(tmp_path: Path) -> None:
+    for number, (line, readers) in enumerate(
+        [("file:///a.jpg", LOCAL_READERS), ("memory://photos/a.jpg", REMOTE_READERS)]
+    ):
+        path = tmp_path / f"{number}.txt"
+        path.write_text(f"b.jpg\n{line}\n")
+        source = open_source("files", str(path), "train", False)
+        assert len(list_images(source.images())[0]) == 2
+        assert count_readers(source) == readers
+
+
+@pytest.mark.parametrize("line", [".", "./", "/", "//"])
+def test_a_line_of_a_list_that_names_no_file_is_a_reject(line: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"a.jpg\n{line}\nb.jpg\n")
+    source = open_source("files", str(tmp_path / "list.txt"), "train", False)
+    images, rejects = list_images(source.images())
+    assert [image.location for image in images] == ["a.jpg", "b.jpg"]
+    assert [(reject.source, reject.reason) for reject in rejects] == [(line, "not-a-file")]
 
 
 class OneImage(Source):

@@ -7,6 +7,7 @@ import pytest
 
 from precompute import dry_run
 from precompute import job as module
+from precompute.__main__ import Options
 from precompute.demo import DemoScenes
 from precompute.dry_run import Machine, Sampled, estimate_job, speed_up
 from precompute.estimators import ScdaOptions, SpectralOptions
@@ -34,6 +35,15 @@ def test_the_rate_of_one_worker_is_multiplied_by_what_workers_do_not_share(
 ) -> None:
     workers, _, _ = Resources().split(cores, devices, shards=1000)
     assert speed_up(device, workers, Machine(cores, devices))[0] == times
+
+
+def test_workers_without_a_core_do_not_count() -> None:
+    assert speed_up("cpu", 64, Machine(cores=2, devices=0))[0] == 2
+
+
+def test_a_dry_run_does_not_speak_for_a_cluster() -> None:
+    with pytest.raises(UserError, match="not on the cluster at auto; leave --address out"):
+        Options(dataset="demo", out="out", dry_run=True, address="auto")
 
 
 def test_sixteen_cores_do_not_make_one_gpu_sixteen_times_as_fast(

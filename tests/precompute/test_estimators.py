@@ -152,6 +152,20 @@ def no_maps(images: list[np.ndarray]) -> np.ndarray:
     return np.zeros(len(images))
 
 
+def side_of_the_image(images: list[np.ndarray]) -> np.ndarray:
+    return np.stack([np.eye(len(image) // 8) for image in images])
+
+
+def test_a_function_whose_side_depends_on_the_image_is_refused() -> None:
+    estimator = FunctionOptions(f"{__name__}:side_of_the_image").build()
+    assert estimator.side == 4
+    assert estimator(batch(noise(0, 32, 90))).shape == (1, 4, 4)
+    with pytest.raises(
+        UserError, match=r":side_of_the_image: returned \(2, 20, 20\) .* not \(2, 4, 4\)"
+    ):
+        estimator(batch(noise(0, 160, 90), noise(1, 160, 200)))
+
+
 def test_a_function_of_ones_own() -> None:
     estimator = FunctionOptions(f"{__name__}:brightness").build()
     images = [noise(0), noise(1, 30, 90)]

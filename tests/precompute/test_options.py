@@ -62,6 +62,20 @@ def test_resize_applies_the_orientation(orientation: int) -> None:
     assert abs(np.asarray(shrunk, int) - np.asarray(expected, int)).mean() < 3
 
 
+@pytest.mark.parametrize("image_format", ["TIFF", "JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_resize_keeps_the_proportions_of_every_format(image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((600, 800, 3), np.uint8)
+    pixels[260:340, 360:440] = 255  # a square in the middle
+    shrunk = opened(checked(encode(pixels, image_format, exif=exif), Resize(240)))
+    assert shrunk.size == ((320, 240) if orientation < 5 else (240, 320))
+    left, top, right, bottom = shrunk.convert("L").point(lambda value: value > 127).getbbox()
+    assert abs((right - left) - 32) <= 1
+    assert abs((bottom - top) - 32) <= 1
+
+
 def test_resize_of_what_cannot_be_read_is_a_reject() -> None:
     noisy = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with pytest.raises(RejectedError):

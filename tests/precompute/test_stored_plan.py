@@ -2,8 +2,11 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,20 @@ from precompute.estimators import SpectralOptions
 from precompute.job import Job
 from precompute.plan import Plan, cut_shards, make_plan
 from precompute.sources import Source, SourceImage, list_images, list_source, open_source
-from precompute.sources.base import LabeledText, PartedSource, digest_key
+from precompute.sources.base import (
+    REMOTE_READERS,
+    LabeledText,
+    PartedSource,
+    count_readers,
+    digest_key,
+)
 from precompute.sources.trees import Folder
 from precompute.stored_plan import StoredPlan, digest_of, plan_text
 from schemas import UserError
 from schemas.storage import Store
 from schemas.tables import Reject
 from tests.conftest import encode, noise
-from tests.precompute.conftest import contents, run_here, without_ray, write
+from tests.precompute.conftest import build_folder, contents, run_here, without_ray, write
 from tests.precompute.test_listing import make_tar, samples
 
 
@@ -185,6 +194,21 @@ def test_tars_and_trees_are_planned_alike(tmp_path: Path) -> None:
     assert found.linked == [str(tmp_path / "root" / "ant" / "link")]
 
 
+def test_readers_that_listing_finds_reach_the_driver(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.jpg\nmemory://photos/b.jpg\n.\n")
+    source = open_source("files", str(tmp_path / "list.txt"), "train", False)
+
+    class OtherProcess(LocalRunner):
+        def shuffle(self, source: Source, *given: Any) -> set[str]:
+            return super().shuffle(copy(source), *given)
+
+    listing = plan_in_buckets(
+        source, str(tmp_path / "plan"), OtherProcess(), seed=0, shard_samples=6, buckets=2
+    )
+    assert (listing.plan.images, len(listing.rejects)) == (2, 1)
+    assert count_readers(source) == REMOTE_READERS
+
+
 def test_a_worker_reads_its_shard_from_the_plan(tmp_path: Path) -> None:
     plan = assert_equal(Given([IMAGES]), tmp_path, buckets=7)
     assert plan.message(3) == ""
@@ -222,6 +246,60 @@ def test_both_ways_give_the_same_shards_byte_for_byte(tmp_path: Path) -> None:
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def plan_without_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let `--plan cluster` plan in this process; return the list that the plans' folders go to."""
+    places: list[str] = []
+
+    def plan_here(source: Source, place: str, **options: Any) -> StoredListing:
+        places.append(place)
+        return plan_in_buckets(source, place, LocalRunner(), buckets=4, **options)
+
+    monkeypatch.setattr("precompute.cluster.cluster", nullcontext)
+    monkeypatch.setattr("precompute.plan_job.plan_on_cluster", plan_here)
+    return places
+
+
+def plan_arguments(root: Path, out: Path) -> list[object]:
+    for number in range(3):
+        write(root / f"{number}.jpg", encode(noise(number)))
+    common = ["--dataset", "folder", "--root", root, "--out", out, "--plan", "cluster"]
+    return [*common, "--estimator", "spectral"]
+
+
+def test_a_run_removes_its_own_plan_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = plan_arguments(tmp_path / "root", out)
+    places = plan_without_ray(monkeypatch)
+    build_folder(tmp_path / "root", out)
+    (out / "dataset.json").unlink()
+    thesis, other_plan = out / "plan" / "thesis.txt", out / ".saliency-plan" / "other" / "0.parquet"
+    write(thesis)
+    write(other_plan)  # of a run that goes on at the same time
+    assert run_here(*arguments) == 0
+    assert thesis.exists()
+    assert other_plan.exists()
+    assert [Path(place).parent for place in places] == [out / ".saliency-plan"]
+    assert not Path(places[0]).exists()
+    shutil.rmtree(out / ".saliency-plan")
+    assert run_here(*arguments) == 0
+    assert len(places) == 2
+    assert not (out / ".saliency-plan").exists()
+
+
+def test_a_dry_run_plans_outside_of_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = plan_arguments(tmp_path / "root", tmp_path / "out")
+    places = plan_without_ray(monkeypatch)
+    assert run_here(*arguments, "--dry-run") == 0
+    assert "3 images -> 1 shards" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert len(places) == 1
+    assert not Path(places[0]).exists()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_the_command_plans_on_the_cluster_and_goes_on_in_the_driver(tmp_path: Path) -> None:
@@ -242,7 +320,7 @@ def test_the_command_plans_on_the_cluster_and_goes_on_in_the_driver(tmp_path: Pa
     without_ray(job)
     assert run_here(*common, "--out", two, "--plan", "cluster") == 0
     assert contents(one) == contents(two)
-    assert not (two / "plan").exists()
+    assert not (two / ".saliency-plan").exists()
     (two / "shards" / "000003.parquet").unlink()
     assert run_here(*common, "--out", two, "--plan", "driver") == 0
     assert contents(one) == contents(two)
@@ -252,4 +330,4 @@ def test_the_command_plans_on_the_cluster_and_goes_on_in_the_driver(tmp_path: Pa
     loop.symlink_to(tmp_path / "root" / "a")
     with pytest.raises(UserError, match=r"^[^\n]*leads back to a folder that holds it; remove it$"):
         run_here(*common, "--out", tmp_path / "three", "--plan", "cluster")
-    assert not Store(tmp_path / "three").exists("plan")
+    assert not Store(tmp_path / "three").exists(".saliency-plan")

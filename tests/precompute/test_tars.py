@@ -12,6 +12,7 @@ from precompute.__main__ import no_images
 from precompute.sources import SourceImage, list_images, open_source
 from precompute.sources.labels import LabelReader, name_classes
 from schemas import UserError
+from schemas.storage import Store
 from schemas.tables import Reject
 from tests.conftest import encode, noise
 from tests.precompute.conftest import run_here
@@ -47,6 +48,25 @@ def test_members_need_not_lie_side_by_side(tmp_path: Path) -> None:
     images, rejects, classes = listed(tmp_path, members)
     assert labels(images) == {n: i % 3 for i, n in enumerate(names)}
     assert (rejects, classes) == ({}, ["0", "1", "2"])
+
+
+def test_every_member_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number}.{extension}" for number in range(3) for extension in ("jpg", "txt")]
+    contents = {name: JPEG if name.endswith("jpg") else b"text" for name in names}
+    images, _, _ = listed(tmp_path, list(contents.items()))
+    source = open_source("webdataset", str(tmp_path), "train", False)
+    reads: list[int | None] = []
+    read = Store.read
+
+    def count(store: Store, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        reads.append(start)
+        return read(store, name, start, end)
+
+    monkeypatch.setattr(Store, "read", count)
+    for image in images:
+        assert source.read(image) == JPEG
+        assert source.members(image) == {"txt": b"text"}
+    assert len(reads) == len(set(reads)) == 6
 
 
 def test_a_name_that_comes_again_is_another_picture(tmp_path: Path) -> None:
