@@ -205,10 +205,11 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
         batch_may_change=job.batch_may_change,
     )
     step = TrainingStep(job.method, config, job.device)
+    last = checkpoints.agree_on_last()
     with raise_on_all_ranks():
-        if config.resume == "never" and checkpoints.steps():
+        if config.resume == "never" and last is not None:
             raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
-        restored = checkpoints.restore(job.method, step, job.views)
+        restored = checkpoints.restore(last, job.method, step, job.views)
         done = restored.step
     logger = None
     with raise_on_all_ranks():
