@@ -58,6 +58,8 @@ class OptimizationGroup:
     """Factor on the learning rate of the training."""
     prefix: str = ""
     """Prefix of the names of its scalars in the log."""
+    has_unused: bool = False
+    """The loss does not depend on some of the weights; these stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
