@@ -2,6 +2,7 @@
 
 import errno
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -296,6 +297,7 @@ class Trainer:
             ends_epoch = number % epoch_steps == 0
             saves = stops or ends_epoch or number % (config.checkpoint_steps or epoch_steps) == 0
             logs = saves or number % config.log_steps == 0
+            seed_global_generators(config.seed, number, rank())
             check = partial(self.nan_guard.check, number) if logs else None
             scalars = self.step(self.stream.next_parts(config.grad_accum_steps), lr, check)
             if check is None:
@@ -345,6 +347,15 @@ class Trainer:
         missing = self.logger is not None and not self.logger.has_scores(epoch)
         if gather_objects(missing)[0]:
             self.evaluate(done, epoch)
+
+
+def seed_global_generators(seed: int, step: int, number: int) -> None:
+    """Seed torch's global generators for one step of rank `number`.
+
+    Initial weights come from these generators in the same state on all ranks, but what networks
+    draw in a step, such as the size of an image in detection, must differ between ranks.
+    """
+    torch.manual_seed(random.Random(f"{seed} {step} {number}").getrandbits(63))
 
 
 def exit_preempted(step: int) -> None:
