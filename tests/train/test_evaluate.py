@@ -173,13 +173,15 @@ def test_detectron2_pickle_has_every_weight_bit_for_bit(run, tmp_path):
         )
 
 
-def test_export_refuses_what_detectron2_has_not(tmp_path):
+@pytest.mark.parametrize("form", ["torchvision", "detectron2"])
+def test_export_refuses_a_stem_that_the_format_does_not_have(tmp_path, form):
     encoder, _ = build_encoder("resnet18", "small")
     save_encoder(
         tmp_path / "encoder.safetensors", encoder, {"encoder": "resnet18", "stem": "small"}
     )
-    with pytest.raises(UserError, match="small stem"):
-        export.export(export.ExportOptions(encoder=str(tmp_path), format="detectron2"))
+    with pytest.raises(UserError, match=f"small stem, which {form}'s ResNets .* safetensors"):
+        export.export(export.ExportOptions(encoder=str(tmp_path), format=form))
+    assert not (tmp_path / "torchvision.pth").exists()
 
 
 def written(
