@@ -146,14 +146,17 @@ class MetricsLogger:
         if self.wandb is not None:
             self.wandb.log(row, step=self.steps_made)
 
-    def log_views(self, sheet: Image.Image | None, step: int, epoch: int) -> None:
-        """Save a picture of an epoch's first views to TensorBoard and RUN/views."""
+    def log_views(self, sheet: Image.Image | None, epoch: int) -> None:
+        """Save a picture of an epoch's first views to TensorBoard and RUN/views.
+
+        Their step is the next one to be logged: a logger has all steps of the epochs before.
+        """
         if sheet is None:
             return
         path = self.folder / "views" / f"epoch-{epoch:04d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)
-        self.board.add_image("views", np.asarray(sheet), step, dataformats="HWC")
+        self.board.add_image("views", np.asarray(sheet), self.steps_made + 1, dataformats="HWC")
 
     def print(self, text: str) -> None:
         """Print one line, above the progress bar if there is one."""

@@ -304,7 +304,7 @@ class Trainer:
                 self.nan_guard.add(scalars)
             self.metrics.add(scalars, self.stream.waited, step=number, epoch=epoch, lr=lr)
             if (number - 1) % epoch_steps == 0:
-                self.log_views(number, epoch)
+                self.log_views(epoch)
             if logs:
                 self.log()
             if saves:
@@ -315,12 +315,12 @@ class Trainer:
             if ends_epoch:
                 self.evaluate(number, epoch)
 
-    def log_views(self, number: int, epoch: int) -> None:
+    def log_views(self, epoch: int) -> None:
         """Save a picture of the views with which an epoch begins."""
         if self.logger is not None and self.stream.last is not None:
             sheet = self.job.method.sheet(self.stream.last, self.job.config.recipe)
             with translate_write_errors(self.job.out):
-                self.logger.log_views(sheet, number, epoch)
+                self.logger.log_views(sheet, epoch)
 
     def log(self) -> None:
         """Log the steps since the last call, and flush them before a checkpoint is written."""
