@@ -36,6 +36,8 @@ class KnnOptions:
     """Random seed for the weights of the untrained encoder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch finds a GPU, else cpu."""
+    rank_timeout: int = 600
+    """Seconds after which a process that does not answer counts as dead and the job ends."""
     cache: str | None = None
     """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
     a remote dataset and none for a local one."""

@@ -61,6 +61,8 @@ class LinearOptions:
     """Random seed for the classifier's weights, sample order and crops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch finds a GPU, else cpu."""
+    rank_timeout: int = 600
+    """Seconds after which a process that does not answer counts as dead and the job ends."""
     log_steps: int = 10
     """Steps between two log lines."""
     cache: str | None = None
@@ -152,6 +154,7 @@ def build_train_config(
         ),
         seed=options.seed,
         device=options.device,
+        rank_timeout=options.rank_timeout,
         log_steps=options.log_steps,
         keep_checkpoints=1,
         cache=options.cache,

@@ -114,6 +114,8 @@ class DetectionOptions:
     """Random seed for new layers, picture order and flips."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch finds a GPU, else cpu."""
+    rank_timeout: int = 600
+    """Seconds after which a process that does not answer counts as dead and the job ends."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the networks; losses are fp32. auto: bf16 if the device supports it."""
     log_steps: int = 20
@@ -228,6 +230,7 @@ def build_train_config(
         ),
         seed=options.seed,
         device=options.device,
+        rank_timeout=options.rank_timeout,
         precision=options.precision,
         keep_checkpoints=1,
         log_steps=options.log_steps,
