@@ -225,6 +225,7 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
                 start=done,
                 total=job.total_steps,
                 epoch_steps=job.epoch_steps,
+                epoch_name=config.method.epoch_name,
                 wandb_project=config.wandb,
                 config=settings,
             )

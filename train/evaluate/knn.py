@@ -54,7 +54,7 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
     with raise_on_all_ranks():
         device = pick_device(options.device)
         torch.backends.cuda.matmul.allow_tf32 = False  # kNN compares close similarities
-        encoder, metadata, path = load_encoder(options.encoder)
+        encoder, metadata, path = load_encoder(options.encoder, notes_images=True)
         train, test = open_labeled_pair(options.data, options.test_data)
         check_neighbors(options.neighbors, len(train) - (test is None))
 

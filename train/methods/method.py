@@ -68,6 +68,8 @@ class MethodConfig(ABC):
 
     name: ClassVar[str]
     """Name of the method in checkpoints, encoder files and tables."""
+    epoch_name: ClassVar[str] = "epoch"
+    """Name of the trainer's epochs on the terminal."""
 
     @abstractmethod
     def build(self, setup: Setup) -> "Method":
@@ -79,6 +81,10 @@ class MethodConfig(ABC):
         Raises:
             UserError: names the recipe, or the option, to use instead.
         """
+
+    def describe_images(self) -> str | None:
+        """Describe the images in a few words; None if they are the views of a recipe."""
+        return None
 
     def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
         """Return notes on these options with this recipe, one line each.
