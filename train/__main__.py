@@ -17,21 +17,18 @@ Run the same command again to resume from the last checkpoint. `--config RUN/con
 options from a file; options on the command line override those of the file.
 """
 
-import os
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import partial
 from typing import Any
 
 from pipeline.recipes import RECIPES
-from schemas import UserError
 from schemas.cli import parse, run, take
 from train.config import TrainConfig
 from train.config_io import load_config
 from train.methods import METHODS, find_method
 from train.presets import PRESETS, choose_defaults
-from train.process_group import join_process_group
+from train.process_group import join_process_group, parse_on_all_ranks
 from train.trainer import train
 
 
@@ -45,16 +42,7 @@ def parse_command_line(argv: list[str]) -> TrainConfig:
     """Parse the command line on every rank; only rank 0 prints help and errors."""
     arguments = list(argv)
     path = take(arguments, "--config")
-    with ExitStack() as stack:
-        if os.environ.get("RANK", "0") != "0":
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(silence))
-            stack.enter_context(redirect_stderr(silence))
-            try:
-                return parse_options(arguments, path)
-            except UserError as error:
-                raise SystemExit(2) from error
-        return parse_options(arguments, path)
+    return parse_on_all_ranks(partial(parse_options, arguments, path))
 
 
 def parse_options(arguments: list[str], path: str | None) -> TrainConfig:

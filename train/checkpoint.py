@@ -14,8 +14,10 @@ rank 0 renames it. Files are read with weights_only=True, so a foreign file cann
 
 import math
 import os
+import platform
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,12 +32,15 @@ from torch import nn
 from schemas import UserError
 from schemas.settings import differences, sentence
 from train.config import use_current_names
-from train.distributed import is_main, raise_on_all_ranks, rank, world_size
+from train.distributed import gather_objects, is_main, raise_on_all_ranks, rank, world_size
 
 VERSION = 2
 """In version 1 each rank's file held the state of its loader."""
 
 PREFIX = "step-"
+
+SECONDS_UNTIL_VISIBLE = 75.0
+"""Seconds to wait for a folder that rank 0 sees: NFS caches listings for up to 60 s (acdirmax)."""
 
 
 class Restored(NamedTuple):
@@ -127,15 +132,27 @@ class Checkpoints:
                 for old in self.steps()[: -self.keep]:
                     self.remove(old)
 
-    def restore(self, model: nn.Module, optimizer: Resumable, loader: Resumable) -> Restored:
-        """Load the last checkpoint, if there is one, on all ranks.
+    def agree_on_last(self) -> int | None:
+        """Return the step of the last checkpoint that rank 0 sees, or None; on all ranks.
+
+        Machines may list a shared folder differently for a while after a checkpoint was written.
+        """
+        steps = self.steps() if is_main() else []
+        return gather_objects(steps[-1] if steps else None)[0]
+
+    def restore(
+        self, last: int | None, model: nn.Module, optimizer: Resumable, loader: Resumable
+    ) -> Restored:
+        """Load the checkpoint `last`, which `agree_on_last` returned, if there is one.
 
         Raises:
-            UserError: it was made with other settings; the message names each that differs.
+            UserError: it was made with other settings; the message names each that differs. Or it
+                does not become visible on this machine.
         """
-        if not self.steps():
+        if last is None:
             return Restored(0, world_size())
-        path = self.path(self.steps()[-1])
+        path = self.path(last)
+        wait_until_visible(path)
         state = read_state(path / "state.pt")
         step = self.count_steps(path, state)
         model.load_state_dict(state["model"])
@@ -222,6 +239,23 @@ def explain_failed_write(subject: str, hint: str = "") -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"{subject} could not be written ({error}){hint}") from error
+
+
+def wait_until_visible(path: Path) -> None:
+    """Wait for a checkpoint that rank 0 sees.
+
+    Raises:
+        UserError: it does not appear within SECONDS_UNTIL_VISIBLE.
+    """
+    deadline = time.monotonic() + SECONDS_UNTIL_VISIBLE
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path}: rank 0 sees this checkpoint, but {platform.node()} does not after "
+                f"{SECONDS_UNTIL_VISIBLE:g} s; mount the folder of --out on every machine, and run "
+                "the same command again"
+            )
+        time.sleep(0.1)
 
 
 def get_rank_file(number: int) -> str:

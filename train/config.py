@@ -158,10 +158,11 @@ def resolve_config(config: TrainConfig, device: torch.device) -> TrainConfig:
             f"--batch-size {config.batch_size}: does not divide {among}; "
             f"the nearest that does is {round_to_multiple(config.batch_size, parts)}"
         )
-    if config.batch_size == parts:
+    normalized = config.batch_size // (config.grad_accum_steps if config.sync_bn else parts)
+    if normalized == 1:
         raise UserError(
             f"--batch-size {config.batch_size}: one image per process; batch normalization needs "
-            "at least two"
+            "at least two, or --sync-bn on several processes"
         )
     if not 0 <= config.optim.warmup_epochs < config.epochs:
         raise UserError(

@@ -124,7 +124,9 @@ def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> No
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 
-def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
+def load_encoder(
+    location: str, notes_images: bool = False
+) -> tuple[nn.Module, dict[str, str], Path]:
     """Read an encoder; return it on the CPU, its metadata and the path of its file.
 
     Args:
@@ -132,6 +134,7 @@ def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
             a ResNet with torchvision's key names under some prefix (see `schemas.weights`). The
             architecture of such foreign weights is found by their shapes, and evaluations feed it
             unfiltered images of FOREIGN_CROP pixels.
+        notes_images: print the size of these images, for an evaluation of foreign weights.
 
     Raises:
         UserError: no such file, or no ResNet in it.
@@ -147,14 +150,16 @@ def load_encoder(location: str) -> tuple[nn.Module, dict[str, str], Path]:
         encoder = build_encoder(metadata["encoder"], get_stem(metadata))[0]
         encoder.load_state_dict(content)
         return encoder, metadata, path
-    return *build_foreign_encoder(content, path), path
+    return *build_foreign_encoder(content, path, notes_images), path
 
 
 FOREIGN_CROP: dict[Stem, int] = {"imagenet": 224, "small": 32}
 """Side in pixels of the images on which an encoder that `train` did not write is evaluated."""
 
 
-def build_foreign_encoder(content: Any, path: Path) -> tuple[nn.Module, dict[str, str]]:
+def build_foreign_encoder(
+    content: Any, path: Path, notes_images: bool
+) -> tuple[nn.Module, dict[str, str]]:
     """Build the ResNet whose weights lie in a file that `train` did not write, and its metadata.
 
     Raises:
@@ -172,10 +177,9 @@ def build_foreign_encoder(content: Any, path: Path) -> tuple[nn.Module, dict[str
             encoder = build_encoder(name, stem)[0]
             encoder.load_state_dict({**encoder.state_dict(), **fitted.tensors})
             if is_main():
-                print_once(
-                    f"{fitted.note or f'{path}: a {name}'}; evaluated on plain images of "
-                    f"{FOREIGN_CROP[stem]} pixels"
-                )
+                print_once(fitted.note or f"{path}: a {name}")
+                if notes_images:
+                    print_once(f"{path}: evaluated on plain images of {FOREIGN_CROP[stem]} pixels")
             return encoder, make_foreign_metadata(name, stem, path)
     assert problem is not None
     raise problem

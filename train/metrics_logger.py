@@ -89,12 +89,14 @@ class MetricsLogger:
         start: int,
         total: int,
         epoch_steps: int,
+        epoch_name: str = "epoch",
         wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.wandb = start_wandb_run(wandb_project, folder, config) if wandb_project else None
         self.total, self.epochs = total, -(-total // epoch_steps)
+        self.epoch_name = epoch_name
         self.path = folder / "metrics.jsonl"
         self.steps_made = sum(map(is_step, drop_lines_after(self.path, start, epoch_steps)))
         """Number of steps made; `step` differs if the run was resumed with another batch."""
@@ -115,7 +117,7 @@ class MetricsLogger:
         last = rows[-1]
         waiting = sum(row["data_wait"] for row in rows) / seconds
         text = (
-            f"epoch {last['epoch']}/{self.epochs}, loss {last['loss']:.4f}, "
+            f"{self.epoch_name} {last['epoch']}/{self.epochs}, loss {last['loss']:.4f}, "
             f"{last['images_per_second']:.1f} images/s, {waiting:.0%} waiting for data"
         )
         if self.bar is None:
@@ -130,7 +132,7 @@ class MetricsLogger:
         """Log and print the evaluation of an epoch after its last step."""
         self.write({"step": step, "epoch": epoch, **scores})
         text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
-        self.print(f"epoch {epoch}/{self.epochs}: {text}")
+        self.print(f"{self.epoch_name} {epoch}/{self.epochs}: {text}")
 
     def has_scores(self, epoch: int) -> bool:
         """Return whether this epoch was evaluated."""
@@ -146,14 +148,17 @@ class MetricsLogger:
         if self.wandb is not None:
             self.wandb.log(row, step=self.steps_made)
 
-    def log_views(self, sheet: Image.Image | None, step: int, epoch: int) -> None:
-        """Save a picture of an epoch's first views to TensorBoard and RUN/views."""
+    def log_views(self, sheet: Image.Image | None, epoch: int) -> None:
+        """Save a picture of an epoch's first views to TensorBoard and RUN/views.
+
+        Their step is the next one to be logged: a logger has all steps of the epochs before.
+        """
         if sheet is None:
             return
         path = self.folder / "views" / f"epoch-{epoch:04d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)
-        self.board.add_image("views", np.asarray(sheet), step, dataformats="HWC")
+        self.board.add_image("views", np.asarray(sheet), self.steps_made + 1, dataformats="HWC")
 
     def print(self, text: str) -> None:
         """Print one line, above the progress bar if there is one."""

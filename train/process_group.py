@@ -5,9 +5,10 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
@@ -25,6 +26,20 @@ POLL = 0.05
 NCCL_EXTRA = 60
 """Seconds that NCCL waits longer than gloo (ours). NCCL's watchdog ends the process without naming
 a rank; gloo raises an error, after which the store tells which rank is silent."""
+
+
+Options = TypeVar("Options")
+
+
+def parse_on_all_ranks(parse_options: Callable[[], Options]) -> Options:
+    """Parse the command line on every rank; only rank 0 prints help and errors."""
+    if os.environ.get("RANK", "0") == "0":
+        return parse_options()
+    with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+        try:
+            return parse_options()
+        except UserError as error:
+            raise SystemExit(2) from error
 
 
 @contextmanager
@@ -210,7 +225,7 @@ def exit_naming_silent_ranks(
         culprit = f"rank {', '.join(map(str, silent))}" if silent else "the network"
         raise UserError(
             f"{culprit} of {size} processes died or was silent for {timeout} s (--rank-timeout); "
-            "run the same command again to resume from the last checkpoint\n"
+            "run the same command again, which resumes from the last checkpoint if there is one\n"
             f"({str(error).splitlines()[0]})"
         ) from error
     raise SystemExit(2)

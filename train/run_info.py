@@ -85,16 +85,21 @@ def describe_run(
     config: TrainConfig, method: Method, views: Views, device: torch.device
 ) -> list[str]:
     """Return lines that tell what is about to be trained, then notes on unusual options."""
-    optim = config.optim
+    optim, epoch = config.optim, config.method.epoch_name
     part = config.batch_size // config.grad_accum_steps
+    images = config.method.describe_images() or (
+        f"recipe {find_recipe_name(config.recipe)}, {config.recipe.crop_size} px"
+    )
+    schedule = f"{count(config.epochs, epoch)} of {count(len(views), 'step')}"
     return [
-        f"{config.method.name}, {config.encoder}, recipe {find_recipe_name(config.recipe)}, "
-        f"{config.recipe.crop_size} px, batch {config.batch_size} on {world_size()} x "
-        f"{device.type}, {config.precision}",
+        f"{config.method.name}, {config.encoder}, {images}, batch {config.batch_size} on "
+        f"{world_size()} x {device.type}, {config.precision}",
         f"{optim.optimizer}, lr {optim.peak(config.batch_size):g}, {optim.schedule}, "
-        f"{optim.warmup_epochs} epochs of warm-up, weight decay {optim.weight_decay:g}",
-        f"{config.epochs} epochs of {len(views)} steps; each drops {views.dropped} of "
-        f"{views.samples} images (different ones each epoch) that do not fill a batch",
+        f"{count(optim.warmup_epochs, epoch)} of warm-up, weight decay {optim.weight_decay:g}",
+        f"{schedule}; each drops {views.dropped} of {views.samples} images (different ones each "
+        f"{epoch}) that do not fill a batch"
+        if views.dropped
+        else f"{schedule}; {views.samples} images",
         *filter(None, [views.cache_description]),
         *(
             f"note: {note}"
@@ -105,6 +110,10 @@ def describe_run(
             ]
         ),
     ]
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:

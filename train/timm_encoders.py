@@ -4,6 +4,7 @@ timm takes seconds to import, so it is imported only when such a name is given.
 """
 
 import difflib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,20 @@ def build_timm_encoder(name: str) -> tuple[nn.Module, int]:
             f"not (1, D, {cells}, {cells})"
         )
     return encoder, pooled.shape[1]
+
+
+def has_parameters_after_map(encoder: nn.Module) -> bool:
+    """Return True if the last map does not depend on some parameters, as on ConvNeXt's head.norm.
+
+    `encoder` is a network of `build_timm_encoder` on the CPU.
+    """
+    network: Any = encoder
+    was_training = encoder.training
+    encoder.eval()  # running statistics stay
+    maps = network.forward_features(torch.zeros(1, 3, PROBE, PROBE))
+    encoder.train(was_training)
+    gradients = torch.autograd.grad(maps.sum(), list(encoder.parameters()), allow_unused=True)
+    return any(gradient is None for gradient in gradients)
 
 
 def is_timm_encoder(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -206,10 +207,11 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
         changeable=frozenset() if config.method.parts_matter else frozenset({"grad_accum_steps"}),
     )
     step = TrainingStep(job.method, config, job.device)
+    last = checkpoints.agree_on_last()
     with raise_on_all_ranks():
-        if config.resume == "never" and checkpoints.steps():
+        if config.resume == "never" and last is not None:
             raise UserError(f"{out}: holds the checkpoints of a run; choose another --out")
-        restored = checkpoints.restore(job.method, step, job.views)
+        restored = checkpoints.restore(last, job.method, step, job.views)
         done = restored.step
     logger = None
     with raise_on_all_ranks():
@@ -224,6 +226,7 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
                 start=done,
                 total=job.total_steps,
                 epoch_steps=job.epoch_steps,
+                epoch_name=config.method.epoch_name,
                 wandb_project=config.wandb,
                 config=settings,
             )
@@ -296,13 +299,14 @@ class Trainer:
             ends_epoch = number % epoch_steps == 0
             saves = stops or ends_epoch or number % (config.checkpoint_steps or epoch_steps) == 0
             logs = saves or number % config.log_steps == 0
+            seed_global_generators(config.seed, number, rank())
             check = partial(self.nan_guard.check, number) if logs else None
             scalars = self.step(self.stream.next_parts(config.grad_accum_steps), lr, check)
             if check is None:
                 self.nan_guard.add(scalars)
             self.metrics.add(scalars, self.stream.waited, step=number, epoch=epoch, lr=lr)
             if (number - 1) % epoch_steps == 0:
-                self.log_views(number, epoch)
+                self.log_views(epoch)
             if logs:
                 self.log()
             if saves:
@@ -313,12 +317,12 @@ class Trainer:
             if ends_epoch:
                 self.evaluate(number, epoch)
 
-    def log_views(self, number: int, epoch: int) -> None:
+    def log_views(self, epoch: int) -> None:
         """Save a picture of the views with which an epoch begins."""
         if self.logger is not None and self.stream.last is not None:
             sheet = self.job.method.sheet(self.stream.last, self.job.config.recipe)
             with translate_write_errors(self.job.out):
-                self.logger.log_views(sheet, number, epoch)
+                self.logger.log_views(sheet, epoch)
 
     def log(self) -> None:
         """Log the steps since the last call, and flush them before a checkpoint is written."""
@@ -345,6 +349,15 @@ class Trainer:
         missing = self.logger is not None and not self.logger.has_scores(epoch)
         if gather_objects(missing)[0]:
             self.evaluate(done, epoch)
+
+
+def seed_global_generators(seed: int, step: int, number: int) -> None:
+    """Seed torch's global generators for one step of rank `number`.
+
+    Initial weights come from these generators in the same state on all ranks, but what networks
+    draw in a step, such as the size of an image in detection, must differ between ranks.
+    """
+    torch.manual_seed(random.Random(f"{seed} {step} {number}").getrandbits(63))
 
 
 def exit_preempted(step: int) -> None:

@@ -36,7 +36,7 @@ def prepare_model_(method: Method, config: TrainConfig, device: torch.device) ->
     return method
 
 
-def wrap_in_ddp(module: nn.Module, device: torch.device) -> nn.Module:
+def wrap_in_ddp(module: nn.Module, device: torch.device, has_unused: bool) -> nn.Module:
     """Wrap the module in DDP if there are several ranks: gradients are averaged over them.
 
     On CPUs they are added in the order of the ranks, so a resumed run computes the same bits as
@@ -45,13 +45,16 @@ def wrap_in_ddp(module: nn.Module, device: torch.device) -> nn.Module:
     Buffers are not broadcast: the queue is equal on all ranks anyway (at 65,536 x 128 it would be
     33 MB per step), and the batch normalization of each rank keeps its own running statistics;
     those of rank 0 are saved.
+
+    Args:
+        has_unused: the loss does not depend on some parameters; their gradients stay None.
     """
     if world_size() == 1:
         return module
     # torch 2.15 renamed the option; the supported range of versions has both names
     parameters = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    options: dict[str, Any] = {name: False}
+    options: dict[str, Any] = {name: False, "find_unused_parameters": has_unused}
     model = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
     if device.type == "cpu":
         model.register_comm_hook(None, average_in_rank_order)
@@ -68,7 +71,7 @@ class TrainingStep:
     def __init__(self, method: Method, config: TrainConfig, device: torch.device) -> None:
         self.method, self.config, self.device = method, config, device
         self.groups = method.optimization_groups()
-        self.models = [wrap_in_ddp(group.module, device) for group in self.groups]
+        self.models = [wrap_in_ddp(group.module, device, group.has_unused) for group in self.groups]
         self.optimizers = [build_optimizer(group.module, config.optim) for group in self.groups]
 
     def __call__(

@@ -1,6 +1,7 @@
 import pickle
 import random
 from dataclasses import replace
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -40,6 +41,10 @@ def checkpoints(folder, keep=2, **changes):
     return Checkpoints(folder=folder, keep=keep, settings=SETTINGS | changes, batch_may_change=True)
 
 
+def restore(these, *parts):
+    return these.restore(these.agree_on_last(), *parts)
+
+
 def draws():
     return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
@@ -49,7 +54,7 @@ def test_restore_brings_back_all_of_it(tmp_path):
     checkpoints(tmp_path).save(3, model, optimizer, loader)
     expected = draws()
     other_model, other_optimizer, other_loader = state(seed=2)
-    restored = checkpoints(tmp_path).restore(other_model, other_optimizer, other_loader)
+    restored = restore(checkpoints(tmp_path), other_model, other_optimizer, other_loader)
     assert restored == (3, 1, 8)
     assert draws() == expected
     assert other_loader.position == 7
@@ -60,7 +65,7 @@ def test_restore_brings_back_all_of_it(tmp_path):
 
 
 def test_nothing_to_restore(tmp_path):
-    assert checkpoints(tmp_path / "missing").restore(*state()) == (0, 1, None)
+    assert restore(checkpoints(tmp_path / "missing"), *state()) == (0, 1, None)
 
 
 def test_keeps_the_last_and_goes_on_from_it(tmp_path):
@@ -68,7 +73,7 @@ def test_keeps_the_last_and_goes_on_from_it(tmp_path):
         checkpoints(tmp_path).save(step, *state())
     assert checkpoints(tmp_path).steps() == [3, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
-    assert checkpoints(tmp_path).restore(*state()) == (10, 1, 8)
+    assert restore(checkpoints(tmp_path), *state()) == (10, 1, 8)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer")])
@@ -88,7 +93,7 @@ def test_failure_while_saving_leaves_earlier_ones_whole(tmp_path, monkeypatch, e
         checkpoints(tmp_path, keep=1).save(2, *state(seed=2))
     monkeypatch.undo()
     assert checkpoints(tmp_path).steps() == [1]
-    assert checkpoints(tmp_path).restore(*state()) == (1, 1, 8)
+    assert restore(checkpoints(tmp_path), *state()) == (1, 1, 8)
     checkpoints(tmp_path, keep=1).save(
         2, *state(seed=2)
     )  # a partly written checkpoint does no harm
@@ -98,7 +103,7 @@ def test_failure_while_saving_leaves_earlier_ones_whole(tmp_path, monkeypatch, e
 def test_other_settings_are_refused_by_name(tmp_path):
     checkpoints(tmp_path).save(1, *state())
     with pytest.raises(UserError, match=r"epochs was 2, is 3; optim.lr was 0.03, is 0.1\. Repeat"):
-        checkpoints(tmp_path, epochs=3, **{"optim.lr": 0.1}).restore(*state())
+        restore(checkpoints(tmp_path, epochs=3, **{"optim.lr": 0.1}), *state())
 
 
 @pytest.mark.parametrize("step", [4, 5])  # at the end of an epoch and inside one
@@ -109,7 +114,7 @@ def test_another_world_size_resumes_after_any_step(tmp_path, monkeypatch, step):
         monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
         monkeypatch.setattr(checkpoint, "rank", lambda rank=rank: rank)
         model, optimizer, loader = state(seed=4)
-        assert checkpoints(tmp_path).restore(model, optimizer, loader) == (step, 1, 8)
+        assert restore(checkpoints(tmp_path), model, optimizer, loader) == (step, 1, 8)
         assert loader.state_dict() == saved[2].state_dict()
         assert all(map(torch.equal, model.parameters(), saved[0].parameters()))
 
@@ -126,7 +131,7 @@ def test_damage_and_foreign_code_are_refused(tmp_path, capsys):
     for content in (whole[: len(whole) // 2], b"", pickle.dumps(Payload(), protocol=2)):
         file.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read"):
-            checkpoints(tmp_path).restore(*state())
+            restore(checkpoints(tmp_path), *state())
     assert "code ran" not in capsys.readouterr().out
 
 
@@ -162,13 +167,13 @@ def test_another_batch_is_accepted_where_an_epoch_ended(tmp_path, batch_size, ep
     for lr in (0.03, 0.03 * factor):  # given, and scaled by the batch
         _, _, loader = restored = state()
         after = checkpoints(tmp_path, **own, **{"optim.lr": lr})
-        assert after.restore(*restored) == (epoch_steps, 1, 8)
+        assert restore(after, *restored) == (epoch_steps, 1, 8)
         assert loader.position == 4
         after.rename_last(epoch_steps)
         assert after.steps() == [epoch_steps]
     with pytest.raises(UserError, match=r"optim\.lr was 0\.03, is 0\.02"):
-        checkpoints(tmp_path, **own, **{"optim.lr": 0.02}).restore(*state())
-    assert before.restore(*state()) == (4, 1, 8)  # the same command as at first works too
+        restore(checkpoints(tmp_path, **own, **{"optim.lr": 0.02}), *state())
+    assert restore(before, *state()) == (4, 1, 8)  # the same command as at first works too
 
 
 def test_the_number_of_parts_may_change_where_it_does_not_matter(tmp_path):
@@ -184,17 +189,17 @@ def test_another_batch_is_refused_inside_an_epoch_and_after_the_last(tmp_path):
     checkpoints(tmp_path).save(5, *state())
     other = checkpoints(tmp_path, batch_size=4, steps_per_epoch=8)
     with pytest.raises(UserError, match="epoch 2 has begun with batches of 8; --batch-size 4 is"):
-        other.restore(*state())
+        restore(other, *state())
     checkpoints(tmp_path).save(8, *state())
     with pytest.raises(UserError, match="batch_size was 8, is 4"):
-        other.restore(*state())
+        restore(other, *state())
 
 
 def test_another_batch_is_refused_where_it_may_not_change(tmp_path):
     checkpoints(tmp_path).save(4, *state())
     other = checkpoints(tmp_path, batch_size=4, steps_per_epoch=8)
     with pytest.raises(UserError, match="batch_size was 8, is 4"):
-        replace(other, batch_may_change=False).restore(*state())
+        restore(replace(other, batch_may_change=False), *state())
 
 
 def saving(folder, failing_rank):
@@ -217,3 +222,31 @@ def test_ranks_save_together_or_not_at_all(tmp_path, two_ranks):
     assert not list((tmp_path / "a").glob("step-*"))
     names = ["rank-0000.pt", "rank-0001.pt", "state.pt"]
     assert names in two_ranks(saving, tmp_path / "b", None)
+
+
+def restoring(folder, hidden):
+    """Restore; rank 1 does not list the checkpoint `hidden`."""
+    listed = Checkpoints.steps
+    if torch.distributed.get_rank() == 1:
+        Checkpoints.steps = lambda self: [step for step in listed(self) if step != hidden]
+    try:
+        return restore(checkpoints(folder), *state()).step
+    finally:
+        Checkpoints.steps = listed
+
+
+def test_ranks_restore_the_checkpoint_that_rank_0_sees(tmp_path, two_ranks):
+    for step in (4, 5):
+        checkpoints(tmp_path).save(step, *state())
+    assert two_ranks(restoring, tmp_path, 5) == [5, 5]
+
+
+def test_a_checkpoint_that_appears_late_is_awaited(tmp_path, monkeypatch):
+    late = tmp_path / "step-00000004"
+    timer = Timer(0.2, late.mkdir)
+    timer.start()
+    checkpoint.wait_until_visible(late)
+    timer.join()
+    monkeypatch.setattr(checkpoint, "SECONDS_UNTIL_VISIBLE", 0.1)
+    with pytest.raises(UserError, match=r"step-00000005: rank 0 sees this checkpoint, but .* not"):
+        checkpoint.wait_until_visible(tmp_path / "step-00000005")

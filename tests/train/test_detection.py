@@ -15,10 +15,12 @@ import train.trainer
 from schemas import UserError
 from tests.train.pictures import SHORT, losses, options_of, write_coco, write_encoder
 from tests.train.ranks import get_preloaded_context
+from train.encoders import load_encoder
 from train.evaluate.detection import command
 from train.evaluate.detection.command import Schedule
 from train.evaluate.detection.data import Picture, Pictures
 from train.evaluate.detection.metric import average_precision
+from train.run_info import describe_run
 
 
 def picture(number: int, boxes, labels=None, ignored=None) -> Picture:
@@ -190,6 +192,22 @@ def test_a_test_set_that_tests_something_else_is_refused(root, encoder):
     path.write_text(json.dumps(content | {"categories": names}))
     with pytest.raises(UserError, match="coco val2017: has other classes than coco train2017"):
         command.prepare_detection(options)
+
+
+def test_messages_are_those_of_a_detector(root, encoder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(command.SCHEDULES, "short", SHORT)
+    torch.save(load_encoder(str(encoder))[0].state_dict(), tmp_path / "foreign.pth")
+    options = options_of(root, tmp_path / "foreign.pth", short_sides=(64, 96))
+    *_, train_set, test_set, job = command.prepare_detection(options)
+    printed = capsys.readouterr().out
+    assert printed == f"{tmp_path}/foreign.pth: a resnet18\n"
+    first, second, third, *_ = describe_run(job.config, job.method, job.views, job.device)
+    assert first == "detection, resnet18, short sides of 64 to 96 px, batch 2 on 1 x cpu, fp32"
+    assert "1 part of warm-up" in second
+    assert third == f"{SHORT.units} parts of {len(job.views)} steps; 5 images"
+    assert command.describe_set(test_set) == "coco val2017: 6 pictures"
+    note = "1 without an object to train on"
+    assert command.describe_set(train_set, note) == f"coco train2017: 6 pictures, {note}"
 
 
 def test_iterations_come_in_equal_parts():

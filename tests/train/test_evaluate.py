@@ -17,6 +17,7 @@ from tests.train.runs import scores, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder
 from train.evaluate import export, linear, results
 from train.evaluate.__main__ import main
+from train.evaluate.detection.command import DetectionOptions
 from train.evaluate.knn import KnnOptions, evaluate, format_table
 from train.features import build_eval_recipe
 
@@ -173,13 +174,15 @@ def test_detectron2_pickle_has_every_weight_bit_for_bit(run, tmp_path):
         )
 
 
-def test_export_refuses_what_detectron2_has_not(tmp_path):
+@pytest.mark.parametrize("form", ["torchvision", "detectron2"])
+def test_export_refuses_a_stem_that_the_format_does_not_have(tmp_path, form):
     encoder, _ = build_encoder("resnet18", "small")
     save_encoder(
         tmp_path / "encoder.safetensors", encoder, {"encoder": "resnet18", "stem": "small"}
     )
-    with pytest.raises(UserError, match="small stem"):
-        export.export(export.ExportOptions(encoder=str(tmp_path), format="detectron2"))
+    with pytest.raises(UserError, match=f"small stem, which {form}'s ResNets .* safetensors"):
+        export.export(export.ExportOptions(encoder=str(tmp_path), format=form))
+    assert not (tmp_path / "torchvision.pth").exists()
 
 
 def written(
@@ -253,3 +256,23 @@ def test_commands_refuse_in_one_line(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
         with pytest.raises(UserError, match=message):
             main()
+
+
+@pytest.mark.parametrize(
+    "options", [["knn", "--encodr", "run"], ["linear", "--help"], ["knn", "--encoder", "a"]]
+)
+def test_only_rank_0_reports_what_is_wrong_on_the_command_line(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *options])
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        main()
+    assert any(capsys.readouterr())
+
+
+@pytest.mark.parametrize("options_class", [KnnOptions, linear.LinearOptions, DetectionOptions])
+def test_evaluations_have_the_option_that_a_message_names(options_class):
+    assert options_class(rank_timeout=5).rank_timeout == 5

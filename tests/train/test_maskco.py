@@ -237,3 +237,23 @@ def test_compile_reaches_both_encoders_of_maskco(monkeypatch):
     assert (with_gradient, without) == (in_all, in_all)  # encoder, momentum encoder
     assert list(method.state_dict()) == keys
     torch._dynamo.reset()
+
+
+def train_convnext():
+    """Make two steps with a ConvNeXt, whose head.norm comes after the last map."""
+    torch.manual_seed(0)
+    settings = TrainConfig(data="", out="", batch_size=4, precision="fp32")
+    setup = Setup(encoder="timm:test_convnext", batch_size=4)
+    method = prepare_model_(MaskCoConfig(queue=11).build(setup), settings, torch.device("cpu"))
+    step = TrainingStep(method, settings, torch.device("cpu"))
+    before = {name: value.clone() for name, value in method.encoder.named_parameters()}
+    for _ in range(2):
+        step([batch_of()], lr=0.1)
+    after = dict(method.encoder.named_parameters())
+    return {name for name, value in before.items() if torch.equal(value, after[name])}
+
+
+def test_weights_after_the_map_stay_on_one_rank_and_on_two(two_ranks):
+    unused = {"head.norm.weight", "head.norm.bias"}
+    assert train_convnext() == unused
+    assert two_ranks(train_convnext) == [unused, unused]

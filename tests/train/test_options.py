@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,23 @@ def test_user_mistakes_are_user_errors(shards, tmp_path, monkeypatch, option, va
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     with pytest.raises(UserError, match=message):
         main()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "is_accepted"),
+    [
+        (4, {"batch_size": 4}, False),
+        (4, {"batch_size": 4, "sync_bn": True}, True),
+        (2, {"batch_size": 4, "grad_accum_steps": 2, "sync_bn": True}, True),
+        (1, {"batch_size": 1, "sync_bn": True}, False),
+        (1, {"batch_size": 2, "grad_accum_steps": 2, "sync_bn": True}, False),
+    ],
+)
+def test_one_image_per_process_needs_synchronized_norms(monkeypatch, ranks, changes, is_accepted):
+    monkeypatch.setattr("train.config.world_size", lambda: ranks)
+    refused = pytest.raises(UserError, match="one image per process")
+    with nullcontext() if is_accepted else refused:
+        resolve_config(config("data", "out", **changes), torch.device("cpu"))
 
 
 def indivisible():

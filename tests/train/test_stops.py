@@ -62,7 +62,7 @@ def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path, two_ranks):
     assert process.wait() == 1
     assert (
         "error: rank 1 of 2 processes died or was silent for 4 s (--rank-timeout); "
-        "run the same command again to resume from the last checkpoint\n"
+        "run the same command again, which resumes from the last checkpoint if there is one\n"
     ) in process.said
 
     process, workers = started(shards, out, tmp_path / "killed")

@@ -144,7 +144,8 @@ def test_checkpoints_from_elsewhere_are_backbone_and_encoder(name, trunk, other,
     told = capsys.readouterr().out
     assert told.count("\n") == 1
     assert f"{name}: " in told
-    assert "evaluated on plain images of 224 pixels" in told
+    load_encoder(str(path), notes_images=True)
+    assert capsys.readouterr().out == f"{path}: evaluated on plain images of 224 pixels\n"
     assert (metadata["encoder"], metadata["stem"]) == ("resnet18", "imagenet")
     if name == "moco.pth.tar":
         assert "state_dict.module.encoder_q, 100 of 244" in told

@@ -13,6 +13,7 @@ Markdown table from such lines. `knn`, `linear` and `detection` also run under t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -21,7 +22,7 @@ from schemas import UserError
 from schemas.cli import parse, run, run_subcommand
 from train.distributed import is_main
 from train.evaluate import export, knn, linear, results, tables
-from train.process_group import join_process_group
+from train.process_group import join_process_group, parse_on_all_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ def run_evaluation(
     options_class: type[Any], evaluate: Callable, format_result: Callable, argv: list[str]
 ) -> None:
     """Parse the options, evaluate on every rank, and print the result on rank 0."""
-    options = parse(options_class, argv)
-    with join_process_group(device=options.device):
+    options = parse_on_all_ranks(partial(parse, options_class, argv))
+    with join_process_group(options.rank_timeout, options.device):
         result = evaluate(options)
         if is_main():
             print(format_result(result))

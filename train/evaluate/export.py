@@ -10,7 +10,7 @@ import tyro
 from torch import Tensor
 
 from schemas import UserError
-from train.encoders import load_encoder
+from train.encoders import get_stem, load_encoder
 from train.timm_encoders import is_timm
 
 Format = Literal["torchvision", "timm", "safetensors", "detectron2"]
@@ -48,6 +48,11 @@ def export(options: ExportOptions) -> Path:
     out = Path(options.out or path.with_name(f"{options.format}{SUFFIX[options.format]}"))
     if options.format != "safetensors":
         check_family(options.format, metadata["encoder"], str(path))
+        if get_stem(metadata) != "imagenet":
+            raise UserError(
+                f"{path}: has the small stem, which {options.format}'s ResNets do not have; take "
+                "--format safetensors, with train.encoders.build_encoder(NAME, 'small') to load it"
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.format in ("torchvision", "timm"):
         torch.save(state, out)
@@ -56,8 +61,6 @@ def export(options: ExportOptions) -> Path:
 
         save_file(state, out, metadata)
     else:
-        if metadata.get("stem", "imagenet") != "imagenet":
-            raise UserError(f"{path}: has the small stem, which detectron2's ResNets do not have")
         content = {
             "model": {to_detectron2_name(name): to_numpy(x) for name, x in state.items()},
             "__author__": "saliency-shards",

@@ -44,6 +44,8 @@ class KnnOptions:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the encoder. auto: fp32 for an encoder that was trained in fp32; otherwise bf16
     if the device supports it."""
+    rank_timeout: int = 600
+    """Seconds after which a process that does not answer counts as dead and the job ends."""
     cache: str | None = None
     """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
     a remote dataset and none for a local one."""
@@ -60,7 +62,7 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
     with raise_on_all_ranks():
         device = pick_device(options.device)
         torch.backends.cuda.matmul.allow_tf32 = False  # kNN compares close similarities
-        encoder, metadata, path = load_encoder(options.encoder)
+        encoder, metadata, path = load_encoder(options.encoder, notes_images=True)
         train, test = open_labeled_pair(options.data, options.test_data)
         check_neighbors(options.neighbors, len(train) - (test is None))
 

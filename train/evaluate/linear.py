@@ -66,6 +66,8 @@ class LinearOptions:
     """Random seed for the classifier's weights, sample order and crops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch finds a GPU, else cpu."""
+    rank_timeout: int = 600
+    """Seconds after which a process that does not answer counts as dead and the job ends."""
     log_steps: int = 10
     """Steps between two log lines."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -89,7 +91,7 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
     """
     with raise_on_all_ranks():
         device = pick_device(options.device)
-        _, metadata, path = load_encoder(options.encoder)
+        _, metadata, path = load_encoder(options.encoder, notes_images=True)
         train_set, test_set = open_labeled_pair(options.data, options.test_data)
         assert test_set is not None
     recipe = build_eval_recipe(metadata)
@@ -168,6 +170,7 @@ def build_train_config(
         seed=options.seed,
         device=options.device,
         precision=precision,
+        rank_timeout=options.rank_timeout,
         log_steps=options.log_steps,
         keep_checkpoints=1,
         cache=options.cache,

@@ -33,9 +33,9 @@ from pipeline import Recipe
 from schemas import UserError
 from train.distributed import all_mean_, world_size
 from train.encoders import compute_feature_map
-from train.methods.method import Setup, require_keys
+from train.methods.method import OptimizationGroup, Setup, require_keys
 from train.methods.momentum import MomentumConfig, MomentumMethod
-from train.timm_encoders import is_timm_encoder
+from train.timm_encoders import has_parameters_after_map, is_timm_encoder
 
 ADVICE = "take --recipe maskco"
 
@@ -104,6 +104,10 @@ class MaskCo(MomentumMethod):
             if config.prediction_head
             else nn.Identity()
         )
+        self.has_unused = is_timm_encoder(self.encoder) and has_parameters_after_map(self.encoder)
+
+    def optimization_groups(self) -> list[OptimizationGroup]:
+        return [OptimizationGroup(self, has_unused=self.has_unused)]
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         if batch.query_regions is None:

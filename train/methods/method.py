@@ -58,6 +58,8 @@ class OptimizationGroup:
     """Factor on the learning rate of the training."""
     prefix: str = ""
     """Prefix of the names of its scalars in the log."""
+    has_unused: bool = False
+    """The loss does not depend on some of the weights; these stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,8 @@ class MethodConfig(ABC):
 
     name: ClassVar[str]
     """Name of the method in checkpoints, encoder files and tables."""
+    epoch_name: ClassVar[str] = "epoch"
+    """Name of the trainer's epochs on the terminal."""
 
     free: ClassVar[frozenset[str]] = frozenset()
     """Options that may differ when a run resumes, for example the path of a file whose digest is an
@@ -84,6 +88,10 @@ class MethodConfig(ABC):
         Raises:
             UserError: names the recipe, or the option, to use instead.
         """
+
+    def describe_images(self) -> str | None:
+        """Describe the images in a few words; None if they are the views of a recipe."""
+        return None
 
     def notes(self, recipe: Recipe, batch_size: int) -> list[str]:
         """Return notes on these options with this recipe, one line each.

@@ -115,6 +115,8 @@ class DetectionOptions:
     """Random seed for new layers, picture order and flips."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch finds a GPU, else cpu."""
+    rank_timeout: int = 600
+    """Seconds after which a process that does not answer counts as dead and the job ends."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the networks; losses are fp32. auto: bf16 if the device supports it."""
     log_steps: int = 20
@@ -130,9 +132,9 @@ def evaluate(options: DetectionOptions) -> dict[str, Any]:
     with raise_on_all_ranks():
         metadata, path, train_set, test_set, job = prepare_detection(options)
         if is_main():
-            for data in (train_set, test_set):
-                changes = describe_changes(data)
-                print(f"{data.name}: {len(data.pictures)} pictures, {changes}", flush=True)
+            untrainable = len(train_set.pictures) - len(train_set.select_trainable())
+            print(describe_set(train_set, f"{untrainable} without an object to train on"))
+            print(describe_set(test_set), flush=True)
     train_job(job)
     cast(DetectionLoader, job.views).close()
     detections = detect_all(cast(Detector, job.method), test_set, job.config.precision, job.device)
@@ -237,6 +239,7 @@ def build_train_config(
         ),
         seed=options.seed,
         device=options.device,
+        rank_timeout=options.rank_timeout,
         precision=options.precision,
         keep_checkpoints=1,
         log_steps=options.log_steps,
@@ -275,8 +278,7 @@ def format_result(row: dict[str, Any]) -> str:
     return f"trained on {row['data']}, tested on {row['test_images']} pictures: {scores}"
 
 
-def describe_changes(data: Pictures) -> str:
-    """Describe what was left out or changed when the set was read."""
-    untrainable = len(data.pictures) - len(data.select_trainable())
-    parts = [f"{untrainable} without an object to train on"]
-    return ", ".join(parts + [f"{count} {change}" for change, count in data.odd.items()])
+def describe_set(data: Pictures, *notes: str) -> str:
+    """Describe the size of a set, and what was left out or changed when it was read."""
+    changes = [f"{count} {change}" for change, count in data.odd.items()]
+    return f"{data.name}: {', '.join([f'{len(data.pictures)} pictures', *notes, *changes])}"

@@ -43,6 +43,7 @@ class DetectorConfig(MethodConfig):
 
     name: ClassVar[str] = "detection"
     free: ClassVar[frozenset[str]] = frozenset({"path"})
+    epoch_name: ClassVar[str] = "part"
 
     path: str
     """File of the encoder, or folder of its run; empty for random weights."""
@@ -63,6 +64,10 @@ class DetectorConfig(MethodConfig):
 
     def build(self, setup: Setup) -> "Detector":
         return Detector(self, setup)
+
+    def describe_images(self) -> str:
+        sides = dict.fromkeys([min(self.short_sides), max(self.short_sides)])
+        return f"short sides of {' to '.join(map(str, sides))} px"
 
 
 class Body(nn.Module):
