@@ -3,9 +3,10 @@
     make demo          or          python examples/demo.py --out out/demo
 
 No download and no GPU. Saliency goes into shards, a contact sheet shows the views, and MoCo v2 is
-trained twice for the same number of steps: on plain views, and on views masked by the `hp` recipe.
-At the end it prints one table and draws one picture: the kNN accuracy of both encoders and of an
-untrained one. After an interruption, run the same command again to resume.
+trained three times for the same number of steps: on plain views, on views behind the high-pass
+filter of the `hp` recipe, and on views that `hp` also masks. At the end it prints one table and
+draws one picture: the kNN accuracy of the three encoders and of an untrained one. After an
+interruption, run the same command again to resume.
 """
 
 import argparse
@@ -24,26 +25,42 @@ TRAIN_SCENES, TEST_SCENES = 1600, 1600
 CROP = 56
 EPOCHS = 6
 NEIGHBORS = 20
+COLORS = ("#bbb", "#88a", "#7a9", "#c63")
 SETTINGS = (
     *("--method", "moco", "--encoder", "timm:regnetx_002", "--crop-size", CROP, "--device", "cpu"),
     *("--batch-size", 64, "--queue", 512),
     # The published numbers are for 200 epochs of 126,689 images; these learn within 150 steps.
     *("--ema-momentum", 0.99, "--lr", 0.06),
 )
-"""Options of both trainings, which differ only in the recipe."""
+"""Options of all trainings, which differ only in the recipe."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training of the comparison: its name, its folder below `--out`, its recipe."""
+    """One training of the comparison.
+
+    Attributes:
+        folder: its folder below `--out`.
+        recipe: its recipe, as options.
+        has_baseline: True if an untrained encoder is evaluated on the same images.
+    """
 
     name: str
     folder: str
     recipe: tuple[object, ...]
+    has_baseline: bool = True
 
 
-PLAIN = Arm("MoCo v2", "plain", ("--recipe", "none"))
-MASKED = Arm("MoCo v2, masked (hp)", "masked", ("--recipe", "hp", "--recipe.hard-negatives", 0))
+ARMS = (
+    Arm("MoCo v2", "plain", ("--recipe", "none")),
+    Arm("MoCo v2, high-pass", "high-pass", ("--recipe", "none", "--recipe.high-pass")),
+    Arm(
+        "MoCo v2, high-pass, masked (hp)",
+        "masked",
+        ("--recipe", "hp", "--recipe.hard-negatives", 0),
+        has_baseline=False,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,8 @@ def train_arguments(out: Path, arm: Arm, epochs: int, seed: int) -> list[object]
 def evaluate_arguments(out: Path, arm: Arm) -> list[object]:
     return [
         *("knn", "--encoder", out / arm.folder, "--data", out / "train"),
-        *("--test-data", out / "test", "--neighbors", NEIGHBORS, "--baseline"),
+        *("--test-data", out / "test", "--neighbors", NEIGHBORS),
+        *(["--baseline"] if arm.has_baseline else []),
     ]
 
 
@@ -96,17 +114,15 @@ def latest_accuracy(out: Path, arm: Arm) -> dict[str, float]:
 def collect_rows(out: Path) -> list[Row]:
     """Return the lines of the table.
 
-    The encoder of `hp` sees high-pass images, so an untrained encoder has two accuracies: one on
-    the images that the plain encoder sees, one on those that the masked encoder sees. The table
-    shows the higher one.
+    An untrained encoder has two accuracies, on plain and on high-pass images; the table shows the
+    higher one.
     """
-    plain, masked = latest_accuracy(out, PLAIN), latest_accuracy(out, MASKED)
-    untrained = max(plain["untrained"], masked["untrained"])
-    return [
-        Row("untrained encoder", untrained),
-        Row(PLAIN.name, plain["trained"]),
-        Row(MASKED.name, masked["trained"]),
+    accuracies = [latest_accuracy(out, arm) for arm in ARMS]
+    untrained = max(of_arm.get("untrained", 0.0) for of_arm in accuracies)
+    trained = [
+        Row(arm.name, of_arm["trained"]) for arm, of_arm in zip(ARMS, accuracies, strict=True)
     ]
+    return [Row("untrained encoder", untrained), *trained]
 
 
 def format_table(rows: list[Row]) -> str:
@@ -122,9 +138,9 @@ def draw_picture(rows: list[Row], path: Path, test_images: int) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 2.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6, 2.6), layout="constrained")
     names = [row.name for row in rows]
-    bars = axes.barh(names, [100 * row.accuracy for row in rows], color=["#bbb", "#88a", "#c63"])
+    bars = axes.barh(names, [100 * row.accuracy for row in rows], color=COLORS)
     axes.bar_label(bars, fmt="%.1f %%", padding=3)
     axes.set(xlim=(0, 100), xlabel=f"kNN top-1 on {test_images} generated scenes, %")
     axes.invert_yaxis()
@@ -136,17 +152,18 @@ def report(out: Path, seconds: float) -> str:
     rows = collect_rows(out)
     test = ShardDataset.open(out / "test")
     draw_picture(rows, out / "demo.png", len(test))
-    steps = [row for row in read_json_lines(out / MASKED.folder / "metrics.jsonl") if "loss" in row]
+    last = out / ARMS[-1].folder
+    steps = [row for row in read_json_lines(last / "metrics.jsonl") if "loss" in row]
     return "\n".join(
         [
             f"\n== result, after {seconds:.0f} s",
             format_table(rows),
             "",
-            f"both trained for {steps[-1]['step']} steps; {len(test)} test images of "
+            f"all trained for {steps[-1]['step']} steps; {len(test)} test images of "
             f"{len(test.classes)} classes; k = {NEIGHBORS}",
             f"picture     {out / 'demo.png'}",
             f"views       {out / 'preview.png'}",
-            f"encoder     {out / MASKED.folder / 'encoder.safetensors'}",
+            f"encoder     {last / 'encoder.safetensors'}",
             f"curves      tensorboard --logdir {out}",
         ]
     )
@@ -156,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for all of it")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of each training")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of both trainings")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of all trainings")
     options = parser.parse_args()
     out, start = options.out, time.monotonic()
 
@@ -171,7 +188,7 @@ def main() -> None:
         *("saliency-pipeline", "preview", "--data", out / "train", "--recipe", "hp"),
         *("--crop-size", CROP, "--out", out / "preview.png"),
     )
-    for arm in (PLAIN, MASKED):
+    for arm in ARMS:
         arguments = train_arguments(out, arm, options.epochs, options.seed)
         run_step(f"train {arm.name}", "saliency-train", *arguments)
         run_step("its kNN accuracy", "saliency-evaluate", *evaluate_arguments(out, arm))

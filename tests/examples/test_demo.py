@@ -51,8 +51,9 @@ def finished(demo, make_sample, tmp_path: Path) -> Path:
         [result("trained", 0.1), result("trained", 0.5), result("untrained", 0.3)],
     )
     write_lines(
-        tmp_path / "masked/results.jsonl", [result("trained", 0.8), result("untrained", 0.4)]
+        tmp_path / "high-pass/results.jsonl", [result("trained", 0.7), result("untrained", 0.4)]
     )
+    write_lines(tmp_path / "masked/results.jsonl", [result("trained", 0.8)])
     write_lines(
         tmp_path / "masked/metrics.jsonl",
         [{"step": 10, "loss": 6.0}, {"step": 250, "loss": 5.0}, {"epoch": 10, "knn_20": 0.8}],
@@ -62,22 +63,23 @@ def finished(demo, make_sample, tmp_path: Path) -> Path:
 
 def test_the_trainings_differ_in_the_recipe_alone(demo, tmp_path):
     arguments = [
-        [str(word) for word in demo.train_arguments(tmp_path, arm, 3, 7)]
-        for arm in (demo.PLAIN, demo.MASKED)
+        [str(word) for word in demo.train_arguments(tmp_path, arm, 3, 7)] for arm in demo.ARMS
     ]
-    plain, masked = (parse_command_line(words) for words in arguments)
-    assert plain.recipe.fill == "none"
+    plain, filtered, masked = (parse_command_line(words) for words in arguments)
+    assert plain.recipe.fill == filtered.recipe.fill == "none"
     assert masked.recipe.fill == "noise"
-    assert plain.out != masked.out
-    assert replace(masked, recipe=plain.recipe, out=plain.out) == plain
+    assert replace(filtered.recipe, high_pass=False) == plain.recipe
+    for other in (filtered, masked):
+        assert plain.out != other.out
+        assert replace(other, recipe=plain.recipe, out=plain.out) == plain
     assert (plain.epochs, plain.seed) == (3, 7)
 
 
 def test_the_report_has_the_latest_accuracies(demo, finished):
     rows = {row.name: row.accuracy for row in demo.collect_rows(finished)}
-    assert list(rows.values()) == [0.4, 0.5, 0.8]
+    assert list(rows.values()) == [0.4, 0.5, 0.7, 0.8]
     text = demo.report(finished, 12.0)
-    for line in ("untrained encoder", "MoCo v2 ", "MoCo v2, masked"):
+    for line in ("untrained encoder", "MoCo v2 ", "MoCo v2, high-pass ", "high-pass, masked"):
         assert line in text
     assert "40.0%" in text
     assert "80.0%" in text
@@ -86,13 +88,13 @@ def test_the_report_has_the_latest_accuracies(demo, finished):
 
 
 def test_equal_results_are_equal_pictures(demo, tmp_path):
-    rows = [demo.Row("a", 0.2), demo.Row("b", 0.4), demo.Row("c", 0.9)]
+    rows = [demo.Row("a", 0.2), demo.Row("b", 0.4), demo.Row("c", 0.9), demo.Row("d", 0.7)]
     contents = []
     for name in ("one.png", "two.png"):
         demo.draw_picture(rows, tmp_path / name, 100)
         contents.append((tmp_path / name).read_bytes())
     assert contents[0] == contents[1]
-    demo.draw_picture([*rows[:2], demo.Row("c", 0.5)], tmp_path / "three.png", 100)
+    demo.draw_picture([*rows[:3], demo.Row("d", 0.5)], tmp_path / "three.png", 100)
     assert (tmp_path / "three.png").read_bytes() != contents[0]
 
 
