@@ -26,8 +26,21 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARDS = 60
 
 
+class HeldScenes(DemoScenes):
+    """Scenes that cannot be read once a third of the shards are written, until a file exists."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__("", "train", False)
+        self.shards, self.release = out / "shards", out.with_suffix(".release")
+
+    def read(self, image: SourceImage) -> bytes:
+        while not self.release.exists() and len(list(self.shards.glob("*.parquet"))) >= SHARDS // 3:
+            time.sleep(0.05)
+        return super().read(image)
+
+
 def job(out: Path) -> Job:
-    source = DemoScenes("", "train", False)
+    source = HeldScenes(out)
     images = [image for image in source.images() if isinstance(image, SourceImage)][: SHARDS * 4]
     plan = make_plan(images, seed=0, shard_samples=4)
     return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
@@ -49,6 +62,7 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
     first = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     one, two = tmp_path / "one", tmp_path / "two"
+    one.with_suffix(".release").touch()
     built: list[int] = []
 
     def wait_for_shards(count: int) -> None:
@@ -61,6 +75,7 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
         cluster.add_node(num_cpus=1)
         wait_for_shards(6)
         cluster.remove_node(first, allow_graceful=False)
+        two.with_suffix(".release").touch()
 
     changes = threading.Thread(target=change_nodes, daemon=True)
     # in a process of its own: this one may be connected to a Ray that other tests share
