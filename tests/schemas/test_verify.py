@@ -207,10 +207,13 @@ def test_a_table_that_cannot_be_read(folder: Path, name: str, damage: str) -> No
 @pytest.mark.parametrize("name", ["samples.parquet", "rejects.parquet"])
 def test_no_flipped_byte_of_a_table_ends_the_verification(folder: Path, name: str) -> None:
     good = (folder / name).read_bytes()
+    seen = []
     for place in range(0, len(good), 97):
         flip(folder / name, place)
-        problems(folder)
+        seen.append(problems(folder))
         (folder / name).write_bytes(good)
+    assert any(name in f"{problem.where} {problem.what}" for found in seen for problem in found)
+    assert problems(folder) == []
 
 
 def test_an_extension_that_stopped_before_the_card(folder: Path, whole: Path) -> None:
