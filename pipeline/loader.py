@@ -97,6 +97,7 @@ class MaskedViews:
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.device = devices.device_of(device)
         check_masks_and_fills(self.recipe)
+        self._code = digest_custom_functions(self.recipe)  # now: the file may change while it runs
         if decode_on not in get_args(DecodeOn):
             raise UserError(f"decode_on {decode_on!r}: choose gpu or cpu")
         for extra in report:
@@ -199,7 +200,7 @@ class MaskedViews:
             )
         saved = convert_fingerprint(state)
         # an older state does not have the digests of custom functions
-        defaults = build_default_fingerprint() | digest_custom_functions(self.recipe)
+        defaults = build_default_fingerprint() | self._code
         changes = differences(saved, self._fingerprint(), defaults)
         is_batch_size_only = [change.name for change in changes] == ["batch_size"]
         if changes and not (is_batch_size_only and state["step"] == 0):
@@ -226,7 +227,7 @@ class MaskedViews:
             "seed": self.seed,
             "shuffle_shards": self.order.shuffle_shards,
             "streams": self.order.streams,
-            **digest_custom_functions(self.recipe),
+            **self._code,
         }
 
     def _next(self) -> Batch:

@@ -1,14 +1,16 @@
 """Find the missing shards; refuse to resume under other settings."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 from typing import Any
 
+from schemas.dataset import read_card
 from schemas.errors import FormatError, UserError
 from schemas.parallel import map_ahead
 from schemas.settings import differences, sentence
 from schemas.shard import MARKERS_AT_A_TIME, ShardMarker, read_marker, read_markers
 from schemas.storage import Store
-from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, shard_name
+from schemas.tables import CARD, SHARD_FOLDER, shard_name
 
 SUFFIXES = ("tar", "idx", "parquet")
 OF_ONE_PLAN = ("images", "shards", "plan", "first_shard")
@@ -27,12 +29,11 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
     """
     first = settings.get("first_shard", 0)
     files = {f"{SHARD_FOLDER}/{name}": size for name, size in store.sizes(SHARD_FOLDER).items()}
-    advice = give_advice(store, files, first)
     if first:
         if shard_name(0, "parquet") not in files:
             raise UserError(describe_missing_markers(store, first))
         old, new = map(drop_plan, (read_marker(store, 0).settings, settings))
-        refuse_other_settings(store, old, new, defaults, "Give the earlier values")
+        refuse_other_settings(store, old, new, defaults, lambda: "Give the earlier values")
     end = first + settings["shards"]
     own = {shard_name(shard, suffix) for shard in range(end) for suffix in SUFFIXES}
 
@@ -40,6 +41,7 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
         tar, index, parquet = (shard_name(shard, suffix) for suffix in SUFFIXES)
         marker = sound_marker(store, shard) if parquet in files else None
         if marker:
+            advice = partial(give_advice, store, files, first)
             refuse_other_settings(store, marker.settings, settings, defaults, advice)
         return not marker or files.get(tar) != marker.row.bytes or index not in files
 
@@ -88,10 +90,9 @@ def refuse_shard_of_other_job(
     old, new = marker.settings, settings
     if is_extended:
         old, new = drop_plan(old), drop_plan(new)
-    changes = differences(old, new, defaults)
-    if not changes:
+    text = describe_changes(old, new, defaults)
+    if text is None:
         return
-    text = sentence(difference for difference in changes if difference.name != "plan")
     advice = f"delete {shard_name(shard, '*')} there and run this command again, or choose"
     raise UserError(
         f"{store.url}: shard {shard} was written by another job: "
@@ -101,18 +102,35 @@ def refuse_shard_of_other_job(
 
 
 def refuse_other_settings(
-    store: Store, old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], advice: str
+    store: Store,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    defaults: dict[str, Any],
+    advise: Callable[[], str],
 ) -> None:
-    """Compare the settings of two jobs. Raises a UserError that names each difference."""
-    changes = differences(old, new, defaults)
-    if not changes:
+    """Compare the settings of two jobs. Raises a UserError that names each difference.
+
+    Args:
+        advise: returns what to do about it; called only if there is a difference.
+    """
+    text = describe_changes(old, new, defaults)
+    if text is None:
         return
-    text = sentence(difference for difference in changes if difference.name != "plan")
     raise UserError(
         f"{store.url}: was made with other settings: "
-        f"{text or 'other source images, or the same under other names'}. {advice}, or choose "
+        f"{text or 'other source images, or the same under other names'}. {advise()}, or choose "
         "another OUT"
     )
+
+
+def describe_changes(
+    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]
+) -> str | None:
+    """Return the differences as text, empty if only the plan differs; None without any."""
+    changes = differences(old, new, defaults)
+    if not changes:
+        return None
+    return sentence(difference for difference in changes if difference.name != "plan")
 
 
 def give_advice(store: Store, files: Container[str], first: int) -> str:
@@ -128,7 +146,7 @@ def give_advice(store: Store, files: Container[str], first: int) -> str:
             f"extension, delete its shards ({shard_name(first, '*')} and later) to begin it anew"
         )
     if store.exists(CARD):
-        shards = range(DatasetCard.from_json(store.read(CARD), store.location(CARD)).shards)
+        shards = range(read_card(store).shards)
         if all(shard_name(shard, "parquet") in files for shard in shards):
             return (
                 "Give the earlier values, delete the folder to make it anew, add new images by "

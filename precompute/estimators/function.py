@@ -1,13 +1,11 @@
 """Estimator that calls a user's function: `--estimator ./my_maps.py:center`."""
 
-import hashlib
-import inspect
 from typing import Any
 
 import numpy as np
 import torch
 
-from schemas.cli import imported
+from schemas.cli import digest_source, imported
 from schemas.errors import UserError
 
 
@@ -28,16 +26,12 @@ class FunctionEstimator:
 
     def __init__(self, path: str):
         self.function = imported("estimator", path)
-        try:
-            source = inspect.getsource(inspect.getmodule(self.function) or self.function)
-        except (TypeError, OSError) as error:
-            raise UserError(f"estimator {path!r}: {error}") from error
         self.path = path
         # It is unknown whether the function uses a GPU. Assuming that it does gives the more
         # cautious estimate of what further workers gain.
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.network_on_gpu = False
-        self.weights_sha256 = hashlib.sha256(source.encode()).hexdigest()
+        self.weights_sha256 = digest_source("estimator", path)
         self.side = self.maps([np.zeros((32, 32, 3), np.uint8)]).shape[-1]
 
     def __call__(self, images: Any) -> np.ndarray:
