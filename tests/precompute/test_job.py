@@ -169,9 +169,11 @@ def test_other_source_images_are_refused(uninterrupted: Path) -> None:
     there = read_marker(Store(uninterrupted), 0).settings
     other = there | {"estimator": {"name": "scda", "backbone": "resnet50"}}
     with pytest.raises(UserError, match=r"settings: estimator\.name was spectral, is scda\."):
-        refuse_other_settings(Store(uninterrupted), there, other, {}, "")
+        refuse_other_settings(Store(uninterrupted), there, other, {}, lambda: "")
     with pytest.raises(UserError, match="other source images"):
-        refuse_other_settings(Store(uninterrupted), there, there | {"plan": "other"}, {}, "")
+        refuse_other_settings(
+            Store(uninterrupted), there, there | {"plan": "other"}, {}, lambda: ""
+        )
 
 
 @pytest.fixture(scope="module")
