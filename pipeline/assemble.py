@@ -1,30 +1,25 @@
 """Turn crops into the encoder's input: jitter, normalization, high-pass, masks and fills."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-import cv2
 import torch
 from torch import Tensor
 
-from pipeline import devices, photometric, regions
+from pipeline import photometric, regions
 from pipeline.batch import Extra
-from pipeline.crop import crop_on_host
 from pipeline.fills import FILLS
 from pipeline.fused import FUSED_FILLS
+from pipeline.host_threads import get_threads, split_rows
 from pipeline.masks import Masks, draw_masks
 from pipeline.pixels import Masking, make_views
 from pipeline.recipes import Recipe
 from pipeline.registry import find
-from pipeline.rng import BatchRng, Rng
+from pipeline.rng import WORDS_AHEAD, BatchRng, Purpose, Rng, count_normal_words
 
 COPIES = ("query", "key", "hard_negative")
 """Kinds of views in a batch; a sample may have several hard negatives."""
-
-PART = 8
-"""Views that a CPU thread works on at a time: 5 MB at 224 pixels, which fits into its caches."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,30 @@ def assemble(
         )
     extras = collect_extras(crops, parameters, masks, recipe.crop_size, report)
     return images | region_fields | extras
+
+
+def count_words(recipe: Recipe) -> dict[tuple[Purpose, int], int]:
+    """Return how many random words `assemble` needs of each stream, so as to draw them ahead.
+
+    Other masks and fills may need more; they draw them when they do.
+    """
+    words: dict[tuple[Purpose, int], int] = {("photometric", 0): WORDS_AHEAD}
+    if recipe.regions:
+        words["regions", 0] = WORDS_AHEAD
+    if recipe.fill == "none":
+        return words
+    cells = recipe.grid**2 * (3 if recipe.channel_probability > 0 else 1)
+    streams: list[tuple[Purpose, int]] = []  # of the masks; the fill has one for each, too
+    if recipe.branch != "key":
+        streams.append(("query", 0))
+    if recipe.branch != "query":
+        streams.append(("key", 0))
+    streams += [("hard_negative", number) for number in range(recipe.hard_negatives)]
+    for name, number in streams:
+        words[name, number] = cells + WORDS_AHEAD
+        if recipe.fill == "noise":
+            words["fill", COPIES.index(name) + number] = count_normal_words(3 * recipe.cell**2)
+    return words
 
 
 def allocate_images(count: int, side: int) -> Tensor:
@@ -166,44 +185,6 @@ def compute_content(recipe: Recipe, std: float, rng: Rng, image: Tensor) -> Tens
         return function(image, recipe, std, rng)
     # a user's function may work in place or in float64
     return function(image.clone(), recipe, std, rng).float()
-
-
-def split_rows(size: int) -> list[slice]:
-    """Split the rows of a batch into the parts that a CPU thread works on at a time."""
-    return [slice(start, min(start + PART, size)) for start in range(0, size, PART)]
-
-
-@cache
-def get_threads() -> ThreadPoolExecutor:
-    """Return the thread pool for parts of a batch; each thread uses one core, without barriers."""
-    # torch reads the last number that any thread set when a thread first computes in parallel, and
-    # keeps it: ask here, so that the caller's own number is not the 1 of the pool's threads
-    torch.get_num_threads()
-    # for the whole process: OpenCV would start threads of its own for views above 256 pixels
-    cv2.setNumThreads(1)
-    return ThreadPoolExecutor(devices.count_cpu_threads(), "views", torch.set_num_threads, (1,))
-
-
-def crop_all_on_host(
-    images: list[Tensor], windows: Tensor, recipe: Recipe, device: torch.device
-) -> Tensor:
-    """Crop each image to its window on the host.
-
-    Returns:
-        (N, side, side, 3) uint8, on the device.
-    """
-    side = recipe.crop_size
-    shape = (len(images), side, side, 3)
-    crops = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    pixels = crops.numpy()
-
-    def crop_rows(rows: slice) -> None:
-        for row in range(rows.start, rows.stop):
-            crop = crop_on_host(images[row], windows[row], side, recipe.interpolation)
-            pixels[row] = cv2.merge(list(crop.numpy()))
-
-    list(get_threads().map(crop_rows, split_rows(len(images))))
-    return crops.to(device, non_blocking=True)
 
 
 def require_saliency(view: View) -> Tensor:

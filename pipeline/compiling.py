@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ OLDEST_CAPABILITY = (7, 0)
 """Lowest compute capability that Inductor's kernels run on (torch/_inductor/scheduler.py)."""
 
 P = ParamSpec("P")
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
 @functools.cache
@@ -90,12 +91,12 @@ def is_compilable(arguments: Any) -> bool:
     return first.device.type == "cuda" and explain_missing_compiler(first.device) is None
 
 
-def compile_on_gpu(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def compile_on_gpu(function: Callable[P, Result]) -> Callable[P, Result]:
     """Decorate a tensor function so that it runs compiled when its tensors are on a GPU."""
     compiled = Compiled(function)
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         result = compiled.try_call(*args, **kwargs)
         return function(*args, **kwargs) if result is None else result
 

@@ -86,8 +86,8 @@ def build_pixel_mask(masks: Masks, row: int, side: int) -> np.ndarray:
 
     It is (side, side), or (side, side, 3) if the channels of the view have different masks.
     """
-    if masks.window is not None and masks.focal[row]:
-        return masks.window[row].numpy().view(np.uint8)
+    if masks.windows is not None and masks.focal[row]:
+        return masks.windows.select(slice(row, row + 1)).to_pixels()[0].numpy().view(np.uint8)
     cells = masks.cells[row].numpy().view(np.uint8)
     if (cells == cells[0]).all():
         cells = cells[:1]

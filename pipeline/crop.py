@@ -4,10 +4,13 @@ Windows are drawn exactly as in torchvision's RandomResizedCrop: in integer pixe
 attempts, and then the largest center crop whose aspect ratio is allowed.
 """
 
+import cv2
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from pipeline.host_threads import get_threads, split_rows
 from pipeline.recipes import Interpolation, Recipe
 from pipeline.rng import Rng
 
@@ -74,6 +77,42 @@ def compute_center_windows(height: np.ndarray, width: np.ndarray, fraction: floa
     side = fraction * np.minimum(height, width)
     y, x = side / height / 2, side / width / 2
     return np.stack([0.5 - y, 0.5 - x, 0.5 + y, 0.5 + x], axis=1).astype(np.float32)
+
+
+class HostCrops:
+    """The crops of a batch that the host's threads are making with `crop_on_host`.
+
+    Args:
+        images: N images, (H, W, 3) uint8.
+        windows: (N, 4) float32, as from `draw_windows`.
+        side, interpolation: see `crop_on_host`.
+        pinned: make them in pinned memory, which a GPU copies while the host goes on.
+    """
+
+    def __init__(
+        self,
+        images: list[Tensor],
+        windows: np.ndarray,
+        side: int,
+        interpolation: Interpolation = "bilinear",
+        pinned: bool = False,
+    ) -> None:
+        shape = (len(images), side, side, 3)
+        self._crops = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        pixels, windows_of = self._crops.numpy(), torch.from_numpy(windows)
+
+        def crop_rows(rows: slice) -> None:
+            for row in range(rows.start, rows.stop):
+                crop = crop_on_host(images[row], windows_of[row], side, interpolation)
+                pixels[row] = cv2.merge(list(crop.numpy()))
+
+        self._parts = [get_threads().submit(crop_rows, rows) for rows in split_rows(len(images))]
+
+    def wait(self) -> Tensor:
+        """Return the crops when all are made: (N, side, side, 3) uint8."""
+        for part in self._parts:
+            part.result()
+        return self._crops
 
 
 def crop_on_host(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.blur import build_shared_kernel, build_soft_blur_kernel, reflect
+from pipeline.masks import Windows
 from pipeline.photometric import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, Photometric
 from pipeline.recipes import SOFT_BLUR_SIGMAS, Recipe
 
@@ -42,14 +43,13 @@ class Cover(NamedTuple):
 
     Attributes:
         cells: (N, C, h, w) bool, C 1 or 3.
-        window: (N, H, W) bool or None. focal: (N,) bool, True where the window replaces the
-            cells.
+        windows: focal windows or None. focal: (N,) bool, True where the window replaces the cells.
         noise: (N, 3, cell, cell) float32, standard normal; None unless the fill is noise.
         std: standard deviation of the noise, in normalized units.
     """
 
     cells: Tensor
-    window: Tensor | None
+    windows: Windows | None
     focal: Tensor
     noise: Tensor | None
     std: float
@@ -241,10 +241,9 @@ def fill_masked(view: Tensor, content: Tensor, cover: Cover) -> Tensor:
     size, rows, columns, depth = cells.shape
     shape = (size, rows, height // rows, columns, width // columns, depth)
     is_masked = cells[:, :, None, :, None].expand(shape).reshape(size, height, width, depth)
-    if cover.window is not None:
-        is_masked = torch.where(
-            cover.focal.view(-1, 1, 1, 1), cover.window.unsqueeze(-1), is_masked
-        )
+    if cover.windows is not None:
+        window = cover.windows.to_pixels().unsqueeze(-1)
+        is_masked = torch.where(cover.focal.view(-1, 1, 1, 1), window, is_masked)
     if cover.noise is not None:
         tile = cover.noise.permute(0, 2, 3, 1)
         cell = tile.shape[1]

@@ -1,9 +1,10 @@
 """MaskedViews: an iterable of batches of masked views from shards, with exact resume.
 
-    order       selects the samples of a batch from (seed, epoch, step)
+    order       selects the samples of a batch from (seed, epoch, step)     }
     shards      reads their encoded bytes                                   } in a thread, ahead
     crop        draws a window and a flip for each view                     }
-    graph       decodes and crops with DALI                                 } ahead
+    rng         draws random numbers for the rest                           }
+    graph       decodes and crops                                           } ahead
     assemble    applies color jitter, filters, masks and fills
 
 All random numbers come from `rng`, so in one epoch a sample gets the same views whatever batch,
@@ -19,10 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from pipeline import devices
-from pipeline.assemble import View, assemble, crop_all_on_host
+from pipeline.assemble import View, assemble, count_words
 from pipeline.batch import EXTRAS, Batch, Extra
 from pipeline.cache import Cache
 from pipeline.crop import draw_windows
@@ -119,6 +119,7 @@ class MaskedViews:
             interpolation=self.recipe.interpolation,
             on_device=self.device.type == "cuda" and decode_on == "gpu",
         )
+        self._decode_on = self.device if self._spec.on_device else torch.device("cpu")
         self.dataset = ShardDataset.open(url)
         self.order = SampleOrder(
             [row.samples for row in self.dataset.shards],
@@ -234,11 +235,16 @@ class MaskedViews:
         if self._batches is None:
             reader = ShardReader(self.dataset, self._source, self.order, self.rank, self.world_size)
             batches = prepare_batches(
-                reader, self.order, self.recipe, self._spec.views, self.epoch, self.step
+                reader, self.order, self.recipe, self.device, self.epoch, self.step
             )
             self._ahead = ReadAhead(batches, BATCHES_AHEAD)
             self._batches = Decoder(
-                self._ahead, self._spec, self.device, self.batch_size, self.dataset.url
+                self._ahead,
+                self._spec,
+                self._decode_on,
+                self.batch_size,
+                self.dataset.url,
+                for_gpu=self.device.type == "cuda",
             )
         try:
             batch = self._assemble(next(self._batches))
@@ -252,11 +258,11 @@ class MaskedViews:
         return batch
 
     def _assemble(self, decoded: DecodedBatch) -> Batch:
-        encoded = decoded.prepared.encoded
+        encoded, rng = decoded.prepared.encoded, decoded.prepared.rng
+        assert rng is not None, "`prepare_batches` makes it"
         query, *key_views = (
             self._view(decoded, number) for number in range(len(decoded.prepared.windows))
         )
-        rng = BatchRng(self.seed, self.epoch, encoded.samples, self.device)
         key = key_views[0] if key_views else None
         fields = assemble(query, key, self.recipe, rng, self.report)
         if "keys" in self.report:
@@ -266,11 +272,14 @@ class MaskedViews:
 
     def _view(self, decoded: DecodedBatch, number: int) -> View:
         window = torch.from_numpy(decoded.prepared.windows[number])
-        saliency: Tensor | None = decoded.saliency[number] if decoded.saliency else None
-        if decoded.images is None:
-            return View(decoded.views[number], saliency, window)
-        crops = crop_all_on_host(decoded.images, window, self.recipe, self.device)
-        return View(crops, saliency, window)
+        # crops of the host are in pinned memory, so the copy to a GPU waits for nothing
+        image = decoded.views[number].to(self.device, non_blocking=True)
+        if not decoded.saliency:
+            return View(image, None, window)
+        saliency = decoded.saliency[number]
+        if saliency.device != self.device:
+            saliency = devices.to_device(saliency, self.device)
+        return View(image, saliency, window)
 
 
 def build_default_fingerprint() -> dict[str, Any]:
@@ -310,17 +319,28 @@ def convert_fingerprint(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_batches(
-    reader: ShardReader, order: SampleOrder, recipe: Recipe, views: int, epoch: int, step: int
+    reader: ShardReader,
+    order: SampleOrder,
+    recipe: Recipe,
+    device: torch.device,
+    epoch: int,
+    step: int,
 ) -> Iterator[PreparedBatch]:
-    """Read a rank's batches from a step on, without end, and draw the windows of each view."""
+    """Read a rank's batches from a step on, without end, and draw their random numbers.
+
+    All that a training needs of random numbers is drawn here, in the thread that reads ahead.
+    """
+    words = count_words(recipe)
     with closing(reader):
         while True:
             encoded = reader.read(epoch, step)
-            rng = BatchRng(order.seed, epoch, encoded.samples).stream("crop")
+            rng = BatchRng(order.seed, epoch, encoded.samples, device, words)
+            crop_rng = rng.stream("crop")
             windows = [
-                draw_windows(encoded.height, encoded.width, recipe, rng) for _ in range(views)
+                draw_windows(encoded.height, encoded.width, recipe, crop_rng)
+                for _ in range(1 + recipe.pair)
             ]
-            yield PreparedBatch(encoded, windows)
+            yield PreparedBatch(encoded, windows, rng)
             step += 1
             if step == order.steps:
                 epoch, step = epoch + 1, 0

@@ -200,7 +200,7 @@ def build_cover(masking: Masking | None) -> fused.Cover | None:
     if masking is None:
         return None
     masks = masking.masks
-    return fused.Cover(masks.cells, masks.window, masks.focal, masking.noise, masking.std)
+    return fused.Cover(masks.cells, masks.windows, masks.focal, masking.noise, masking.std)
 
 
 def mask_copies(view: Tensor, maskings: Sequence[Masking | None], recipe: Recipe) -> list[Tensor]:

@@ -9,6 +9,7 @@ Each purpose has its own stream, so crop windows and color jitter stay the same 
 fill is changed.
 """
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import numpy as np
@@ -40,6 +41,7 @@ class Rng:
         purpose: the use of the numbers.
         copy: distinguishes several streams for one purpose, for example one per hard negative.
         device: device of the returned tensors.
+        words: (N, 4 k) uint64, the first words of the streams, if they are drawn already.
     """
 
     def __init__(
@@ -50,26 +52,31 @@ class Rng:
         purpose: Purpose,
         copy: int = 0,
         device: torch.device | str = "cpu",
+        words: np.ndarray | None = None,
     ) -> None:
         self.samples, self.device = samples, torch.device(device)
         self._bits = Philox(
             key=np.array([seed, 0], np.uint64),
             counter=np.array([0, copy, PURPOSES.index(purpose), epoch], np.uint64),
         )
-        self._block = 0  # number of the next block of four words
-        self._words = np.empty((len(samples), 0), np.uint64)
+        self._words = np.empty((len(samples), 0), np.uint64) if words is None else words
+        self._block = self._words.shape[1] // 4  # number of the next block of four words
 
     def draw_words(self, count: int) -> np.ndarray:
         """Return the next `count` words of each stream, (N, count) uint64."""
         missing = count - self._words.shape[1]
         if missing > 0:
-            more = self._draw(max(missing, WORDS_AHEAD))
+            more = self.draw_blocks(max(missing, WORDS_AHEAD))
             self._words = np.concatenate([self._words, more], axis=1) if self._words.size else more
         drawn_words, self._words = self._words[:, :count], self._words[:, count:]
         return np.ascontiguousarray(drawn_words)
 
-    def _draw(self, count: int) -> np.ndarray:
-        """Draw at least `count` words of each stream, in blocks of four."""
+    def draw_blocks(self, count: int) -> np.ndarray:
+        """Draw at least `count` words of each stream in blocks of four, behind those in store.
+
+        Returns:
+            (N, 4 k) uint64, where k is the number of blocks.
+        """
         blocks = -(-count // 4)
         words = np.empty((len(self.samples), 4 * blocks), np.uint64)
         # one generator is moved from stream to stream: creating one takes ten times as long
@@ -106,24 +113,49 @@ class Rng:
             shape: see `on_host`.
         """
         count = int(np.prod(shape, dtype=np.int64)) // max(1, len(self.samples))
-        # Each sample draws a multiple of the vector register: on a CPU, the remaining numbers would
-        # be rounded differently, so that a number would depend on the batch that it is in.
-        words = self.draw_words(-(-count // REGISTER) * REGISTER // 2)
+        words = self.draw_words(count_normal_words(count))
         bits = to_device(torch.from_numpy(words.view(np.int32)), self.device)
         # 24 random bits as (k + 1/2) / 2^23 in (-1, 1): exact in float32, never -1 or 1
         centered = (bits >> 8).float().add_(0.5).mul_(2.0**-23)
         return centered.erfinv_().mul_(2**0.5)[:, :count].reshape(shape)
 
 
+def count_normal_words(count: int) -> int:
+    """Return the number of words of a stream from which it makes `count` normal numbers.
+
+    A word gives two. Each sample draws a multiple of the vector register: on a CPU, the remaining
+    numbers would be rounded differently, so that a number would depend on the batch that it is in.
+    """
+    return -(-count // REGISTER) * REGISTER // 2
+
+
 class BatchRng:
-    """The random streams of one batch. The arguments are those of `Rng`."""
+    """The random streams of one batch.
+
+    Args:
+        seed, epoch, samples, device: see `Rng`.
+        ahead: number of words of each stream to draw now, by purpose and copy. Streams that need
+            more draw them when they do, and so do those that are not named.
+    """
 
     def __init__(
-        self, seed: int, epoch: int, samples: np.ndarray, device: torch.device | str = "cpu"
+        self,
+        seed: int,
+        epoch: int,
+        samples: np.ndarray,
+        device: torch.device | str = "cpu",
+        ahead: Mapping[tuple[Purpose, int], int] | None = None,
     ) -> None:
         self.seed, self.epoch, self.samples = seed, epoch, samples
         self.device = torch.device(device)
+        self._words: dict[tuple[Purpose, int], np.ndarray] = {}
+        for (purpose, copy), count in (ahead or {}).items():
+            self._words[purpose, copy] = self.stream(purpose, copy).draw_blocks(count)
 
     def stream(self, purpose: Purpose, copy: int = 0, rows: slice = slice(None)) -> Rng:
         """Return a stream at its first number, for all samples or for some rows of them."""
-        return Rng(self.seed, self.epoch, self.samples[rows], purpose, copy, self.device)
+        words = self._words.get((purpose, copy))
+        return Rng(
+            *(self.seed, self.epoch, self.samples[rows], purpose, copy, self.device),
+            words=None if words is None else words[rows],
+        )

@@ -8,11 +8,16 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline import Batch, MaskedViews, assemble
+from pipeline import RECIPES, Batch, MaskedViews, assemble, crop, loader
+from pipeline.crop import HostCrops
+from pipeline.graph import Decoder
+from pipeline.rng import Rng
 from schemas import ShardDataset
 from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, small, take, views_of
 
@@ -189,7 +194,8 @@ def test_a_sample_looks_the_same_whatever_batch_rank_and_thread_it_is_in(
     """Compare views, masks, windows and colors of 40 samples of the second epoch bit for bit."""
 
     def epoch(batch_size: int, world_size: int, threads: int) -> dict:
-        monkeypatch.setattr(assemble, "get_threads", lambda: ThreadPoolExecutor(threads))
+        for module in (assemble, crop):
+            monkeypatch.setattr(module, "get_threads", lambda: ThreadPoolExecutor(threads))
         batches = []
         for rank in range(world_size):
             views = views_of(
@@ -207,6 +213,52 @@ def test_a_sample_looks_the_same_whatever_batch_rank_and_thread_it_is_in(
         for key in shared:
             for field, value in one[key].items():
                 assert torch.equal(value, other[key][field]), (options, key, field)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "released" not in name])
+def test_every_random_number_is_drawn_ahead(
+    dataset: ShardDataset, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No thread but the one that reads ahead draws words, and the numbers stay the same."""
+    drawing = set()
+    draw_blocks = Rng.draw_blocks
+
+    def noted(rng: Rng, count: int) -> np.ndarray:
+        drawing.add(threading.current_thread().name)
+        return draw_blocks(rng, count)
+
+    monkeypatch.setattr(Rng, "draw_blocks", noted)
+    ahead = take(views_of(dataset, name), 1)
+    assert drawing == {"read-ahead"}
+    monkeypatch.setattr(loader, "count_words", lambda recipe: {})
+    assert same(ahead, take(views_of(dataset, name), 1))
+    assert len(drawing) > 1
+
+
+def test_crops_that_are_made_a_batch_ahead_are_the_same(
+    dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crop ahead as for a GPU, but into memory that is not pinned, which needs one."""
+    extras = ("masks", "saliency", "windows", "crops", "keys")
+    expected = take(views_of(dataset, report=extras), 2 * SAMPLES // BATCH)
+    built = []
+
+    class CropsAhead(Decoder):
+        def __init__(self, *arguments: Any, for_gpu: bool) -> None:
+            super().__init__(*arguments, for_gpu=True)
+            built.append(self)
+
+    make_crops = HostCrops.__init__
+
+    def make_without_pinning(crops: HostCrops, *arguments: Any) -> None:
+        *others, pinned = arguments
+        assert pinned
+        make_crops(crops, *others)
+
+    monkeypatch.setattr(loader, "Decoder", CropsAhead)
+    monkeypatch.setattr(HostCrops, "__init__", make_without_pinning)
+    assert same(expected, take(views_of(dataset, report=extras), 2 * SAMPLES // BATCH))
+    assert built
 
 
 @pytest.mark.slow
@@ -302,7 +354,7 @@ def test_importing_does_not_touch_cuda() -> None:
 THREADS = """
 import torch
 torch.set_num_threads(3)
-from pipeline.assemble import get_threads
+from pipeline.host_threads import get_threads
 pool = get_threads()
 assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
 assert torch.get_num_threads() == 3, torch.get_num_threads()

@@ -81,7 +81,7 @@ def test_counts_follow_the_formula(name: str, role: Role) -> None:
     steps = np.arange(1, VIEWS + 1) / VIEWS
     assert max(abs(steps - ordered).max(), abs(steps - 1 / VIEWS - ordered).max()) < 2.7 / 50
 
-    cells = cells_of(dataclasses.replace(drawn, window=None), recipe.crop_size)
+    cells = cells_of(dataclasses.replace(drawn, windows=None), recipe.crop_size)
     blind = name == "mscn" and role == "query"
     for view, ratio, grid in zip(saliency.numpy(), drawn.ratio.tolist(), cells, strict=True):
         front = oracle.foreground(view)

@@ -149,9 +149,12 @@ def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.Mon
             moved.append(None)
             continue
         own = one.masks
-        window = None if own.window is None else own.window.to(device)
+        windows = own.windows
+        if windows is not None:
+            rows, columns = windows.rows.to(device), windows.columns.to(device)
+            windows = masks.Windows(rows, columns, windows.is_kept)
         on_gpu = masks.Masks(
-            own.cells.to(device), window, own.ratio.to(device), own.focal.to(device)
+            own.cells.to(device), windows, own.ratio.to(device), own.focal.to(device)
         )
         noise = None if one.noise is None else one.noise.to(device)
         moved.append(dataclasses.replace(one, masks=on_gpu, noise=noise))

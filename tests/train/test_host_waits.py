@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from pipeline.assemble import View, assemble
+from pipeline.assemble import View, assemble, count_words
 from pipeline.batch import Batch
 from pipeline.recipes import RECIPES, Recipe
 from pipeline.rng import BatchRng
@@ -76,7 +76,7 @@ def made_batch(recipe: Recipe, waits: HostWaits) -> Batch:
                 torch.from_numpy(corners),
             )
 
-    rng = BatchRng(0, 0, np.arange(IMAGES), GPU)
+    rng = BatchRng(0, 0, np.arange(IMAGES), GPU, count_words(recipe))
     key = view() if recipe.pair else None
     fields = assemble(view(), key, recipe, rng, frozenset())
     label = to_device(torch.arange(IMAGES), GPU)

@@ -1,0 +1,28 @@
+"""The pool of threads that make views on the host, each from a few rows of a batch."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import cv2
+import torch
+
+from pipeline import devices
+
+PART = 8
+"""Views that a thread works on at a time: 5 MB at 224 pixels, which fits into its caches."""
+
+
+def split_rows(size: int) -> list[slice]:
+    """Split the rows of a batch into the parts that a thread works on at a time."""
+    return [slice(start, min(start + PART, size)) for start in range(0, size, PART)]
+
+
+@cache
+def get_threads() -> ThreadPoolExecutor:
+    """Return the pool for parts of a batch; each of its threads uses one core, without barriers."""
+    # torch reads the last number that any thread set when a thread first computes in parallel, and
+    # keeps it: ask here, so that the caller's own number is not the 1 of the pool's threads
+    torch.get_num_threads()
+    # for the whole process: OpenCV would start threads of its own for views above 256 pixels
+    cv2.setNumThreads(1)
+    return ThreadPoolExecutor(devices.count_cpu_threads(), "views", torch.set_num_threads, (1,))
