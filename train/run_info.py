@@ -13,11 +13,14 @@ import torch
 
 from pipeline.cache import network_mount
 from schemas.json_lines import append_json_line
+from schemas.settings import fields_of
 from schemas.versions import version_of
 from train.config import TrainConfig, collect_settings, find_recipe_name
 from train.data import Views
 from train.distributed import world_size
 from train.methods import Method
+from train.optim import OptimConfig
+from train.option_ranges import format_flag
 
 PACKAGES = ("saliency-shards", "torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy")
 
@@ -125,6 +128,10 @@ def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
             f"the learning rate is to drop at epoch {', '.join(map(str, late))}, but there are "
             f"only {config.epochs} epochs; see --milestones"
         )
+    notes += [
+        f"{flag} has no effect with {choice}"
+        for flag, choice in find_unused_options(config.optim).items()
+    ]
     if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         notes.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} uses all")
     kind = network_mount(config.data)
@@ -134,6 +141,23 @@ def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
             "a local disk"
         )
     return notes
+
+
+def find_unused_options(optim: OptimConfig) -> dict[str, str]:
+    """Return the flags that differ from their defaults and have no effect, with the reason."""
+    defaults = fields_of(OptimConfig())
+    changed = {name for name, value in fields_of(optim).items() if value != defaults[name]}
+    needs = {
+        "milestones": ("schedule", "steps"),
+        "decay_norms": ("optimizer", "sgd"),
+        "trust_coefficient": ("optimizer", "lars"),
+        "trust_clip": ("optimizer", "lars"),
+    }
+    return {
+        format_flag(name): f"{format_flag(field)} {getattr(optim, field)}"
+        for name, (field, needed) in needs.items()
+        if name in changed and getattr(optim, field) != needed
+    }
 
 
 def build_metadata(config: TrainConfig, name: str, digest: str) -> dict[str, str]:

@@ -193,3 +193,20 @@ def test_a_store_needs_no_option_of_the_cache(tmp_path):
     assert collect_notes(config("s3://bucket/data", tmp_path), torch.device("cpu")) == []
     assert make_cache(None, None) == Cache()
     assert make_cache("folder", 1.5) == Cache(Path("folder"), 1_500_000_000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        (["--milestones", "1", "2"], "--milestones has no effect with --schedule cosine"),
+        (["--trust-coefficient", "0.1"], "--trust-coefficient has no effect with --optimizer sgd"),
+        (["--optimizer", "lars", "--no-decay-norms"], "--decay-norms has no effect with"),
+        (["--schedule", "steps", "--milestones", "1", "--epochs", "2"], None),
+        (["--optimizer", "lars", "--trust-coefficient", "0.1"], None),
+    ],
+)
+def test_an_option_without_effect_is_noted(tmp_path, arguments, note):
+    settings = parse_command_line(["--data", "data", "--out", str(tmp_path), *arguments])
+    notes = collect_notes(settings, torch.device("cpu"))
+    assert len(notes) == (note is not None)
+    assert note is None or note in notes[0]
