@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._triton import has_triton
 
 from pipeline import Recipe, assemble, blur, photometric, pixels, rng
 from pipeline.compiling import Compiled
@@ -137,6 +138,7 @@ def fake_h100() -> Iterator[None]:
     )
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
+    has_triton.cache_clear()  # it remembers what an earlier compilation for the CPU found
     with contextlib.ExitStack() as stack:
         for name, value in (
             ("_lazy_init", lambda: None),
@@ -152,6 +154,7 @@ def fake_h100() -> Iterator[None]:
             yield
         finally:
             triton.runtime.driver._active = before
+            has_triton.cache_clear()
 
 
 def count(recipe: Recipe, size: int, compiled: bool = True) -> Cost:

@@ -90,9 +90,9 @@ def assemble(
 
 
 def count_words(recipe: Recipe) -> dict[tuple[Purpose, int], int]:
-    """Return how many random words `assemble` needs of each stream, so as to draw them ahead.
+    """Return how many random words `assemble` needs of each stream, so that they are drawn ahead.
 
-    Other masks and fills may need more; they draw them when they do.
+    Custom masks and fills may need more and draw those on demand.
     """
     words: dict[tuple[Purpose, int], int] = {("photometric", 0): WORDS_AHEAD}
     if recipe.regions:

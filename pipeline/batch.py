@@ -28,7 +28,8 @@ class Batch:
         query_mask, key_mask, hard_negative_mask: extra "masks": bool, the shape of their images,
             True where filled; None if these views are not masked.
         query_ratio, key_ratio, hard_negative_ratio: extra "masks": (rows,) float64, the drawn mask
-            ratio, which focal windows do not follow. None if these views are not masked.
+            ratio, which focal windows do not follow; for the mask `regions`, the share of the view
+            that is filled. None if these views are not masked.
         query_focal, key_focal, hard_negative_focal: extra "masks": (rows,) bool, True for a focal
             window instead of grid cells. None if these views are not masked.
         query_saliency, key_saliency: extra "saliency": (N, grid, grid) float32 in 0 .. 255, from

@@ -28,16 +28,17 @@ NETWORK_TYPES = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.s3fs",
 """Types of file systems that fetch data over a network and keep nothing on the local disk."""
 
 DISK_SHARE = 0.5
-"""Default limit, as a share of the disk's free space plus what is in the folder already (ours)."""
+"""Default limit, as a share of the disk's free space plus what is in the folder already (our
+choice)."""
 
 CONCURRENT_FETCHES = 8
-"""Shards that a process fetches concurrently (ours): one S3 request gives about 90 MB/s."""
+"""Shards that a process fetches concurrently (our choice): one S3 request gives about 90 MB/s."""
 
 POLL_SECONDS = 0.1
 """Seconds between two checks for free room, or for a shard that another process fetches."""
 
 SIDE_BYTES = 1024
-"""Bytes reserved for index and table: this per sample, and 64 times this per shard (ours)."""
+"""Bytes reserved for index and table: this per sample, and 64 times this per shard (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Cache:
 
     Attributes:
         folder: folder on a local disk, created if missing. None: see `find_default_folder`.
-        limit: maximum bytes of all datasets together. None: half of the free disk space.
+        limit: maximum bytes of all datasets together. None: half of the free disk space,
+            counting the files in the folder as free.
     """
 
     folder: Path | None = None

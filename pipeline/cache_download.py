@@ -19,11 +19,11 @@ from schemas.tables import shard_name
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-"""Attempts per shard before the store counts as broken (ours)."""
+"""Attempts per shard before the store counts as broken (our choice)."""
 
 BACKOFF = 1.0
 LONGEST_WAIT = 30.0
-"""Seconds before the second attempt, doubled for each further one, and the maximum (ours)."""
+"""Seconds before the second attempt, doubled for each further one, and the maximum (our choice)."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -117,7 +117,7 @@ class Downloader:
             raise WrongBytes(damage)
         size = target.stat().st_size
         if size != row.bytes:
-            raise WrongBytes(f"{size} bytes came, the table says {row.bytes}")
+            raise WrongBytes(f"received {size} bytes, the table says {row.bytes}")
         with target.open("rb") as file:
             sha256 = file_digest(file, "sha256").hexdigest()
         if sha256 != row.sha256:
@@ -142,7 +142,7 @@ class SizeLimit(Callback):
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
         if self.value > self.limit:
-            raise WrongBytes(f"more than the {self.limit} bytes that the table says came")
+            raise WrongBytes(f"received more than the {self.limit} bytes in the table")
 
 
 def configure_file_system(store: Store) -> Any:

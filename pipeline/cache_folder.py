@@ -5,10 +5,10 @@
     FOLDER/SHA256.BYTES.part     a shard that is being fetched, with the bytes reserved for it
 
 All locks are kernel locks (flock): those of a killed process vanish with it, and the next process
-that counts the files removes its incomplete ones. A fetcher locks its `.part` exclusively. A reader
-holds a shared lock on the descriptor from which it reads the tar, so eviction can see which shards
-are in use. Evicting one of them harms no reader, because an unlinked file can be read until it is
-closed.
+that counts the files removes those that it left incomplete. A fetcher locks its `.part`
+exclusively. A reader holds a shared lock on the descriptor from which it reads the tar, so eviction
+can see which shards are in use. Evicting one of them harms no reader, because an unlinked file can
+be read until it is closed.
 """
 
 import fcntl
@@ -292,7 +292,7 @@ def find_damage(row: ShardRow, idx: bytes, parquet: bytes) -> str | None:
 
 
 def is_intact(tar: int, row: ShardRow) -> bool:
-    """Compare an open tar with its row: its size, and its bytes if older than the boot."""
+    """Compare an open tar with its row: its size, and its sha256 if older than the boot."""
     status = os.fstat(tar)
     boot_time = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     if status.st_size != row.bytes or status.st_ctime > boot_time:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, ParamSpec, TypeVar, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ def explain_missing_compiler(device: torch.device) -> str | None:
     reason = find_reason(device)
     if reason is not None:
         log.warning(
-            f"the views are made without a compiler ({reason}): about 700 kernels per batch "
-            "instead of about 60"
+            f"the views are made without a compiler ({reason}), which takes about ten times as "
+            "many kernels per batch"
         )
     return reason
 

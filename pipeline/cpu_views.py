@@ -2,7 +2,7 @@
 
 A view depends on its own crop alone, so it is the same bit for bit whatever the batch and the
 number of threads. Images are (H, W, 3) float32 arrays, which is the memory of a channels_last
-tensor. Everything that is affine in the color of a pixel is one 3 x 4 matrix.
+tensor. Adjustments that are affine in the color of a pixel are 3 x 4 matrices.
 """
 
 import math
@@ -25,7 +25,7 @@ NORMALIZE, NORMALIZE_GRAY = (
 )
 """The matrices that normalize each channel by ImageNet's mean and standard deviation."""
 DEGREES = 360
-"""Hues of a whole turn, in OpenCV's HSV of floats."""
+"""A whole turn of the hue, in OpenCV's HSV of floats."""
 
 
 def make_view(crop: np.ndarray, look: Look, recipe: Recipe) -> np.ndarray:

@@ -40,8 +40,9 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"device {name!r}: PyTorch sees no GPU here: {reason}; choose --device cpu")
     if device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    if device.index >= torch.cuda.device_count():
-        raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs here")
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise UserError(f"device {name!r}: the GPUs of this machine are 0 .. {count - 1}")
     return device
 
 

@@ -1,7 +1,7 @@
 """One function for all pixels of a view, to be compiled: jitter, blurs, high-pass, masks, fills.
 
-`build_chain` returns the function for one recipe; `torch.compile` turns it into about ten GPU
-kernels. It does not branch on samples: their parameters are the rows of a table (see
+`build_chain` returns the function for one recipe; `torch.compile` turns it into fewer than ten
+GPU kernels a view. It does not branch on samples: their parameters are the rows of a table (see
 `pack_parameters`). Images are (N, H, W, 3) in memory, as the decoder returns them and as
 `channels_last` networks read them.
 

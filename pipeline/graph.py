@@ -114,7 +114,7 @@ class Decoder:
         self.batches, self.spec, self.device, self.url = batches, spec, device, url
         self.for_gpu = for_gpu
         self._in_flight: deque[PreparedBatch] = deque()
-        self._started: deque[StartedBatch] = deque()
+        self._started: deque[StartedBatch | Exception] = deque()
         self._pipeline = build_view_graph(
             self._feed,
             spec,
@@ -146,8 +146,14 @@ class Decoder:
     def __next__(self) -> DecodedBatch:
         ahead = self.for_gpu and not self.spec.on_device
         while len(self._started) < 1 + ahead:
-            self._started.append(self._start())
+            try:
+                self._started.append(self._start())
+            except Exception as error:  # it is raised after the batches before it
+                self._started.append(error)
+                break
         batch = self._started.popleft()
+        if isinstance(batch, Exception):
+            raise batch
         views = [view.wait() if isinstance(view, HostCrops) else view for view in batch.views]
         return DecodedBatch(batch.prepared, views, batch.saliency)
 

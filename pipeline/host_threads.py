@@ -19,9 +19,9 @@ def split_rows(size: int) -> list[slice]:
 
 @cache
 def get_threads() -> ThreadPoolExecutor:
-    """Return the pool for parts of a batch; each of its threads uses one core, without barriers."""
-    # torch reads the last number that any thread set when a thread first computes in parallel, and
-    # keeps it: ask here, so that the caller's own number is not the 1 of the pool's threads
+    """Return the pool that works on parts of a batch; each of its threads uses one core."""
+    # PyTorch fixes a thread's number of threads when it first asks for it, to the number that any
+    # thread has set last: ask now, so that the caller does not get the 1 of the pool's threads
     torch.get_num_threads()
     # for the whole process: OpenCV would start threads of its own for views above 256 pixels
     cv2.setNumThreads(1)

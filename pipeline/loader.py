@@ -7,9 +7,10 @@
     graph       decodes and crops                                           } ahead
     assemble    applies color jitter, filters, masks and fills
 
-All random numbers come from `rng`, so in one epoch a sample gets the same views whatever batch,
-rank, world size or device it is in. The loader's state is therefore two integers, epoch and step,
-and the number of ranks may change between any two steps if the global batch stays the same.
+All random numbers come from `rng`, so in one epoch the crops, colors, masks and noise of a sample
+depend neither on its batch and rank nor on the world size and the device (pixels of two devices
+agree up to rounding). The loader's state is therefore two integers, epoch and step, and the number
+of ranks may change between any two steps if the global batch stays the same.
 """
 
 import ast
@@ -328,7 +329,7 @@ def prepare_batches(
 ) -> Iterator[PreparedBatch]:
     """Read a rank's batches from a step on, without end, and draw their random numbers.
 
-    All that a training needs of random numbers is drawn here, in the thread that reads ahead.
+    The recipes need no others; custom masks and fills may draw more later.
     """
     words = count_words(recipe)
     with closing(reader):

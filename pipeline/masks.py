@@ -1,14 +1,15 @@
 """Choose the masked pixels of a view: saliency -> foreground -> counts -> cells, or a window.
 
-Everything is a tensor operation on the batch, without Python loops over samples or cells, sorting
-or waiting for the device. Relation to the released code (docs/method.md, D1, D2 and D10 to D13):
+Everything is a tensor operation on the batch: there are no Python loops over samples or cells, no
+sorting, and the host does not wait for the device. Relation to the released code (docs/method.md,
+D1, D2 and D10 to D13):
 
-* D1: the foreground is where the saliency is (the release sorts each row before thresholding).
-* D2: each sample's hard negative is made from its own key (the release uses one image per batch).
+* D1: a cell is compared with the threshold in its own place (the released code sorts rows first).
+* D2: each sample's hard negative is made from its own key (released: from one image per batch).
 * D10: only `hp` has the cap, as released.
 * D11: focal windows ignore saliency, as released and as in the poster's figure.
-* D12: the background count is never negative (if it is, the release masks all but one cell).
-* D13: a group of one cell can be masked (the release never masks it).
+* D12: the background count is never negative (released: if it is, all but one cell are masked).
+* D13: a group of one cell can be masked (released: it never is).
 
 A custom mask is one function: docs/pipeline.md has an example.
 """
@@ -123,7 +124,7 @@ def mask_background(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -
 
 @mask("random")
 def mask_at_random(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """Mask floor(ratio * cells) cells, independently of the saliency."""
+    """Mask floor(ratio * cells) cells, whatever the saliency."""
     cells = torch.ones_like(saliency, dtype=torch.bool).flatten(1)
     count = (ratio * cells.shape[1]).floor().long()
     return pick_cells(cells, count, rng.uniform(*cells.shape)).view(saliency.shape)
@@ -131,7 +132,10 @@ def mask_at_random(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) ->
 
 @mask("block")
 def mask_block(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """Mask a rectangle that covers this ratio of the view, independently of the saliency."""
+    """Mask a rectangle of about this share of the view, whatever the saliency.
+
+    It is smaller if its longer side would exceed the view.
+    """
     low, high = torch.tensor(BLOCK_ASPECT, dtype=torch.float64).log().tolist()
     aspect = (low + (high - low) * rng.uniform(len(ratio))).exp()
     side = recipe.crop_size
@@ -197,7 +201,8 @@ class Masks:
     Attributes:
         cells: (N, C, h, w) bool, C is 1 or 3, True where filled; h and w divide the crop.
         windows: focal windows; None if the recipe has none.
-        ratio: (N,) float64, the drawn mask ratio.
+        ratio: (N,) float64, the drawn mask ratio; for `regions`, the share of the view that is
+            filled.
         focal: (N,) bool, True if the window applies instead of the cells.
     """
 

@@ -25,7 +25,7 @@ from numpy.random import Philox
 from schemas import UserError
 
 SHUFFLE_SHARDS = 16
-"""Shards per window (ours): 16,000 samples if shards have 1,000."""
+"""Shards per window (our choice): 16,000 samples if shards have 1,000."""
 
 ORDER_KEY = 2**64 - 1
 """Second word of the Philox key of all permutations; no sample number equals it."""

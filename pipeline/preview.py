@@ -118,7 +118,7 @@ def describe_sheet(dataset: ShardDataset, recipe: Recipe) -> tuple[str, str]:
     """Return the title of a contact sheet and a note that explains its pictures."""
     title = f"{dataset.card.name}: fill {recipe.fill}, crop {recipe.crop_size}"
     note = "crop: before any augmentation."
-    if uses_saliency(recipe):
+    if masks_depend_on_saliency(recipe):
         margin = f"A >= mean - {recipe.foreground_margin:g} std"
         note += (
             f" Dots and lines: its foreground, {margin} on its {recipe.grid} x {recipe.grid} grid."
@@ -128,10 +128,11 @@ def describe_sheet(dataset: ShardDataset, recipe: Recipe) -> tuple[str, str]:
     return title, note
 
 
-def uses_saliency(recipe: Recipe) -> bool:
+def masks_depend_on_saliency(recipe: Recipe) -> bool:
     """Tell whether any mask of the recipe may depend on the saliency."""
     names = {recipe.query_mask} | ({recipe.hard_negative_mask} if recipe.hard_negatives else set())
-    return recipe.fill != "none" and not names <= {"random", "block"}
+    independent = {"random", "block"} | ({"regions"} if recipe.region_choice == "random" else set())
+    return recipe.fill != "none" and not names <= independent
 
 
 def draw_sample_row(
@@ -197,7 +198,7 @@ def draw_crop(batch: Batch, branch: str, row: int, recipe: Recipe) -> tuple[Imag
     """Return a crop with its foreground cells outlined, and a caption with their number."""
     pixels = getattr(batch, f"{branch}_crop")[row].permute(1, 2, 0).cpu().numpy()
     tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
-    if not uses_saliency(recipe):
+    if not masks_depend_on_saliency(recipe):
         return tile, ""
     saliency = getattr(batch, f"{branch}_saliency")[row]
     front = masks.find_foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0].cpu().numpy()

@@ -116,11 +116,13 @@ class Recipe:
     regions: int = 0
     """Number of boxes that both views of an image show; the query mask `regions` fills them."""
     region_extent: Range = (0.3, 0.7)
-    """Range of the share of the views' overlap that a region covers along each axis (ours)."""
+    """Range of the share of the views' overlap that a region covers along each axis (our
+    choice)."""
     region_choice: RegionChoice = "random"
-    """Choice of regions: random boxes, or the most salient of `region_candidates` boxes (ours)."""
+    """Choice of regions: random boxes, or the most salient of `region_candidates` boxes (our
+    choice)."""
     region_candidates: int = 8
-    """Number of boxes from which a salient region is chosen (ours)."""
+    """Number of boxes from which a salient region is chosen (our choice)."""
     foreground_cap: Range | None = (0.56, 0.55)
     """Cap on ratio * foreground share as (limit, value): from the limit on, the value is used
     instead; none for no cap (random_mask_hp.py)."""
@@ -199,23 +201,31 @@ class Recipe:
             check(0 < value <= REFERENCE_CROP, name, value, f"between 1 and {REFERENCE_CROP}")
         if self.foreground_cap is not None:
             limit, value = self.foreground_cap
-            check(0 <= value <= limit, "foreground_cap", self.foreground_cap, "limit, then value")
+            is_valid = 0 <= value <= limit
+            requirement = "(limit, value) with 0 <= value <= limit"
+            check(is_valid, "foreground_cap", self.foreground_cap, requirement)
         if self.query_mask == "regions":
             check(self.regions > 0, "regions", self.regions, "1 or more for the mask `regions`")
             check(self.branch == "query", "branch", self.branch, "query for the mask `regions`")
         if self.regions:
-            check(self.pair, "pair", self.pair, "true where there are regions")
+            check(self.pair, "pair", self.pair, "true if there are regions")
             low, high = self.region_extent
             check(0 < low <= high <= 1, "region_extent", self.region_extent, "low, high, in 0 .. 1")
-            check(self.region_candidates > 0, "region_candidates", self.region_candidates, "1 up")
+            candidates = self.region_candidates
+            check(candidates > 0, "region_candidates", candidates, "above 0")
         if not self.pair:
-            check(self.branch == "query", "branch", self.branch, "query where there is no key")
-            check(self.hard_negatives == 0, "hard_negatives", self.hard_negatives, "0 without keys")
+            check(self.branch == "query", "branch", self.branch, "query if there is no key")
+            check(
+                self.hard_negatives == 0,
+                "hard_negatives",
+                self.hard_negatives,
+                "0 without pairs",
+            )
         check(
             self.fill != "none" or self.hard_negatives == 0,
             "hard_negatives",
             self.hard_negatives,
-            "0 where the fill is none: nothing would set it apart from the key",
+            "0 if the fill is none: an unmasked hard negative equals the key",
         )
 
     def _freeze_lists(self) -> None:
@@ -235,7 +245,7 @@ class Recipe:
 
     @property
     def uses_saliency(self) -> bool:
-        """True if the views are made from saliency."""
+        """True if making the views takes saliency: all masks are given it, also random ones."""
         return self.fill != "none" or (self.regions > 0 and self.region_choice == "salient")
 
     @property

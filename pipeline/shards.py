@@ -3,7 +3,7 @@
 A shard's index has the byte offsets of its samples; its parquet file has labels, heights and
 widths. Both are read when a shard is opened, and a shard stays open for the duration of its window.
 Each sample is one `preadv` into its batch's buffer, because its image and its map are adjacent.
-Reads hold no Python lock and use no memory map, so truncating a file while it is read causes an
+Reads release the GIL and use no memory map, so truncating a file while it is read causes an
 exception, not a bus error.
 """
 
@@ -27,7 +27,7 @@ from schemas.shard import BLOCK, INDEX_VERSION
 from schemas.tables import SAMPLES_SCHEMA, from_parquet, shard_name
 
 READERS = 2
-"""Parts of a batch that are read concurrently (ours; in bench/loader.py, 1 is 5-15 % slower,
+"""Parts of a batch that are read concurrently (our choice; in bench/loader.py, 1 is 5-15 % slower,
 and 4 is slower too)."""
 
 COLUMNS = ("label", "height", "width", "image", "image_size", "saliency", "saliency_size")
@@ -35,6 +35,10 @@ COLUMNS = ("label", "height", "width", "image", "image_size", "saliency", "salie
 
 WINDOWS_AHEAD = 3
 """Windows of shards that are announced to a cache: the one in use and those that follow."""
+
+
+class DamagedShardError(UserError):
+    """Files of a shard are missing or contradict each other or the tables of the dataset."""
 
 
 class ShardSource(Protocol):
@@ -72,7 +76,7 @@ class LocalShards:
             descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
-            raise UserError(f"{error.filename}: shard {shard}: {reason}") from error
+            raise DamagedShardError(f"{error.filename}: shard {shard}: {reason}") from error
         # samples are read in random order, but a disk is faster from start to end
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
         return ShardFiles(descriptor, *contents)
@@ -130,7 +134,7 @@ class OpenShard:
         table: (len(COLUMNS), samples) int64.
 
     Raises:
-        UserError: tar, index and parquet file contradict each other or `row`.
+        DamagedShardError: tar, index and parquet file contradict each other or `row`.
     """
 
     def __init__(self, row: ShardRow, files: ShardFiles, location: str) -> None:
@@ -138,7 +142,7 @@ class OpenShard:
         try:
             samples = from_parquet(files.parquet, SAMPLES_SCHEMA, f"{location}.parquet")
         except FormatError as error:
-            raise UserError(f"shard {row.shard}: {error}") from error
+            raise DamagedShardError(f"shard {row.shard}: {error}") from error
         self.keys: list[str] = samples["key"].to_pylist()
         self.names = [f"{key}.".encode() for key in self.keys]
         columns = [samples[name].to_numpy().astype(np.int64) for name in COLUMNS[:-4]]
@@ -187,10 +191,10 @@ class OpenShard:
         return extents
 
     def read(self, index: int, offset: int, content: np.ndarray) -> None:
-        """Fill `content`, (bytes,) uint8, from `offset`: the tar header of sample `index` and on.
+        """Read `content`, (bytes,) uint8, which begins with the tar header of sample `index`.
 
         Raises:
-            UserError: the file was truncated or changed since it was opened.
+            DamagedShardError: the file was truncated or changed since it was opened.
         """
         try:
             count = os.preadv(self.tar, (content.data,), offset)
@@ -206,9 +210,9 @@ class OpenShard:
                 "tar", f"sample {self.keys[index]} is not at byte {offset} any more"
             )
 
-    def build_error(self, extension: str, reason: str) -> UserError:
+    def build_error(self, extension: str, reason: str) -> DamagedShardError:
         """Return an error about one of the shard's files."""
-        return UserError(f"{self.location}.{extension}: shard {self.row.shard}: {reason}")
+        return DamagedShardError(f"{self.location}.{extension}: shard {self.row.shard}: {reason}")
 
     def close(self) -> None:
         os.close(self.tar)
@@ -245,8 +249,9 @@ class ShardReader:
         """Read a batch.
 
         Raises:
-            UserError: a shard or a sample does not match the tables; the message names both, and
-                the command that lists all such problems.
+            DamagedShardError: a shard or a sample does not match the tables; the message names
+                both, and the command that lists all such problems.
+            UserError: the source cannot provide a shard.
         """
         samples = self.order.batch(epoch, step, self.rank, self.world_size)
         numbers, indices = self.order.locate(samples)
@@ -256,8 +261,8 @@ class ShardReader:
         try:
             shards = [self._open.get(number) or self.open(number) for number in numbers.tolist()]
             batch = self._read_batch(samples, shards, numbers, indices)
-        except UserError as error:
-            raise UserError(
+        except DamagedShardError as error:
+            raise DamagedShardError(
                 f"{error}; `python -m schemas verify {self.dataset.url}` shows all that has "
                 "changed since it was written"
             ) from error

@@ -63,14 +63,16 @@ def describe_shuffle(
         samples: number of samples to analyze, from the start of the epoch.
 
     Raises:
-        UserError: `samples` is below 1.
+        UserError: `samples` is below 1, or the dataset has less than one batch.
     """
     if samples < 1:
-        raise UserError(f"--samples is {samples}; at least 1")
+        raise UserError(f"--samples is {samples}; it must be at least 1")
     dataset = ShardDataset.open(url)
     labels = dataset.samples["label"].to_numpy()
     sizes = [row.samples for row in dataset.shards]
     sample_order = SampleOrder(sizes, batch_size, seed, shuffle_shards)
+    if sample_order.steps == 0:
+        raise UserError(f"{url}: {len(labels)} samples make no batch of {batch_size}")
     steps = range(min(sample_order.steps, -(-samples // batch_size)))
     order = np.concatenate([sample_order.batch(0, step) for step in steps])[:samples]
     rows = {

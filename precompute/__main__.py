@@ -122,7 +122,8 @@ class Options:
         for option, bound in least.items():
             value = getattr(self, option)
             if value is not None and value < bound:
-                raise UserError(f"--{option.replace('_', '-')} is {value}; at least {bound}")
+                flag = f"--{option.replace('_', '-')}"
+                raise UserError(f"{flag} is {value}; it must be at least {bound}")
         if self.dry_run and self.address:
             raise UserError(
                 "--dry-run estimates the time on this machine, not on the cluster at "
@@ -152,7 +153,7 @@ def run_command(options: Options, stack: contextlib.ExitStack) -> int:
         print(estimate_job(job, resources, Machine.here()))
         return 0
     if not job.plan.images:
-        print(f"nothing to do: {options.out} knows every image of the source")
+        print(f"nothing to do: {options.out} contains every image of the source")
         return 0
     print(f"{job.plan.images} images -> {len(job.plan.shards)} shards in {job.out}", flush=True)
     summary = run_job(job, resources)
@@ -215,7 +216,7 @@ def plan_source(
         most = MOST_IN_DRIVER if options.plan == "auto" and not options.extend else None
         return plan_here(options, source, root, out, most)
     except TooManyImagesError:
-        print(f"more than {MOST_IN_DRIVER:,} images: they are listed anew, by Ray", flush=True)
+        print(f"more than {MOST_IN_DRIVER:,} images: they are listed again, by Ray", flush=True)
     return plan_there(options, source, root, out, stack)
 
 
@@ -305,7 +306,7 @@ def count_classes(labels: Counter[int], source: Source) -> str:
     if not classes:
         return f"{images} images without classes{source.hint()}"
     if labels.keys() <= {UNLABELED}:
-        return f"{images} images without a label; their annotations know {len(classes)} classes"
+        return f"{images} images without a label; their annotations name {len(classes)} classes"
     empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
     names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
     return f"{images} images in {len(classes)} classes, {len(empty)} folders empty{names}"
@@ -328,7 +329,7 @@ def report(summary: "Summary") -> str:
     """Return a summary of a run as text for the terminal."""
     dataset = summary.dataset
     if not summary.shards:
-        return f"nothing to do: {dataset.url} is whole, {len(dataset)} samples"
+        return f"nothing to do: {dataset.url} is complete, {len(dataset)} samples"
     stats = summary.stats()
     share = stats["dataset"]["foreground"]
     return "\n".join(

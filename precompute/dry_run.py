@@ -87,9 +87,9 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
     times, shared = speed_up(estimator.device, workers, machine)
     left = tqdm.format_interval(images / rate / times)
     lines += [
-        f"about {size / 1e9:.2f} GB to write, by {sampled.written} of them",
-        f"about {left} with {workers} workers on {shared}, at {rate:.1f} images/s by one worker of "
-        f"{threads} threads, times {times} (of {sampled.timed} images)",
+        f"about {size / 1e9:.2f} GB to write, estimated from {sampled.written} images",
+        f"about {left} with {workers} workers on {shared}: {rate:.1f} images/s of one worker with "
+        f"{threads} threads ({sampled.timed} images timed), times {times}",
     ]
     return "\n".join(lines)
 

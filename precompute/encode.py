@@ -42,9 +42,9 @@ class Resize:
 
     def __post_init__(self) -> None:
         if self.short_side is not None and self.short_side < 1:
-            raise UserError(f"--resize is {self.short_side}; at least 1 pixel")
+            raise UserError(f"--resize is {self.short_side}; it must be at least 1 pixel")
         if not 1 <= self.quality <= 95:
-            raise UserError(f"--resize-quality is {self.quality}; it goes from 1 to 95")
+            raise UserError(f"--resize-quality is {self.quality}; it must be in 1 .. 95")
 
 
 @dataclass(frozen=True)

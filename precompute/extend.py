@@ -26,7 +26,7 @@ def only_new(
     """
     store = Store(out)
     if not store.exists(CARD):
-        raise UserError(f"{out}: no whole dataset that could be extended; leave --extend out")
+        raise UserError(f"{out}: no complete dataset to extend; omit --extend")
     # Read the card and the shards' markers, because an extension that was interrupted at its very
     # end may have written the tables already.
     card = read_card(store)

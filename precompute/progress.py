@@ -29,14 +29,14 @@ def listed(entries: Iterable[T]) -> Iterator[T]:
         mininterval=POLL_SECONDS if sys.stderr.isatty() else LINE_SECONDS,
         ascii=not sys.stderr.isatty(),
     )
-    waits: list[Any] = ["its first file", time.monotonic()]
+    waits: list[Any] = ["before its first file", time.monotonic()]
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(POLL_SECONDS):
             if time.monotonic() - waits[1] >= STALL_SECONDS:
                 print(
-                    f"listing stands still behind {waits[0]}: is the disk still there?",
+                    f"listing is stuck {waits[0]}: is the disk still there?",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -46,7 +46,8 @@ def listed(entries: Iterable[T]) -> Iterator[T]:
     try:
         for entry in shown:
             yield entry
-            waits[:] = getattr(entry, "location", waits[0]), time.monotonic()
+            location = getattr(entry, "location", None)
+            waits[:] = f"after {location}" if location else waits[0], time.monotonic()
     finally:
         over.set()
 

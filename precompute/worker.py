@@ -75,7 +75,7 @@ class ShardActor:
         """Build one shard; return the error message, or "" on success."""
         attempt = ray.get(self.progress.begin.remote(shard))
         if attempt > MAX_ATTEMPTS:
-            return f"its worker died {MAX_ATTEMPTS} times, and no image of it kills one alone"
+            return f"its worker died {MAX_ATTEMPTS} times, but none of its images kills one alone"
 
         def advance(written: int, rejected: int) -> None:
             self.progress.advance.remote(shard, written, rejected)

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: shown as one line, never as a traceback.
+    """A mistake that the user can fix: shown as a short message, never as a traceback.
 
     The message names the thing, the reason and the next step.
     """

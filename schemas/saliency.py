@@ -53,7 +53,7 @@ class SaliencyMap:
         return cls(np.rint(scaled).astype(np.uint8), minimum, maximum)
 
     def values(self) -> np.ndarray:
-        """Return the (side, side) float32 map, to within half a step of its range / 255."""
+        """Return the (side, side) float32 map, accurate to (maximum - minimum) / 510."""
         span = self.maximum - self.minimum
         return (self.minimum + self.grid.astype(np.float64) * (span / LEVELS)).astype(np.float32)
 

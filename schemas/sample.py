@@ -1,6 +1,6 @@
 """One sample and its members in a tar.
 
-KEY.jpg | .png | .webp ...   the source file's own bytes
+KEY.jpg | .png | .webp ...   the source file's own bytes, or the image encoded again
 KEY.saliency.png             the saliency map, 8-bit grayscale (see `saliency.py`)
 KEY.cls                      the label as ASCII digits, `-1` when the source has none
 

@@ -217,5 +217,6 @@ def read_marker(store: Store, shard: int) -> ShardMarker:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(
-            f"{location}: not a shard's marker: its metadata lacks {error}"
+            f"{location}: not a shard's marker: its metadata is damaged "
+            f"({type(error).__name__}: {error})"
         ) from error

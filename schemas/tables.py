@@ -191,7 +191,7 @@ def columns_there(file: pq.ParquetFile, schema: pa.Schema, location: str) -> lis
 @functools.cache
 def tell_default(file: str, name: str, value: str) -> None:
     """Log once per process that `name` is absent in files of this name."""
-    log.warning("%s: has no %s; %s stands in its place", file, name, value)
+    log.warning("%s: has no %s; %s is used in its place", file, name, value)
 
 
 def known_fields(names: Iterable[str], record: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class VerifyOptions:
         for name in ("workers", "shards"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}; at least 1")
+                raise UserError(f"--{name} is {value}; it must be at least 1")
 
     def choose(self, rows: Sequence[ShardRow]) -> list[ShardRow]:
         """Return the shards to verify, in order."""

@@ -228,7 +228,8 @@ def misfit(
         and not name.endswith("num_batches_tracked")
     ]
     right = len(names) - len(missing) - len(misshapen)
-    for problem, keys in (("lacks", missing), ("misshapes", misshapen), ("has unknown", unknown)):
+    problems = {"lacks": missing, "has other shapes:": misshapen, "has unknown": unknown}
+    for problem, keys in problems.items():
         if keys:
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
             at = f" under {prefix.removesuffix('.')}" if prefix else ""

@@ -130,13 +130,13 @@ def merge_markers(
 
 
 def check_unique(store: Store, shards: int, repeated: set[int]) -> None:
-    """Compare the keys with these hashes as text. Raises UserError with the first repeated key."""
+    """Compare as text the keys with these hashes. Raises UserError with the first repeated key."""
     earlier_keys: set[str] = set()
     for marker in read_markers(store, range(shards)):
         for key in marker.samples["key"].to_pylist():
             if hash(key) in repeated:
                 if key in earlier_keys:
-                    raise UserError(f"key {key} comes twice, again in shard {marker.row.shard}")
+                    raise UserError(f"key {key} is repeated in shard {marker.row.shard}")
                 earlier_keys.add(key)
 
 

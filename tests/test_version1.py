@@ -133,8 +133,8 @@ def test_optional_columns_and_fields_have_their_defaults_and_it_is_said(dataset:
     assert (found.card.split, found.card.seed, found.card.estimator) == ("", 0, {})
     assert found.verify().clean
     assert len(list(found)) == 6
-    assert "samples.parquet: has no foreground; None stands in its place" in caplog.text
-    assert "dataset.json: has no seed; 0 stands in its place" in caplog.text
+    assert "samples.parquet: has no foreground; None is used in its place" in caplog.text
+    assert "dataset.json: has no seed; 0 is used in its place" in caplog.text
     assert caplog.text.count("samples.parquet: has no source") == 1
 
 

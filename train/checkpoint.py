@@ -133,7 +133,7 @@ class Checkpoints:
                     self.remove(old)
 
     def agree_on_last(self) -> int | None:
-        """Return the step of the last checkpoint that rank 0 sees, or None; on all ranks.
+        """Return, on all ranks, the step of the last checkpoint that rank 0 sees, or None.
 
         Machines may list a shared folder differently for a while after a checkpoint was written.
         """
@@ -208,9 +208,10 @@ class Checkpoints:
         return saved | {name: self.settings[name] for name in names}
 
     def rename_last(self, step: int) -> None:
-        """Name the last checkpoint by this run's count of steps; if that differs, remove others.
+        """Rename the last checkpoint to this run's count of steps; if that differs, remove others.
 
-        What a checkpoint holds says how its own run counted, so a crash in between loses nothing.
+        A checkpoint itself contains the batch that its steps were counted with, so a crash in
+        between loses nothing.
         """
         *earlier, last = self.steps() or [step]
         if last == step:

@@ -21,8 +21,8 @@ from train.methods import METHODS, MethodConfig, MoCoConfig
 from train.optim import OptimConfig
 from train.option_ranges import check_ranges
 
-# These may differ between a checkpoint and the run that resumes from it: they change where a run
-# lies, runs and decodes, and what it reports, not what it computes but for rounding.
+# These may differ between a checkpoint and the run that resumes from it: they determine where a run
+# reads, writes, computes and decodes, and what it reports. They change results only by rounding.
 FREE = {
     "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
     "cache", "cache_gb", "knn", "wandb", "rank_timeout", "decode_on",
@@ -115,7 +115,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep."""
     log_steps: int = 10
-    """Steps between two log lines; the host waits for the device only at these."""
+    """Steps between two log lines. The host waits for the device at these steps, at checkpoints and
+    evaluations, and to save a picture of the views after an epoch's first step."""
     knn: KnnConfig = field(default_factory=KnnConfig)
     """kNN accuracy of the encoder every few epochs."""
     wandb: str | None = None
@@ -126,7 +127,8 @@ class TrainConfig:
     """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
     a remote dataset and none for a local one."""
     cache_gb: float | None = None
-    """Size limit of that folder in GB of 10^9 bytes; by default half of the free disk."""
+    """Size limit of that folder in GB of 10^9 bytes; by default half of the free disk,
+    counting its own files as free."""
     shuffle_shards: int = SHUFFLE_SHARDS
     """Number of shards whose samples are shuffled together."""
     streams: int = 1
@@ -161,8 +163,8 @@ def resolve_config(config: TrainConfig, device: torch.device) -> TrainConfig:
     normalized = config.batch_size // (config.grad_accum_steps if config.sync_bn else parts)
     if normalized == 1:
         raise UserError(
-            f"--batch-size {config.batch_size}: one image per process; batch normalization needs "
-            "at least two, or --sync-bn on several processes"
+            f"--batch-size {config.batch_size}: batch normalization would see one image at a time; "
+            "choose a larger batch or fewer --grad-accum-steps, or --sync-bn on several processes"
         )
     if not 0 <= config.optim.warmup_epochs < config.epochs:
         raise UserError(

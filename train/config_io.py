@@ -40,22 +40,28 @@ def dump_config(user_config: TrainConfig, decided: TrainConfig) -> str:
 
 
 def load_config(path: str) -> TrainConfig:
-    """Read a file by `dump_config`, or one that a user wrote.
+    """Read a file that `dump_config` or a user wrote.
 
     Options that a user's file leaves out are those of the method's preset, as on the command line.
-    A run's own file holds all options of its version; a later version's options have the values
-    that change nothing.
+    A run's own file holds all options of its version; options that were added later get their
+    defaults.
 
     Raises:
         UserError: no such file, invalid YAML, an unknown name, a value of the wrong type.
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no options, name: value")
+        raise UserError(f"{path}: contains no options of the form `name: value`")
     content = use_current_names(content)
+    for part in ("method", *PARTS):
+        if not isinstance(content.get(part) or {}, dict):
+            raise UserError(
+                f"{path}: {part}: is {content[part]!r}, not options of the form `name: value` "
+                "on lines of their own"
+            )
     method = dict(content.pop("method", None) or {})
     method_type = find_method(method.pop("name", "moco"))
     is_of_a_run = content.pop(DECIDED, None) is not None

@@ -50,7 +50,10 @@ class BatchStream:
 
 
 def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
-    """Yield `count` equal parts of a batch, each with the hard negatives of its own keys."""
+    """Yield `count` equal parts of a batch, each with the hard negatives of its own keys.
+
+    Its extras are not split: each part keeps those of the whole batch.
+    """
     if count == 1:
         yield batch
         return

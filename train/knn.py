@@ -49,7 +49,7 @@ def knn_accuracy(
             classified by all others.
 
     Raises:
-        UserError: fewer images than neighbors, or no number of neighbors.
+        UserError: there are fewer images than neighbors, or `neighbors` is empty.
     """
     features, labels = train
     queries, targets = train if test is None else test

@@ -73,9 +73,10 @@ class MetricsLogger:
 
     Lines beyond `start`, written by a process that was killed later, are removed.
 
-    A line of metrics.jsonl is one step: `step` and `epoch` (both from 1), `loss` and what else the
-    method reports and `data_wait` (seconds that the step waited for its batch), both averaged over
-    the ranks, `lr`, and `images_per_second` (over all ranks and the steps since the last log line).
+    A line of metrics.jsonl is one step. It has `step` and `epoch` (both from 1); the method's
+    scalars, with `loss`, and `data_wait` (seconds that the step waited for its batch), all averaged
+    over the ranks; `lr`; and `images_per_second` (over all ranks and the steps since the last log
+    line).
     Other lines hold the scores of an epoch, such as `knn_20`, with `epoch` and its last `step`.
 
     Raises:

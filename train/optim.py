@@ -32,10 +32,11 @@ class OptimConfig:
     decay_norms: bool = True
     """sgd: apply weight decay to normalization layers too (MoCo: yes; detectron2: no)."""
     trust_coefficient: Annotated[float, tyro.conf.arg(aliases=("--trust",))] = 0.02
-    """lars: the rate of a layer is lr x trust_coefficient x |weights| / |gradient| (the default is
-    eta of solo-learn and ADIOS)."""
+    """lars: factor t in the trust ratio of a layer, t x |weights| / (|gradient| + weight_decay x
+    |weights|), by which its rate is multiplied (the default is eta of solo-learn and ADIOS)."""
     trust_clip: bool = True
-    """lars: limit the rate of a layer to lr (as solo-learn and ADIOS do)."""
+    """lars: use the trust ratio itself as the rate of a layer, at most lr (as solo-learn and ADIOS
+    do), in place of lr times the ratio."""
     clip_gradient: float | None = None
     """Maximum global gradient norm; longer gradients are scaled down to it."""
     schedule: Literal["cosine", "steps"] = "cosine"

@@ -47,7 +47,7 @@ class PreemptionListener:
         """Return whether any rank was asked to stop, the same answer on all ranks.
 
         Every rank must call it once per step. With several ranks, the answer to a step's question
-        is returned at the next step, so that nobody waits for it.
+        is returned at the next step, so that no rank waits for it.
         """
         if world_size() == 1:
             return self.is_requested

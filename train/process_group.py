@@ -22,10 +22,10 @@ HOST_FULL = "DefaultCPUAllocator: can't allocate memory"
 GRACE = 5.0
 """Seconds within which every live rank notices that another one is dead."""
 POLL = 0.05
-"""Seconds between two polls of rank 0 for ranks that start (ours)."""
+"""Seconds between two polls of rank 0 for ranks that start (our choice)."""
 NCCL_EXTRA = 60
-"""Seconds that NCCL waits longer than gloo (ours). NCCL's watchdog ends the process without naming
-a rank; gloo raises an error, after which the store tells which rank is silent."""
+"""Seconds that NCCL waits longer than gloo (our choice). NCCL's watchdog ends the process without
+naming a rank; gloo raises an error, after which the store tells which rank is silent."""
 
 
 Options = TypeVar("Options")
@@ -44,7 +44,7 @@ def parse_on_all_ranks(parse_options: Callable[[], Options]) -> Options:
 
 @contextmanager
 def join_process_group(timeout: int = 600, device: str = "auto") -> Iterator[None]:
-    """Join the processes of `torchrun` (RANK is set) or run alone; share the CPU cores out.
+    """Join the processes of `torchrun` (RANK is set) or run alone; divide the CPU cores.
 
     On GPUs each rank makes its own GPU the current one before anything else touches CUDA. A
     missing device is not an error here: `pick_device` reports it on every rank at once.
@@ -222,9 +222,10 @@ def exit_naming_silent_ranks(
     silent = [peer for peer in range(size) if not store.check([str(peer)])]
     lowest = min(peer for peer in range(size) if peer not in silent)
     if number == lowest:
-        culprit = f"rank {', '.join(map(str, silent))}" if silent else "the network"
+        ranks = ", ".join(map(str, silent))
+        culprit = f"rank {ranks} of" if silent else "the network between"
         raise UserError(
-            f"{culprit} of {size} processes died or was silent for {timeout} s (--rank-timeout); "
+            f"{culprit} {size} processes died or was silent for {timeout} s (--rank-timeout); "
             "run the same command again, which resumes from the last checkpoint if there is one\n"
             f"({str(error).splitlines()[0]})"
         ) from error

@@ -129,7 +129,7 @@ def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
             f"only {config.epochs} epochs; see --milestones"
         )
     notes += [
-        f"{flag} has no effect with {choice}"
+        f"{flag} is not at its default, but has no effect with {choice}"
         for flag, choice in find_unused_options(config.optim).items()
     ]
     if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:

@@ -42,16 +42,16 @@ def wrap_in_ddp(module: nn.Module, device: torch.device, has_unused: bool) -> nn
     On CPUs they are added in the order of the ranks, so a resumed run computes the same bits as
     one that was never stopped: see `average_in_rank_order`.
 
-    Buffers are not broadcast: the queue is equal on all ranks anyway (at 65,536 x 128 it would be
-    33 MB per step), and the batch normalization of each rank keeps its own running statistics;
-    those of rank 0 are saved.
+    Buffers are not broadcast in forward passes: the queue is equal on all ranks anyway (at 65,536 x
+    128 it would be 33 MB per step), and the batch normalization of each rank keeps its own running
+    statistics; those of rank 0 are saved.
 
     Args:
         has_unused: the loss does not depend on some parameters; their gradients stay None.
     """
     if world_size() == 1:
         return module
-    # torch 2.15 renamed the option; the supported range of versions has both names
+    # versions of torch differ in the name of this option
     parameters = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     options: dict[str, Any] = {name: False, "find_unused_parameters": has_unused}

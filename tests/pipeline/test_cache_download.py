@@ -123,7 +123,7 @@ REASONS = {
     "500": "Internal Server Error",
     "503": "Service Unavailable",
     "cut": "payload is not completed",
-    "short": "bytes came, the table says",
+    "short": "bytes, the table says",
     "wrong": r"its sha256 is \w{64}, the table says \w{64}; `python -m schemas verify",
 }
 
@@ -195,7 +195,7 @@ def test_a_tar_larger_than_the_table_says_is_not_written_whole(
     cache = open_cache(attempts=1)
     row = cache.dataset.shards[3]
     cache._rows[3] = row._replace(bytes=1000)
-    with pytest.raises(UserError, match="more than the 1000 bytes that the table says came"):
+    with pytest.raises(UserError, match="received more than the 1000 bytes in the table"):
         cache.open(3)
 
 

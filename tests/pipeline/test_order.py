@@ -211,5 +211,5 @@ def test_a_seed_that_philox_cannot_take_is_refused(seed: int) -> None:
 
 
 def test_no_samples_to_analyze_are_refused() -> None:
-    with pytest.raises(UserError, match="--samples is 0; at least 1"):
+    with pytest.raises(UserError, match="--samples is 0; it must be at least 1"):
         describe_shuffle("memory://nowhere", 8, samples=0)

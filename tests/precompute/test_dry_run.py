@@ -57,7 +57,7 @@ def test_sixteen_cores_do_not_make_one_gpu_sixteen_times_as_fast(
         dry_run, "make_batches", lambda *given: Sampled(1000, 10, 0, seconds=10.0, timed=10)
     )
     text = estimate_job(job, Resources(), Machine(cores=16, devices=1))
-    assert "about 01:40 with 3 workers on 1 of 1 GPUs, at 1.0 images/s" in text
+    assert "about 01:40 with 3 workers on 1 of 1 GPUs: 1.0 images/s of one worker" in text
     assert not (tmp_path / "out").exists()
 
 

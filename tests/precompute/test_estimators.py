@@ -207,7 +207,7 @@ def test_weights_may_lack_the_classifier_but_nothing_else(tmp_path: Path) -> Non
     assert load(state | {"extra": torch.zeros(1)}) == load(state)
     with pytest.raises(UserError, match=r"has unknown layer1\.2\.conv1\.weight"):
         load(state | {"layer1.2.conv1.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"misshapes conv1\.weight"):
+    with pytest.raises(UserError, match=r"has other shapes: conv1\.weight"):
         load(state | {"conv1.weight": torch.zeros(64, 3, 3, 3)})
     with pytest.raises(UserError, match="not a state_dict"):
         load([1, 2])

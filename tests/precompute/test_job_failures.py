@@ -80,8 +80,11 @@ def test_bad_inputs_are_rejected_and_all_else_is_written(
         (["--dataset", "folder", "--root", ".."], "out: lies inside"),
         (["--dataset", "foldr"], "did you mean folder"),
         (["--dataset", "demo", "--estimator", "spectrl"], "did you mean spectral"),
-        (["--dataset", "demo", "--shard-samples", "0"], "--shard-samples is 0; at least 1"),
-        (["--dataset", "demo", "--limit", "-3"], "--limit is -3; at least 1"),
+        (
+            ["--dataset", "demo", "--shard-samples", "0"],
+            "--shard-samples is 0; it must be at least 1",
+        ),
+        (["--dataset", "demo", "--limit", "-3"], "--limit is -3; it must be at least 1"),
         (["--dataset", "demo", "--workers", "-1"], "--workers is -1; at least 0"),
         (["--dataset", "demo", "--estimator.areas", "0"], "areas: must be above 0, at most 1"),
         (["--dataset", "demo", "--estimator.weights", "no.pt"], "no.pt: no such weights file"),
@@ -172,7 +175,7 @@ def test_a_shard_that_fails_for_no_image_of_its_own_ends_the_job(tmp_path: Path)
     source = DemoScenes("", "train", False)
     factory = BuilderFactory(source, SpectralOptions(), str(tmp_path), 4, Resize(), {}, threads=1)
     error = ShardActor(factory, progress).build(0, list(source.images())[:4])
-    assert error == "its worker died 3 times, and no image of it kills one alone"
+    assert error == "its worker died 3 times, but none of its images kills one alone"
     assert not list(tmp_path.iterdir())
 
 

@@ -272,7 +272,7 @@ def test_a_listing_that_hangs_is_told(
         time.sleep(0.5)
 
     assert len(list(progress.listed(images()))) == 1
-    assert "listing stands still behind a/last.jpg" in capsys.readouterr().err
+    assert "listing is stuck after a/last.jpg" in capsys.readouterr().err
 
 
 # clashing keys when a dataset is extended

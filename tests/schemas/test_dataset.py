@@ -132,7 +132,7 @@ def test_the_longest_key_fits(make_sample: Make, tmp_path: Path) -> None:
 
 def test_a_key_that_comes_twice_is_refused(make_sample: Make, tmp_path: Path) -> None:
     samples = [make_sample(index) for index in range(15)]
-    with pytest.raises(UserError, match="sample-0003 comes twice"):
+    with pytest.raises(UserError, match="sample-0003 is repeated"):
         write(tmp_path, [*samples, samples[3]])
     assert not (tmp_path / "dataset.json").exists()
 

@@ -249,7 +249,7 @@ def test_keys_are_compared_by_their_text_where_hashes_collide(
     )
     dataset = write(tmp_path / "set", make_sample)
     assert dataset.verify().clean
-    with pytest.raises(UserError, match="sample-0001 comes twice, again in shard 1"):
+    with pytest.raises(UserError, match="sample-0001 is repeated in shard 1"):
         write_dataset(
             tmp_path / "twice",
             [make_sample(index) for index in (0, 1, 2, 1)],

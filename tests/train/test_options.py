@@ -47,7 +47,7 @@ def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, mo
         ("recipe: {name: blurr}", "unknown recipe 'blurr': did you mean blur"),
         ("epochs: many", "epochs: Input should be a valid integer"),
         ("recipe: {crop_size: 30}", "a multiple of the grid"),
-        ("[1, 2]", "holds no options"),
+        ("[1, 2]", "contains no options"),
         ("a: [", "cannot be read as YAML"),
     ],
 )
@@ -110,7 +110,7 @@ def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
         ("--data", "/nowhere/at/all", "no dataset here"),
         ("--out", "/proc/run", "/proc/run"),
         ("--crop-size", "30", "a multiple of the grid"),
-        ("--batch-size", "1", "one image per process"),
+        ("--batch-size", "1", "one image at a time"),
         ("--batch-size", "0", "at least 1"),
         ("--batch-size", "64", "26 samples are too few"),
         ("--queue", "7", "smaller than the batch"),
@@ -157,7 +157,7 @@ def test_user_mistakes_are_user_errors(shards, tmp_path, monkeypatch, option, va
 )
 def test_one_image_per_process_needs_synchronized_norms(monkeypatch, ranks, changes, is_accepted):
     monkeypatch.setattr("train.config.world_size", lambda: ranks)
-    refused = pytest.raises(UserError, match="one image per process")
+    refused = pytest.raises(UserError, match="one image at a time")
     with nullcontext() if is_accepted else refused:
         resolve_config(config("data", "out", **changes), torch.device("cpu"))
 
@@ -198,9 +198,18 @@ def test_a_store_needs_no_option_of_the_cache(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "note"),
     [
-        (["--milestones", "1", "2"], "--milestones has no effect with --schedule cosine"),
-        (["--trust-coefficient", "0.1"], "--trust-coefficient has no effect with --optimizer sgd"),
-        (["--optimizer", "lars", "--no-decay-norms"], "--decay-norms has no effect with"),
+        (
+            ["--milestones", "1", "2"],
+            "--milestones is not at its default, but has no effect with --schedule cosine",
+        ),
+        (
+            ["--trust-coefficient", "0.1"],
+            "--trust-coefficient is not at its default, but has no effect with --optimizer sgd",
+        ),
+        (
+            ["--optimizer", "lars", "--no-decay-norms"],
+            "--decay-norms is not at its default, but has no effect with",
+        ),
         (["--schedule", "steps", "--milestones", "1", "--epochs", "2"], None),
         (["--optimizer", "lars", "--trust-coefficient", "0.1"], None),
     ],

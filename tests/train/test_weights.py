@@ -250,6 +250,6 @@ def test_no_code_of_a_checkpoint_runs(trunk, tmp_path, capsys):
 def test_one_wrong_shape_is_named(trunk):
     state = under("backbone.", trunk) | {"backbone.bn1.weight": torch.zeros(7)}
     with pytest.raises(
-        UserError, match=r"misshapes bn1\.weight \(7,\), not \(64,\) under backbone"
+        UserError, match=r"has other shapes: bn1\.weight \(7,\), not \(64,\) under backbone"
     ):
         fit_weights({"state_dict": state}, shapes_of(trunk), "a.ckpt", "a resnet18")

@@ -50,7 +50,8 @@ class KnnOptions:
     """Folder on a local disk that keeps downloaded shards; by default ~/.cache/saliency-shards for
     a remote dataset and none for a local one."""
     cache_gb: float | None = None
-    """Size limit of that folder in GB of 10^9 bytes; by default half of the free disk."""
+    """Size limit of that folder in GB of 10^9 bytes; by default half of the free disk,
+    counting its own files as free."""
 
 
 def evaluate(options: KnnOptions) -> list[dict[str, Any]]:

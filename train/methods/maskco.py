@@ -52,9 +52,10 @@ class MaskCoConfig(MomentumConfig):
     prediction_head: bool = True
     """Use the mask prediction head, between masked and unmasked features; off for an ablation."""
     prediction_depth: int = 2
-    """Number of 3 x 3 convolutions of the mask prediction head, in one residual block (ours)."""
+    """Number of 3 x 3 convolutions of the mask prediction head, in one residual block (our
+    choice)."""
     region_size: int = 3
-    """Side of the grid into which RoIAlign divides a region before averaging (ours)."""
+    """Side of the grid into which RoIAlign divides a region before averaging (our choice)."""
     other_regions: bool = False
     """Use the other regions of the same image as negatives too (the paper: "a few may")."""
 

@@ -18,8 +18,8 @@ PUBLISHED_SHARE = math.exp(2 / 0.2) / 65_536
 variant): a third. It compares the weight in the denominator of a hard negative as similar as its
 key with the weight of all other negatives at similarity 0."""
 FAR = 4.0
-"""Factor above or below PUBLISHED_SHARE at which the user is warned (ours; NNS's queue of 16,384
-is at 4)."""
+"""Factor above or below PUBLISHED_SHARE at which the user is warned (our choice; NNS's queue of
+16,384 is at 4)."""
 HEAD_STD = 0.01
 """Standard deviation of a normalized head's initial weights (google-research/simclr)."""
 
