@@ -16,9 +16,9 @@ import torch
 
 from pipeline import RECIPES, Batch, MaskedViews, assemble, crop, loader
 from pipeline.crop import HostCrops
-from pipeline.graph import Decoder
+from pipeline.graph import Decoder, StartedBatch, ViewSpec
 from pipeline.rng import Rng
-from schemas import ShardDataset
+from schemas import ShardDataset, UserError
 from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, small, take, views_of
 
 
@@ -259,6 +259,25 @@ def test_crops_that_are_made_a_batch_ahead_are_the_same(
     monkeypatch.setattr(HostCrops, "__init__", make_without_pinning)
     assert same(expected, take(views_of(dataset, report=extras), 2 * SAMPLES // BATCH))
     assert built
+
+
+def test_an_error_is_raised_after_the_batches_before_it(
+    dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[object] = ["first", "second", UserError("the third is damaged")]
+
+    def start(decoder: Decoder) -> StartedBatch:
+        batch = batches.pop(0)
+        if isinstance(batch, Exception):
+            raise batch
+        return StartedBatch(batch, [], [])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "_start", start)
+    spec = ViewSpec(CROP, on_device=False)
+    decoder = Decoder(iter(()), spec, torch.device("cpu"), BATCH, dataset.url, for_gpu=True)
+    assert [next(decoder).prepared for _ in range(2)] == ["first", "second"]
+    with pytest.raises(UserError, match="the third is damaged"):
+        next(decoder)
 
 
 @pytest.mark.slow

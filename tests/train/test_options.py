@@ -48,6 +48,9 @@ def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, mo
         ("epochs: many", "epochs: Input should be a valid integer"),
         ("recipe: {crop_size: 30}", "a multiple of the grid"),
         ("[1, 2]", "contains no options"),
+        ("method: moco", "method: is 'moco', not options of the form"),
+        ("recipe: hp", "recipe: is 'hp', not options of the form"),
+        ("optim: [sgd]", "not options of the form"),
         ("a: [", "cannot be read as YAML"),
     ],
 )
