@@ -34,6 +34,8 @@ STUDY_SETS_cpu := imagenette160/train:train imagenette160/val:val $(TRANSFER)
 STUDY_SETS_gpu-small := imagenette2/train:train imagenette2/val:val $(TRANSFER)
 STUDY_SETS_gpu := imagenet100/train:train imagenet100/val:val $(TRANSFER)
 SALIENCY ?=
+# not `auto`: maps in bf16 differ, and runs of one table may come from several machines
+STUDY_PRECISION_cpu = $(if $(filter scda,$(ESTIMATOR)),--estimator.precision fp32)
 # a free port, and no name of this machine that must be resolved
 ALONE := --standalone --local-addr 127.0.0.1
 LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m train,OMP_NUM_THREADS=1 $(VENV)/bin/torchrun $(ALONE) --nproc-per-node $(NPROC) -m train)
@@ -144,7 +146,7 @@ study: $(READY) ## ROOT=... [SCALE=cpu] [TIER=1] [SIDE_BY_SIDE=2]: arms of the m
 	for set in $(STUDY_SETS_$(SCALE)); do \
 		$(PY) -m precompute --dataset folder --root "$(ROOT)/$${set%%:*}" --shard-samples 500 \
 			--out "$(STUDY)/shards/$${set##*:}" --name "$$(basename $${set%%/*})" \
-			--estimator $(ESTIMATOR) $(SALIENCY) || exit; \
+			--estimator $(ESTIMATOR) $(STUDY_PRECISION_$(SCALE)) $(SALIENCY) || exit; \
 	done
 	$(PY) -m examples.study --shards $(STUDY)/shards --out $(STUDY) --scale $(SCALE) --tier $(TIER) \
 		--side-by-side $(SIDE_BY_SIDE) $(ARGS)
