@@ -37,12 +37,14 @@ def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     the configuration of AWS; a test that writes it, in this place, can have them use its own S3.
     """
     from precompute.cluster import cluster  # imported here: most tests need no Ray
+    from tests.ray_workers import forked_workers
 
     aws = tmp_path_factory.mktemp("ray") / "aws"
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_CONFIG_FILE", str(aws))
             patch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first
+            stack.enter_context(forked_workers())
             stack.enter_context(cluster(None))
         yield aws
 
