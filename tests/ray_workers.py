@@ -138,12 +138,16 @@ class ForkedJob:
     Args:
         arguments: arguments of the command.
         log: file for what it prints on stderr.
+        environment: its environment variables; by default those of this process.
     """
 
-    def __init__(self, arguments: Sequence[object], log: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[object], log: Path, environment: dict[str, str] | None = None
+    ) -> None:
         self.log = log
+        environment = dict(os.environ) if environment is None else environment
         self.process = get_preloaded_context().Process(
-            target=run_job, args=(list(map(str, arguments)), log, dict(os.environ))
+            target=run_job, args=(list(map(str, arguments)), log, environment)
         )
         self.process.start()
         # a test that fails must not wait for the job when Python ends
