@@ -37,6 +37,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     own = {"HOME": str(home), "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
     own["RAY_worker_niceness"] = "0"  # by default all other tests come first
+    own["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # a node that ends would wait 30 s for jobs
     return clean | own | more
 
 
