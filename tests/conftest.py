@@ -37,12 +37,14 @@ def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     the configuration of AWS; a test that writes it, in this place, can have them use its own S3.
     """
     from precompute.cluster import cluster  # imported here: most tests need no Ray
+    from tests.ray_workers import forked_workers
 
     aws = tmp_path_factory.mktemp("ray") / "aws"
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_CONFIG_FILE", str(aws))
             patch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first
+            stack.enter_context(forked_workers())
             stack.enter_context(cluster(None))
         yield aws
 
@@ -106,7 +108,8 @@ def reproducible() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is none."""
+    """Order the tests for two workers, and skip those marked `gpu` where there is none."""
+    items[:] = order_for_two_workers(items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -115,3 +118,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def order_for_two_workers(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Put what takes long, and what shares a fixture that takes long, first in either half.
+
+    `--dist worksteal` gives each of two workers a half, and whoever is ready first takes from the
+    end of what the other has left. So at the end there are short tests, and one worker alone starts
+    the shared Ray and the other alone the ranks and the trainings of tests/train.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    train = Path(__file__).parent / "train"
+
+    def rank(item: pytest.Item) -> int:
+        return 2 * (train not in item.path.parents) + (item.path not in slow)
+
+    by_rank = [[item for item in items if rank(item) == number] for number in range(4)]
+    others = [*by_rank[2], *by_rank[3]]
+    first_half = others[: max(len(items) // 2, len(by_rank[2]))]
+    return [*first_half, *by_rank[0], *by_rank[1], *others[len(first_half) :]]

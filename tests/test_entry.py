@@ -75,6 +75,8 @@ def repository(tmp_path: Path, monkeypatch) -> Path:
     (tmp_path / "neighbor.py").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.startswith("saliency_shards_file_")]:
+        monkeypatch.delitem(sys.modules, name)  # from files of other tests
     before = set(sys.modules)
     yield tmp_path
     masks.MASKS.pop("edge_of_a_test", None)

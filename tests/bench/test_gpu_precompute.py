@@ -1,20 +1,36 @@
 """Test the precompute part of the first GPU session, in its small version on a CPU."""
 
 import ast
+import multiprocessing
 import queue
 import threading
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import gpu_precompute
 from bench.gpu_precompute import Settings, measure, work
+from tests.train.ranks import get_preloaded_context
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_workers_side_by_side_without_ray() -> None:
+def test_workers_side_by_side_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the workers from a process that has imported what they need, unless they use a GPU."""
+    methods: list[str] = []
+
+    def remember(method: str) -> BaseContext:
+        methods.append(method)
+        if torch.cuda.is_available():
+            return multiprocessing.get_context(method)
+        return get_preloaded_context()
+
+    contexts = SimpleNamespace(get_context=remember)
+    monkeypatch.setattr(gpu_precompute, "multiprocessing", contexts)
     result = measure(Settings.small())
     assert result.figures["windows_per_second_network_alone"] > 0
     for count in (1, 2):
@@ -23,6 +39,7 @@ def test_workers_side_by_side_without_ray() -> None:
     # Two workers may be slower than one on a busy CPU, and the verdict says so; nothing else may
     # have failed.
     assert result.passed or "2 workers give" in result.lines[0]
+    assert methods == ["spawn", "spawn"], "a fork cannot use the CUDA of its parent"
 
 
 def test_a_worker_that_fails_says_why_and_frees_the_others(tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 """Custom masks and fills: the example in docs/pipeline.md works as printed."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 
 from pipeline import MaskedViews, Recipe, fills, masks
 from schemas import ShardDataset, UserError
+from tests.forked import run_forked
 from tests.pipeline.conftest import CROP, small
 
 DOCS = Path(__file__).parents[2] / "docs" / "pipeline.md"
@@ -143,12 +142,10 @@ def test_the_documented_command_works(dataset: ShardDataset, tmp_path: Path) -> 
     command = blocks("sh")[0].replace("out/photos", dataset.url).replace("\\\n", " ")
     assert command.startswith("python -m pipeline preview")
     out = tmp_path / "sheet.png"
-    arguments = [*shlex.split(command)[1:], "--out", str(out), "--crop-size", "56"]
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(DOCS.parents[1])},
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    module, *arguments = shlex.split(command)[2:]
+    program = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    more = ["--out", str(out), "--crop-size", "56"]
+    done = run_forked(program, [*arguments, *more], tmp_path)
     assert done.returncode == 0, done.stderr
     assert out.exists()
 

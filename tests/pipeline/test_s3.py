@@ -1,8 +1,6 @@
 """Shards in S3 are written, and read through the cache, on a local server."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from schemas import ShardDataset
+from tests.forked import run_forked
 
 COMPARE = """
 import sys
@@ -67,9 +66,6 @@ def test_shards_in_s3_give_the_batches_of_the_same_shards_on_disk(
     server: str, dataset: ShardDataset, tmp_path: Path
 ) -> None:
     # in a separate process, because s3fs clients and the cache folder persist in a process
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARE, dataset.url],
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = run_forked(COMPARE, [dataset.url], tmp_path, environment)
     assert done.stdout.endswith("the same\n"), done.stdout + done.stderr

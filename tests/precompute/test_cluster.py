@@ -1,6 +1,7 @@
 """Tests of Ray clusters: a job goes on while nodes come and go; workers fit on the nodes."""
 
-import subprocess
+import contextlib
+import os
 import sys
 import threading
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray import cloudpickle
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
@@ -19,10 +21,13 @@ from precompute.plan import make_plan
 from precompute.sources import SourceImage
 from schemas import ShardDataset, UserError
 from tests.precompute.conftest import without_ray
+from tests.ray_workers import forked_workers
+from tests.train.ranks import get_preloaded_context
 
 pytestmark = pytest.mark.slow
+# Ray's workers cannot import this file as a module
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARDS = 60
 
 
@@ -46,6 +51,13 @@ def job(out: Path) -> Job:
     return Job("demo", "train", source, plan, [], SpectralOptions(), 0, str(out), 4)
 
 
+def run_here(out: Path, address: str, environment: dict[str, str]) -> None:
+    """Run the job in this process, with the environment of the test."""
+    os.environ.clear()
+    os.environ.update(environment)
+    run_job(job(out), Resources(address, workers=2))
+
+
 def test_nodes_come_and_go_in_the_middle_of_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +68,8 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
     # five seconds, so that a node that waits for a CPU core is not declared dead
     quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 10}
     head = {"num_cpus": 0, "_system_config": quickly}
+    workers = contextlib.ExitStack()
+    workers.enter_context(forked_workers())
     # without hooks at exit, which Ray can set only where the main thread adds a node
     with unused_services_off():
         cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
@@ -79,18 +93,21 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
 
     changes = threading.Thread(target=change_nodes, daemon=True)
     # in a process of its own: this one may be connected to a Ray that other tests share
-    code = (
-        "from tests.precompute.test_cluster import *; "
-        f"run_job(job(Path({str(two)!r})), Resources({cluster.address!r}, workers=2))"
+    driver = get_preloaded_context().Process(
+        target=run_here, args=(two, cluster.address, dict(os.environ))
     )
     try:
         changes.start()
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
+        driver.start()
+        driver.join(300)
+        assert driver.exitcode == 0
         changes.join(10)
         assert len(built) == 2, "the first node was not killed"
         assert built[1] < SHARDS, "the first node was killed too late"
     finally:
+        driver.kill()
         cluster.shutdown()
+        workers.close()
     dataset = ShardDataset.open(two)
     assert dataset.verify().clean
     assert dataset.digest == without_ray(job(one)).digest

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import ray
@@ -21,6 +22,7 @@ from schemas import FormatError, ShardDataset, UserError
 from schemas.shard import read_marker
 from schemas.storage import Store
 from tests.precompute.conftest import command, contents, run_here
+from tests.ray_workers import ForkedJob
 from tests.readers import READERS
 
 pytestmark = pytest.mark.slow
@@ -52,17 +54,15 @@ def process(*arguments: object) -> int:
     return int(found.stdout.split()[0])
 
 
-def started(out: Path, *options: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command(*demo_arguments(out), "--workers", 1, *options),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+class Job(Protocol):
+    """A job in a process of its own: `ForkedJob`, or the real command."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
 
 
-def wait_until(condition: Callable[[], bool], job: "subprocess.Popen[str]") -> None:
+def wait_until(condition: Callable[[], bool], job: Job) -> None:
     deadline = time.monotonic() + 120
     while not condition() and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -70,44 +70,51 @@ def wait_until(condition: Callable[[], bool], job: "subprocess.Popen[str]") -> N
     assert condition()
 
 
-def errors_of(job: "subprocess.Popen[str]", out: Path, moment: int) -> str:
-    """Return what the job printed; it must have left the shards, and nothing that is complete."""
-    _, errors = job.communicate(timeout=20)
+def assert_incomplete(out: Path, moment: int) -> None:
+    """Assert that the job has left the shards, and nothing that is complete."""
     assert not (out / "dataset.json").exists()
     assert markers(out) >= moment
-    return errors
 
 
 def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
-    uninterrupted: Path, tmp_path: Path
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kill the driver before the first shard, then a worker, then Ray; then send SIGTERM.
 
     The jobs have one worker each, except the last, which ends. The first uses the Ray of other
-    tests, which goes on without it.
+    tests, which goes on without it. The one that gets SIGTERM is the real command, with workers
+    that Ray starts as it does outside of tests.
     """
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first
     out = tmp_path / "out"
-    job = started(out, "--address", ray.get_runtime_context().gcs_address)
+    options = [*demo_arguments(out), "--workers", 1]
+    address = ray.get_runtime_context().gcs_address
+    job = ForkedJob([*options, "--address", address], tmp_path / "first")
     wait_until((out / "shards").is_dir, job)
     job.kill()
-    errors_of(job, out, 0)
+    job.wait(60)
+    assert_incomplete(out, 0)
 
-    job = started(out)
+    job = ForkedJob(options, tmp_path / "second")
     wait_until(lambda: markers(out) >= 4, job)
     os.kill(process("-s", job.pid, "-f", "ray::MapWorker"), signal.SIGKILL)
     wait_until(lambda: markers(out) >= 12, job)  # a worker that dies does not stop the job
     os.kill(process("-P", job.pid, "-x", "raylet"), signal.SIGKILL)
-    errors = errors_of(job, out, 12)
-    assert job.returncode == 1
+    status, errors = job.wait(60)
+    assert status == 1
     assert "Ray's raylet died; run the same command again to resume" in errors
+    assert_incomplete(out, 12)
 
-    job = started(out)
     before = markers(out)
-    wait_until(lambda: markers(out) >= before + 4, job)
-    job.terminate()
-    errors = errors_of(job, out, before + 4)
-    assert job.returncode == 143
+    with subprocess.Popen(
+        command(*options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as real:
+        wait_until(lambda: markers(out) >= before + 4, real)
+        real.terminate()
+        _, errors = real.communicate(timeout=60)
+    assert real.returncode == 143
     assert re.search(r"terminated; \d+ of \d+ missing shards are written; run the same", errors)
+    assert_incomplete(out, before + 4)
 
     written = {path.name: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
     assert run_here(*demo_arguments(out)) == 0

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,30 +83,32 @@ def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path, two_ranks):
 
 @pytest.mark.slow
 def test_two_agents_train_as_one_does(shards, whole, tmp_path):
-    """Run --nnodes 2 on the loopback with one process each, like two machines."""
-    torchrun = [
-        *(sys.executable, "-m", "torch.distributed.run"),
+    """Run --nnodes 2 on the loopback with one process each, like two machines.
+
+    The first agent and its worker are the real command, the second are forked.
+    """
+    out = tmp_path / "run"
+    agent = [
         *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
-        *(
-            "--rdzv-endpoint",
-            find_free_endpoint(),
-            "--rdzv-id",
-            "test",
-            "--local-addr",
-            "127.0.0.1",
-        ),
-        *("-m", "train", *command(shards, tmp_path, **LONGER)),
+        *("--rdzv-endpoint", find_free_endpoint(), "--rdzv-id", "test"),
+        *("--local-addr", "127.0.0.1"),
     ]
+    training = command(shards, out, **LONGER)
     cores = sorted(os.sched_getaffinity(0))
     half = max(1, len(cores) // 2)  # as many threads per rank as in `whole`
-    agents = [
-        subprocess.Popen(
-            ["taskset", "-c", ",".join(map(str, part)), *torchrun],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for part in (cores[:half], cores[-half:])
-    ]
-    assert [process.wait(timeout=SECONDS) for process in agents] == [0, 0]
-    assert told(tmp_path) == told(whole)
-    first, second = (load_file(out / "encoder.safetensors") for out in (whole, tmp_path))
+    forked = Torchrun(
+        agent, training, tmp_path / "log", partial(os.sched_setaffinity, 0, cores[-half:])
+    )
+    real = subprocess.run(
+        [
+            *("taskset", "-c", ",".join(map(str, cores[:half]))),
+            *(sys.executable, "-m", "torch.distributed.run", *agent, "-m", "train", *training),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=SECONDS,
+    )
+    assert (real.returncode, forked.wait()) == (0, 0), forked.said
+    assert told(out) == told(whole)
+    first, second = (load_file(path / "encoder.safetensors") for path in (whole, out))
     assert all(torch.equal(first[key], second[key]) for key in first)

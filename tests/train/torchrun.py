@@ -2,7 +2,7 @@
 
 Importing torch, torchvision and DALI takes a rank longer than its few steps here. Everything else
 is torchrun's own: command line, rendezvous, agents, restarts, and processes that signals reach. One
-test, `test_two_agents_train_as_one_does`, starts the real command.
+test, `test_two_agents_train_as_one_does`, starts the real command beside a forked agent.
 """
 
 import atexit
