@@ -199,7 +199,7 @@ def our_ways(options: Options) -> dict[str, Way]:
 
 def ceilings(options: Options) -> dict[str, Way]:
     """Return the rows that no loader of these shards can beat here: reading, decoding, one crop."""
-    device = devices.device_of(options.device)
+    device = devices.parse_device(options.device)
     plain = EvalViews(options.data, options.batch_size, options.device, crop_size=options.crop_size)
     by_index, by_dali = read_by_index(options), read_by_dali(options)
     return {

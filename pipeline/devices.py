@@ -11,7 +11,7 @@ NO_GPU_MESSAGES = ("Found no NVIDIA driver", "No CUDA GPUs are available", "not 
 """PyTorch's messages on a machine without a GPU; any other message means that the GPU is broken."""
 
 
-def device_of(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
     """Return the device called `cpu`, `cuda` (the current GPU), `cuda:N` or `auto`.
 
     `auto` is `cuda` on a machine with a GPU and `cpu` on one without.

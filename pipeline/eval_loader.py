@@ -72,7 +72,7 @@ class EvalViews:
         cache: Cache | None = None,
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-        self.device = devices.device_of(device)
+        self.device = devices.parse_device(device)
         self.resize = round(crop_size * RESIZE_OVER_CROP) if resize is None else resize
         if batch_size < 1 or not 0 <= rank < world_size or not 1 <= crop_size <= self.resize:
             raise UserError(

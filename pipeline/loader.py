@@ -96,7 +96,7 @@ class MaskedViews:
         decode_on: DecodeOn = "gpu",
     ):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-        self.device = devices.device_of(device)
+        self.device = devices.parse_device(device)
         check_masks_and_fills(self.recipe)
         self._code = digest_custom_functions(self.recipe)  # now: the file may change while it runs
         if decode_on not in get_args(DecodeOn):

@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from pipeline.devices import device_of
+from pipeline.devices import parse_device
 from schemas import UserError
 
 SILENCE = re.compile(r"gloo|timed? ?out|[Cc]onnection (closed|reset)")
@@ -251,5 +251,5 @@ def pick_device(name: str) -> torch.device:
             f"local rank {local_rank} has no GPU of its own: this machine has "
             f"{torch.cuda.device_count()}; start no more processes than GPUs"
         )
-    # only now: `device_of` asks for the current GPU, which creates a context there
-    return device_of(name)
+    # only now: `parse_device` asks for the current GPU, which creates a context there
+    return parse_device(name)
