@@ -23,11 +23,11 @@ from pipeline.masks import find_foreground
 from pipeline.recipes import RECIPES
 from precompute import demo
 from precompute.decode import decode
-from precompute.encode import Resize, check
 from precompute.estimators import Estimator, EstimatorOptions, ScdaOptions, SpectralOptions
-from precompute.estimators.maps import z_scored
+from precompute.estimators.maps import standardize
 from precompute.estimators.scda import ScdaEstimator
-from precompute.estimators.windows import windows
+from precompute.estimators.windows import list_windows
+from precompute.reencode import Resize, check
 from precompute.sources import SourceImage
 from precompute.sources.trees import Folder
 from schemas.errors import UserError
@@ -109,7 +109,7 @@ def decoded(root: str) -> Iterator[Any]:
 
 def stored(estimators: list[Estimator], images: Any) -> list[np.ndarray]:
     """Return the maps as a loader reads them back from a shard, each (side, side) uint8."""
-    maps = torch.stack([z_scored(torch.from_numpy(estimate(images))) for estimate in estimators])
+    maps = torch.stack([standardize(torch.from_numpy(estimate(images))) for estimate in estimators])
     return [SaliencyMap.quantize(saliency).grid for saliency in maps.mean(dim=0).numpy()]
 
 
@@ -152,9 +152,9 @@ class Study:
                 window = (top / height, left / width, (top + h) / height, (left + w) / width)
                 self.crops.append(Crop(index, window))
                 views.append(crop_on_host(image, torch.tensor(window), side))
-            plain.append(online.aggregation_map(torch.stack(views).permute(0, 2, 3, 1)))
+            plain.append(online.aggregate(torch.stack(views).permute(0, 2, 3, 1)))
             moved = torch.stack([jitter(view) for view in views])
-            jittered.append(online.aggregation_map(moved.permute(0, 2, 3, 1)))
+            jittered.append(online.aggregate(moved.permute(0, 2, 3, 1)))
             self.shapes.append((height, width))
         self.plain, self.jittered = (self.front(torch.cat(maps)) for maps in (plain, jittered))
         self.areas = torch.tensor([crop.area for crop in self.crops])
@@ -190,7 +190,7 @@ class Study:
     def forwards(self, choices: list[EstimatorOptions]) -> str:
         """Return the mean number of forward passes at 224 x 224 per image."""
         counts = [
-            len(windows(*shape, area))
+            len(list_windows(*shape, area))
             for shape in self.shapes
             for choice in choices
             if isinstance(choice, ScdaOptions)
@@ -233,7 +233,7 @@ def on_objects(options: Options) -> Iterator[str]:
     The columns are the share of the foreground that lies on the object, and the share of the object
     that the foreground covers.
     """
-    scenes = [demo.scene(index, "val") for index in range(SCENES)]
+    scenes = [demo.draw_scene(index, "val") for index in range(SCENES)]
     chosen: dict[str, EstimatorOptions] = {
         "spectral": SpectralOptions(),
         "scda": scda_options(options),

@@ -130,7 +130,7 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
 
     from pipeline.compiling import find_reason
     from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
-    from precompute.estimators.windows import windows
+    from precompute.estimators.windows import list_windows
 
     options = settings.estimator_options()
 
@@ -138,10 +138,10 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
         shape = (WINDOWS_AT_ONCE[estimator.device], options.size, options.size, 3)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=estimator.device)
         with torch.inference_mode():
-            estimator.aggregation_map(pixels).sum().item()
+            estimator.aggregate(pixels).sum().item()
             start = time.perf_counter()
             for _ in range(settings.forwards):
-                maps = estimator.aggregation_map(pixels)
+                maps = estimator.aggregate(pixels)
             maps.sum().item()  # waits for all of them
             seconds = time.perf_counter() - start
         return settings.forwards * len(pixels) / seconds
@@ -156,7 +156,7 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
                 figures["windows_per_second_network_compiled"] = measure_rate(compiled)
             except Exception as error:  # the workers are worth measuring all the same
                 print(f"the network could not be compiled: {error}", flush=True)
-    return float(sum(len(windows(settings.height, settings.width, a)) for a in options.areas))
+    return float(sum(len(list_windows(settings.height, settings.width, a)) for a in options.areas))
 
 
 def run_workers(settings: Settings, count: int) -> tuple[float, float]:
@@ -247,7 +247,7 @@ def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:
     import numpy as np
     from PIL import Image
 
-    from precompute.encode import Resize
+    from precompute.reencode import Resize
     from precompute.shard_builder import ShardBuilder
     from precompute.sources import Source, SourceImage
     from schemas.storage import Store

@@ -19,13 +19,13 @@ import tyro
 
 from bench.precompute_cpu import measure_cpu
 from bench.table import Row
-from precompute.cluster import cluster
-from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions, ScdaOptions, SpectralOptions
 from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
-from precompute.estimators.windows import cut, windows
+from precompute.estimators.windows import cut, list_windows
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
+from precompute.ray_cluster import connect_to_ray
+from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage, list_images
 from precompute.sources.trees import Folder
@@ -85,7 +85,7 @@ class Rated:
         options = self.estimator
         builder = ShardBuilder(self.source, Nothing(), Store(self.folder), 32, Resize(), {})
         start = time.perf_counter()
-        for group in builder.decoded(builder.read(self.images, {})):
+        for group in builder.decode_batches(builder.read(self.images, {})):
             if isinstance(options, ScdaOptions) and group.images:
                 for part in parts(group.pixels, options):
                     cut(group.pixels, part, options.size)
@@ -99,15 +99,15 @@ class Rated:
         builder = ShardBuilder(self.source, Nothing(), Store(self.folder), 32, Resize(), {})
         ready = [
             cut(group.pixels, part, estimator.options.size)
-            for group in builder.decoded(builder.read(self.images[:32], {}))
+            for group in builder.decode_batches(builder.read(self.images[:32], {}))
             if group.images
             for part in parts(group.pixels, estimator.options)
         ]
         with torch.inference_mode():
-            estimator.aggregation_map(ready[0])
+            estimator.aggregate(ready[0])
             start = time.perf_counter()
             for pixels in ready:
-                estimator.aggregation_map(pixels)
+                estimator.aggregate(pixels)
         return 32 / (time.perf_counter() - start)
 
 
@@ -125,7 +125,9 @@ def parts(images: Any, options: ScdaOptions) -> Iterator[list]:
     for area in options.areas:
         shapes = enumerate(image.shape[:2] for image in images)
         places = [
-            (index, w) for index, (height, width) in shapes for w in windows(height, width, area)
+            (index, w)
+            for index, (height, width) in shapes
+            for w in list_windows(height, width, area)
         ]
         chunk = WINDOWS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
         yield from (places[start : start + chunk] for start in range(0, len(places), chunk))
@@ -153,7 +155,7 @@ def measure(options: Options, folder: Path) -> list[Row]:
     values: dict[str, list[float]] = {name: [] for name in rates}
     if not rates:
         return []
-    with cluster(None):
+    with connect_to_ray(None):
         for _ in range(options.repeats):
             for name, rate in rates.items():
                 values[name].append(rate())

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import nn
 
 from precompute import decode
-from precompute.encode import Resize
 from precompute.estimators import ScdaOptions, scda
 from precompute.estimators.windows import Window, cut
+from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
 from schemas.storage import Store

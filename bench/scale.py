@@ -159,7 +159,7 @@ def write_markers(folder: str, count: int) -> None:
 
 def measure_compare(options: Options) -> None:
     """Find the new images of a source whose other images are in a dataset, in this process."""
-    from precompute.extend import only_new
+    from precompute.extend import select_new
 
     with tempfile.TemporaryDirectory() as folder:
         call_in_other_process(write_markers, folder, options.images)
@@ -169,7 +169,7 @@ def measure_compare(options: Options) -> None:
         _, new, _ = timed_row(
             f"find {options.new_images:,} new images among {len(images):,} "
             f"({before:.0f} MB when they are listed)",
-            lambda: only_new(folder, images, [], list(source.classes)),
+            lambda: select_new(folder, images, [], list(source.classes)),
         )
     assert len(new) == options.new_images
 
@@ -178,11 +178,11 @@ def measure_cluster(options: Options) -> None:
     """Plan made-up images with a local Ray, and read shards of the plan as workers do."""
     import ray
 
-    from precompute.cluster import cluster
     from precompute.plan_job import plan_on_cluster
+    from precompute.ray_cluster import connect_to_ray
 
     source, before = MadeUp(options.images), peak_megabytes()
-    with tempfile.TemporaryDirectory() as folder, cluster(None):
+    with tempfile.TemporaryDirectory() as folder, connect_to_ray(None):
         store_bytes = ray.cluster_resources().get("object_store_memory", 0)
         with MemoryWatch() as memory:
             listing, seconds, cpu = timed(

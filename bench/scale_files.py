@@ -93,8 +93,8 @@ def resolve_quietly(options: "Options", stack: contextlib.ExitStack) -> "Job":
 
 def measure_extend(shards: int, shard_samples: int, new_images: int) -> None:
     """Add new images to a dataset with many shards, as `python -m precompute --extend` does."""
-    from precompute.cluster import cluster
     from precompute.job import Resources, run_job
+    from precompute.ray_cluster import connect_to_ray
 
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
@@ -109,7 +109,7 @@ def measure_extend(shards: int, shard_samples: int, new_images: int) -> None:
             lambda: resolve_quietly(options, stack),
         )
         assert job.plan.images == new_images
-        timed_row("extend: start Ray", lambda: stack.enter_context(cluster(None)))
+        timed_row("extend: start Ray", lambda: stack.enter_context(connect_to_ray(None)))
         summary = timed_row(
             f"extend: estimate the new images in {len(job.plan.shards)} shards and write the "
             "tables",

@@ -55,7 +55,7 @@ class Cache:
     limit: int | None = None
 
 
-def network_mount(url: str) -> str | None:
+def find_network_mount(url: str) -> str | None:
     """Return the type of the network file system that a path lies on; None if it is local."""
     if "://" in url or not MOUNTS.exists():
         return None
@@ -75,7 +75,11 @@ def find_default_folder() -> Path:
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     existing = next((path for path in (caches, *caches.parents) if path.exists()), caches)
-    if caches.is_absolute() and network_mount(str(caches)) is None and os.access(existing, os.W_OK):
+    if (
+        caches.is_absolute()
+        and find_network_mount(str(caches)) is None
+        and os.access(existing, os.W_OK)
+    ):
         return caches / "saliency-shards"
     return Path(tempfile.gettempdir()) / f"saliency-shards-{os.getuid()}"
 
@@ -88,7 +92,7 @@ def open_folder(cache: Cache) -> CacheFolder:
             locks.
     """
     folder = cache.folder or find_default_folder()
-    if kind := network_mount(str(folder)):
+    if kind := find_network_mount(str(folder)):
         raise UserError(
             f"cache {folder}: is on {kind}, a network file system; choose a folder on a local "
             "disk with --cache"

@@ -62,7 +62,7 @@ image: (N, H, W, 3) uint8. table: (N, columns), see `pack_parameters`. covers: o
 for a copy that is not masked. The results are channels_last."""
 
 
-def soft_blur_radius(recipe: Recipe) -> int:
+def compute_soft_blur_radius(recipe: Recipe) -> int:
     """Return the radius in pixels of the recipe's widest soft blur, 0 if it has none."""
     if recipe.soft_blur_probability == 0:
         return 0
@@ -92,7 +92,7 @@ def pack_parameters(parameters: Photometric, recipe: Recipe) -> Tensor:
     stages[..., 2] = parameters.order == SATURATION
     stages[..., 3] = (parameters.order == HUE) * parameters.hue.unsqueeze(1)
     stages[..., 4] = contrast.cumsum(1) == 0
-    radius = soft_blur_radius(recipe)
+    radius = compute_soft_blur_radius(recipe)
     taps = torch.zeros(size, 2 * radius + 1)
     taps[:, radius] = 1
     rows = parameters.sigma > 0
@@ -105,7 +105,7 @@ def pack_parameters(parameters: Photometric, recipe: Recipe) -> Tensor:
 
 def build_chain(recipe: Recipe) -> Chain:
     """Return the function for the pixels of this recipe; it applies only fills in `FUSED_FILLS`."""
-    radius = soft_blur_radius(recipe)
+    radius = compute_soft_blur_radius(recipe)
     has_jitter, has_gray = recipe.jitter_probability > 0, recipe.grayscale_probability > 0
     fill, has_high_pass = recipe.fill, recipe.high_pass
     high_pass = build_shared_kernel(recipe.high_pass_kernel, recipe.high_pass_sigma)[0].tolist()

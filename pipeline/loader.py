@@ -38,7 +38,7 @@ from pipeline.rng import BatchRng
 from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
 from schemas.cli import digest_source
-from schemas.settings import differences, fields_of, plain, sentence
+from schemas.settings import fields_of, find_differences, format_differences, to_plain
 
 log = logging.getLogger(__name__)
 
@@ -203,13 +203,12 @@ class MaskedViews:
         saved = convert_fingerprint(state)
         # an older state does not have the digests of custom functions
         defaults = build_default_fingerprint() | self._code
-        changes = differences(saved, self._fingerprint(), defaults)
+        changes = find_differences(saved, self._fingerprint(), defaults)
         is_batch_size_only = [change.name for change in changes] == ["batch_size"]
         if changes and not (is_batch_size_only and state["step"] == 0):
             where = " inside an epoch" if is_batch_size_only else ""
-            raise UserError(
-                f"the loader cannot resume{where} under other settings: {sentence(changes)}"
-            )
+            found = format_differences(changes)
+            raise UserError(f"the loader cannot resume{where} under other settings: {found}")
         self.close()
         self.epoch, self.step = state["epoch"], state["step"]
         if state["version"] == 1 and self.step and self.rank == 0:
@@ -224,7 +223,7 @@ class MaskedViews:
         """Return the settings that sample order and random numbers depend on."""
         return {
             "dataset": self.dataset.digest,
-            "recipe": plain(fields_of(self.recipe)),
+            "recipe": to_plain(fields_of(self.recipe)),
             "batch_size": self.batch_size * self.world_size,
             "seed": self.seed,
             "shuffle_shards": self.order.shuffle_shards,

@@ -150,7 +150,7 @@ def draw_sample_row(
     assert batch.sample_keys is not None
     key = batch.sample_keys[row]
     image, saliency = stored
-    thumbnail, to_tile = letterbox(image)
+    thumbnail, to_tile = fit_letterbox(image)
     draw = ImageDraw.Draw(thumbnail)
     branches = {"query": QUERY, "key": KEY} if recipe.pair else {"query": QUERY}
     for branch, color in branches.items():
@@ -165,7 +165,7 @@ def draw_sample_row(
         Tile("image and windows", thumbnail, shorten(key, 30)),
         Tile(
             "saliency",
-            letterbox(overlay_saliency(fit_into_tile(image), saliency))[0],
+            fit_letterbox(overlay_saliency(fit_into_tile(image), saliency))[0],
             shorten(name, 30),
         ),
     ]
@@ -250,7 +250,7 @@ def overlay_saliency(image: Image.Image, saliency: Image.Image) -> Image.Image:
     return Image.fromarray(tinted.round().astype(np.uint8))
 
 
-def letterbox(
+def fit_letterbox(
     image: Image.Image,
 ) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
     """Fit an image into a tile; also return the map from relative (x, y) to pixels of the tile."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from schemas import UserError
-from schemas.cli import imported, lookup
+from schemas.cli import import_object, lookup
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -31,4 +31,4 @@ def find(kind: str, name: str, registry: dict[str, Function]) -> Function:
     Raises:
         UserError: there is no such name (the message suggests the nearest one), module or function.
     """
-    return imported(kind, name) if ":" in name else lookup(kind, name, registry)
+    return import_object(kind, name) if ":" in name else lookup(kind, name, registry)

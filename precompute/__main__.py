@@ -29,7 +29,7 @@ from precompute.sources import (
 )
 from schemas.cli import parse, run
 from schemas.errors import UserError
-from schemas.info import reject_counts
+from schemas.info import count_rejects
 from schemas.names import to_stored
 from schemas.sample import UNLABELED
 from schemas.storage import Store
@@ -167,8 +167,8 @@ def run_command(options: Options, stack: contextlib.ExitStack) -> int:
 
 def resolve(options: Options, stack: contextlib.ExitStack) -> "Job":
     """List the source and plan the shards. Raises UserError."""
-    from precompute.encode import Resize
     from precompute.job import Job
+    from precompute.reencode import Resize
 
     resize = Resize(options.resize, options.resize_quality)
     # Absolute paths, because workers of an existing cluster have another current folder.
@@ -222,17 +222,17 @@ def plan_source(
 
 def plan_here(options: Options, source: Source, root: str, out: str, most: int | None) -> Planned:
     """Plan in this process. Raises UserError, TooManyImagesError."""
-    from precompute.extend import only_new
-    from precompute.progress import listed
+    from precompute.extend import select_new
+    from precompute.progress import show_listing
 
-    images, rejects = list_images(at_most(most, listed(list_source(source))))
+    images, rejects = list_images(limit_count(most, show_listing(list_source(source))))
     refuse_linked_inputs(options.out, source.linked_folders())
     if not images:
-        raise UserError(no_images(root, rejects))
+        raise UserError(explain_no_images(root, rejects))
     print(count_classes(Counter(image.label for image in images), source), flush=True)
     before = None
     if options.extend:
-        before, images, rejects = only_new(out, images, rejects, list(source.classes))
+        before, images, rejects = select_new(out, images, rejects, list(source.classes))
     plan = make_plan(
         images, seed=options.seed, shard_samples=options.shard_samples, limit=options.limit
     )
@@ -249,10 +249,10 @@ def plan_there(
     Raises:
         UserError: the source or the cluster fails.
     """
-    from precompute.cluster import cluster
     from precompute.plan_job import plan_on_cluster
+    from precompute.ray_cluster import connect_to_ray
 
-    stack.enter_context(cluster(options.address))
+    stack.enter_context(connect_to_ray(options.address))
     listing = plan_on_cluster(
         source,
         stack.enter_context(plan_folder(options, out)),
@@ -262,7 +262,7 @@ def plan_there(
     )
     refuse_linked_inputs(options.out, listing.linked)
     if not listing.plan.images:
-        raise UserError(no_images(root, listing.rejects))
+        raise UserError(explain_no_images(root, listing.rejects))
     print(count_classes(listing.labels, source), flush=True)
     return Planned(listing.plan, listing.rejects, None)
 
@@ -288,7 +288,7 @@ class TooManyImagesError(Exception):
     """Raised when a source has more images than this process may plan."""
 
 
-def at_most(most: int | None, entries: Iterable[T]) -> Iterator[T]:
+def limit_count(most: int | None, entries: Iterable[T]) -> Iterator[T]:
     """Yield the entries. Raises TooManyImagesError when there are more than `most`."""
     for count, entry in enumerate(entries, 1):
         if most is not None and count > most:
@@ -312,7 +312,7 @@ def count_classes(labels: Counter[int], source: Source) -> str:
     return f"{images} images in {len(classes)} classes, {len(empty)} folders empty{names}"
 
 
-def no_images(root: str, rejects: list[Reject]) -> str:
+def explain_no_images(root: str, rejects: list[Reject]) -> str:
     """Explain why a source has no usable image: each reason, its count and its first input."""
     if not rejects:
         return f"{root}: no images in it; see `python -m precompute --help` for ROOT"
@@ -336,7 +336,7 @@ def report(summary: "Summary") -> str:
         [
             f"{summary.images} images in {summary.seconds:.1f} s, "
             f"{stats['run']['images_per_second_at_work']:.1f} images/s at work",
-            f"rejects: {reject_counts(dataset)}",
+            f"rejects: {count_rejects(dataset)}",
             f"foreground: {share:.0%} of the cells" if share is not None else "foreground: none",
             f"{dataset.url}: {len(dataset)} samples in {len(dataset.shards)} shards",
             f"tables: {SAMPLES}, {SHARDS}, {REJECTS}, stats.json there",

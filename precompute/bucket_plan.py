@@ -13,12 +13,12 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from precompute import plan_stages as stages
 from precompute.sources import Source, SourceImage
-from precompute.sources.base import PartedSource, parts_of
+from precompute.sources.base import PartedSource, list_parts
 from precompute.stored_plan import (
     StoredPlan,
     StoredShards,
-    digest_of,
-    plan_text,
+    compute_digest,
+    format_plan,
     read_bucket,
     to_images,
     to_table,
@@ -100,7 +100,7 @@ def plan_in_buckets(
     Raises:
         UserError: the source fails.
     """
-    parts = parts_of(source)
+    parts = list_parts(source)
     groups = [
         PartGroup(first, list(parts[first : first + PARTS_AT_ONCE]))
         for first in range(0, max(len(parts), 1), PARTS_AT_ONCE)
@@ -129,8 +129,8 @@ def plan_in_buckets(
 
     shards = StoredShards(place, counts, shard_samples, limit)
     every_bucket_text = ((bucket,) for bucket in range(buckets))
-    texts_in_order = runner.map(partial(bucket_text, shards), every_bucket_text, TEXTS_AT_ONCE)
-    plan = StoredPlan(shards, digest_of(texts_in_order, len(shards)))
+    texts_in_order = runner.map(partial(format_bucket, shards), every_bucket_text, TEXTS_AT_ONCE)
+    plan = StoredPlan(shards, compute_digest(texts_in_order, len(shards)))
     labels: Counter[int] = sum((result.labels for result in settled), Counter())
     linked = sorted({folder for fact in facts for folder in fact["linked"]})
     return StoredListing(plan, [entry.reject for entry in sorted(rejects)], labels, linked)
@@ -146,14 +146,14 @@ def move_renamed(
     """
     if not renamed:
         return
-    keys = [key for image in renamed for key in stages.candidates(image)]
-    keys_by_bucket = stages.by_bucket(keys, str, seed, buckets)
+    keys = [key for image in renamed for key in stages.list_candidates(image)]
+    keys_by_bucket = stages.group_by_bucket(keys, str, seed, buckets)
     used_keys = runner.map(
         partial(stages.find_used_keys, place),
         ((bucket, set(bucket_keys)) for bucket, bucket_keys in keys_by_bucket.items()),
     )
     images = stages.rename(renamed, (key for bucket_keys in used_keys for key in bucket_keys))
-    moved = stages.by_bucket(images, lambda image: image.key, seed, buckets)
+    moved = stages.group_by_bucket(images, lambda image: image.key, seed, buckets)
     added = runner.map(
         partial(stages.add_images, place),
         ((bucket, seed, to_table(bucket_images)) for bucket, bucket_images in moved.items()),
@@ -161,10 +161,10 @@ def move_renamed(
     yield from zip(moved, added, strict=True)
 
 
-def bucket_text(shards: StoredShards, bucket: int) -> bytes:
-    """Return a bucket's part of the text that the plan's digest covers; see `plan_text`."""
+def format_bucket(shards: StoredShards, bucket: int) -> bytes:
+    """Return a bucket's part of the text that the plan's digest covers; see `format_plan`."""
     first, end = shards.starts[bucket], min(shards.starts[bucket + 1], shards.images)
     if first >= end:
         return b""
     images = to_images(read_bucket(Store(shards.place), bucket, 0, end - first))
-    return plan_text(images, first, shards.cuts)
+    return format_plan(images, first, shards.cuts)

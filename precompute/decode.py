@@ -16,8 +16,8 @@ import torch
 from nvidia.dali import types
 from PIL import Image
 
-from precompute.device_failure import classify, device_error
-from precompute.encode import EncodedImage, RejectedError, read_by_pillow
+from precompute.device_failure import build_device_error, classify
+from precompute.reencode import EncodedImage, RejectedError, read_by_pillow
 from precompute.sources import SourceImage
 from schemas.device_errors import first_line
 from schemas.tables import Reject
@@ -48,13 +48,13 @@ def decode(images: list[EncodedImage]) -> tuple[list[EncodedImage], Any, list[Re
         good, rejects = [], []
         for encoded in images:
             try:
-                good.append(readable(encoded))
+                good.append(make_readable(encoded))
             except RejectedError as rejected:
                 rejects.append(rejected.reject)
     try:
         return good, decode_batch(good) if good else None, rejects
     except Exception as error:  # each image was just decoded on its own, so none is at fault
-        raise device_error(error, "the decoder fails") from error
+        raise build_device_error(error, "the decoder fails") from error
 
 
 def raise_unless_decoder_works(error: Exception) -> None:
@@ -66,22 +66,24 @@ def raise_unless_decoder_works(error: Exception) -> None:
             image would be rejected although it is valid.
     """
     if classify(error) != "data":
-        raise device_error(error, "the decoder fails") from error
+        raise build_device_error(error, "the decoder fails") from error
     try:
-        decode_batch([good_jpeg()])
+        decode_batch([encode_good_jpeg()])
     except Exception as second:
-        raise device_error(second, "a JPEG that is known to be good does not decode") from second
+        raise build_device_error(
+            second, "a JPEG that is known to be good does not decode"
+        ) from second
 
 
 @cache
-def good_jpeg() -> EncodedImage:
+def encode_good_jpeg() -> EncodedImage:
     buffer = io.BytesIO()
     Image.radial_gradient("L").convert("RGB").save(buffer, "JPEG")
     image = SourceImage("known-good", "known-good.jpg", -1)
     return EncodedImage(image, buffer.getvalue(), "jpg", False, 256 * 256, {})
 
 
-def within_memory(images: list[EncodedImage]) -> Iterator[list[EncodedImage]]:
+def split_by_pixels(images: list[EncodedImage]) -> Iterator[list[EncodedImage]]:
     """Split images, in order, into groups of at most `PIXELS_AT_ONCE` pixels or a single image."""
     group: list[EncodedImage] = []
     pixels = 0
@@ -95,7 +97,7 @@ def within_memory(images: list[EncodedImage]) -> Iterator[list[EncodedImage]]:
         yield group
 
 
-def readable(encoded: EncodedImage) -> EncodedImage:
+def make_readable(encoded: EncodedImage) -> EncodedImage:
     """Return an image that DALI decodes: the one given, or a re-encoded copy of it.
 
     Raises:
@@ -106,11 +108,11 @@ def readable(encoded: EncodedImage) -> EncodedImage:
         decode_batch([encoded])
     except Exception as error:  # a damaged image may raise anything
         raise_unless_decoder_works(error)
-        return reencoded(encoded)
+        return reencode(encoded)
     return encoded
 
 
-def reencoded(encoded: EncodedImage) -> EncodedImage:
+def reencode(encoded: EncodedImage) -> EncodedImage:
     """Re-encode an image that only Pillow reads as a PNG that DALI decodes.
 
     Raises:

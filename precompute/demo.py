@@ -43,18 +43,20 @@ class Scene:
     label: int
 
 
-def label_of(index: int) -> int:
+def choose_label(index: int) -> int:
     return index % len(CLASSES)
 
 
-def scene(index: int, split: str) -> Scene:
+def draw_scene(index: int, split: str) -> Scene:
     """Generate the scene of this index; other splits hold other scenes of the same classes."""
-    label = label_of(index)
+    label = choose_label(index)
     rng = np.random.default_rng([zlib.crc32(split.encode()), index])
     height, width = rng.integers(SIDES[0], SIDES[1] + 1, size=2)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     ground_color = rng.uniform(0, 1, 3)
-    ground = mix(cloud(rng, height, width), ground_color, away(ground_color, 0.35))
+    ground = blend_colors(
+        draw_cloud(rng, height, width), ground_color, shift_color(ground_color, 0.35)
+    )
 
     radius = rng.uniform(0.28, 0.42) * min(height, width)
     center_y = rng.uniform(radius, height - radius)
@@ -62,9 +64,9 @@ def scene(index: int, split: str) -> Scene:
     angle = rng.uniform(0, 2 * math.pi)
     u = ((x - center_x) * math.cos(angle) + (y - center_y) * math.sin(angle)) / radius
     v = ((y - center_y) * math.cos(angle) - (x - center_x) * math.sin(angle)) / radius
-    mask = shape(label, u, v)
-    color = away(ground.mean(axis=(0, 1)), rng.uniform(0.3, 0.5, 3))
-    surface = mix(texture(label, u, v, rng), color, away(color, 0.9))
+    mask = draw_shape(label, u, v)
+    color = shift_color(ground.mean(axis=(0, 1)), rng.uniform(0.3, 0.5, 3))
+    surface = blend_colors(draw_texture(label, u, v, rng), color, shift_color(color, 0.9))
 
     image = np.where(mask[..., None], surface, ground)
     image = image + rng.normal(0, 0.02, image.shape)
@@ -77,7 +79,7 @@ def to_jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def away(color: np.ndarray, distance: np.ndarray | float) -> np.ndarray:
+def shift_color(color: np.ndarray, distance: np.ndarray | float) -> np.ndarray:
     """Return an RGB color in [0, 1] that is darker or lighter by `distance`.
 
     The direction is the one with more room.
@@ -85,12 +87,12 @@ def away(color: np.ndarray, distance: np.ndarray | float) -> np.ndarray:
     return np.clip(color + (-1 if color.mean() > 0.5 else 1) * distance, 0, 1)
 
 
-def mix(amount: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def blend_colors(amount: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Blend two colors: (H, W) amounts in [0, 1] of the second give (H, W, 3) pixels."""
     return first + amount[..., None] * (second - first)
 
 
-def cloud(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_cloud(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Return smooth noise of three octaves: (height, width), in [0, 1]."""
     total = np.zeros((height, width), np.float32)
     for cells, weight in ((4, 0.5), (8, 0.3), (16, 0.2)):
@@ -99,7 +101,7 @@ def cloud(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.clip(total, 0, 1)
 
 
-def shape(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def draw_shape(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Return the object's mask, given the object's own coordinates (it fits the unit circle)."""
     r, theta = np.hypot(u, v), np.arctan2(v, u)
     match label:
@@ -108,7 +110,7 @@ def shape(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         case 1:
             return np.maximum(abs(u), abs(v)) < 0.7
         case 2:
-            return polygon(r, theta, 3) < 0.5
+            return measure_polygon(r, theta, 3) < 0.5
         case 3:
             return r < 0.65 + 0.3 * np.cos(5 * theta)
         case 4:
@@ -116,18 +118,18 @@ def shape(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         case 5:
             return (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 0.9)
         case 6:
-            return polygon(r, theta, 6) < 0.8
+            return measure_polygon(r, theta, 6) < 0.8
         case _:
             return (abs(u) < 0.95) & (abs(v) < 0.4)
 
 
-def polygon(r: np.ndarray, theta: np.ndarray, corners: int) -> np.ndarray:
+def measure_polygon(r: np.ndarray, theta: np.ndarray, corners: int) -> np.ndarray:
     """Return the distance from the center along the normal of a regular polygon's nearest side."""
     sector = 2 * math.pi / corners
     return r * np.cos((theta + sector / 2) % sector - sector / 2)
 
 
-def texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw_texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the object's texture in [0, 1], given the object's own coordinates."""
     phase = rng.uniform(0, 2 * math.pi)
     match label:
@@ -158,7 +160,7 @@ class DemoScenes(Source):
 
     def images(self) -> Iterator[SourceImage]:
         for index in range(SCENES):
-            yield SourceImage(f"scene-{index:05d}", str(index), label_of(index))
+            yield SourceImage(f"scene-{index:05d}", str(index), choose_label(index))
 
     def read(self, image: SourceImage) -> bytes:
-        return to_jpeg(scene(int(image.location), self.split).image)
+        return to_jpeg(draw_scene(int(image.location), self.split).image)

@@ -14,7 +14,7 @@ def classify(error: Exception) -> Literal["memory", "device", "data"]:
 
 
 @contextmanager
-def device_errors_named(what: str) -> Iterator[None]:
+def translate_device_errors(what: str) -> Iterator[None]:
     """Raise UserError in place of a GPU or out-of-memory error; other errors pass unchanged.
 
     Args:
@@ -27,10 +27,10 @@ def device_errors_named(what: str) -> Iterator[None]:
     except Exception as error:
         if classify(error) == "data":
             raise
-        raise device_error(error, what) from error
+        raise build_device_error(error, what) from error
 
 
-def device_error(error: Exception, what: str) -> UserError:
+def build_device_error(error: Exception, what: str) -> UserError:
     """Return the UserError that ends the job.
 
     Args:

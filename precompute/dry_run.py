@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from precompute.estimators import Estimator
 from precompute.job import Job, Resources
-from precompute.resume import missing_shards
+from precompute.resume import find_missing_shards
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import SourceImage
 from precompute.threads import limit_torch_threads, use_threads
@@ -62,7 +62,7 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
         UserError: in the same cases as the job itself.
     """
     estimator = job.estimator.build()
-    missing = missing_shards(
+    missing = find_missing_shards(
         Store(job.out), job.settings(estimator.weights_sha256), job.default_settings
     )
     places = [shard - job.first_shard for shard in missing]

@@ -13,7 +13,7 @@ from schemas.storage import Store
 from schemas.tables import CARD, DatasetCard, Reject
 
 
-def only_new(
+def select_new(
     out: str, images: list[SourceImage], rejects: list[Reject], classes: list[str]
 ) -> tuple[DatasetCard, list[SourceImage], list[Reject]]:
     """Return the card of the dataset, the images that are new to it, and the rejects.

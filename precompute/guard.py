@@ -22,7 +22,7 @@ WRITTEN = (
 def refuse_own_inputs(out: str, root: str) -> None:
     """Refuse an OUT whose files would be inputs when ROOT is listed again. Raises UserError."""
     if is_pattern(root):
-        if file := matched(Store(out), root):
+        if file := find_match(Store(out), root):
             raise UserError(f"{out}: its {file} would match {root}; choose a folder outside of it")
         return
     if overlap(Store(out), Store(root)):
@@ -44,7 +44,7 @@ def overlap(out: Store, inputs: Store) -> bool:
     if type(out.fs) is not type(inputs.fs):
         return False
     base, out_place, shards_place = (
-        real_place(store) for store in (inputs, out, Store(shards_of(out)))
+        resolve_place(store) for store in (inputs, out, Store(get_shards_folder(out)))
     )
     return (
         any(place[: len(base)] == base for place in (out_place, shards_place))
@@ -52,11 +52,11 @@ def overlap(out: Store, inputs: Store) -> bool:
     )
 
 
-def shards_of(out: Store) -> str:
+def get_shards_folder(out: Store) -> str:
     return f"{out.location('').rstrip('/')}/{SHARD_FOLDER}"
 
 
-def real_place(store: Store) -> list[str]:
+def resolve_place(store: Store) -> list[str]:
     """Return the device of a folder and the parts of its path on it, with links resolved.
 
     A bind mount shows one folder under two paths, which resolving links does not reveal, so a local
@@ -66,13 +66,13 @@ def real_place(store: Store) -> list[str]:
         return posixpath.normpath(store.root).split("/")
     path = os.path.realpath(store.root)
     device, mount_root, below = "", "/", path
-    for mounted, place, folder in mounts():
+    for mounted, place, folder in list_mounts():
         if f"{path}/".startswith(f"{folder.rstrip('/')}/"):  # the last match is on top
             device, mount_root, below = mounted, place, os.path.relpath(path, folder)
     return [device, *(part for part in f"{mount_root}/{below}".split("/") if part not in ("", "."))]
 
 
-def mounts() -> list[tuple[str, str, str]]:
+def list_mounts() -> list[tuple[str, str, str]]:
     """Return device, folder on that device and mount point of every mount; empty without /proc.
 
     The order is such that a mount comes after those that it covers.
@@ -92,10 +92,10 @@ def unescape(field: bytes) -> str:
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
 
 
-def matched(out: Store, pattern: str) -> str:
+def find_match(out: Store, pattern: str) -> str:
     """Return the first file of a dataset at OUT that a glob would match; "" if there is none."""
     inputs = Store(posixpath.dirname(re.split(r"[*?\[]", pattern, maxsplit=1)[0]) or ".")
-    place, base = real_place(out), real_place(inputs)
+    place, base = resolve_place(out), resolve_place(inputs)
     if type(out.fs) is not type(inputs.fs) or place[: len(base)] != base:
         return ""
     regex = re.compile(glob_translate(Store(pattern).root))

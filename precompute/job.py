@@ -14,17 +14,17 @@ import ray
 import ray.data
 from ray import cloudpickle
 
-from precompute.cluster import cluster, start_beside_driver
-from precompute.encode import Resize
 from precompute.estimators import Estimator, EstimatorOptions
 from precompute.output_lock import lock_output
 from precompute.plan import Plan
 from precompute.progress import watch
 from precompute.progress_actor import ProgressActor
-from precompute.resume import missing_shards, refuse_shard_of_other_job
+from precompute.ray_cluster import connect_to_ray, start_beside_driver
+from precompute.reencode import Resize
+from precompute.resume import find_missing_shards, refuse_shard_of_other_job
 from precompute.sources import Source
 from precompute.worker import BuilderFactory, ShardActor
-from schemas.cli import TerminatedError, loaded_files
+from schemas.cli import TerminatedError, list_loaded_files
 from schemas.dataset import ShardDataset, read_card
 from schemas.errors import UserError
 from schemas.settings import defaults_of
@@ -145,7 +145,7 @@ class Usable(NamedTuple):
     node_cores: float
 
 
-def usable_resources(nodes: Sequence[Mapping[str, Any]]) -> Usable:
+def find_usable_resources(nodes: Sequence[Mapping[str, Any]]) -> Usable:
     """Return the part of a cluster's hardware that workers can use.
 
     If there are GPUs, workers run only on nodes with GPUs, and each gets an even share of the
@@ -172,7 +172,7 @@ CORES_PER_WORKER = 2
 (both numbers are our choice)."""
 
 
-def workers_per_gpu(cores_per_gpu: float) -> int:
+def choose_workers_per_gpu(cores_per_gpu: float) -> int:
     """Return how many workers share a GPU by default.
 
     A single process cannot keep a GPU busy: its CPU work runs in one Python process (see
@@ -190,7 +190,7 @@ class Resources:
         workers: number of shards built at the same time; 0 for as many as the cluster's GPUs, or
             CPU cores, allow.
         cpus: CPU cores per worker; 0 for an even share of the cluster's.
-        gpus: GPUs per worker; 0 for a fraction of one, see `workers_per_gpu`.
+        gpus: GPUs per worker; 0 for a fraction of one, see `choose_workers_per_gpu`.
     """
 
     address: str | None = None
@@ -219,7 +219,7 @@ class Resources:
         if self.gpus:
             fitting = devices // self.gpus
         elif devices:
-            fitting = devices * workers_per_gpu(cores / devices)
+            fitting = devices * choose_workers_per_gpu(cores / devices)
         else:
             fitting = cores // (self.cpus or 1)
         workers = max(1, min(self.workers or int(fitting), shards))
@@ -252,7 +252,7 @@ class Summary:
     def stats(self) -> dict[str, Any]:
         """Return the content of `stats.json`: statistics of the run and of the dataset."""
         dataset = self.dataset
-        share = mean_foreground(dataset)
+        share = compute_mean_foreground(dataset)
         return {
             "run": {
                 "images": self.images,
@@ -271,7 +271,7 @@ class Summary:
         }
 
 
-def mean_foreground(dataset: ShardDataset) -> float | None:
+def compute_mean_foreground(dataset: ShardDataset) -> float | None:
     """Return the mean share of foreground cells over all samples; None if no sample has one."""
     total, count = 0.0, 0
     for batch in dataset.samples.batches(["foreground"]):
@@ -308,7 +308,7 @@ def build_dataset(job: Job, resources: Resources, estimator: Estimator, start: f
     card = None
     if store.exists(CARD):  # shards of a newer format would look damaged and be overwritten
         card = read_card(store)
-    missing = missing_shards(store, settings, job.default_settings)
+    missing = find_missing_shards(store, settings, job.default_settings)
     store.make_folder(SHARD_FOLDER)
     at_work = 0.0
     if missing:
@@ -333,7 +333,7 @@ def build_shards(
     first, plan = job.first_shard, job.plan
     images = sum(plan.size(shard - first) for shard in missing)
     store = Store(job.out)
-    for module in loaded_files():  # workers cannot import a custom source's file by its name
+    for module in list_loaded_files():  # workers cannot import a custom source's file by its name
         cloudpickle.register_pickle_by_value(module)
 
     def so_far() -> str:
@@ -344,8 +344,8 @@ def build_shards(
             "resume"
         )
 
-    with cluster(resources.address):
-        cores, devices, node_cores = usable_resources(ray.nodes())
+    with connect_to_ray(resources.address):
+        cores, devices, node_cores = find_usable_resources(ray.nodes())
         workers, cpus, gpus = resources.split(cores, devices, len(missing), node_cores)
         factory = BuilderFactory(
             source=job.source,

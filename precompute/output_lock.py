@@ -30,7 +30,7 @@ def lock_output(store: Store) -> Iterator[None]:
         return
     store.make_folder("")
     lock = FileLock(store.path(LOCK))
-    with store.writes(LOCK):
+    with store.translate_write_errors(LOCK):
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:

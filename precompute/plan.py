@@ -46,7 +46,7 @@ class Plan:
         return Plan([], self.digest)
 
 
-def plan_order(seed: int, key: str) -> bytes:
+def compute_sort_key(seed: int, key: str) -> bytes:
     """Return the sort key of an image: 32 bytes, a hash of the seed and the image's key."""
     return hashlib.sha256(f"{seed}:{key}".encode()).digest()
 
@@ -74,7 +74,7 @@ def make_plan(
         shard_samples: maximum number of images per shard.
         limit: maximum number of images; the first ones of the shuffled order are kept.
     """
-    order = sorted(images, key=lambda image: plan_order(seed, image.key))[:limit]
+    order = sorted(images, key=lambda image: compute_sort_key(seed, image.key))[:limit]
     cuts = cut_shards(len(order), shard_samples)
     shards = [order[a:b] for a, b in itertools.pairwise(cuts)]
     digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()

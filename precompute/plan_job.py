@@ -15,11 +15,11 @@ from ray import cloudpickle
 
 from precompute import plan_stages as stages
 from precompute.bucket_plan import PartGroup, StoredListing, plan_in_buckets
-from precompute.cluster import start_beside_driver
 from precompute.progress import watch_count
 from precompute.progress_actor import CountActor
+from precompute.ray_cluster import start_beside_driver
 from precompute.sources import Source
-from schemas.cli import TerminatedError, loaded_files
+from schemas.cli import TerminatedError, list_loaded_files
 from schemas.errors import UserError
 
 R = TypeVar("R")
@@ -42,14 +42,14 @@ def plan_on_cluster(
         UserError: the source or Ray fails.
         TerminatedError: on SIGTERM.
     """
-    for module in loaded_files():  # workers cannot import a custom source's file by its name
+    for module in list_loaded_files():  # workers cannot import a custom source's file by its name
         cloudpickle.register_pickle_by_value(module)
     try:
         return plan_in_buckets(
             source, place, RayRunner(), seed=seed, shard_samples=shard_samples, limit=limit
         )
     except ray.exceptions.RayError as error:
-        if (cause := user_error(error)) is not None:
+        if (cause := unwrap_user_error(error)) is not None:
             # Ray Data adds lines about retries to the message of a task's exception
             raise UserError(str(cause).splitlines()[0]) from error
         raise UserError(f"planning failed: {str(error).splitlines()[-1]}") from error
@@ -59,7 +59,7 @@ def plan_on_cluster(
         ) from error
 
 
-def user_error(error: BaseException) -> UserError | None:
+def unwrap_user_error(error: BaseException) -> UserError | None:
     """Return the UserError that a task raised, unwrapped from Ray's exceptions, if there is one."""
     cause: BaseException | None = error
     while cause is not None:
@@ -120,6 +120,8 @@ def list_group(
     for row in group.to_pylist():
         parts = json.loads(row["parts"])
         for table in stages.list_rows(source, row["first"], parts, seed, buckets):
-            facts = pc.sum(pc.equal(table["bucket"], stages.facts_bucket(buckets))).as_py() or 0
+            facts = (
+                pc.sum(pc.equal(table["bucket"], stages.number_facts_bucket(buckets))).as_py() or 0
+            )
             counter.add.remote(len(table) - facts)
             yield table

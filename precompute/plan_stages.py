@@ -19,22 +19,22 @@ from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
 
-from precompute.plan import plan_order
+from precompute.plan import compute_sort_key
 from precompute.sources import Source, SourceImage
 from precompute.sources.base import (
     KEY_DIGITS,
     Entry,
     LabeledText,
+    compute_walk_key,
     count_readers,
     digest_key,
     free_key,
     list_part,
     number_label,
-    walk_order,
 )
 from precompute.stored_plan import (
     PLAN_SCHEMA,
-    bucket_of,
+    choose_bucket,
     from_bytes,
     read_bucket,
     to_images,
@@ -81,17 +81,17 @@ class Settled(NamedTuple):
     renamed: list[SourceImage]
 
 
-def rejects_bucket(buckets: int) -> int:
+def number_rejects_bucket(buckets: int) -> int:
     """Return the number that marks rows of rejects, in place of a bucket's number."""
     return buckets
 
 
-def facts_bucket(buckets: int) -> int:
+def number_facts_bucket(buckets: int) -> int:
     """Return the number that marks rows with what `read_facts` returns."""
     return buckets + 1
 
 
-def rows_name(bucket: int) -> str:
+def name_rows(bucket: int) -> str:
     return f"{LISTED}/{bucket:05d}.parquet"
 
 
@@ -104,10 +104,10 @@ def list_rows(
         first: index of the first of these parts in `parts_of(source)`.
     """
     rows: list[tuple] = []
-    for order, entry in ordered_entries(source, first, parts):
-        rows.append(row_of(entry, order, seed, buckets))
+    for order, entry in order_entries(source, first, parts):
+        rows.append(make_row(entry, order, seed, buckets))
         if len(rows) == ROWS_AT_ONCE:
-            yield rows_table(rows)
+            yield build_table(rows)
             rows = []
     facts = {
         "classes": list(source.classes),
@@ -115,13 +115,11 @@ def list_rows(
         "readers": source.readers,
     }
     text = json.dumps(facts).encode()
-    rows.append((facts_bucket(buckets), first << 32, None, b"", b"", 0, text))
-    yield rows_table(rows)
+    rows.append((number_facts_bucket(buckets), first << 32, None, b"", b"", 0, text))
+    yield build_table(rows)
 
 
-def ordered_entries(
-    source: Source, first: int, parts: Sequence[str]
-) -> Iterator[tuple[int, Entry]]:
+def order_entries(source: Source, first: int, parts: Sequence[str]) -> Iterator[tuple[int, Entry]]:
     listed: Iterable[Iterable[Entry]]
     if len(parts) == 1:  # may be of any length, so it is not gathered in memory
         listed = [list_part(source, parts[0])]
@@ -131,18 +129,18 @@ def ordered_entries(
         yield from ((number << 32 | place, entry) for place, entry in enumerate(entries))
 
 
-def row_of(entry: Entry, order: int, seed: int, buckets: int) -> tuple:
+def make_row(entry: Entry, order: int, seed: int, buckets: int) -> tuple:
     if isinstance(entry, Reject):
         reason, source, detail = map(to_bytes, (entry.reason, entry.source, entry.detail))
-        return rejects_bucket(buckets), order, None, reason, source, 0, detail
+        return number_rejects_bucket(buckets), order, None, reason, source, 0, detail
     labeled = entry if isinstance(entry, LabeledText) else None
     text = to_bytes(labeled.text) if labeled else None
     key, location, label, annotation = labeled.image if labeled else cast(SourceImage, entry)
-    bucket = bucket_of(plan_order(seed, key), buckets)
+    bucket = choose_bucket(compute_sort_key(seed, key), buckets)
     return bucket, order, text, to_bytes(key), to_bytes(location), label, to_bytes(annotation)
 
 
-def rows_table(rows: Sequence[tuple]) -> pa.Table:
+def build_table(rows: Sequence[tuple]) -> pa.Table:
     columns = zip(*rows, strict=True)
     arrays = [pa.array(c, f.type) for c, f in zip(columns, ROWS_SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=ROWS_SCHEMA)
@@ -157,7 +155,7 @@ def write_rows(table: pa.Table, place: str) -> pa.Table:
     """
     bucket = table.column("bucket")[0].as_py()
     table = table.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA).sort_by("order")
-    Store(place).write(rows_name(bucket), to_parquet(table))
+    Store(place).write(name_rows(bucket), to_parquet(table))
     texts = table.column("text").unique().drop_null().to_pylist()
     texts_json = json.dumps([from_bytes(text) for text in texts])
     return pa.table({"bucket": [bucket], "rows": [len(table)], "texts": [texts_json]})
@@ -165,9 +163,9 @@ def write_rows(table: pa.Table, place: str) -> pa.Table:
 
 def read_rows(store: Store, bucket: int) -> pa.Table:
     """Return the rows of a bucket in the order of listing; an empty table if there are none."""
-    name = rows_name(bucket)
+    name = name_rows(bucket)
     try:
-        with store.reads(name):
+        with store.translate_read_errors(name):
             content = store.read(name)
     except FileNotFoundError:
         return ROWS_SCHEMA.empty_table()
@@ -176,7 +174,7 @@ def read_rows(store: Store, bucket: int) -> pa.Table:
 
 def read_rejects(store: Store, buckets: int) -> list[Ordered]:
     """Return the rejects that the source found while it was listed."""
-    table = read_rows(store, rejects_bucket(buckets))
+    table = read_rows(store, number_rejects_bucket(buckets))
     orders = table.column("order").to_pylist()
     return [
         Ordered(0, order, Reject(entry.location, entry.key, entry.annotation))
@@ -186,7 +184,7 @@ def read_rejects(store: Store, buckets: int) -> list[Ordered]:
 
 def read_facts(store: Store, buckets: int) -> list[dict[str, Any]]:
     """Return the source's classes, linked folders and readers, for each group of parts listed."""
-    table = read_rows(store, facts_bucket(buckets))
+    table = read_rows(store, number_facts_bucket(buckets))
     return [json.loads(fact) for fact in table.column("annotation").to_pylist()]
 
 
@@ -220,13 +218,15 @@ def settle(
     kept: list[SourceImage] = []
     renamed: list[SourceImage] = []
     for group in groups.values():
-        first, *clashing = sorted(group.values(), key=lambda image: walk_order(image.location))
+        first, *clashing = sorted(
+            group.values(), key=lambda image: compute_walk_key(image.location)
+        )
         kept.append(first)
         renamed += clashing
     return Settled(write_bucket(store, bucket, seed, kept), labels, rejects, renamed)
 
 
-def candidates(image: SourceImage) -> list[str]:
+def list_candidates(image: SourceImage) -> list[str]:
     """Return the keys that `free_key` may give an image."""
     return [digest_key(image.key, image.location, digits) for digits in KEY_DIGITS]
 
@@ -241,24 +241,24 @@ def rename(renamed: Iterable[SourceImage], used_keys: Iterable[str]) -> list[Sou
     """Give images unique keys, in the same way as `list_images`.
 
     Args:
-        used_keys: those of their `candidates` that other images have.
+        used_keys: those of `list_candidates` that other images have.
     """
     keys = set(used_keys)
     images = []
-    for image in sorted(renamed, key=lambda image: (image.key, walk_order(image.location))):
+    for image in sorted(renamed, key=lambda image: (image.key, compute_walk_key(image.location))):
         own = free_key(image.key, image.location, keys)
         keys.add(own)
         images.append(image._replace(key=own))
     return images
 
 
-def by_bucket(
+def group_by_bucket(
     items: Iterable[Any], key: Callable[[Any], str], seed: int, buckets: int
 ) -> dict[int, list[Any]]:
     """Group items by the bucket of their keys."""
     groups: dict[int, list[Any]] = defaultdict(list)
     for item in items:
-        groups[bucket_of(plan_order(seed, key(item)), buckets)].append(item)
+        groups[choose_bucket(compute_sort_key(seed, key(item)), buckets)].append(item)
     return groups
 
 

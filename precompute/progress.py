@@ -18,7 +18,7 @@ STALL_SECONDS = 300.0
 SHOWN = 8
 
 
-def listed(entries: Iterable[T]) -> Iterator[T]:
+def show_listing(entries: Iterable[T]) -> Iterator[T]:
     """Yield the entries of a source; show their number and rate if listing takes long."""
     shown = tqdm(
         entries,
@@ -121,12 +121,12 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
                 )
             if now - moved >= STALL_SECONDS:
                 moved = now
-                bar.write(stalled(pending, reads), file=sys.stderr)
+                bar.write(describe_stall(pending, reads), file=sys.stderr)
             if last:
                 return
 
 
-def stalled(pending: dict[int, float], reads: Mapping[str, float] | None = None) -> str:
+def describe_stall(pending: dict[int, float], reads: Mapping[str, float] | None = None) -> str:
     """Return a message that says what a job without progress is waiting for.
 
     Args:

@@ -41,7 +41,9 @@ class PendingReads:
 
 
 @contextmanager
-def reported(reads: PendingReads, report: Callable[[dict[str, float]], None]) -> Iterator[None]:
+def report_slow_reads(
+    reads: PendingReads, report: Callable[[dict[str, float]], None]
+) -> Iterator[None]:
     """Report slow reads every few seconds until the block ends, and once more when none is left."""
     over = threading.Event()
 

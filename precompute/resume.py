@@ -7,7 +7,7 @@ from typing import Any
 from schemas.dataset import read_card
 from schemas.errors import FormatError, UserError
 from schemas.parallel import map_ahead
-from schemas.settings import differences, sentence
+from schemas.settings import find_differences, format_differences
 from schemas.shard import MARKERS_AT_A_TIME, ShardMarker, read_marker, read_markers
 from schemas.storage import Store
 from schemas.tables import CARD, SHARD_FOLDER, shard_name
@@ -17,7 +17,9 @@ OF_ONE_PLAN = ("images", "shards", "plan", "first_shard")
 """Settings that may differ between a dataset and its extension."""
 
 
-def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, Any]) -> list[int]:
+def find_missing_shards(
+    store: Store, settings: dict[str, Any], defaults: dict[str, Any]
+) -> list[int]:
     """Return the shards of a job that are absent or incomplete.
 
     Args:
@@ -39,7 +41,7 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
 
     def is_missing(shard: int) -> bool:
         tar, index, parquet = (shard_name(shard, suffix) for suffix in SUFFIXES)
-        marker = sound_marker(store, shard) if parquet in files else None
+        marker = read_sound_marker(store, shard) if parquet in files else None
         if marker:
             advice = partial(give_advice, store, files, first)
             refuse_other_settings(store, marker.settings, settings, defaults, advice)
@@ -58,7 +60,7 @@ def missing_shards(store: Store, settings: dict[str, Any], defaults: dict[str, A
     return missing
 
 
-def sound_marker(store: Store, shard: int) -> ShardMarker | None:
+def read_sound_marker(store: Store, shard: int) -> ShardMarker | None:
     """Return a shard's marker, or None if it is damaged, in which case the shard is rewritten."""
     try:
         return read_marker(store, shard)
@@ -76,11 +78,11 @@ def refuse_shard_of_other_job(
 ) -> None:
     """Check that a finished shard belongs to this job, or to the dataset that the job extends.
 
-    `missing_shards` checks the shards that exist before the job; another job in the same folder may
-    have written some since.
+    `find_missing_shards` checks the shards that exist before the job; another job in the same
+    folder may have written some since.
 
     Args:
-        settings, defaults: those of `missing_shards`.
+        settings, defaults: those of `find_missing_shards`.
 
     Raises:
         UserError: another job wrote the shard.
@@ -127,10 +129,10 @@ def describe_changes(
     old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]
 ) -> str | None:
     """Return the differences as text, empty if only the plan differs; None without any."""
-    changes = differences(old, new, defaults)
+    changes = find_differences(old, new, defaults)
     if not changes:
         return None
-    return sentence(difference for difference in changes if difference.name != "plan")
+    return format_differences(difference for difference in changes if difference.name != "plan")
 
 
 def give_advice(store: Store, files: Container[str], first: int) -> str:

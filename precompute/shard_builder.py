@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from precompute.decode import decode, decode_batch, within_memory
-from precompute.device_failure import device_errors_named
-from precompute.encode import EncodedImage, RejectedError, Resize, check
+from precompute.decode import decode, decode_batch, split_by_pixels
+from precompute.device_failure import translate_device_errors
 from precompute.estimators import Estimator
 from precompute.reads import PendingReads
+from precompute.reencode import EncodedImage, RejectedError, Resize, check
 from precompute.sources import Source, SourceImage
 from precompute.sources.base import count_readers
 from schemas.errors import UserError
@@ -134,7 +134,7 @@ class ShardBuilder:
         self, images: list[SourceImage], refused: Mapping[str, str]
     ) -> Iterator[tuple[list[Sample], list[Reject]]]:
         """Make samples without writing them; yield samples and rejects, a group at a time."""
-        for group in ahead(self.decoded(self.read(images, refused)), self.decoder):
+        for group in prefetch(self.decode_batches(self.read(images, refused)), self.decoder):
             samples, rejects = self.estimate(group.images, group.pixels)
             yield samples, group.rejects + rejects
 
@@ -178,7 +178,7 @@ class ShardBuilder:
         except Exception as error:  # from the source's own reader, such as for a damaged archive
             return Reject(image.location, "unreadable", f"{type(error).__name__}: {error}")
 
-    def decoded(self, batches: Generator[list[EncodedImage | Reject]]) -> Generator[Decoded]:
+    def decode_batches(self, batches: Generator[list[EncodedImage | Reject]]) -> Generator[Decoded]:
         """Decode batch after batch; closing this generator closes `batches`."""
         with closing(batches):
             yield from self.decode_groups(batches)
@@ -189,7 +189,7 @@ class ShardBuilder:
             if rejects:
                 yield Decoded([], None, rejects)
             encoded = [entry for entry in batch if isinstance(entry, EncodedImage)]
-            for group in within_memory(encoded):
+            for group in split_by_pixels(encoded):
                 yield Decoded(*decode(group))
 
     def estimate(
@@ -205,7 +205,7 @@ class ShardBuilder:
         if not encoded:
             return [], []
         try:
-            return self.samples_of(encoded, pixels), []
+            return self.make_samples(encoded, pixels), []
         except UserError:
             raise
         except Exception:
@@ -220,9 +220,9 @@ class ShardBuilder:
         last: Exception | None = None
         for encoded_image in encoded:
             try:
-                with device_errors_named("the decoder fails"):
+                with translate_device_errors("the decoder fails"):
                     pixels = decode_batch([encoded_image])
-                samples += self.samples_of([encoded_image], pixels)
+                samples += self.make_samples([encoded_image], pixels)
             except UserError:
                 raise
             except Exception as error:
@@ -233,8 +233,8 @@ class ShardBuilder:
             raise last from None
         return samples, rejects
 
-    def samples_of(self, encoded: list[EncodedImage], pixels: Any) -> list[Sample]:
-        with device_errors_named("the estimator fails"):
+    def make_samples(self, encoded: list[EncodedImage], pixels: Any) -> list[Sample]:
+        with translate_device_errors("the estimator fails"):
             maps = self.estimator(pixels)
         if not np.isfinite(maps).all():
             raise ValueError("the estimator gave values that are not finite")
@@ -317,7 +317,7 @@ class AbandonedError(Exception):
     """Raised in the consumer when the producer has failed, so that no shard is written."""
 
 
-def ahead(items: Generator[T], executor: ThreadPoolExecutor) -> Generator[T]:
+def prefetch(items: Generator[T], executor: ThreadPoolExecutor) -> Generator[T]:
     """Yield the items, prefetching the next one in the executor's single thread."""
     end = object()
 

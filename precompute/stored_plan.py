@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from precompute.plan import Plan, cut_shards, plan_order
+from precompute.plan import Plan, compute_sort_key, cut_shards
 from precompute.sources import SourceImage
 from schemas.names import to_bytes
 from schemas.storage import Store
@@ -39,12 +39,12 @@ PLAN_SCHEMA = pa.schema(
 )
 
 
-def bucket_of(order: bytes, buckets: int) -> int:
-    """Return the bucket of an image, given its `plan_order`; buckets ascend in that order."""
+def choose_bucket(order: bytes, buckets: int) -> int:
+    """Return the bucket of an image, given its `compute_sort_key`; buckets ascend in that order."""
     return int.from_bytes(order[:4], "big") * buckets >> 32
 
 
-def bucket_name(bucket: int) -> str:
+def name_bucket(bucket: int) -> str:
     return f"{bucket:05d}.parquet"
 
 
@@ -80,10 +80,10 @@ def to_images(table: pa.Table) -> list[SourceImage]:
 
 def write_bucket(store: Store, bucket: int, seed: int, images: Iterable[SourceImage]) -> int:
     """Sort the images of a bucket and write them; return their number."""
-    order = sorted(images, key=lambda image: plan_order(seed, image.key))
+    order = sorted(images, key=lambda image: compute_sort_key(seed, image.key))
     buffer = io.BytesIO()
     pq.write_table(to_table(order), buffer, row_group_size=ROW_GROUP, compression="zstd")
-    store.write(bucket_name(bucket), buffer.getvalue())
+    store.write(name_bucket(bucket), buffer.getvalue())
     return len(order)
 
 
@@ -93,7 +93,7 @@ def read_bucket(store: Store, bucket: int, start: int = 0, stop: int | None = No
     Raises:
         FileNotFoundError, FormatError: the plan is missing or damaged.
     """
-    name = bucket_name(bucket)
+    name = name_bucket(bucket)
     location = store.location(name)
     file = open_parquet(store.read_ranges(name), location)
     tables, begin = [PLAN_SCHEMA.empty_table()], 0
@@ -179,7 +179,7 @@ class StoredPlan(Plan):
         return self
 
 
-def plan_text(images: Sequence[SourceImage], first: int, cuts: np.ndarray) -> bytes:
+def format_plan(images: Sequence[SourceImage], first: int, cuts: np.ndarray) -> bytes:
     """Return a range of the global order as `json.dumps` writes it within the whole plan.
 
     The digest of a plan covers the texts of all ranges, concatenated between "[[" and "]]", so it
@@ -199,8 +199,8 @@ def plan_text(images: Sequence[SourceImage], first: int, cuts: np.ndarray) -> by
     return "".join(pieces).encode()
 
 
-def digest_of(texts: Iterator[bytes], shards: int) -> str:
-    """Return the digest of a plan from the texts of all its ranges; see `plan_text`."""
+def compute_digest(texts: Iterator[bytes], shards: int) -> str:
+    """Return the digest of a plan from the texts of all its ranges; see `format_plan`."""
     digest = hashlib.sha256(b"[[" if shards else b"[]")
     for text in texts:
         digest.update(text)

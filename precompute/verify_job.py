@@ -14,7 +14,7 @@ import ray
 import tyro
 from tqdm import tqdm
 
-from precompute.cluster import cluster
+from precompute.ray_cluster import connect_to_ray
 from schemas.cli import parse, run
 from schemas.dataset import ShardDataset
 from schemas.errors import UserError
@@ -86,7 +86,7 @@ def verify_on_cluster(options: Options) -> VerifyReport:
     how = VerifyOptions(shards=options.shards, seed=options.seed, record=options.record)
     url = dataset.store.location("")  # absolute, because tasks have another current folder
     total = sum(row.samples for row in how.choose(dataset.shards))
-    with cluster(options.address), tqdm(total=total, unit="sample", disable=None) as bar:
+    with connect_to_ray(options.address), tqdm(total=total, unit="sample", disable=None) as bar:
         try:
             return verify_dataset(dataset, how, bar.update, check_on_cluster(url))
         except ray.exceptions.RayError as error:

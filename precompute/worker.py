@@ -8,10 +8,10 @@ from typing import Any
 import ray
 
 from precompute.crash_bisect import find_crashing_images
-from precompute.encode import Resize
 from precompute.estimators import EstimatorOptions
 from precompute.plan import Plan
-from precompute.reads import reported
+from precompute.reads import report_slow_reads
+from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
 from precompute.threads import limit_torch_threads, use_threads
@@ -87,7 +87,7 @@ class ShardActor:
             refused: Mapping[str, str] = {}
             if attempt == MAX_ATTEMPTS:
                 refused = find_crashing_images(images, self.make_builder)
-            with reported(self.builder.reads, report):
+            with report_slow_reads(self.builder.reads, report):
                 self.builder.build(shard, images, advance, refused)
         except UserError as error:
             return str(error)

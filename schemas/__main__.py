@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tyro
 
-from schemas.cli import program, run
+from schemas.cli import get_program_name, run
 from schemas.dataset import ShardDataset
 from schemas.info import describe
 from schemas.verify import VerifyOptions, verify_dataset
@@ -45,7 +45,9 @@ def info(url: tyro.conf.Positional[str], /) -> int:
 
 
 def main() -> int:
-    return tyro.extras.subcommand_cli_from_dict({"verify": verify, "info": info}, prog=program())
+    return tyro.extras.subcommand_cli_from_dict(
+        {"verify": verify, "info": info}, prog=get_program_name()
+    )
 
 
 def start() -> None:

@@ -116,7 +116,7 @@ def run(
             stack.enter_context(without_decoder_noise())
         if outlives_reader:
             stack.enter_context(lasting_output())
-        status = status_of(main, resumes)
+        status = get_status(main, resumes)
     sys.exit(status)
 
 
@@ -129,7 +129,7 @@ def complain(text: str) -> None:
             discard(sys.stderr)
 
 
-def status_of(main: Callable[[], int | None], resumes: bool = False) -> int | None:
+def get_status(main: Callable[[], int | None], resumes: bool = False) -> int | None:
     """Run a command and return its exit status; print on stderr what the user must know."""
     try:
         status = main()
@@ -163,7 +163,7 @@ def lookup(kind: str, name: str, choices: Mapping[str, Any]) -> Any:
     raise UserError(f"unknown {kind} {name!r}: {hint}there are {', '.join(choices)}")
 
 
-def imported(kind: str, path: str) -> Any:
+def import_object(kind: str, path: str) -> Any:
     """Import the object that `module:name` or `FILE.py:name` refers to.
 
     Raises:
@@ -184,12 +184,12 @@ def imported(kind: str, path: str) -> Any:
 
 
 def digest_source(kind: str, path: str) -> str:
-    """Return the sha256 of the source of the module that `imported` finds.
+    """Return the sha256 of the source of the module that `import_object` finds.
 
     Raises:
-        UserError: `imported` raises it, or there is no source.
+        UserError: `import_object` raises it, or there is no source.
     """
-    target = imported(kind, path)
+    target = import_object(kind, path)
     try:
         source = inspect.getsource(inspect.getmodule(target) or target)
     except (TypeError, OSError) as error:
@@ -237,19 +237,19 @@ def load_place(place: str) -> ModuleType:
     return module
 
 
-def loaded_files() -> list[ModuleType]:
+def list_loaded_files() -> list[ModuleType]:
     """Return the modules loaded from a path; other processes cannot import them by name."""
     return [module for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
 
 
 def name_by_import(target: type | Callable) -> str:
-    """Return the string by which `imported` finds a class or function in any process."""
+    """Return the string by which `import_object` finds a class or function in any process."""
     module = target.__module__
     place = sys.modules[module].__file__ if module.startswith(FILE_MODULE) else module
     return f"{place}:{target.__qualname__}"
 
 
-def absolute(path: str) -> str:
+def make_absolute(path: str) -> str:
     """Return `FILE.py:name` with the file's absolute path; return anything else unchanged."""
     module, _, name = path.rpartition(":")
     return f"{os.path.realpath(module)}:{name}" if is_file_name(module) else path
@@ -293,7 +293,7 @@ def parse(
             chosen[field] = make(name) if make and ":" in name else lookup(field, name, choices)
     return tyro.cli(
         config,
-        prog=program(subcommand=argv is not None),
+        prog=get_program_name(subcommand=argv is not None),
         args=arguments,
         default=(start or config)(**chosen),
         description="\n".join(description),
@@ -319,7 +319,7 @@ def run_subcommand(
     lookup("command", name, commands)(arguments)
 
 
-def program(subcommand: bool = False) -> str:
+def get_program_name(subcommand: bool = False) -> str:
     """Return the command as the user typed it: `python -m bench train`, or a script's name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec and f"python -m {spec.name.removesuffix('.__main__')}"

@@ -14,7 +14,7 @@ from schemas.errors import FormatError, UserError
 from schemas.saliency import SaliencyMap
 from schemas.sample import LABEL_MEMBER, SALIENCY_MEMBER, Sample
 from schemas.sample_table import SampleTable
-from schemas.shard import Member, members_of
+from schemas.shard import Member, list_members
 from schemas.storage import Store
 from schemas.tables import (
     CARD,
@@ -187,7 +187,7 @@ class ShardDataset:
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         location = self.store.location(name)
         try:
-            with self.store.reads(name):
+            with self.store.translate_read_errors(name):
                 content = self.store.read(name)
             return from_parquet(content, schema, location)
         except FileNotFoundError as error:
@@ -197,9 +197,9 @@ class ShardDataset:
         name = shard_name(row.shard, "tar")
         location = self.store.location(name)
         try:
-            with self.store.reads(name):
+            with self.store.translate_read_errors(name):
                 tar = self.store.read(name)
-            bundles = bundle(members_of(tar))
+            bundles = bundle(list_members(tar))
         except FileNotFoundError as error:
             raise FormatError(f"{location}: missing; `verify` lists all that is wrong") from error
         except FormatError as error:
@@ -247,7 +247,7 @@ def build_sample(content: dict[str, bytes], fields: dict[str, Any]) -> Sample:
 
 def read_card(store: Store) -> DatasetCard:
     """Read the card of a dataset. Raises FileNotFoundError, UserError."""
-    with store.reads(CARD):
+    with store.translate_read_errors(CARD):
         content = store.read(CARD)
     return DatasetCard.from_json(content, store.location(CARD))
 

@@ -32,7 +32,7 @@ class Totals:
         """Add the samples of a table that has the columns SUMMARIZED."""
         self.image_bytes += pc.sum(batch["image_bytes"]).as_py() or 0
         self.reencoded += pc.sum(batch["reencoded"]).as_py() or 0
-        self.labels.update(value_counts(batch["label"]))
+        self.labels.update(count_values(batch["label"]))
         for limits, name in ((self.heights, "height"), (self.widths, "width")):
             batch_limits = pc.min_max(batch[name]).as_py().values()
             bounds = [*limits, *(value for value in batch_limits if value is not None)]
@@ -41,19 +41,19 @@ class Totals:
 
 def describe(dataset: ShardDataset) -> str:
     """Return counts, classes, bytes, rejects by reason and samples per shard, as lines of text."""
-    card, totals = dataset.card, Totals()
+    card, side, totals = dataset.card, dataset.card.saliency_side, Totals()
     for batch in dataset.samples.batches(SUMMARIZED):
         totals.add(batch)
     lines = [
         f"{dataset.url}: {card.name} {card.split}, format version {card.format_version}",
         f"  samples    {len(dataset.samples)} in {len(dataset.shards)} shards, "
-        f"{shard_sizes(dataset)}",
+        f"{describe_shard_sizes(dataset)}",
         f"  bytes      {sum(row.bytes for row in dataset.shards):,} in tars, "
         f"{totals.image_bytes:,} of them images",
-        f"  images     {image_sizes(totals)}",
-        f"  saliency   {card.saliency_side} x {card.saliency_side} by {estimator(dataset)}",
+        f"  images     {describe_image_sizes(totals)}",
+        f"  saliency   {side} x {side} by {describe_estimator(dataset)}",
         f"  labels     {len(card.classes)} classes, {totals.labels[-1]} samples without a label",
-        f"  rejects    {reject_counts(dataset)}",
+        f"  rejects    {count_rejects(dataset)}",
         f"  plan       seed {card.seed}, digest {card.plan[:16] or 'none'}",
         f"  written by {', '.join(f'{name} {version}' for name, version in card.versions.items())}",
     ]
@@ -66,31 +66,31 @@ def describe(dataset: ShardDataset) -> str:
     return "\n".join(lines)
 
 
-def value_counts(column: pa.ChunkedArray) -> dict:
+def count_values(column: pa.ChunkedArray) -> dict:
     return {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
 
 
-def shard_sizes(dataset: ShardDataset) -> str:
+def describe_shard_sizes(dataset: ShardDataset) -> str:
     sizes = [row.samples for row in dataset.shards]
     return f"{min(sizes)} to {max(sizes)} a shard" if sizes else "none"
 
 
-def image_sizes(totals: Totals) -> str:
+def describe_image_sizes(totals: Totals) -> str:
     if not totals.heights:
         return "none"
     heights, widths = (f"{low} to {high}" for low, high in (totals.heights, totals.widths))
     return f"{heights} high, {widths} wide, {totals.reencoded} re-encoded"
 
 
-def estimator(dataset: ShardDataset) -> str:
+def describe_estimator(dataset: ShardDataset) -> str:
     parameters = dict(dataset.card.estimator)
     name = parameters.pop("name", "an unnamed estimator")
     values = ", ".join(f"{key} {value}" for key, value in parameters.items())
     return f"{name} ({values})" if values else name
 
 
-def reject_counts(dataset: ShardDataset) -> str:
-    reasons = value_counts(dataset.rejects["reason"])
+def count_rejects(dataset: ShardDataset) -> str:
+    reasons = count_values(dataset.rejects["reason"])
     if not reasons:
         return "none"
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))

@@ -19,7 +19,7 @@ from schemas.tables import (
     SAMPLES,
     SAMPLES_SCHEMA,
     ShardRow,
-    columns_there,
+    find_columns,
     from_parquet,
     open_parquet,
     read_columns,
@@ -67,7 +67,7 @@ class SampleTable:
         self.recent: OrderedDict[int, pa.Table] = OrderedDict()
         self.lock = threading.Lock()
         if self.is_merged:
-            columns_there(self.file, SAMPLES_SCHEMA, self.location)
+            find_columns(self.file, SAMPLES_SCHEMA, self.location)
             groups = range(self.file.num_row_groups)
             sizes = [self.file.metadata.row_group(group).num_rows for group in groups]
         else:
@@ -196,7 +196,7 @@ class SampleTable:
         name = shard_name(shard, "parquet")
         location = self.store.location(name)
         try:
-            with self.store.reads(name):
+            with self.store.translate_read_errors(name):
                 content = self.store.read(name)
             table = from_parquet(content, schema, location)
         except FileNotFoundError as error:

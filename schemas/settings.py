@@ -35,10 +35,10 @@ class Difference(NamedTuple):
     current: Any
 
     def __str__(self) -> str:
-        return f"{self.name} was {shown(self.saved)}, is {shown(self.current)}"
+        return f"{self.name} was {shorten_value(self.saved)}, is {shorten_value(self.current)}"
 
 
-def differences(
+def find_differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> list[Difference]:
     """Compare the settings of an earlier run with those of this one.
@@ -61,17 +61,17 @@ def differences(
         The differences, sorted by name. Where a choice differs (`method`, `estimator.name`), the
         options below it (`method.*`, `estimator.*`) belong to different things and are left out.
     """
-    old, new = filled(saved, defaults), filled(current, defaults)
+    old, new = fill_defaults(saved, defaults), fill_defaults(current, defaults)
     changes = [
         Difference(name, old.get(name, NOT_SET), new.get(name, NOT_SET))
         for name in sorted(old.keys() | new.keys())
-        if not equal(old.get(name, NOT_SET), new.get(name, NOT_SET))
+        if not are_equal(old.get(name, NOT_SET), new.get(name, NOT_SET))
     ]
     choices = {difference.name for difference in changes}
     return [difference for difference in changes if not belongs_to(difference.name, choices)]
 
 
-def filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def fill_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten the settings and add the default of each name that they lack."""
     flat = flatten(settings)
     return {**flatten(defaults), **flat}
@@ -84,18 +84,18 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         nested = dataclasses.is_dataclass(value) or (isinstance(value, Mapping) and value)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": plain(value)}
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": to_plain(value)}
     return flat
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Return a value as JSON would give it back: tuples are lists, NumPy numbers are Python's."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = fields_of(value)
     if isinstance(value, Mapping):
-        return {str(name): plain(inner) for name, inner in value.items()}
+        return {str(name): to_plain(inner) for name, inner in value.items()}
     if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return str(value) if isinstance(value, PurePath) else value
@@ -112,7 +112,7 @@ def defaults_of(options: type) -> dict[str, Any]:
     return flatten(defaults)
 
 
-def sentence(changes: Iterable[Difference]) -> str:
+def format_differences(changes: Iterable[Difference]) -> str:
     """Return all differences in one line, each with both values."""
     return "; ".join(map(str, changes))
 
@@ -129,11 +129,11 @@ def belongs_to(name: str, choices: set[str]) -> bool:
     return not choices.isdisjoint(parents | chosen_by_name)
 
 
-def equal(left: Any, right: Any) -> bool:
+def are_equal(left: Any, right: Any) -> bool:
     if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(equal, left, right))
+        return len(left) == len(right) and all(map(are_equal, left, right))
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(are_equal(left[key], right[key]) for key in left)
     if isinstance(left, float) and isinstance(right, float) and math.isnan(left):
         return math.isnan(right)
     if isinstance(left, bool) != isinstance(right, bool):
@@ -141,6 +141,6 @@ def equal(left: Any, right: Any) -> bool:
     return left == right
 
 
-def shown(value: Any) -> str:
+def shorten_value(value: Any) -> str:
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -24,10 +24,10 @@ from schemas.tables import (
     SAMPLES_SCHEMA,
     Reject,
     ShardRow,
+    build_stored_reject,
     from_parquet,
-    known_fields,
+    select_known_fields,
     shard_name,
-    stored_reject,
     to_parquet,
 )
 from schemas.ustar import BLOCK, UstarWriter
@@ -81,10 +81,10 @@ def write_shard(
     tar, rows, members = pack(shard, samples)
     row = ShardRow(shard, len(rows), len(tar), hashlib.sha256(tar).hexdigest())
     table = pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA)
-    stored = [stored_reject(reject) for reject in rejects]
+    stored = [build_stored_reject(reject) for reject in rejects]
     marker = ShardMarker(row, table, stored, settings or {})
     store.write(shard_name(shard, "tar"), tar)
-    store.write(shard_name(shard, "idx"), index_of_members(members))
+    store.write(shard_name(shard, "idx"), index_members(members))
     store.write(shard_name(shard, "parquet"), marker_to_parquet(marker))
     return marker
 
@@ -129,7 +129,7 @@ def pack(shard: int, samples: Iterable[Sample]) -> tuple[bytes, list[dict[str, A
     return tar.getvalue(), rows, packed
 
 
-def members_of(tar: bytes) -> Iterator[Member]:
+def list_members(tar: bytes) -> Iterator[Member]:
     """Yield the files of a tar in order.
 
     tarfile takes a damaged header for the end of the archive; here it is an error.
@@ -158,12 +158,12 @@ def members_of(tar: bytes) -> Iterator[Member]:
         position += BLOCK * (1 + -(-info.size // BLOCK))
 
 
-def index_of(tar: bytes) -> bytes:
+def build_index(tar: bytes) -> bytes:
     """Return the DALI index of a tar. Raises FormatError where the tar is damaged."""
-    return index_of_members(members_of(tar))
+    return index_members(list_members(tar))
 
 
-def index_of_members(members: Iterable[Member]) -> bytes:
+def index_members(members: Iterable[Member]) -> bytes:
     """Return the DALI index: one line per sample, `extension offset size name` for each member."""
     lines: dict[str, list[str]] = {}
     for key, extension, offset, size in members:
@@ -201,7 +201,7 @@ def read_marker(store: Store, shard: int) -> ShardMarker:
     """
     name = shard_name(shard, "parquet")
     location = store.location(name)
-    with store.reads(name):
+    with store.translate_read_errors(name):
         content = store.read(name)
     table = from_parquet(content, SAMPLES_SCHEMA, location)
     metadata = (table.schema.metadata or {}).get(MARKER_METADATA)
@@ -210,9 +210,9 @@ def read_marker(store: Store, shard: int) -> ShardMarker:
     try:
         record = json.loads(metadata)
         return ShardMarker(
-            row=ShardRow(**known_fields(ShardRow._fields, record["shard"])),
+            row=ShardRow(**select_known_fields(ShardRow._fields, record["shard"])),
             samples=table.replace_schema_metadata(None),
-            rejects=[Reject(**known_fields(Reject._fields, r)) for r in record["rejects"]],
+            rejects=[Reject(**select_known_fields(Reject._fields, r)) for r in record["rejects"]],
             settings=record["settings"],
         )
     except (ValueError, KeyError, TypeError) as error:

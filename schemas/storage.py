@@ -65,7 +65,7 @@ class Store:
         return self.path(name) if self.is_local else self.fs.unstrip_protocol(self.path(name))
 
     @contextmanager
-    def answers(self) -> Iterator[None]:
+    def translate_driver_errors(self) -> Iterator[None]:
         """Turn the failure to reach a store (no key, no network) into a one-line error.
 
         Drivers raise OSErrors for what a store answers, and errors of their own for everything
@@ -86,7 +86,7 @@ class Store:
             ) from error
 
     @contextmanager
-    def reads(self, name: str) -> Iterator[None]:
+    def translate_read_errors(self, name: str) -> Iterator[None]:
         """Turn the reason why a file or folder cannot be read into a one-line error.
 
         Raises:
@@ -94,7 +94,7 @@ class Store:
             UserError: no permission, keys that the store refuses, or a disk that fails.
         """
         try:
-            with self.answers():
+            with self.translate_driver_errors():
                 yield
         except (FileNotFoundError, NotAFileError):
             raise
@@ -106,22 +106,22 @@ class Store:
             ) from error
 
     def exists(self, name: str) -> bool:
-        with self.reads(name):
+        with self.translate_read_errors(name):
             return self.fs.exists(self.path(name))
 
     def is_folder(self, name: str) -> bool:
-        with self.reads(name):
+        with self.translate_read_errors(name):
             return self.fs.isdir(self.path(name))
 
     def glob(self, url: str) -> list[str]:
         """Return the sorted names that match a pattern: a path or URL below this folder."""
-        with self.reads(""):
+        with self.translate_read_errors(""):
             paths = self.fs.glob(Store(url).root, detail=False)
         return sorted(posixpath.relpath(path, self.root) for path in paths)
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes. Raises OSError."""
-        with self.answers():
+        with self.translate_driver_errors():
             return self.fs.info(self.path(name))["size"]
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -130,14 +130,14 @@ class Store:
         Raises:
             FileNotFoundError: there is no such file.
             NotAFileError: it is a pipe, a socket or a device, which might never end.
-            OSError: it cannot be read; `reads` turns this into a UserError.
+            OSError: it cannot be read; `translate_read_errors` turns this into a UserError.
         """
         if self.is_local:
             check_regular(self.path(name))
             if start is None and end is None:
                 # fsspec takes several times as long as reading a small file directly.
                 return Path(self.path(name)).read_bytes()
-        with self.answers():
+        with self.translate_driver_errors():
             # Keyword arguments: the second positional argument of s3fs is a version.
             return self.fs.cat_file(self.path(name), start=start, end=end)
 
@@ -145,7 +145,7 @@ class Store:
         """Open a file for reading. Raises OSError, as `read` does."""
         if self.is_local and not self.path(name).startswith(OPEN_DESCRIPTORS):
             check_regular(self.path(name))
-        with self.answers():
+        with self.translate_driver_errors():
             return self.fs.open(self.path(name), "rb")
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -155,7 +155,7 @@ class Store:
         """
         if not self.is_folder(folder):
             return {}
-        with self.reads(folder):
+        with self.translate_read_errors(folder):
             entries = self.fs.ls(self.path(folder), detail=True)
         files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
         return dict(sorted(files.items()))
@@ -164,12 +164,12 @@ class Store:
         """Return the sorted names of all entries directly in `folder` that are not folders."""
         if not self.is_local:
             return list(self.sizes(folder))
-        with self.reads(folder), os.scandir(self.path(folder)) as entries:
+        with self.translate_read_errors(folder), os.scandir(self.path(folder)) as entries:
             return sorted(entry.name for entry in entries if not entry.is_dir())
 
     def folders(self) -> list[str]:
         """Return the sorted names of the folders directly in this one."""
-        with self.reads(""):
+        with self.translate_read_errors(""):
             entries = self.fs.ls(self.root, detail=True)
             # A link has its own type; asking about every file would cost one request each.
             paths = [
@@ -187,7 +187,7 @@ class Store:
             UserError: a folder cannot be listed, or links form a cycle.
         """
         if not self.is_local:
-            with self.reads(folder):
+            with self.translate_read_errors(folder):
                 paths = sorted(self.fs.find(self.path(folder)))
             yield from (posixpath.relpath(path, self.root) for path in paths)
             return
@@ -219,7 +219,7 @@ class Store:
         Raises:
             UserError: no space left, or no permission.
         """
-        with self.writes(name):
+        with self.translate_write_errors(name):
             if self.is_local:
                 write_atomically(Path(self.path(name)), content)
             else:
@@ -234,14 +234,14 @@ class Store:
         return RangeReader(self, name)
 
     @contextmanager
-    def writes(self, name: str) -> Iterator[None]:
+    def translate_write_errors(self, name: str) -> Iterator[None]:
         """Turn the reason why a file cannot be written into a one-line error. Raises UserError."""
-        with explained(self.location(name)), self.answers():
+        with translate_os_errors(self.location(name)), self.translate_driver_errors():
             yield
 
     def make_folder(self, name: str) -> None:
         """Create a folder, and check early that it is writable. Raises UserError."""
-        with self.writes(name):
+        with self.translate_write_errors(name):
             self.fs.makedirs(self.path(name), exist_ok=True)
             if self.is_local and not os.access(self.path(name), os.W_OK):
                 raise PermissionError(self.path(name))
@@ -249,20 +249,20 @@ class Store:
     def remove(self, name: str) -> None:
         """Delete a file if it exists. Raises UserError."""
         if self.exists(name):
-            with self.writes(name):
+            with self.translate_write_errors(name):
                 self.fs.rm_file(self.path(name))
 
     def remove_folder(self, name: str = "") -> None:
         """Delete a folder inside this one, or this one, with all its content. Raises UserError."""
         if self.exists(name):
-            with self.writes(name):
+            with self.translate_write_errors(name):
                 self.fs.rm(self.path(name), recursive=True)
 
     def remove_empty_folder(self, name: str) -> None:
         """Delete a folder inside this one if it exists and has no content."""
         if not self.is_folder(name):
             return
-        with self.answers():
+        with self.translate_driver_errors():
             if not self.fs.ls(self.path(name), detail=False):
                 with suppress(OSError):  # another process has written to it meanwhile
                     self.fs.rmdir(self.path(name))
@@ -310,7 +310,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def explained(location: str) -> Iterator[None]:
+def translate_os_errors(location: str) -> Iterator[None]:
     """Turn an error of the file system into one line that says what to do."""
     try:
         yield

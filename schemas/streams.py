@@ -28,7 +28,7 @@ class RangeReader(io.RawIOBase):
     def __init__(self, store: "Store", name: str, size: int | None = None):
         super().__init__()
         self.store, self.name = store, name
-        with store.reads(name):
+        with store.translate_read_errors(name):
             self.size = store.size(name) if size is None else size
         self.position = 0
 
@@ -55,7 +55,7 @@ class RangeReader(io.RawIOBase):
         return content
 
     def fetch(self, start: int, end: int) -> bytes:
-        with self.store.reads(self.name):
+        with self.store.translate_read_errors(self.name):
             return self.store.read(self.name, start, end)
 
     def readinto(self, buffer: Any) -> int:
@@ -78,7 +78,7 @@ class StoreWriter(io.RawIOBase):
     def __init__(self, store: "Store", name: str, suffix: str):
         super().__init__()
         self.store, self.name, self.written = store, name, 0
-        with store.writes(name):
+        with store.translate_write_errors(name):
             if store.is_local:
                 path = Path(store.path(name))
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class StoreWriter(io.RawIOBase):
         return self.written
 
     def write(self, content: Any) -> int:
-        with self.store.writes(self.name):
+        with self.store.translate_write_errors(self.name):
             self.file.write(content)
         self.written += len(content)
         return len(content)
@@ -112,7 +112,7 @@ class StoreWriter(io.RawIOBase):
     ) -> None:
         try:
             if kind is None:
-                with self.store.writes(self.name):
+                with self.store.translate_write_errors(self.name):
                     self.commit()
         finally:
             self.discard()

@@ -86,7 +86,7 @@ class Reject(NamedTuple):
     detail: str = ""
 
 
-def stored_reject(reject: Reject) -> Reject:
+def build_stored_reject(reject: Reject) -> Reject:
     """Return the reject in the form that the table stores: in UTF-8, its detail on one line."""
     detail = " ".join(to_bytes(reject.detail).decode("utf-8", "backslashreplace").split())
     return Reject(to_stored(reject.source), reject.reason, detail)
@@ -97,7 +97,7 @@ def shard_name(shard: int, suffix: str) -> str:
     return f"{SHARD_FOLDER}/{shard:06d}.{suffix}"
 
 
-def table_of(rows: list[ShardRow] | list[Reject], schema: pa.Schema) -> pa.Table:
+def build_table(rows: list[ShardRow] | list[Reject], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist([row._asdict() for row in rows], schema=schema)
 
 
@@ -142,7 +142,7 @@ def read_columns(
     Raises:
         FormatError: the file is damaged, or a column is missing or of another type.
     """
-    names = columns_there(file, schema, location)
+    names = find_columns(file, schema, location)
     groups = range(file.num_row_groups) if row_group is None else [row_group]
     try:
         table = file.read_row_groups(groups, columns=names, use_threads=False)
@@ -164,7 +164,7 @@ def read_columns(
     return pa.Table.from_arrays(columns, schema=schema.with_metadata(file.schema_arrow.metadata))
 
 
-def columns_there(file: pq.ParquetFile, schema: pa.Schema, location: str) -> list[str]:
+def find_columns(file: pq.ParquetFile, schema: pa.Schema, location: str) -> list[str]:
     """Return the columns of `schema` that a file has; log the defaults of those that it lacks.
 
     Raises:
@@ -178,7 +178,7 @@ def columns_there(file: pq.ParquetFile, schema: pa.Schema, location: str) -> lis
             names.append(column.name)
         elif not count and column.name in OPTIONAL_COLUMNS:
             value = OPTIONAL_COLUMNS[column.name]
-            tell_default(location.rsplit("/", 1)[-1], column.name, repr(value))
+            warn_of_default(location.rsplit("/", 1)[-1], column.name, repr(value))
         else:
             file_columns = ", ".join(f"{f.name} {f.type}" for f in file_schema)
             raise FormatError(
@@ -189,12 +189,12 @@ def columns_there(file: pq.ParquetFile, schema: pa.Schema, location: str) -> lis
 
 
 @functools.cache
-def tell_default(file: str, name: str, value: str) -> None:
+def warn_of_default(file: str, name: str, value: str) -> None:
     """Log once per process that `name` is absent in files of this name."""
     log.warning("%s: has no %s; %s is used in its place", file, name, value)
 
 
-def known_fields(names: Iterable[str], record: dict[str, Any]) -> dict[str, Any]:
+def select_known_fields(names: Iterable[str], record: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a JSON object that this version knows; ignore the others."""
     return {name: record[name] for name in names if name in record}
 
@@ -257,10 +257,12 @@ class DatasetCard:
                 f"{location}: format version {version!r}, not {FORMAT_VERSION}: {advice}"
             )
         try:
-            card = cls(**known_fields((entry.name for entry in dataclasses.fields(cls)), fields))
+            card = cls(
+                **select_known_fields((entry.name for entry in dataclasses.fields(cls)), fields)
+            )
         except TypeError as error:
             raise FormatError(f"{location}: {str(error).removeprefix('DatasetCard.')}") from error
         for entry in dataclasses.fields(cls):
             if entry.name not in fields:
-                tell_default(CARD, entry.name, repr(getattr(card, entry.name)))
+                warn_of_default(CARD, entry.name, repr(getattr(card, entry.name)))
         return card

@@ -15,7 +15,7 @@ from schemas.errors import FormatError, UserError, summarize_error
 from schemas.parallel import map_ahead
 from schemas.saliency import SaliencyMap
 from schemas.sample import IMAGE_EXTENSIONS, LABEL_MEMBER, SALIENCY_MEMBER
-from schemas.shard import Member, index_of, members_of, read_marker
+from schemas.shard import Member, build_index, list_members, read_marker
 from schemas.storage import Store
 from schemas.table_writer import KeyHashes
 from schemas.tables import CARD, REJECTS, SAMPLES, SHARD_FOLDER, SHARDS, ShardRow, shard_name
@@ -251,7 +251,7 @@ def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) ->
     samples: dict[str, list[Member]] = {}
     readable = True
     try:
-        for member in members_of(tar):
+        for member in list_members(tar):
             samples.setdefault(member.key, []).append(member)
     except FormatError as error:
         readable = False
@@ -328,7 +328,7 @@ def check_index(dataset: ShardDataset, row: ShardRow, tar: bytes) -> Iterator[Pr
     index = read_file(dataset.store, name)
     if isinstance(index, Problem):
         yield index
-    elif index != index_of(tar):
+    elif index != build_index(tar):
         yield Problem(name, "stale: it does not describe the tar beside it")
 
 

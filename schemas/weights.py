@@ -54,7 +54,7 @@ class Opaque:
         pass
 
 
-def stubs_of(name: str) -> list[Stub]:
+def build_stubs(name: str) -> list[Stub]:
     """Return stand-ins for an unknown class of a pickle, so that none of its code is run."""
     kind: type = Opaque if name.startswith("numpy.") else Items
     if name.endswith((".deque", ".UserList")):
@@ -105,7 +105,7 @@ def read_weights(
                 return load_pickle(path, stubs)
             except Exception as error:
                 unknown = UNKNOWN_CLASS.search(str(error))
-                added = stubs_of(unknown[1]) if unknown else []
+                added = build_stubs(unknown[1]) if unknown else []
                 stub_names = {name for _, name in stubs}
                 if not added or added[0][1] in stub_names or len(stubs) > MOST_CLASSES:
                     raise
@@ -135,15 +135,15 @@ def fit_weights(
         UserError: nothing fits; the message has the first names of both, and what is wrong with the
             nearest match.
     """
-    candidates = list(state_dicts(content))
+    candidates = list(find_state_dicts(content))
     if not candidates:
         raise UserError(f"{where}: not a state_dict: it must map names to tensors")
     nearest: tuple[int, str] = (-1, "")
     fits: list[tuple[bool, str, dict[str, Any]]] = []
     for path, tensors in candidates:
-        for names in namings(wanted, children):
-            for prefix in prefixes(tensors, names):
-                problem, right = misfit(tensors, prefix, names, wanted)
+        for names in list_namings(wanted, children):
+            for prefix in list_prefixes(tensors, names):
+                problem, right = describe_misfit(tensors, prefix, names, wanted)
                 if not problem:
                     place = ".".join([*path, prefix.removesuffix(".")]).strip(".")
                     matching = {name: tensors[prefix + own] for name, own in names.items()}
@@ -166,7 +166,7 @@ def fit_weights(
     return Fit(matching, note)
 
 
-def state_dicts(
+def find_state_dicts(
     content: Any, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Tensors]]:
     """Yield every mapping of names to tensors at any depth, with the keys that lead to it."""
@@ -178,14 +178,14 @@ def state_dicts(
     if len(path) < DEPTH:
         for key, value in content.items():
             if isinstance(value, Mapping):
-                yield from state_dicts(value, (*path, str(key)))
+                yield from find_state_dicts(value, (*path, str(key)))
 
 
 def is_tensor(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "is_floating_point")
 
 
-def namings(wanted: Shapes, children: Sequence[str]) -> Iterator[dict[str, str]]:
+def list_namings(wanted: Shapes, children: Sequence[str]) -> Iterator[dict[str, str]]:
     """Yield mappings from the network's names to a file's: the same names, or numbers for parts."""
     yield {name: name for name in wanted}
     if children:
@@ -195,7 +195,7 @@ def namings(wanted: Shapes, children: Sequence[str]) -> Iterator[dict[str, str]]
             yield {n: f"{number[part]}.{suffix}" for n, (part, _, suffix) in parts.items()}
 
 
-def prefixes(tensors: Tensors, names: Mapping[str, str]) -> list[str]:
+def list_prefixes(tensors: Tensors, names: Mapping[str, str]) -> list[str]:
     """Return every prefix before one of the names in the tensors' names, in the file's order."""
     own = set(names.values())
     matching: dict[str, None] = {}
@@ -207,7 +207,7 @@ def prefixes(tensors: Tensors, names: Mapping[str, str]) -> list[str]:
     return list(matching)
 
 
-def misfit(
+def describe_misfit(
     tensors: Tensors, prefix: str, names: Mapping[str, str], wanted: Shapes
 ) -> tuple[str, int]:
     """Return what is wrong with the tensors under a prefix ("" if nothing), and how many fit."""
@@ -237,6 +237,6 @@ def misfit(
     return "", right
 
 
-def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def get_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return a state_dict's names and shapes without batch counters, which many files lack."""
     return {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")}

@@ -26,8 +26,8 @@ from schemas.tables import (
     DatasetCard,
     Reject,
     ShardRow,
-    stored_reject,
-    table_of,
+    build_stored_reject,
+    build_table,
     to_parquet,
 )
 from schemas.versions import version_of
@@ -66,7 +66,7 @@ def finish_dataset(
         UserError: two samples have the same key.
     """
     merged = merge_markers(store, shards, rejects, check_marker)
-    store.write(SHARDS, to_parquet(table_of(merged.shards, SHARDS_SCHEMA)))
+    store.write(SHARDS, to_parquet(build_table(merged.shards, SHARDS_SCHEMA)))
     card = DatasetCard(
         name=name,
         split=split,
@@ -109,7 +109,9 @@ def merge_markers(
     hashes = KeyHashes()
     with contextlib.ExitStack() as stack:
         rejected = stack.enter_context(TableWriter(store, REJECTS, REJECTS_SCHEMA))
-        rejected.add(table_of([stored_reject(reject) for reject in rejects], REJECTS_SCHEMA))
+        rejected.add(
+            build_table([build_stored_reject(reject) for reject in rejects], REJECTS_SCHEMA)
+        )
         samples: TableWriter | None = TableWriter(store, SAMPLES, SAMPLES_SCHEMA)
         stack.push(lambda *error: samples.__exit__(*error) if samples else None)
         for marker in read_markers(store, range(shards)):
@@ -117,7 +119,7 @@ def merge_markers(
                 check_marker(marker)
             rows.append(marker.row)
             hashes.add(marker.samples["key"].to_pylist())
-            rejected.add(table_of(marker.rejects, REJECTS_SCHEMA))
+            rejected.add(build_table(marker.rejects, REJECTS_SCHEMA))
             if samples and samples.rows + len(marker.samples) > MERGED_SAMPLES:
                 samples.discard()
                 samples = None
@@ -171,7 +173,7 @@ def write_dataset(
     if store.exists(CARD) or store.sizes(SHARD_FOLDER):
         raise UserError(f"{store.url}: has shards already; choose another folder")
     shards, sides = 0, set()
-    for shard, group in enumerate(batched(samples, shard_samples)):
+    for shard, group in enumerate(split_into_batches(samples, shard_samples)):
         sides |= {len(sample.saliency) for sample in group}
         check_group(store, group, sides, len(classes))
         write_shard(store, shard, group)
@@ -215,7 +217,7 @@ def check_group(store: Store, group: list[Sample], sides: set[int], classes: int
             )
 
 
-def batched(items: Iterable[Sample], size: int) -> Iterable[list[Sample]]:
+def split_into_batches(items: Iterable[Sample], size: int) -> Iterable[list[Sample]]:
     iterator = iter(items)
     while group := list(itertools.islice(iterator, size)):
         yield group

@@ -36,7 +36,7 @@ def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Its workers inherit the environment of its start. A file that does not exist is named there as
     the configuration of AWS; a test that writes it, in this place, can have them use its own S3.
     """
-    from precompute.cluster import cluster  # imported here: most tests need no Ray
+    from precompute.ray_cluster import connect_to_ray  # imported here: most tests need no Ray
     from tests.ray_workers import forked_workers
 
     aws = tmp_path_factory.mktemp("ray") / "aws"
@@ -45,7 +45,7 @@ def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv("AWS_CONFIG_FILE", str(aws))
             patch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first
             stack.enter_context(forked_workers())
-            stack.enter_context(cluster(None))
+            stack.enter_context(connect_to_ray(None))
         yield aws
 
 

@@ -21,7 +21,7 @@ from pipeline.registry import find
 from precompute.estimators import FunctionOptions
 from precompute.sources import open_source
 from schemas import UserError
-from schemas.cli import absolute, imported, load_file, loaded_files
+from schemas.cli import import_object, list_loaded_files, load_file, make_absolute
 from train.__main__ import parse_command_line
 from train.config_io import dump_config, load_config
 from train.methods import find_method, get_method_name
@@ -227,7 +227,7 @@ def test_a_foreign_module_of_no_file_is_told(monkeypatch, capsys):
 def test_things_of_a_file_are_found_in_any_spelling(repository):
     kinds = ("./mine.py", "mine.py", str(repository / "mine.py"), "photos/../mine.py")
     (repository / "photos").mkdir()
-    assert len({id(imported("method", f"{path}:SimSiamConfig")) for path in kinds}) == 1
+    assert len({id(import_object("method", f"{path}:SimSiamConfig")) for path in kinds}) == 1
     assert find("mask", "./mine.py:edge", masks.MASKS) is masks.MASKS["edge_of_a_test"]
     assert find("fill", "mine.py:center", fills.FILLS)([1]).shape == (1, 7, 7)
     assert Recipe(query_mask="./mine.py:edge").query_mask == "./mine.py:edge"
@@ -259,7 +259,7 @@ def test_an_estimator_of_a_file_is_known_by_its_content(repository, monkeypatch)
 
 def test_a_source_of_a_file_reaches_a_process_that_has_no_such_file(repository):
     source = open_source("./mine.py:Listed", "photos", "train", False)
-    for module in loaded_files():
+    for module in list_loaded_files():
         cloudpickle.register_pickle_by_value(module)
     content = cloudpickle.dumps(source)
     code = (
@@ -277,7 +277,7 @@ def test_a_file_that_is_a_module_already_is_not_run_again(repository):
     import neighbor
 
     assert load_file("neighbor.py") is neighbor
-    assert loaded_files() == []
+    assert list_loaded_files() == []
 
 
 @pytest.mark.parametrize(
@@ -304,9 +304,11 @@ def test_what_is_wrong_with_a_file_is_one_line(repository, name, content, messag
     with pytest.raises(UserError, match=message) as raised:
         find_method(name)
     assert "\n" not in str(raised.value)
-    assert all("_mine_" in module.__name__ for module in loaded_files()), "half a module is left"
+    assert all("_mine_" in module.__name__ for module in list_loaded_files()), (
+        "half a module is left"
+    )
 
 
 def test_only_files_are_made_absolute():
-    assert absolute("a.b:c") == "a.b:c"
-    assert absolute("./a.py:c") == f"{Path.cwd() / 'a.py'}:c"
+    assert make_absolute("a.b:c") == "a.b:c"
+    assert make_absolute("./a.py:c") == f"{Path.cwd() / 'a.py'}:c"

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from pipeline import cache
-from precompute import cluster
+from precompute import ray_cluster
 from schemas import UserError, write_dataset
 from train.methods import MoCo
 
@@ -208,8 +208,8 @@ def test_shards_on_a_network_are_noted(place, tmp_path, monkeypatch, capsys):
     )
     importlib.import_module(MAINS["train"]).main()
     assert f"note: {place}/d lies on nfs4: if steps wait" in capsys.readouterr().out
-    assert cache.network_mount("/somewhere/else") is None
-    assert cache.network_mount("s3://bucket/data") is None
+    assert cache.find_network_mount("/somewhere/else") is None
+    assert cache.find_network_mount("s3://bucket/data") is None
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_ray_that_runs_elsewhere(place, tmp_path, monkeypatch, error, parts):
     # other tests of this process may share a Ray, which the end of this job would stop, and `auto`
     # could find that of another process
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(cluster, "reach", lambda _: None)
+    monkeypatch.setattr(ray_cluster, "reach", lambda _: None)
     command = "precompute --dataset folder --estimator spectral --address auto"
     message = said(monkeypatch, place, f"{command} --root {tmp_path}/photos --out {tmp_path}/o")
     for part in ("auto", *parts):

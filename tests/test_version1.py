@@ -20,9 +20,9 @@ import train.trainer
 from pipeline.recipes import RECIPES, Recipe
 from precompute.__main__ import Options, resolve
 from precompute.estimators import SpectralOptions
-from precompute.resume import missing_shards
+from precompute.resume import find_missing_shards
 from schemas import DatasetCard, FormatError, ShardDataset, UserError, tables
-from schemas.settings import differences
+from schemas.settings import find_differences
 from schemas.shard import read_marker
 from schemas.storage import Store
 from schemas.tables import SAMPLES_SCHEMA, from_parquet
@@ -74,7 +74,7 @@ def job(out: Path, **changes):
 
 
 def missing(job) -> list[int]:
-    return missing_shards(Store(job.out), job.settings(None), job.default_settings)
+    return find_missing_shards(Store(job.out), job.settings(None), job.default_settings)
 
 
 def test_the_dataset_is_read_and_clean():
@@ -121,7 +121,7 @@ def test_other_order_and_width_of_columns_change_nothing(dataset: Path):
 
 
 def test_optional_columns_and_fields_have_their_defaults_and_it_is_said(dataset: Path, caplog):
-    tables.tell_default.cache_clear()
+    tables.warn_of_default.cache_clear()
     optional = ["foreground", "source", "reencoded"]
     for name in ("samples", "shards/000000", "shards/000001"):
         change_parquet(dataset / f"{name}.parquet", lambda t: t.drop_columns(optional))
@@ -285,7 +285,7 @@ def test_every_option_but_the_data_may_be_newer_than_a_checkpoint(tmp_path: Path
     now = checkpoints(plain)
     for name in now.settings.keys() - {"data", "method", "steps_per_epoch"}:
         older = {key: value for key, value in now.settings.items() if key != name}
-        assert differences(older, now.settings, now.defaults) == [], name
+        assert find_differences(older, now.settings, now.defaults) == [], name
     assert now.settings["precision"] != "auto"
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from schemas import UserError
-from schemas.settings import differences, sentence
+from schemas.settings import find_differences, format_differences
 from train.config import use_current_names
 from train.distributed import gather_objects, is_main, raise_on_all_ranks, rank, world_size
 
@@ -189,9 +189,9 @@ class Checkpoints:
             saved = self.with_own_batch(saved)
             step = epochs * self.settings["steps_per_epoch"]
         saved |= {name: self.settings[name] for name in self.changeable}
-        if changed := differences(saved, self.settings, self.defaults):
+        if changed := find_differences(saved, self.settings, self.defaults):
             raise UserError(
-                f"{path}: made with other settings: {sentence(changed)}. "
+                f"{path}: made with other settings: {format_differences(changed)}. "
                 "Repeat the first command, or choose another --out"
             )
         return step

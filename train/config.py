@@ -14,7 +14,7 @@ from pipeline.order import SHUFFLE_SHARDS
 from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
 from schemas.precision import pick_precision
-from schemas.settings import defaults_of, equal, flatten
+from schemas.settings import are_equal, defaults_of, flatten
 from train.distributed import world_size
 from train.encoders import Stem
 from train.methods import METHODS, MethodConfig, MoCoConfig
@@ -216,7 +216,7 @@ def collect_default_settings(
     if user_config is not None and decided is not None:
         user_values, decided_values = flatten(user_config), flatten(decided)
         for name, value in defaults.items():
-            if name in user_values and equal(user_values[name], value):
+            if name in user_values and are_equal(user_values[name], value):
                 defaults[name] = decided_values.get(name, value)
     return drop_free(defaults, method)
 

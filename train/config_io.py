@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.recipes import Recipe, get_recipe
 from schemas import UserError
 from schemas.cli import lookup
-from schemas.settings import fields_of, plain
+from schemas.settings import fields_of, to_plain
 from train.config import KnnConfig, TrainConfig, use_current_names
 from train.methods import find_method, get_method_name
 from train.optim import OptimConfig
@@ -29,7 +29,7 @@ def dump_config(user_config: TrainConfig, decided: TrainConfig) -> str:
     The decided values are for the reader only: they are not read back, so other options change
     them again.
     """
-    content = plain(asdict(user_config))
+    content = to_plain(asdict(user_config))
     content["method"] = {"name": get_method_name(type(user_config.method)), **content["method"]}
     content[DECIDED] = {
         "crop_size": decided.recipe.crop_size,

@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from schemas import UserError
 from schemas.cli import lookup
 from schemas.storage import write_atomically
-from schemas.weights import fit_weights, read_weights, shapes_of
+from schemas.weights import fit_weights, get_shapes, read_weights
 from train.distributed import is_main
 from train.timm_encoders import build_timm_encoder, is_timm, is_timm_encoder
 
@@ -190,7 +190,7 @@ def list_shapes(name: str, stem: Stem) -> tuple[dict[str, tuple[int, ...]], list
     """Return the shapes of a ResNet's weights by name, and its children; allocates nothing."""
     with torch.device("meta"):
         encoder = build_encoder(name, stem)[0]
-    return shapes_of(encoder.state_dict()), [child for child, _ in encoder.named_children()]
+    return get_shapes(encoder.state_dict()), [child for child, _ in encoder.named_children()]
 
 
 def make_foreign_metadata(name: str, stem: Stem, path: Path) -> dict[str, str]:

@@ -33,7 +33,7 @@ def check_neighbors(
 
 
 @torch.inference_mode()
-def knn_accuracy(
+def compute_knn_accuracy(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor] | None,
     *,
@@ -109,7 +109,7 @@ class OnlineKnn:
             )
             for url in self.urls
         ]
-        accuracy = knn_accuracy(
+        accuracy = compute_knn_accuracy(
             features[0],
             features[1] if len(features) > 1 else None,
             classes=len(self.train_set.classes),

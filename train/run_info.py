@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache import network_mount
+from pipeline.cache import find_network_mount
 from schemas.json_lines import append_json_line
 from schemas.settings import fields_of
 from schemas.versions import version_of
@@ -134,7 +134,7 @@ def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
     ]
     if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
         notes.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} uses all")
-    kind = network_mount(config.data)
+    kind = find_network_mount(config.data)
     if kind and config.cache is None and not config.synthetic:
         notes.append(
             f"{config.data} lies on {kind}: if steps wait for data, --cache FOLDER keeps shards on "

@@ -8,8 +8,8 @@ def main() -> None:
     options = parse(runs.Options)
     runs.run(options)
     path = options.rows / f"{options.scale}-tier-{options.tier}.png"
-    report.plot(options, path)
-    print(f"\n{report.table(options)}\n\nplot: {path}")
+    report.draw_plot(options, path)
+    print(f"\n{report.format_table(options)}\n\nplot: {path}")
 
 
 if __name__ == "__main__":

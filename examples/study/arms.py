@@ -86,7 +86,7 @@ SECOND_TIER = (
 )
 
 
-def tiers(first: int, second: int) -> dict[int, Tier]:
+def build_tiers(first: int, second: int) -> dict[int, Tier]:
     """Return both tiers for these numbers of epochs."""
     return {
         1: Tier(epochs=first, seeds=(0,), arms=FIRST_TIER),
@@ -108,7 +108,7 @@ SCALES: dict[ScaleName, Scale] = {
         ),
         supervised=OptimConfig(base_lr=0.1),
         probe_epochs=30,
-        tiers=tiers(24, 96),
+        tiers=build_tiers(24, 96),
     ),
     # The paper's first table: ResNet-50 on ImageNet-100 with the preset's published numbers.
     "gpu": Scale(
@@ -116,7 +116,7 @@ SCALES: dict[ScaleName, Scale] = {
         # the preset drops the rate after each third of its 90 epochs
         supervised=replace(PRESETS["supervised"].config.optim, milestones=(67, 133)),
         probe_epochs=100,
-        tiers=tiers(200, 200),
+        tiers=build_tiers(200, 200),
     ),
     # Imagenette at its full size on one GPU (all numbers are our choice).
     "gpu-small": Scale(
@@ -129,7 +129,7 @@ SCALES: dict[ScaleName, Scale] = {
         ),
         supervised=OptimConfig(base_lr=0.1),
         probe_epochs=100,
-        tiers=tiers(100, 400),
+        tiers=build_tiers(100, 400),
     ),
 }
 
@@ -162,12 +162,12 @@ def build_arms(scale: Scale) -> dict[str, Arm]:
         arms[f"{fill}-key"] = Arm(replace(guided, branch="key"), moco)
         arms[f"{fill}-both"] = Arm(replace(guided, branch="both"), moco)
         arms[f"simclr-{fill}"] = Arm(hard, SimCLRConfig())
-        for name, rho in rhos(moco).items():
+        for name, rho in list_rhos(moco).items():
             arms[f"{fill}-hard-rho-{name}"] = Arm(hard, replace(moco, rho=rho))
     return arms
 
 
-def rhos(moco: MoCoConfig) -> dict[str, float]:
+def list_rhos(moco: MoCoConfig) -> dict[str, float]:
     """Return the values of rho besides the published 2; `balanced` is tau ln(queue / 3)."""
     return {"balanced": compute_balanced_rho(moco.temperature, moco.queue), "1": 1.0, "3": 3.0}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.study.arms import SCALES, describe_arm
-from examples.study.runs import Options, list_runs, row_path, tier_of
+from examples.study.runs import Options, choose_tier, get_row_path, list_runs
 from train.evaluate.tables import format_spread
 
 
@@ -14,15 +14,15 @@ def load_rows(options: Options) -> dict[str, list[dict[str, Any]]]:
     """Return the finished runs of each arm, in the order of the arms."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for run in list_runs(options):
-        path = row_path(options, run)
+        path = get_row_path(options, run)
         if path.exists():
             rows.setdefault(run.arm, []).append(json.loads(path.read_text()))
     return rows
 
 
-def table(options: Options) -> str:
+def format_table(options: Options) -> str:
     """Return the results as Markdown: top-1 in %, mean and standard deviation over seeds."""
-    rows, tier = load_rows(options), tier_of(options)
+    rows, tier = load_rows(options), choose_tier(options)
     done = sum(map(len, rows.values()))
     planned = len(tier.arms) * len(tier.seeds)
     config = SCALES[options.scale].config
@@ -48,7 +48,7 @@ def table(options: Options) -> str:
     return "\n".join(lines)
 
 
-def plot(options: Options, path: Path) -> None:
+def draw_plot(options: Options, path: Path) -> None:
     """Draw the linear probe's accuracy of every arm: runs as dots, means as bars."""
     import matplotlib  # slow to import, and needed only here
 

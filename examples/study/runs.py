@@ -28,7 +28,7 @@ from examples.study.arms import SCALES, Arm, ScaleName, Tier, build_arms, build_
 from schemas import ShardDataset, UserError
 from schemas.cli import lookup
 from schemas.json_lines import read_json_lines
-from schemas.settings import differences, sentence
+from schemas.settings import find_differences, format_differences
 from schemas.storage import Store
 from schemas.versions import version_of
 from train.config import (
@@ -94,7 +94,7 @@ class Run:
         return f"{self.arm}-{self.config.epochs}-{self.seed}"
 
 
-def tier_of(options: Options) -> Tier:
+def choose_tier(options: Options) -> Tier:
     """Return the arms, seeds and epochs selected by the options."""
     tier = SCALES[options.scale].tiers[options.tier]
     return Tier(
@@ -110,7 +110,7 @@ def list_runs(options: Options) -> list[Run]:
     Raises:
         UserError: there is no arm of a given name.
     """
-    scale, tier = SCALES[options.scale], tier_of(options)
+    scale, tier = SCALES[options.scale], choose_tier(options)
     arms = build_arms(scale)
     chosen: dict[str, Arm] = {name: lookup("arm", name, arms) for name in tier.arms}
     return [
@@ -140,7 +140,7 @@ def run(options: Options) -> None:
             message names their logs).
     """
     runs = list_runs(options)
-    for urls in evaluation_sets(options.shards).values():
+    for urls in find_evaluation_sets(options.shards).values():
         for url in urls:
             ShardDataset.open(url)  # report a missing one before hours of training
     missing = [planned for planned in runs if find_row(options, planned) is None]
@@ -171,7 +171,7 @@ def run_side_by_side(options: Options, runs: Sequence[Run]) -> Iterator[Path | N
         try:
             with log.open("a") as output:
                 ended = subprocess.run(
-                    child_command(options, run, core),
+                    build_child_command(options, run, core),
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                     stdout=output,
                     stderr=output,
@@ -188,7 +188,7 @@ def run_side_by_side(options: Options, runs: Sequence[Run]) -> Iterator[Path | N
         yield from pool.map(work, runs)
 
 
-def child_command(options: Options, run: Run, core: int) -> list[str]:
+def build_child_command(options: Options, run: Run, core: int) -> list[str]:
     """Return the command that trains one run in a process pinned to `core`."""
     # Pin the process before importing torch, which counts the cores.
     code = (
@@ -212,18 +212,18 @@ def finish(options: Options, run: Run) -> None:
         "arm": run.arm,
         "seed": run.seed,
         "epochs": run.config.epochs,
-        "accuracy": accuracies(options, run),
-        "train_seconds": round(training_seconds(run)),
-        "settings": comparable(options, run),
+        "accuracy": read_accuracies(options, run),
+        "train_seconds": round(sum_training_seconds(run)),
+        "settings": to_comparable(options, run),
         "machine": machine(),
         "versions": {name: version_of(name) for name in VERSIONS},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    path = row_path(options, run)
+    path = get_row_path(options, run)
     Store(path.parent).write(path.name, (json.dumps(row, indent=1) + "\n").encode())
 
 
-def row_path(options: Options, run: Run) -> Path:
+def get_row_path(options: Options, run: Run) -> Path:
     return options.rows / options.scale / f"{run.name}.json"
 
 
@@ -233,25 +233,25 @@ def find_row(options: Options, run: Run) -> dict[str, Any] | None:
     Raises:
         UserError: the row was made with other settings.
     """
-    path = row_path(options, run)
+    path = get_row_path(options, run)
     if not path.exists():
         return None
     row = json.loads(path.read_text())
     defaults = collect_default_settings(type(run.config.method))
-    saved, current = use_current_names(row["settings"]), comparable(options, run)
+    saved, current = use_current_names(row["settings"]), to_comparable(options, run)
     # older rows do not say which images they were tested on
     defaults |= {name: value for name, value in current.items() if name.startswith("test.")}
-    if changes := differences(saved, current, defaults):
+    if changes := find_differences(saved, current, defaults):
         raise UserError(
-            f"{path}: this run was made with other settings: {sentence(changes)}; choose another "
-            "--rows, or remove the file to repeat the run"
+            f"{path}: this run was made with other settings: {format_differences(changes)}; "
+            "choose another --rows, or remove the file to repeat the run"
         )
     return row
 
 
-def comparable(options: Options, run: Run) -> dict[str, Any]:
+def to_comparable(options: Options, run: Run) -> dict[str, Any]:
     """Return the settings that decide a run's result, flat, as JSON gives them back."""
-    sets = evaluation_sets(options.shards)
+    sets = find_evaluation_sets(options.shards)
     digests = {name: [ShardDataset.open(url).digest for url in urls] for name, urls in sets.items()}
     return {
         **collect_settings(run.config, digests[""][0]),
@@ -264,7 +264,7 @@ def comparable(options: Options, run: Run) -> dict[str, Any]:
     }
 
 
-def evaluation_sets(shards: Path) -> dict[str, tuple[str, str]]:
+def find_evaluation_sets(shards: Path) -> dict[str, tuple[str, str]]:
     """Return the shards to train a probe on and those to test it on, by name.
 
     The name is "" for the data of the pretraining, otherwise the name of a transfer set.
@@ -288,7 +288,7 @@ def evaluate(options: Options, run: Run) -> None:
     exists = (folder / results.RESULTS).exists()
     done = results.collect([str(folder)]) if exists else []
     finished = {(row["protocol"], row["data_digest"], row.get("test_digest")) for row in done}
-    for name, (train_set, test_set) in evaluation_sets(options.shards).items():
+    for name, (train_set, test_set) in find_evaluation_sets(options.shards).items():
         dataset = ShardDataset.open(train_set)
         digests = dataset.digest, ShardDataset.open(test_set).digest
         if not name and ("knn", *digests) not in finished:
@@ -315,10 +315,10 @@ def evaluate(options: Options, run: Run) -> None:
             print(linear.format_result(linear.evaluate(probe)), flush=True)
 
 
-def accuracies(options: Options, run: Run) -> dict[str, float]:
+def read_accuracies(options: Options, run: Run) -> dict[str, float]:
     """Return the accuracy of each evaluation of a run as a share of the test images."""
     names = {}
-    for name, (train_set, _) in evaluation_sets(options.shards).items():
+    for name, (train_set, _) in find_evaluation_sets(options.shards).items():
         dataset = ShardDataset.open(train_set)
         names[dataset.digest] = name or dataset.card.name
     shares: dict[str, float] = {}
@@ -330,7 +330,7 @@ def accuracies(options: Options, run: Run) -> dict[str, float]:
     return shares
 
 
-def training_seconds(run: Run) -> float:
+def sum_training_seconds(run: Run) -> float:
     """Return the seconds that the steps of a run took."""
     steps = [row for row in read_json_lines(Path(run.config.out) / "metrics.jsonl") if is_step(row)]
     return sum(run.config.batch_size / row["images_per_second"] for row in steps)

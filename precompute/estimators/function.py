@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas.cli import digest_source, imported
+from schemas.cli import digest_source, import_object
 from schemas.errors import UserError
 
 
@@ -25,7 +25,7 @@ class FunctionEstimator:
     """
 
     def __init__(self, path: str):
-        self.function = imported("estimator", path)
+        self.function = import_object("estimator", path)
         self.path = path
         # It is unknown whether the function uses a GPU. Assuming that it does gives the more
         # cautious estimate of what further workers gain.

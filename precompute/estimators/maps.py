@@ -15,7 +15,7 @@ def squash(images: Any, size: int) -> torch.Tensor:
     return ndd.as_tensor(resized).torch().cpu()
 
 
-def z_scored(maps: torch.Tensor) -> torch.Tensor:
+def standardize(maps: torch.Tensor) -> torch.Tensor:
     """Scale each (..., side, side) map to mean 0 and population std 1; constant maps become 0."""
     mean = maps.mean(dim=(-2, -1), keepdim=True)
     std = maps.std(dim=(-2, -1), keepdim=True, correction=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from precompute.estimators.base import Estimator
-from schemas.cli import absolute
+from schemas.cli import make_absolute
 from schemas.errors import UserError
 
 
@@ -114,7 +114,7 @@ class FunctionOptions(EstimatorOptions):
 
     def __post_init__(self) -> None:
         # an absolute path, because workers have another current folder
-        object.__setattr__(self, "function", absolute(self.function))
+        object.__setattr__(self, "function", make_absolute(self.function))
 
     def parameters(self) -> dict[str, Any]:
         """Return the name and the function, with the file's name only.

@@ -17,11 +17,11 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from precompute.estimators.maps import z_scored
+from precompute.estimators.maps import standardize
 from precompute.estimators.options import ScdaOptions
 from precompute.estimators.timm_backbone import build_timm_backbone, is_timm
-from precompute.estimators.weights import load_weights, sha256_of
-from precompute.estimators.windows import Window, cut, paste, windows
+from precompute.estimators.weights import compute_sha256, load_weights
+from precompute.estimators.windows import Window, cut, list_windows, paste
 from schemas.cli import lookup
 from schemas.errors import UserError
 from schemas.precision import autocast, pick_precision
@@ -54,9 +54,9 @@ class ScdaEstimator:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)  # random weights are the same in every worker
         model = build_backbone(options.backbone)
-        trunk = trunk_of(model.eval(), options.backbone, options.layer)
+        trunk = build_trunk(model.eval(), options.backbone, options.layer)
         load_weights(trunk, model, options.backbone, options.weights)
-        self.weights_sha256 = sha256_of(trunk.state_dict())
+        self.weights_sha256 = compute_sha256(trunk.state_dict())
         self.precision = pick_precision(options.precision, torch.device(self.device))
         self.trunk = prepare(trunk, self.device, self.precision)
         if options.compile:
@@ -75,18 +75,18 @@ class ScdaEstimator:
         levels_places = [list_places(shapes, area) for area in areas]
         maps = torch.cat(
             [
-                self.aggregation_map(cut(images, chunk, self.options.size))
-                for chunk in self.chunks(levels_places)
+                self.aggregate(cut(images, chunk, self.options.size))
+                for chunk in self.split_windows(levels_places)
             ]
         ).cpu()
         counts = [len(places) for places in levels_places]
         levels = [
-            z_scored(paste(part, shapes, area, self.side))
+            standardize(paste(part, shapes, area, self.side))
             for part, area in zip(maps.split(counts), areas, strict=True)
         ]
         return torch.stack(levels).mean(dim=0).numpy()
 
-    def chunks(self, levels: list[list[Place]]) -> Iterator[list[Place]]:
+    def split_windows(self, levels: list[list[Place]]) -> Iterator[list[Place]]:
         """Split the windows of all areas into forward passes.
 
         On a GPU, a pass may mix areas, which gives fewer and fuller passes. On a CPU this gains
@@ -98,7 +98,7 @@ class ScdaEstimator:
             at_once = WINDOWS_AT_ONCE[self.device]
             yield from (level[n : n + at_once] for n in range(0, len(level), at_once))
 
-    def aggregation_map(self, pixels: torch.Tensor) -> torch.Tensor:
+    def aggregate(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the aggregation map A of (N, size, size, 3) uint8 pixels.
 
         Returns:
@@ -114,7 +114,7 @@ class ScdaEstimator:
 
 def list_places(shapes: list[tuple[int, int]], area: float) -> list[Place]:
     """Return the windows of one area of all images."""
-    return [(i, window) for i, shape in enumerate(shapes) for window in windows(*shape, area)]
+    return [(i, window) for i, shape in enumerate(shapes) for window in list_windows(*shape, area)]
 
 
 def prepare(trunk: nn.Module, device: str, precision: str) -> nn.Module:
@@ -156,14 +156,14 @@ def build_backbone(name: str) -> nn.Module:
     return torchvision.models.get_model(lookup("backbone", name, choices))
 
 
-def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:
+def build_trunk(model: nn.Module, name: str, layer: str) -> nn.Module:
     """Return the part of a network up to a layer's output. Raises UserError.
 
     Args:
         layer: name of the layer; "" for the last convolutional map.
     """
     if not layer:
-        return last_convolutional_map(model, name)
+        return find_last_map(model, name)
     _, nodes = get_graph_node_names(model)
     inner = {node for node in nodes if node == layer or node.startswith(f"{layer}.")}
     if not inner:
@@ -171,7 +171,7 @@ def trunk_of(model: nn.Module, name: str, layer: str) -> nn.Module:
     return create_feature_extractor(model, {layer: "map"}).eval()
 
 
-def last_convolutional_map(model: nn.Module, name: str) -> fx.GraphModule:
+def find_last_map(model: nn.Module, name: str) -> fx.GraphModule:
     """Return the part of a network up to its last map that still has a height and a width.
 
     This is the last 4-d value with more than one cell, whatever its name: layer4 of ResNets,

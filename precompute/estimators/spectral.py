@@ -39,10 +39,10 @@ class SpectralEstimator:
     def __call__(self, images: Any) -> np.ndarray:
         options = self.options
         gray = squash(images, options.size).float() @ LUMA  # (N, size, size)
-        return saliency(gray, options.average, options.sigma, options.side).numpy()
+        return compute_saliency(gray, options.average, options.sigma, options.side).numpy()
 
 
-def saliency(gray: torch.Tensor, average: int, sigma: float, side: int) -> torch.Tensor:
+def compute_saliency(gray: torch.Tensor, average: int, sigma: float, side: int) -> torch.Tensor:
     """Compute (N, side, side) maps from (N, S, S) gray values."""
     spectrum = torch.fft.fft2(gray)
     log_amplitude = torch.log(spectrum.abs().clamp_min(FLOOR))

@@ -13,7 +13,7 @@ from torch import nn
 from precompute.estimators.timm_backbone import PUBLISHED, download_timm, is_timm
 from schemas.cli import lookup
 from schemas.errors import UserError
-from schemas.weights import fit_weights, read_weights, shapes_of
+from schemas.weights import fit_weights, get_shapes, read_weights
 
 RANDOM = "random"
 
@@ -30,18 +30,18 @@ def load_weights(trunk: nn.Module, model: nn.Module, backbone: str, weights: str
     """
     if weights == RANDOM:
         return
-    path = file_of(backbone, weights)
+    path = find_file(backbone, weights)
     content = download(backbone, weights) if path is None else read_weights(path, unpickle, unpack)
     state = trunk.state_dict()
     children = [name for name, _ in model.named_children()]
-    fit = fit_weights(content, shapes_of(state), weights, backbone, children)
+    fit = fit_weights(content, get_shapes(state), weights, backbone, children)
     if fit.note:
         print(fit.note, flush=True)
     # load_state_dict casts float16 files to the trunk's float32
     trunk.load_state_dict({**state, **fit.tensors})
 
 
-def file_of(backbone: str, weights: str) -> Path | None:
+def find_file(backbone: str, weights: str) -> Path | None:
     """Return the file that `weights` names, or None for the name of published weights.
 
     For the folder of a training run, the file is its encoder.
@@ -84,7 +84,7 @@ def download(backbone: str, name: str) -> Mapping[str, torch.Tensor]:
         ) from error
 
 
-def sha256_of(state: Mapping[str, torch.Tensor]) -> str:
+def compute_sha256(state: Mapping[str, torch.Tensor]) -> str:
     """Return the sha256 over names and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -35,7 +35,7 @@ class Window(NamedTuple):
 
 
 @lru_cache(maxsize=CACHED_SHAPES)
-def windows(height: int, width: int, area: float) -> tuple[Window, ...]:
+def list_windows(height: int, width: int, area: float) -> tuple[Window, ...]:
     """Return evenly spread square windows that each have this fraction of the image's area.
 
     For an area of 1, the only window is the whole image. A side that would be longer than the
@@ -86,7 +86,7 @@ def paste(maps: Tensor, shapes: list[tuple[int, int]], area: float, side: int) -
     Returns:
         (images, side, side) float32.
     """
-    parts = [weights(*shape, area, side, *maps.shape[1:]) for shape in shapes]
+    parts = [compute_weights(*shape, area, side, *maps.shape[1:]) for shape in shapes]
     y = torch.cat([part.y for part in parts])
     x = torch.cat([part.x for part in parts])
     index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p.y) for p in parts]))
@@ -110,15 +110,17 @@ class Weights(NamedTuple):
 
 
 @lru_cache(maxsize=CACHED_SHAPES)
-def weights(height: int, width: int, area: float, side: int, u: int, v: int) -> Weights:
+def compute_weights(height: int, width: int, area: float, side: int, u: int, v: int) -> Weights:
     """Return the resampling weights of all windows of one area in an image of this shape."""
-    all_windows = windows(height, width, area)
-    y, inside_y = axis([(w.top, w.height, height) for w in all_windows], side, u)
-    x, inside_x = axis([(w.left, w.width, width) for w in all_windows], side, v)
+    all_windows = list_windows(height, width, area)
+    y, inside_y = compute_axis_weights([(w.top, w.height, height) for w in all_windows], side, u)
+    x, inside_x = compute_axis_weights([(w.left, w.width, width) for w in all_windows], side, v)
     return Weights(y, x, (inside_y.unsqueeze(2) * inside_x.unsqueeze(1)).sum(dim=0))
 
 
-def axis(extents: list[tuple[int, int, int]], side: int, cells: int) -> tuple[Tensor, Tensor]:
+def compute_axis_weights(
+    extents: list[tuple[int, int, int]], side: int, cells: int
+) -> tuple[Tensor, Tensor]:
     """Return bilinear weights from each window's cells to the image's cell centers, along one axis.
 
     Args:

@@ -13,15 +13,15 @@ from precompute.sources.base import (
     PartedSource,
     Source,
     SourceImage,
+    compute_walk_key,
     count_readers,
     free_key,
     join_parts,
     key_of,
     list_part,
-    parts_of,
-    walk_order,
+    list_parts,
 )
-from schemas.cli import imported, lookup
+from schemas.cli import import_object, lookup
 from schemas.errors import UserError
 from schemas.parallel import map_ahead
 from schemas.tables import Reject
@@ -65,7 +65,7 @@ def open_source(name: str, root: str, split: str, download: bool, **options: Any
         UserError: there is no such source or root, or the source does not have an option.
     """
     path = name if ":" in name else lookup("dataset", name, SOURCES)
-    make: Callable[..., Source] = imported("dataset", path)
+    make: Callable[..., Source] = import_object("dataset", path)
     if unknown := [option for option in options if option not in signature(make).parameters]:
         option = unknown[0].replace("_", "-")
         raise UserError(f"--{option} is an option of DATASET=webdataset, not of {name}")
@@ -74,7 +74,7 @@ def open_source(name: str, root: str, split: str, download: bool, **options: Any
 
 def list_source(source: Source) -> Iterator[SourceImage | Reject]:
     """List a source as `source.images()` does, but several of its parts in parallel."""
-    parts = parts_of(source)
+    parts = list_parts(source)
     if not isinstance(source, PartedSource) or len(parts) == 1:
         return source.images()
     listed = map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
@@ -84,9 +84,9 @@ def list_source(source: Source) -> Iterator[SourceImage | Reject]:
 def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceImage], list[Reject]]:
     """Give all images of a source unique keys, and collect the rejects.
 
-    If several images have the same key, the first one by `walk_order` keeps it, and a digest of the
-    location is added to the keys of the others, so the result does not depend on the order of the
-    entries. An image that is listed a second time becomes a reject.
+    If several images have the same key, the first one by `compute_walk_key` keeps it, and a digest
+    of the location is added to the keys of the others, so the result does not depend on the order
+    of the entries. An image that is listed a second time becomes a reject.
     """
     first: dict[str, SourceImage] = {}
     groups: dict[str, dict[str, SourceImage]] = {}
@@ -105,7 +105,9 @@ def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceIma
                 group[entry.location] = entry
     later: dict[str, SourceImage] = {}
     for key, group in sorted(groups.items()):
-        first[key], *clashing = sorted(group.values(), key=lambda image: walk_order(image.location))
+        first[key], *clashing = sorted(
+            group.values(), key=lambda image: compute_walk_key(image.location)
+        )
         for image in clashing:
             own = free_key(key, image.location, ChainMap(first, later))
             later[own] = image._replace(key=own)

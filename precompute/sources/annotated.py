@@ -10,7 +10,14 @@ from xml.etree import ElementTree
 from torchvision import datasets
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from precompute.sources.base import Source, SourceImage, check_split, key_of, opened, visible
+from precompute.sources.base import (
+    Source,
+    SourceImage,
+    check_split,
+    key_of,
+    list_visible,
+    open_torchvision,
+)
 from schemas.errors import UserError
 from schemas.sample import UNLABELED
 from schemas.storage import Store
@@ -55,7 +62,7 @@ class Voc(Source):
             make = partial(datasets.VOCDetection, root, year, name, download)
             below = f"VOCdevkit/VOC{year}"
             needs = [f"{below}/ImageSets/Main/{name}.txt", f"{below}/JPEGImages"]
-            voc = opened(f"voc {year}", root, make, needs, download)
+            voc = open_torchvision(f"voc {year}", root, make, needs, download)
             self.entries += [(f"VOC{year}", Path(image).stem) for image in voc.images]
 
     def images(self) -> Iterator[SourceImage]:
@@ -70,10 +77,10 @@ class Voc(Source):
     def members(self, image: SourceImage) -> dict[str, bytes]:
         folder, _, name = image.location.split("/")
         location = f"{folder}/Annotations/{Path(name).stem}.xml"
-        return {"labels.json": voc_labels(self.store.read(location), location)}
+        return {"labels.json": parse_voc_labels(self.store.read(location), location)}
 
 
-def voc_labels(xml: bytes, location: str) -> bytes:
+def parse_voc_labels(xml: bytes, location: str) -> bytes:
     """Return the classes in a VOC annotation as JSON. Raises ValueError."""
     labels_by_name = {name: label for label, name in enumerate(VOC_CLASSES)}
     plain: set[int] = set()
@@ -104,7 +111,7 @@ class Coco(Source):
             raise UserError(f"{self.store.url}: no such folder; ROOT holds {folder}")
 
     def images(self) -> Iterator[SourceImage | Reject]:
-        for name in visible(self.store, ""):
+        for name in list_visible(self.store, ""):
             yield SourceImage(key_of(name), name, UNLABELED)
 
     def read(self, image: SourceImage) -> bytes:
@@ -126,7 +133,7 @@ class CocoInstances(Coco):
             )
 
     def images(self) -> Iterator[SourceImage | Reject]:
-        coco = opened(
+        coco = open_torchvision(
             "coco",
             self.root,
             lambda: datasets.CocoDetection(self.store.root, self.file),

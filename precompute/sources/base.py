@@ -120,7 +120,7 @@ class PartedSource(Source):
         raise NotImplementedError(f"{type(self).__name__} lists labels as text but numbers none")
 
 
-def parts_of(source: Source) -> Sequence[str]:
+def list_parts(source: Source) -> Sequence[str]:
     """Return the parts of a source that can be listed in parallel; [WHOLE] if it has none.
 
     A subclass of PartedSource that overrides `images` counts as having none.
@@ -211,7 +211,7 @@ def free_key(key: str, location: str, used_keys: Container[str]) -> str:
     )
 
 
-def walk_order(location: str) -> list[tuple[bool, str]]:
+def compute_walk_key(location: str) -> list[tuple[bool, str]]:
     """Return a sort key that orders files as in a walk: a folder's files before its subfolders."""
     *folders, name = location.split("/")
     return [*((True, folder) for folder in folders), (False, name)]
@@ -228,7 +228,7 @@ def check_split(dataset: str, split: str, splits: Sequence[str]) -> None:
         raise UserError(f"{dataset} has no split {split!r}: there are {', '.join(splits)}")
 
 
-def opened(
+def open_torchvision(
     dataset: str,
     root: str,
     make: Callable[[], T],
@@ -255,12 +255,14 @@ def opened(
     if not download:
         for name in needs:
             if not store.exists(name):
-                raise UserError(not_there(dataset, root, f"{name} is missing"))
+                raise UserError(build_missing_error(dataset, root, f"{name} is missing"))
             if store.is_local and not store.is_folder(name):
                 try:
                     check_regular(store.path(name))
                 except OSError as error:
-                    raise UserError(not_there(dataset, root, f"{name} is {error}")) from error
+                    raise UserError(
+                        build_missing_error(dataset, root, f"{name} is {error}")
+                    ) from error
     try:
         return make()
     except UserError:
@@ -273,14 +275,14 @@ def opened(
             reason = f"{error.filename}: {error.strerror}"
         elif isinstance(error, RuntimeError):  # torchvision's error for wrong checksums
             reason = f"{', '.join(needs) or 'its files'}: not found or corrupted"
-        raise UserError(not_there(dataset, root, reason)) from error
+        raise UserError(build_missing_error(dataset, root, reason)) from error
 
 
-def not_there(dataset: str, root: str, reason: str) -> str:
+def build_missing_error(dataset: str, root: str, reason: str) -> str:
     return f"{root}: no {dataset} as torchvision lays it out ({reason}); --download fetches it"
 
 
-def class_folders(store: Store, advice: str = "") -> list[str]:
+def list_class_folders(store: Store, advice: str = "") -> list[str]:
     """Return the sorted names of a store's top-level folders, except hidden and system folders.
 
     Raises:
@@ -293,7 +295,7 @@ def class_folders(store: Store, advice: str = "") -> list[str]:
     return [n for n in store.folders() if not n.startswith(".") and n not in SYSTEM_FOLDERS]
 
 
-def visible(store: Store, folder: str, below: bool = True) -> Iterator[str]:
+def list_visible(store: Store, folder: str, below: bool = True) -> Iterator[str]:
     """List the files in a folder and, if `below`, in its subfolders, except hidden files."""
     for location in store.walk(folder) if below else store.names(folder):
         parts = PurePosixPath(location).parts

@@ -11,10 +11,10 @@ from precompute.sources.base import (
     WHOLE,
     SourceImage,
     check_split,
-    class_folders,
     key_of,
-    opened,
-    visible,
+    list_class_folders,
+    list_visible,
+    open_torchvision,
 )
 from precompute.sources.trees import ClassFolders
 from schemas.errors import UserError
@@ -40,9 +40,9 @@ class ImageNet(ClassFolders):
     """
 
     def __init__(self, root: str, split: str, download: bool):
-        store = split_folder(root, split, download)
-        folders = class_folders(store)
-        self.flat = {} if any(map(WNID.fullmatch, folders)) else kaggle_labels(root, store)
+        store = find_split_folder(root, split, download)
+        folders = list_class_folders(store)
+        self.flat = {} if any(map(WNID.fullmatch, folders)) else read_kaggle_labels(root, store)
         wnids = sorted({*self.flat.values()} or filter(WNID.fullmatch, folders))
         self.other_folders = [name for name in folders if name not in wnids]
         super().__init__(store, self.choose(wnids, store))
@@ -71,7 +71,7 @@ class ImageNet(ClassFolders):
 
     def list_flat(self) -> Iterator[SourceImage | Reject]:
         """List images without class folders, as in `val` of Kaggle's layout."""
-        for location in visible(self.store, ""):
+        for location in list_visible(self.store, ""):
             wnid = self.flat.get(posixpath.splitext(posixpath.basename(location))[0])
             if wnid is None:
                 yield Reject(location, "no-class", f"{KAGGLE_LABELS} does not list it")
@@ -96,7 +96,7 @@ class ImageNet100(ImageNet):
         return classes
 
 
-def split_folder(root: str, split: str, download: bool) -> Store:
+def find_split_folder(root: str, split: str, download: bool) -> Store:
     """Find the folder of a split, unpacking torchvision's archives if needed. Raises UserError."""
     check_split("imagenet", split, ("train", "val"))
     if download:
@@ -115,13 +115,15 @@ def split_folder(root: str, split: str, download: bool) -> Store:
 
         print(f"unpacking the archives in {root}", flush=True)
         make = partial(datasets.ImageNet, root, split)
-        opened("imagenet", root, make, [DEVKIT, archive])
+        open_torchvision("imagenet", root, make, [DEVKIT, archive])
     if not store.exists(""):
         raise UserError(
             f"{root}: no ImageNet in it: looked for {', '.join(f'{s.url}/' for s in stores)} and "
             f"{archive}"
         )
-    if not class_folders(store) and (tars := [n for n in store.names("") if n.endswith(".tar")]):
+    if not list_class_folders(store) and (
+        tars := [n for n in store.names("") if n.endswith(".tar")]
+    ):
         raise UserError(
             f"{store.url}: holds {len(tars)} tars that are not unpacked ({tars[0]} ...); unpack "
             f"each into a folder of its name: mkdir {tars[0][:-4]} && tar xf {tars[0]} -C "
@@ -130,7 +132,7 @@ def split_folder(root: str, split: str, download: bool) -> Store:
     return store
 
 
-def kaggle_labels(root: str, store: Store) -> dict[str, str]:
+def read_kaggle_labels(root: str, store: Store) -> dict[str, str]:
     """Return the WordNet id of each image of a flat folder, by file name without the extension.
 
     Raises:
@@ -145,7 +147,7 @@ def kaggle_labels(root: str, store: Store) -> dict[str, str]:
             lines = place.read(KAGGLE_LABELS).decode("utf-8-sig", "replace").splitlines()
             rows = csv.reader(lines[1:])  # ImageId,PredictionString: "n03995372 85 1 499 272"
             return {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].split()}
-    if not any(visible(store, "")):
+    if not any(list_visible(store, "")):
         return {}
     raise UserError(
         f"{store.url}: its images lie in no class folders (n01440764 ...); looked for "
@@ -159,7 +161,7 @@ def compare_splits(store: Store, wnids: list[str]) -> str:
     beside = Store(f"{posixpath.dirname(store.url)}/{other_split}")
     if not beside.exists(""):
         return ""
-    other_wnids = set(filter(WNID.fullmatch, class_folders(beside)))
+    other_wnids = set(filter(WNID.fullmatch, list_class_folders(beside)))
     missing, extra = sorted(other_wnids - set(wnids)), sorted(set(wnids) - other_wnids)
     lacks = (
         f"; {other_split} beside it also has {shorten(missing)}" if missing and other_wnids else ""

@@ -40,7 +40,7 @@ class LabelReader:
     def __init__(self, member: str, text: bool):
         self.member, self.text = member.lstrip("."), text
 
-    def reads(self, extension: str) -> bool:
+    def can_read(self, extension: str) -> bool:
         """Return whether a sample's label may be in its member with this extension."""
         if self.member == "none":
             return False
@@ -81,13 +81,13 @@ class LabelReader:
         file.seek(offset)
         content = file.read(size)
         if is_json:
-            return self.of_json(member, field, content)
+            return self.read_json_field(member, field, content)
         text = content.decode("utf-8-sig", "surrogateescape").strip("\0 \t\r\n")
         if not text or "\n" in text:
             raise LabelError(f"its {member} is {content[:20]!r}: no label")
         return text
 
-    def of_json(self, member: str, field: str, content: bytes) -> str:
+    def read_json_field(self, member: str, field: str, content: bytes) -> str:
         try:
             value: Any = json.loads(content)
         except (ValueError, RecursionError) as error:

@@ -19,10 +19,10 @@ from precompute.sources.base import (
     Source,
     SourceImage,
     check_split,
-    class_folders,
     key_of,
-    opened,
-    visible,
+    list_class_folders,
+    list_visible,
+    open_torchvision,
 )
 from schemas.errors import UserError
 from schemas.sample import UNLABELED
@@ -52,15 +52,17 @@ class Caltech101(Source):
         # torchvision is used only to download: it would list every file as an image, and system
         # folders as classes
         make = partial(datasets.Caltech101, root, download=True) if download else dict
-        opened("caltech101", root, make, ["caltech101/101_ObjectCategories"], download)
+        open_torchvision("caltech101", root, make, ["caltech101/101_ObjectCategories"], download)
         self.split = split
         self.store = Store(f"{root}/caltech101/101_ObjectCategories")
-        self.classes = [name for name in class_folders(self.store) if name != CALTECH_BACKGROUND]
+        self.classes = [
+            name for name in list_class_folders(self.store) if name != CALTECH_BACKGROUND
+        ]
 
     def images(self) -> Iterator[SourceImage | Reject]:
         for label, kind in enumerate(self.classes):
             names = []
-            for name in visible(self.store, kind):
+            for name in list_visible(self.store, kind):
                 if CALTECH_IMAGE.fullmatch(posixpath.basename(name)):
                     names.append(name)
                 else:
@@ -79,7 +81,7 @@ class Flowers102(Source):
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("flowers102", split, ("train", "val", "test"))
-        dataset = opened(
+        dataset = open_torchvision(
             "flowers102",
             root,
             lambda: datasets.Flowers102(root, split, download=download),
@@ -126,7 +128,7 @@ class Stl10(Arrays):
         check_split("stl10", split, ("train", "test", "unlabeled"))
         facts = datasets.STL10
         if download and not Path(root, facts.base_folder).exists():
-            opened(
+            open_torchvision(
                 "stl10",
                 root,
                 lambda: download_and_extract_archive(
@@ -139,7 +141,7 @@ class Stl10(Arrays):
         if split != "unlabeled":
             needs += [f"{split}_y.bin", facts.class_names_file]
         needs = [f"{facts.base_folder}/{name}" for name in needs]
-        self.count = len(opened("stl10", root, lambda: self.pixels, needs))
+        self.count = len(open_torchvision("stl10", root, lambda: self.pixels, needs))
         if split == "unlabeled":
             return
         self.classes = (self.folder / facts.class_names_file).read_text().split()
@@ -166,7 +168,7 @@ class Cifar10(Arrays):
         check_split("cifar10", split, ("train", "test"))
         self.root, self.split = os.path.abspath(root) if root else "", split
         batches = [f"data_batch_{n}" for n in range(1, 6)] if split == "train" else ["test_batch"]
-        dataset = opened(
+        dataset = open_torchvision(
             "cifar10",
             root,
             lambda: datasets.CIFAR10(root, split == "train", download=download),

@@ -12,11 +12,11 @@ from precompute.sources.base import (
     Source,
     SourceImage,
     check_split,
-    class_folders,
     is_pattern,
     key_of,
-    opened,
-    visible,
+    list_class_folders,
+    list_visible,
+    open_torchvision,
 )
 from schemas.errors import UserError
 from schemas.sample import UNLABELED
@@ -44,7 +44,7 @@ class ClassFolders(PartedSource):
 
     def list_part(self, part: str) -> Iterator[SourceImage | Reject]:
         label = self.labels[part]
-        for location in visible(self.store, part):
+        for location in list_visible(self.store, part):
             yield SourceImage(key_of(location), location, label)
 
     def linked_folders(self) -> Sequence[str]:
@@ -71,7 +71,7 @@ class Folder(ClassFolders):
         if not root:
             raise UserError("--root is missing: a folder with one folder a class")
         store = Store(root)
-        folders = class_folders(store, "ROOT is a folder with one folder a class")
+        folders = list_class_folders(store, "ROOT is a folder with one folder a class")
         refuse_splits(store, folders)
         super().__init__(store, folders)
 
@@ -82,7 +82,7 @@ class Folder(ClassFolders):
         if part != WHOLE:
             yield from super().list_part(part)
             return
-        for location in visible(self.store, "", below=not self.folders):
+        for location in list_visible(self.store, "", below=not self.folders):
             if self.folders:
                 yield Reject(location, "no-class", "beside the class folders; move it into one")
             else:
@@ -101,14 +101,16 @@ class Imagenette(ClassFolders):
         if download:
             from torchvision import datasets  # imported here, because the import takes seconds
 
-            opened("imagenette", root, lambda: datasets.Imagenette(root, split, download=True))
+            open_torchvision(
+                "imagenette", root, lambda: datasets.Imagenette(root, split, download=True)
+            )
         if not root:
             raise UserError("--root is missing: the folder that imagenette is in")
         names = [name for name in IMAGENETTE_FOLDERS if Store(root).exists(name)]
         if len(names) > 1:
             raise UserError(f"{root}: holds {' and '.join(names)}; give one of them as ROOT")
         store = Store("/".join([root.rstrip("/"), *names, split]))
-        super().__init__(store, class_folders(store, "--download fetches imagenette"))
+        super().__init__(store, list_class_folders(store, "--download fetches imagenette"))
 
 
 def refuse_splits(store: Store, folders: list[str]) -> None:

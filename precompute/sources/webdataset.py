@@ -142,7 +142,7 @@ class WebDatasetShards(PartedSource):
     def list_part(self, part: str) -> Iterator[LabeledText | Reject]:
         """List the samples of a tar by its headers, or by its index if it is in an object store."""
         try:
-            with self.store.reads(part):
+            with self.store.translate_read_errors(part):
                 file = self.open_tar(part)
         except NotAFileError as error:
             yield Reject(part, "not-a-file", str(error))
@@ -168,7 +168,7 @@ class WebDatasetShards(PartedSource):
     def members_of(self, tar: str, file: BinaryIO | BlockReader) -> Iterator[TarMember]:
         """Yield the members of a tar, except folders. Raises tarfile.TarError."""
         if isinstance(file, BlockReader) and (index := index_name(tar)) in self.indices:
-            with self.store.reads(index):
+            with self.store.translate_read_errors(index):
                 content = self.store.read(index)
             members = members_by_index(content, file)
             if members is not None:
@@ -182,7 +182,7 @@ class WebDatasetShards(PartedSource):
         """Yield the members; keep the content of labels in memory while their block is there."""
         for member in members:
             _, extension = self.split_name(posixpath.basename(member.name))
-            if self.labels.reads(extension) and member.size <= BLOCK:
+            if self.labels.can_read(extension) and member.size <= BLOCK:
                 file.keep(member.offset, member.size)
             yield member
 

@@ -109,10 +109,10 @@ def test_finished_runs_are_rows_and_are_not_repeated(
     assert [path.stem for path in rows] == ["mean-hard-1-0", "plain-1-0"]
     row = json.loads(rows[0].read_text())
     assert set(row["accuracy"]) == {"knn 1", "knn 2", "linear test", "linear other"}
-    text = report.table(tiny)
+    text = report.format_table(tiny)
     assert "2 of 2 runs are finished" in text
     assert "| saliency-guided masks, mean, hard negatives |" in text
-    report.plot(tiny, tiny.rows / "plot.png")
+    report.draw_plot(tiny, tiny.rows / "plot.png")
     assert (tiny.rows / "plot.png").stat().st_size > 1000
 
     def refuse(config: TrainConfig) -> None:
@@ -139,7 +139,7 @@ def test_runs_side_by_side_have_a_core_each_and_failures_are_named(
             f"print('core {core}'); raise SystemExit({run.arm == 'plain'})",
         ]
 
-    monkeypatch.setattr(runs, "child_command", command)
+    monkeypatch.setattr(runs, "build_child_command", command)
     logs = list(runs.run_side_by_side(given, chosen))
     assert [log and log.name for log in logs] == ["plain-24-0.log", None, None]
     assert "plain-24-0 FAILED (1)" in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_a_child_is_told_what_to_do(tmp_path: Path) -> None:
 
     given = options(tmp_path, arms=("plain", "supervised"), side_by_side=2, device="cpu")
     run = runs.list_runs(given)[1]
-    command = runs.child_command(given, run, 0)
+    command = runs.build_child_command(given, run, 0)
     child = parse(runs.Options, command[3:])
     assert child.side_by_side == 0
     assert runs.list_runs(child) == [run]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import EvalViews, MaskedViews
 from schemas import Sample, ShardDataset, UserError, write_dataset
-from schemas.tables import CARD, SHARDS, SHARDS_SCHEMA, table_of, to_parquet
+from schemas.tables import CARD, SHARDS, SHARDS_SCHEMA, build_table, to_parquet
 from tests.pipeline.conftest import picture, sample_of, small
 
 MANY = 1600
@@ -133,7 +133,7 @@ def test_another_format_version_is_refused(own_dataset: ShardDataset) -> None:
 
 def test_a_dataset_without_samples_is_refused(own_dataset: ShardDataset) -> None:
     store, table = own_dataset.store, [row._replace(samples=0) for row in own_dataset.shards]
-    store.write(SHARDS, to_parquet(table_of(table, SHARDS_SCHEMA)))
+    store.write(SHARDS, to_parquet(build_table(table, SHARDS_SCHEMA)))
     store.write(CARD, dataclasses.replace(own_dataset.card, samples=0).to_json())
     with pytest.raises(UserError, match="0 samples are too few for 1 ranks x batch 8"):
         views_of(own_dataset)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.contact_sheet import TILE, fit_into_tile
-from pipeline.preview import letterbox, overlay_saliency, write_preview
+from pipeline.preview import fit_letterbox, overlay_saliency, write_preview
 from schemas import Sample, write_dataset
 from tests.conftest import encode
 from tests.pipeline.conftest import small
@@ -23,7 +23,7 @@ def test_a_picture_of_any_shape_fits_into_a_tile(shape):
     fitted = fit_into_tile(image)
     assert max(fitted.size) == TILE
     assert min(fitted.size) >= 1
-    tile, to_tile = letterbox(image)
+    tile, to_tile = fit_letterbox(image)
     assert tile.size == (TILE, TILE)
     for x, y in ((0, 0), (1, 1), (0.5, 1)):
         assert all(0 <= place < TILE for place in to_tile(x, y))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from precompute.estimators import SpectralOptions
 from precompute.plan import make_plan
-from precompute.resume import missing_shards
+from precompute.resume import find_missing_shards
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, list_images
 from precompute.sources.trees import Folder
@@ -72,10 +72,10 @@ def without_ray(job: "Job") -> ShardDataset:
     shards = list(range(len(job.plan.shards)))
     estimator = job.estimator.build()
     builder = ShardBuilder(job.source, estimator, store, job.batch_size, job.resize, settings)
-    assert missing_shards(store, settings, job.default_settings) == shards
+    assert find_missing_shards(store, settings, job.default_settings) == shards
     for shard, part in enumerate(job.plan.shards):
         builder.build(shard, part, lambda written, rejected: None)
-    assert missing_shards(store, settings, job.default_settings) == []
+    assert find_missing_shards(store, settings, job.default_settings) == []
     dataset = job.finish(store, settings, saliency_side=28)
     assert dataset.verify().clean
     return dataset

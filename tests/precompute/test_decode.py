@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from precompute import decode as decode_module
 from precompute.decode import decode
-from precompute.encode import EncodedImage, RejectedError, Resize
-from precompute.encode import check as check_whole
+from precompute.reencode import EncodedImage, RejectedError, Resize
+from precompute.reencode import check as check_whole
 from precompute.sources import SourceImage
 from schemas import UserError
 from schemas.device_errors import classify_error

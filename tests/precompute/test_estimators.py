@@ -12,7 +12,7 @@ from PIL import Image
 from precompute import demo
 from precompute.estimators import ESTIMATORS, FunctionOptions, ScdaOptions, SpectralOptions
 from precompute.estimators.scda import last_convolutional_map
-from precompute.estimators.weights import load_weights, sha256_of
+from precompute.estimators.weights import compute_sha256, load_weights
 from schemas import SaliencyMap, UserError
 from tests.conftest import noise
 from tests.precompute.conftest import batch
@@ -63,7 +63,7 @@ def test_spectral_is_the_published_listing() -> None:
 
 def test_spectral_finds_the_objects_of_generated_scenes() -> None:
     """By chance, a peak hits the object in about 0.14 of the scenes, its share of the picture."""
-    scenes = [demo.scene(index, "train") for index in range(64)]
+    scenes = [demo.draw_scene(index, "train") for index in range(64)]
     maps = SpectralOptions().build()(batch(*[scene.image for scene in scenes]))
     peaks, lifts = [], []
     for scene, grid in zip(scenes, maps, strict=True):
@@ -198,7 +198,7 @@ def test_weights_may_lack_the_classifier_but_nothing_else(tmp_path: Path) -> Non
         other = torchvision.models.get_model("resnet18").eval()
         trunk = last_convolutional_map(other, "resnet18")
         load_weights(trunk, other, "resnet18", str(path))
-        return sha256_of(trunk.state_dict())
+        return compute_sha256(trunk.state_dict())
 
     headless = {key: value for key, value in state.items() if not key.startswith("fc.")}
     assert load(state) == load(headless)
@@ -298,7 +298,7 @@ def test_a_timm_backbone_gives_the_summed_map_that_timm_computes(tmp_path: Path)
         "timm:test_convnext", weights, areas=(1.0,), side=7, precision="fp32"
     ).build()
     pixels = torch.tensor(noise(0, 224, 224))[None]
-    found = estimator.aggregation_map(pixels)  # type: ignore[attr-defined]
+    found = estimator.aggregate(pixels)  # type: ignore[attr-defined]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     image = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():

@@ -26,8 +26,8 @@ import pytest
 from PIL import Image
 
 from pipeline import MaskedViews
-from precompute.encode import Resize
 from precompute.formats import name_format
+from precompute.reencode import Resize
 from precompute.sources.trees import Folder
 from schemas import ShardDataset
 from schemas.names import from_stored, to_stored

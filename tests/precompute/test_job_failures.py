@@ -10,11 +10,11 @@ import ray
 from ray import cloudpickle
 
 from precompute.demo import DemoScenes
-from precompute.encode import Resize
 from precompute.estimators import SpectralOptions
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
 from precompute.progress_actor import ProgressActor
+from precompute.reencode import Resize
 from precompute.sources import SourceImage, list_images
 from precompute.sources.base import digest_key
 from precompute.worker import BuilderFactory, ShardActor

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from precompute.decode import decode
-from precompute.encode import EncodedImage, Resize, check
 from precompute.pixels import to_rgb
+from precompute.reencode import EncodedImage, Resize, check
 from precompute.sources import SourceImage
 from tests.conftest import noise
 

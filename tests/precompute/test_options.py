@@ -12,9 +12,9 @@ import ray
 from PIL import Image
 
 from precompute import decode, progress
-from precompute.encode import EncodedImage, RejectedError, Resize, check
-from precompute.progress import stalled
+from precompute.progress import describe_stall
 from precompute.progress_actor import ProgressActor
+from precompute.reencode import EncodedImage, RejectedError, Resize, check
 from precompute.sources import SourceImage
 from precompute.sources.base import digest_key
 from schemas import ShardDataset, UserError
@@ -86,13 +86,13 @@ def test_large_images_are_decoded_in_smaller_groups(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decode, "PIXELS_AT_ONCE", 1000)
     sizes = [400, 400, 400, 3000, 10, 990, 1]
     images = [EncodedImage(IMAGE, b"", "jpg", False, size, {}) for size in sizes]
-    groups = [[image.pixels for image in group] for group in decode.within_memory(images)]
+    groups = [[image.pixels for image in group] for group in decode.split_by_pixels(images)]
     assert groups == [[400, 400], [400], [3000], [10, 990], [1]]
 
 
 def test_what_is_pending_is_named() -> None:
-    assert "does the cluster have free cores?" in stalled({})
-    text = stalled({shard: 400.0 for shard in range(10)})
+    assert "does the cluster have free cores?" in describe_stall({})
+    text = describe_stall({shard: 400.0 for shard in range(10)})
     assert "shards 0 (for 400 s), 1 (for 400 s)" in text
     assert text.endswith("and 2 more")
 

@@ -11,13 +11,13 @@ import pytest
 
 from precompute import guard, progress
 from precompute.__main__ import count_classes
-from precompute.encode import Resize
 from precompute.estimators import SpectralOptions
-from precompute.extend import only_new
+from precompute.extend import select_new
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
-from precompute.progress import stalled
+from precompute.progress import describe_stall
 from precompute.reads import PendingReads
+from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import SourceImage, list_images, open_source
 from precompute.sources.base import digest_key
@@ -255,7 +255,7 @@ def test_a_read_that_hangs_is_named(tmp_path: Path) -> None:
     slow = reads.slow(0.01)
     assert list(slow) == [r"$'a/h\xe4ngt.jpg'"]
     assert not reads.slow(10)
-    assert f"these reads do not end: {next(iter(slow))} (for 0 s)" in stalled({0: 1.0}, slow)
+    assert f"these reads do not end: {next(iter(slow))} (for 0 s)" in describe_stall({0: 1.0}, slow)
     hanging.set()
     thread.join()
     assert not reads.slow(0)
@@ -271,7 +271,7 @@ def test_a_listing_that_hangs_is_told(
         yield SourceImage("a", "a/last.jpg", 0)
         time.sleep(0.5)
 
-    assert len(list(progress.listed(images()))) == 1
+    assert len(list(progress.show_listing(images()))) == 1
     assert "listing is stuck after a/last.jpg" in capsys.readouterr().err
 
 
@@ -291,7 +291,7 @@ def test_pictures_whose_keys_meet_are_written_in_one_run_or_in_two(tmp_path: Pat
     write(root / "a/b_c.gif", encode(noise(8), "GIF"))  # sorts before the owner of the key
     images, rejects = list_images(Folder(str(root), "train", False).images())
     for _ in range(2):
-        _, new, _ = only_new(str(tmp_path / "whole"), images, rejects, ["a", "a_b"])
+        _, new, _ = select_new(str(tmp_path / "whole"), images, rejects, ["a", "a_b"])
         assert {image.location for image in new} == {"a/b/c.webp", "a/b_c.gif"}
         assert not {image.key for image in new} & set(keys.values())
         assert len({image.key for image in new}) == 2
@@ -310,7 +310,7 @@ def test_a_new_key_is_not_one_of_an_image_that_has_left_the_source(tmp_path: Pat
     write(root / "a" / "x.png", encode(noise(2), "PNG"))
     write(root / "a" / "y.png", encode(noise(3), "PNG"))
     images, rejects = list_images(Folder(str(root), "train", False).images())
-    _, new, _ = only_new(str(tmp_path / "out"), images, rejects, ["a"])
+    _, new, _ = select_new(str(tmp_path / "out"), images, rejects, ["a"])
     keys = {image.location: image.key for image in new}
     assert keys == {"a/x.png": digest_key("a_x", "a/x.png", 16), "a/y.png": "a_y"}
 
@@ -324,7 +324,7 @@ def test_an_extension_that_stopped_before_the_card_is_completed(tmp_path: Path) 
 
     def extend() -> Job:
         images, rejects = list_images(source.images())
-        card, new, rejects = only_new(str(out), images, rejects, ["a"])
+        card, new, rejects = select_new(str(out), images, rejects, ["a"])
         plan = make_plan(new, seed=0, shard_samples=1000)
         options = SpectralOptions()
         return Job("folder", "train", source, plan, rejects, options, 0, str(out), 32, before=card)

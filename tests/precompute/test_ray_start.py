@@ -103,12 +103,12 @@ def test_the_documented_commands_work_where_a_token_file_lies(home: Path, tmp_pa
 
 CONNECT = """
 import sys
-from precompute import cluster
+from precompute import ray_cluster
 from schemas.cli import run
-cluster.ANSWER_SECONDS = int(sys.argv[2])
+ray_cluster.ANSWER_SECONDS = int(sys.argv[2])
 
 def main():
-    with cluster.cluster(sys.argv[1] or None):
+    with ray_cluster.connect_to_ray(sys.argv[1] or None):
         print("connected")
 
 run(main)
@@ -180,10 +180,10 @@ def test_a_local_ray_writes_no_token_into_the_home(home: Path) -> None:
     code = """
 import os
 import sys
-from precompute.cluster import token, tokens
+from precompute.ray_cluster import choose_token, tokens
 for home in sys.argv[1:]:
     os.environ["HOME"] = home
-    with token(None):
+    with choose_token(None):
         print(len(os.environ.pop("RAY_AUTH_TOKEN")))
     tokens.AuthenticationTokenLoader.instance().reset_cache()
 """

@@ -12,15 +12,15 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
-from precompute.encode import Resize
 from precompute.estimators import SpectralOptions
 from precompute.job import Job
 from precompute.plan import make_plan
+from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import list_images
 from precompute.sources.trees import Folder
 from schemas import ShardDataset, UserError
-from schemas.cli import status_of
+from schemas.cli import get_status
 from schemas.storage import Store
 from schemas.tables import SHARD_FOLDER
 from tests.conftest import encode, noise
@@ -93,7 +93,7 @@ def precompute(out: str) -> int | None:
         *("--dataset", "folder", "--root", "s3://photos/root", "--out", out, "--workers", "1"),
         *("--shard-samples", str(IMAGES // SHARDS), "--estimator", "spectral"),
     ]
-    return status_of(lambda: run_here(*arguments))
+    return get_status(lambda: run_here(*arguments))
 
 
 @pytest.mark.usefixtures("workers_use_s3")

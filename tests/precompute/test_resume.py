@@ -10,10 +10,10 @@ from filelock import FileLock
 from precompute import output_lock
 from precompute.demo import DemoScenes
 from precompute.estimators import ScdaOptions, SpectralOptions
-from precompute.extend import only_new
+from precompute.extend import select_new
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
-from precompute.resume import missing_shards
+from precompute.resume import find_missing_shards
 from precompute.sources import list_images
 from schemas import Sample, ShardDataset, UserError
 from schemas.shard import write_shard
@@ -44,7 +44,7 @@ def finish(job: Job) -> ShardDataset:
 
 
 def missing(job: Job) -> list[int]:
-    return missing_shards(Store(job.out), job.settings(None), job.default_settings)
+    return find_missing_shards(Store(job.out), job.settings(None), job.default_settings)
 
 
 @pytest.mark.parametrize("place", ["memory://two_jobs", "local"])
@@ -142,7 +142,7 @@ def test_a_missing_marker_is_named_with_the_command_that_rebuilds_it(
     marker = tmp_path / "shards" / f"00000{lost}.parquet"
     marker.unlink()
     with pytest.raises(UserError, match=f"{marker}: missing; to rebuild it, run .* without --ext"):
-        only_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
+        select_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
     if lost == 0:
         with pytest.raises(UserError, match=f"{marker}: missing; to rebuild it, run"):
             missing(extension_of(job, dataset))
@@ -153,8 +153,8 @@ def test_a_missing_marker_is_named_with_the_command_that_rebuilds_it(
     finish(more)
     marker.unlink()
     with pytest.raises(UserError, match=f"{marker}: missing; restore it from a copy"):
-        only_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
+        select_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
     for path in tmp_path.glob("shards/*.parquet"):
         path.unlink()
     with pytest.raises(UserError, match=r"000000\.parquet: missing \(and 2 others\); to rebuild"):
-        only_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
+        select_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))

@@ -11,8 +11,8 @@ import torch
 
 from precompute import decode as decode_module
 from precompute import shard_builder
-from precompute.encode import Resize
 from precompute.estimators import ScdaOptions, scda
+from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
 from precompute.sources.base import LOCAL_READERS, REMOTE_READERS, count_readers
@@ -242,7 +242,7 @@ def test_a_gpu_takes_the_windows_of_all_areas_together() -> None:
 
     def lengths(device: str) -> list[int]:
         estimator.device = device  # type: ignore[misc]
-        return [len(chunk) for chunk in estimator.chunks(levels)]  # type: ignore[attr-defined]
+        return [len(chunk) for chunk in estimator.split_windows(levels)]  # type: ignore[attr-defined]
 
     assert lengths("cuda") == [256, 32]
     assert lengths("cpu") == [32, 64, 64, 64, 64]

@@ -136,18 +136,18 @@ def test_a_root_may_be_a_url() -> None:
 
 def test_demo_scenes_follow_from_split_and_index() -> None:
     first, again, other = (
-        demo.scene(3, "train"),
-        demo.scene(3, "train"),
-        demo.scene(3, "val"),
+        demo.draw_scene(3, "train"),
+        demo.draw_scene(3, "train"),
+        demo.draw_scene(3, "val"),
     )
     assert (first.image == again.image).all()
     assert first.image.shape != other.image.shape or (first.image != other.image).any()
-    assert first.label == other.label == demo.label_of(3)
+    assert first.label == other.label == demo.choose_label(3)
 
 
 def test_demo_objects_are_where_the_mask_says() -> None:
     for index in range(2 * len(demo.CLASSES)):
-        scene = demo.scene(index, "train")
+        scene = demo.draw_scene(index, "train")
         assert scene.mask.shape == scene.image.shape[:2]
         assert 0.01 < scene.mask.mean() < 0.5
         inside, outside = (scene.image[m].mean(axis=0) for m in (scene.mask, ~scene.mask))

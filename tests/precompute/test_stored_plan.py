@@ -30,7 +30,7 @@ from precompute.sources.base import (
     digest_key,
 )
 from precompute.sources.trees import Folder
-from precompute.stored_plan import StoredPlan, digest_of, plan_text
+from precompute.stored_plan import StoredPlan, compute_digest, format_plan
 from schemas import UserError
 from schemas.storage import Store
 from schemas.tables import Reject
@@ -226,9 +226,9 @@ def test_the_digest_is_made_piece_by_piece(cut: int) -> None:
     plan = make_plan(IMAGES[:20], seed=0, shard_samples=7)
     order = [image for shard in plan.shards for image in shard]
     cuts = np.array(cut_shards(20, 7), np.int64)
-    texts = (plan_text(order[first : first + cut], first, cuts) for first in range(0, 20, cut))
-    assert digest_of(texts, 3) == plan.digest
-    assert digest_of(iter([]), 0) == make_plan([], seed=0, shard_samples=7).digest
+    texts = (format_plan(order[first : first + cut], first, cuts) for first in range(0, 20, cut))
+    assert compute_digest(texts, 3) == plan.digest
+    assert compute_digest(iter([]), 0) == make_plan([], seed=0, shard_samples=7).digest
 
 
 def test_both_ways_give_the_same_shards_byte_for_byte(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def plan_without_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         places.append(place)
         return plan_in_buckets(source, place, LocalRunner(), buckets=4, **options)
 
-    monkeypatch.setattr("precompute.cluster.cluster", nullcontext)
+    monkeypatch.setattr("precompute.ray_cluster.connect_to_ray", nullcontext)
     monkeypatch.setattr("precompute.plan_job.plan_on_cluster", plan_here)
     return places
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from precompute.__main__ import no_images
+from precompute.__main__ import explain_no_images
 from precompute.sources import SourceImage, list_images, open_source
 from precompute.sources.labels import LabelReader, name_classes
 from schemas import UserError
@@ -264,4 +264,4 @@ def test_what_is_rejected_while_listing_is_told(tmp_path: Path) -> None:
     assert "1 no-image, first 0.tar/b" in str(error.value)
     with pytest.raises(UserError, match="--image-member is an option of DATASET=webdataset"):
         run_here("--dataset", "demo", "--out", tmp_path / "out", "--image-member", "jpg")
-    assert "no images in it" in no_images("root", [])
+    assert "no images in it" in explain_no_images("root", [])

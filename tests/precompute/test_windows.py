@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from precompute.estimators import ScdaOptions
-from precompute.estimators.windows import Window, cut, paste, windows
+from precompute.estimators.windows import Window, cut, list_windows, paste
 from tests.conftest import noise
 from tests.precompute.conftest import batch
 
@@ -25,7 +25,7 @@ SHAPES = [(40, 56), (500, 375), (1, 1), (1, 1000), (1000, 3), (33, 2000)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("area", [1.0, 0.45, 0.1])
 def test_windows_cover_the_image_and_stay_inside(shape: tuple[int, int], area: float) -> None:
-    found = windows(*shape, area)
+    found = list_windows(*shape, area)
     cover = np.zeros(shape, int)
     for top, left, height, width in found:
         assert top >= 0 <= left
@@ -43,7 +43,7 @@ def test_maps_of_a_ramp_are_pasted_to_that_ramp(shape: tuple[int, int]) -> None:
     """Each window's map samples a ramp over the image at the centers of its 7 x 7 cells."""
     height, width = shape
     maps = []
-    for top, left, h, w in windows(*shape, 0.3):
+    for top, left, h, w in list_windows(*shape, 0.3):
         y = (top + (np.arange(7) + 0.5) / 7 * h) / height
         x = (left + (np.arange(7) + 0.5) / 7 * w) / width
         maps.append(2 * y[:, None] + 3 * x[None])

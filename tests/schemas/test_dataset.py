@@ -19,7 +19,7 @@ import wds2idx
 from PIL import Image
 
 from schemas import FormatError, Sample, ShardDataset, UserError, write_dataset
-from schemas.shard import members_of
+from schemas.shard import list_members
 from schemas.storage import Store
 from tests.readers import MEMBERS, READERS
 
@@ -283,7 +283,7 @@ def test_iterating_refuses_a_sample_that_differs_from_its_row(
     dataset = write(tmp_path, samples)
     tar = tmp_path / "shards" / "000001.tar"
     content = bytearray(tar.read_bytes())
-    [member] = [m for m in members_of(content) if m[:2] == ("sample-0012", extension)]
+    [member] = [m for m in list_members(content) if m[:2] == ("sample-0012", extension)]
     content[member.offset + place] ^= 1
     tar.write_bytes(content)
     read = []

@@ -26,7 +26,7 @@ from schemas import sample_table as sample_table_module
 from schemas.shard import read_marker
 from schemas.storage import Store
 from schemas.table_writer import KeyHashes, TableWriter
-from schemas.tables import REJECTS_SCHEMA, SAMPLES, SAMPLES_SCHEMA, table_of, to_parquet
+from schemas.tables import REJECTS_SCHEMA, SAMPLES, SAMPLES_SCHEMA, build_table, to_parquet
 
 Make = Callable[..., Sample]
 COUNT = 25
@@ -182,10 +182,10 @@ def test_the_bytes_are_those_of_one_whole_table(
     store = Store(tmp_path)
     with TableWriter(store, "t.parquet", REJECTS_SCHEMA) as parts:
         for start in range(0, rows, at_once):
-            parts.add(table_of(rejects[start : start + at_once], REJECTS_SCHEMA))
+            parts.add(build_table(rejects[start : start + at_once], REJECTS_SCHEMA))
             assert parts.waiting_rows < 7
     buffer = io.BytesIO()
-    table = table_of(rejects, REJECTS_SCHEMA)
+    table = build_table(rejects, REJECTS_SCHEMA)
     pq.write_table(table, buffer, compression="zstd", row_group_size=7)
     assert store.read("t.parquet") == buffer.getvalue()
     if rows <= 7:
@@ -201,10 +201,10 @@ def test_many_small_tables_are_held_as_a_few(
     store = Store(tmp_path)
     with TableWriter(store, "t.parquet", REJECTS_SCHEMA) as parts:
         for reject in rejects:
-            parts.add(table_of([reject], REJECTS_SCHEMA))
+            parts.add(build_table([reject], REJECTS_SCHEMA))
             parts.add(REJECTS_SCHEMA.empty_table())
         assert len(parts.waiting) == 50
-    assert store.read("t.parquet") == to_parquet(table_of(rejects, REJECTS_SCHEMA))
+    assert store.read("t.parquet") == to_parquet(build_table(rejects, REJECTS_SCHEMA))
 
 
 @pytest.mark.parametrize("where", ["path", "memory"])
@@ -217,7 +217,7 @@ def test_a_table_that_fails_leaves_nothing(
 
     def write_half() -> None:
         with TableWriter(store, "t.parquet", REJECTS_SCHEMA) as parts:
-            parts.add(table_of([Reject("a", "b")], REJECTS_SCHEMA))
+            parts.add(build_table([Reject("a", "b")], REJECTS_SCHEMA))
             raise KeyError("in the middle")
 
     with pytest.raises(KeyError, match="in the middle"):

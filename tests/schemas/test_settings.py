@@ -12,11 +12,11 @@ from schemas.settings import (
     NOT_SET,
     Difference,
     defaults_of,
-    differences,
-    filled,
+    fill_defaults,
+    find_differences,
     flatten,
-    plain,
-    sentence,
+    format_differences,
+    to_plain,
 )
 
 
@@ -45,44 +45,47 @@ def test_values_compare_as_they_were_before_they_were_stored(store, read):
         "count": np.int64(3), "share": np.float64(0.1), "none": None, "nan": float("nan"),
         "pairs": ((1, 2), (3, 4)), "by_name": {"a": (1,)},
     }  # fmt: skip
-    then = read(store(plain(now)))
-    assert differences(then, now, {}) == []
-    assert differences(now, then, {}) == []
+    then = read(store(to_plain(now)))
+    assert find_differences(then, now, {}) == []
+    assert find_differences(now, then, {}) == []
 
 
 def test_nested_and_flat_settings_are_the_same():
     nested = {"recipe": {"choice": "random", "areas": [0.2, 1.0]}, "seed": 0}
     flat = {"recipe.choice": "random", "recipe.areas": (0.2, 1), "seed": 0}
-    assert differences(nested, flat, {}) == []
+    assert find_differences(nested, flat, {}) == []
     assert flatten(Options("x"))["recipe.areas"] == [0.2, 1.0]
 
 
 def test_an_option_that_an_older_version_did_not_know_counts_as_its_default():
     now = flatten(Options("x"))
     then = {name: value for name, value in now.items() if name != "recipe.choice"}
-    assert differences(then, now, defaults_of(Options)) == []
+    assert find_differences(then, now, defaults_of(Options)) == []
     changed = now | {"recipe.choice": "salient"}
-    assert differences(then, changed, defaults_of(Options)) == [
+    assert find_differences(then, changed, defaults_of(Options)) == [
         Difference("recipe.choice", "random", "salient")
     ]
     # A version without that option reads the newer file too, as long as nobody set it.
-    assert differences(now, then, defaults_of(Options)) == []
+    assert find_differences(now, then, defaults_of(Options)) == []
 
 
 def test_what_has_no_default_and_is_absent_differs():
     assert "data" not in defaults_of(Options)
-    assert differences({}, {"data": "x"}, defaults_of(Options)) == [
+    assert find_differences({}, {"data": "x"}, defaults_of(Options)) == [
         Difference("data", NOT_SET, "x")
     ]
-    assert sentence(differences({}, {"data": "x"}, {})) == "data was not set, is x"
-    assert differences({}, {"cap": None}, {}) == [Difference("cap", NOT_SET, None)]
+    assert format_differences(find_differences({}, {"data": "x"}, {})) == "data was not set, is x"
+    assert find_differences({}, {"cap": None}, {}) == [Difference("cap", NOT_SET, None)]
 
 
 def test_an_option_that_is_no_more_differs_unless_it_was_at_its_former_default():
     then = {"seed": 0, "sharpen": True}
-    assert sentence(differences(then, {"seed": 0}, {})) == "sharpen was True, is not set"
-    assert differences(then, {"seed": 0}, {"sharpen": True}) == []
-    assert sentence(differences(then, {"seed": 0}, {"sharpen": False})) == (
+    assert (
+        format_differences(find_differences(then, {"seed": 0}, {}))
+        == "sharpen was True, is not set"
+    )
+    assert find_differences(then, {"seed": 0}, {"sharpen": True}) == []
+    assert format_differences(find_differences(then, {"seed": 0}, {"sharpen": False})) == (
         "sharpen was True, is False"
     )
 
@@ -90,7 +93,7 @@ def test_an_option_that_is_no_more_differs_unless_it_was_at_its_former_default()
 def test_every_difference_is_named_with_both_values():
     then = flatten(Options("x"))
     now = flatten(Options("x", Recipe(areas=(0.1, 1.0), cap=None), rate=0.1))
-    assert sentence(differences(then, now, {})) == (
+    assert format_differences(find_differences(then, now, {})) == (
         "rate was 0.03, is 0.1; recipe.areas was [0.2, 1.0], is [0.1, 1.0]; "
         "recipe.cap was [0.56, 0.55], is None"
     )
@@ -101,13 +104,13 @@ def test_every_difference_is_named_with_both_values():
     [(True, 1), (None, 0), (None, "None"), ([1, 2], [1, 2, 3]), ("1", 1), (0.1, 0.2), ([], None)],
 )
 def test_values_of_other_kinds_differ(one, other):
-    assert differences({"a": one}, {"a": other}, {}) == [Difference("a", one, other)]
+    assert find_differences({"a": one}, {"a": other}, {}) == [Difference("a", one, other)]
 
 
 def test_part_that_was_none_and_is_set():
     set_, unset = {"views": {"a": 1}}, {"views": None}
-    assert [d.name for d in differences(unset, set_, {"views": None})] == ["views.a"]
-    assert [d.name for d in differences(set_, unset, {"views": None})] == ["views.a"]
+    assert [d.name for d in find_differences(unset, set_, {"views": None})] == ["views.a"]
+    assert [d.name for d in find_differences(set_, unset, {"views": None})] == ["views.a"]
 
 
 def test_options_of_another_choice_are_not_listed_one_by_one():
@@ -123,12 +126,12 @@ def test_options_of_another_choice_are_not_listed_one_by_one():
         "estimator": {"name": "spectral", "size": 1},
         "name": "b",
     }
-    assert [d.name for d in differences(then, now, {})] == ["estimator.name", "method", "name"]
+    assert [d.name for d in find_differences(then, now, {})] == ["estimator.name", "method", "name"]
 
 
 def test_long_values_are_cut():
-    assert len(sentence(differences({"a": "x" * 500}, {"a": "y" * 500}, {}))) < 200
+    assert len(format_differences(find_differences({"a": "x" * 500}, {"a": "y" * 500}, {}))) < 200
 
 
 def test_filled_keeps_what_is_there():
-    assert filled({"a": None}, {"a": 1, "b": 2}) == {"a": None, "b": 2}
+    assert fill_defaults({"a": None}, {"a": 1, "b": 2}) == {"a": None, "b": 2}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas import Problem, Sample, ShardDataset, UserError, write_dataset
-from schemas.shard import Member, members_of
+from schemas.shard import Member, list_members
 from schemas.storage import Store
 from schemas.verify import VerifyOptions, verify_dataset
 from schemas.verify_record import VerifyRecord
@@ -40,7 +40,7 @@ def problems(folder: Path) -> list[Problem]:
 def member(folder: Path, shard: int, extension: str) -> tuple[Path, Member]:
     """Return the path of a shard's tar, and a member of its middle sample."""
     path = folder / "shards" / f"{shard:06d}.tar"
-    found = [m for m in members_of(path.read_bytes()) if m.extension == extension]
+    found = [m for m in list_members(path.read_bytes()) if m.extension == extension]
     return path, found[1]
 
 

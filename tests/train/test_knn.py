@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from schemas import UserError
-from train.knn import knn_accuracy
+from train.knn import compute_knn_accuracy
 
 
 def reference(train, labels, test, targets, classes, k, temperature, leave_one_out):
@@ -37,7 +37,7 @@ def test_equals_the_rule_by_hand(leave_one_out, monkeypatch):
     test, targets = (train, labels) if leave_one_out else clustered(generator, 41)
     known = torch.tensor(train), torch.tensor(labels)
     asked = None if leave_one_out else (torch.tensor(test), torch.tensor(targets))
-    accuracy = knn_accuracy(known, asked, classes=3, neighbors=(1, 5, 40))
+    accuracy = compute_knn_accuracy(known, asked, classes=3, neighbors=(1, 5, 40))
     for k in (1, 5, 40):
         expected = reference(train, labels, test, targets, 3, k, 0.07, leave_one_out)
         assert accuracy[k] == pytest.approx(expected, abs=1e-12)
@@ -47,11 +47,13 @@ def test_equals_the_rule_by_hand(leave_one_out, monkeypatch):
 def test_the_image_itself_is_no_neighbor():
     """All labels differ, so each image's own vote would always win."""
     features = torch.nn.functional.normalize(torch.randn(20, 8, dtype=torch.float64), dim=1)
-    assert knn_accuracy((features, torch.arange(20)), None, classes=20, neighbors=(1,)) == {1: 0.0}
+    assert compute_knn_accuracy((features, torch.arange(20)), None, classes=20, neighbors=(1,)) == {
+        1: 0.0
+    }
 
 
 def test_more_neighbors_than_images_is_refused():
     known = torch.eye(5), torch.arange(5)
     with pytest.raises(UserError, match="5: each must be between 1 and 4"):
-        knn_accuracy(known, None, classes=5, neighbors=(5,))
-    assert knn_accuracy(known, known, classes=5, neighbors=(5,)) == {5: 1.0}
+        compute_knn_accuracy(known, None, classes=5, neighbors=(5,))
+    assert compute_knn_accuracy(known, known, classes=5, neighbors=(5,)) == {5: 1.0}

@@ -34,7 +34,7 @@ from tests.train.runs import (
 from train.config import TrainConfig
 from train.encoders import build_encoder, build_untrained_encoder, load_encoder, save_encoder
 from train.features import build_eval_recipe, extract_features, remove_masks
-from train.knn import knn_accuracy
+from train.knn import compute_knn_accuracy
 from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
@@ -74,7 +74,7 @@ def test_knn_of_each_epoch_is_that_of_the_encoder(shards, run):
     encoder, _, _ = load_encoder(str(run))
     recipe = remove_masks(replace(settings.recipe, crop_size=28))
     found = extract_features(encoder, recipe, shards, torch.device("cpu"), 7, "fp32")
-    accuracy = knn_accuracy(found, None, classes=2, neighbors=(1, 5))
+    accuracy = compute_knn_accuracy(found, None, classes=2, neighbors=(1, 5))
     assert rows[-1]["knn_1"] == pytest.approx(accuracy[1])
     assert rows[-1]["knn_5"] == pytest.approx(accuracy[5])
 

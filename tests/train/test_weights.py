@@ -20,7 +20,7 @@ from torch import nn
 from precompute.estimators import ScdaOptions
 from precompute.estimators.weights import load_weights
 from schemas import UserError
-from schemas.weights import fit_weights, shapes_of
+from schemas.weights import fit_weights, get_shapes
 from train.encoders import build_encoder, load_encoder, print_once
 
 
@@ -252,4 +252,4 @@ def test_one_wrong_shape_is_named(trunk):
     with pytest.raises(
         UserError, match=r"has other shapes: bn1\.weight \(7,\), not \(64,\) under backbone"
     ):
-        fit_weights({"state_dict": state}, shapes_of(trunk), "a.ckpt", "a resnet18")
+        fit_weights({"state_dict": state}, get_shapes(trunk), "a.ckpt", "a resnet18")

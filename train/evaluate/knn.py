@@ -17,7 +17,7 @@ from train.features import (
     open_labeled_pair,
     pick_eval_precision,
 )
-from train.knn import TEMPERATURE, check_neighbors, knn_accuracy
+from train.knn import TEMPERATURE, check_neighbors, compute_knn_accuracy
 from train.process_group import pick_device
 
 
@@ -83,7 +83,7 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
     for weights, model in encoders:
         train_features = extract(model, options.data)
         test_features = extract(model, options.test_data) if options.test_data else None
-        accuracy = knn_accuracy(
+        accuracy = compute_knn_accuracy(
             train_features,
             test_features,
             classes=len(train.classes),

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from schemas.settings import filled
+from schemas.settings import fill_defaults
 from train.config import collect_default_settings, use_current_names
 from train.evaluate.results import OUTCOMES, Row
 from train.methods import METHODS
@@ -174,7 +174,7 @@ def get_settings(row: Row) -> dict[str, Any]:
     """Return all settings of the encoder's training; those newer than it have their defaults."""
     saved = use_current_names(json.loads(row["pretraining"].get("settings", "{}")))
     method = METHODS.get(str(row["method"]))
-    return filled(saved, collect_default_settings(method)) if saved and method else saved
+    return fill_defaults(saved, collect_default_settings(method)) if saved and method else saved
 
 
 def get_headline(row: Row) -> float:

@@ -7,7 +7,7 @@ this project is named `--method FILE.py:Options` or `module:Options`.
 """
 
 from schemas import UserError
-from schemas.cli import imported, lookup, name_by_import
+from schemas.cli import import_object, lookup, name_by_import
 from train.methods.adios import ADIOS, ADIOSConfig
 from train.methods.maskco import MaskCo, MaskCoConfig
 from train.methods.method import Method, MethodConfig, OptimizationGroup, Setup
@@ -30,7 +30,7 @@ def find_method(name: str) -> type[MethodConfig]:
     """
     if ":" not in name:
         return lookup("method", name, METHODS)
-    options = imported("method", name)
+    options = import_object("method", name)
     if not (isinstance(options, type) and issubclass(options, MethodConfig)):
         raise UserError(f"method {name!r}: is no subclass of train.methods.MethodConfig")
     return options

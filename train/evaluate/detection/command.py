@@ -12,7 +12,7 @@ import tyro
 
 from pipeline.recipes import RECIPES
 from schemas import UserError
-from schemas.settings import fields_of, plain
+from schemas.settings import fields_of, to_plain
 from train.config import TrainConfig, resolve_config
 from train.distributed import is_main, raise_on_all_ranks, rank, world_size
 from train.encoders import compute_digest, load_encoder
@@ -162,7 +162,7 @@ def evaluate(options: DetectionOptions) -> dict[str, Any]:
 
 def list_network_settings(method: MethodConfig) -> dict[str, Any]:
     """Return the settings of the detector that its accuracy depends on."""
-    settings = plain(fields_of(method))
+    settings = to_plain(fields_of(method))
     return {name: value for name, value in settings.items() if name not in ("path", "sha256")}
 
 

@@ -39,7 +39,7 @@ LOG_PREFIX = re.compile(r"^\S*\[?\d{4}-\d\d-\d\d[^\]]*\] *|^\(\w+\) +|\x1b\[[0-9
 
 
 @contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
+def connect_to_ray(address: str | None) -> Iterator[None]:
     """Connect to Ray, or reuse this process's existing connection.
 
     SIGTERM raises `TerminatedError` inside the block.
@@ -73,9 +73,13 @@ def cluster(address: str | None) -> Iterator[None]:
 
 def connect(address: str | None) -> None:
     """Start a local Ray, or connect to the one at `address`. Raises UserError."""
-    with kept_stderr() as (captured, terminal):
+    with capture_stderr() as (captured, terminal):
         try:
-            with token(address), unused_services_off(), watched_start(address, captured, terminal):
+            with (
+                choose_token(address),
+                disable_unused_services(),
+                watch_start(address, captured, terminal),
+            ):
                 if address:
                     reach(address)
                 ray.init(
@@ -87,10 +91,10 @@ def connect(address: str | None) -> None:
         except (UserError, TerminatedError):
             raise
         except Exception as error:  # Ray raises a plain Exception for a node that starts too slowly
-            raise UserError(refusal(address, error, last_words(captured))) from error
+            raise UserError(explain_refusal(address, error, read_last_line(captured))) from error
 
 
-def refusal(address: str | None, error: Exception, last_line: str) -> str:
+def explain_refusal(address: str | None, error: Exception, last_line: str) -> str:
     """Return one line that says why Ray is unavailable, in its own words, and what to do."""
     reason = " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
     if last_line and last_line not in reason:
@@ -131,7 +135,7 @@ def reach(address: str) -> None:
 
 
 @contextlib.contextmanager
-def token(address: str | None) -> Iterator[None]:
+def choose_token(address: str | None) -> Iterator[None]:
     """Choose Ray's authentication token, unless the user has set `RAY_AUTH_MODE`.
 
     A cluster started on a machine with a token file requires that token, yet Ray sends it to a
@@ -151,7 +155,7 @@ def token(address: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unused_services_off() -> Iterator[None]:
+def disable_unused_services() -> Iterator[None]:
     """Let a head node that is started in this block do without `UNUSED_SERVICES`.
 
     Ray has no option for it; a version without these methods starts what it always does.
@@ -167,7 +171,7 @@ def unused_services_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_stderr() -> Iterator[tuple[int, int]]:
+def capture_stderr() -> Iterator[tuple[int, int]]:
     """Redirect stderr, including that of Ray's C++ code, to a file in memory.
 
     Its last line is part of the error message if Ray does not start.
@@ -189,7 +193,7 @@ def kept_stderr() -> Iterator[tuple[int, int]]:
         os.close(captured)
 
 
-def last_words(captured: int) -> str:
+def read_last_line(captured: int) -> str:
     """Return the last line that Ray wrote, without its log prefix; "" if there is none."""
     # pread, because the descriptor shares its file position with stderr
     text = os.pread(captured, os.fstat(captured).st_size, 0).decode(errors="replace")
@@ -198,7 +202,7 @@ def last_words(captured: int) -> str:
 
 
 @contextlib.contextmanager
-def watched_start(address: str | None, captured: int, terminal: int) -> Iterator[None]:
+def watch_start(address: str | None, captured: int, terminal: int) -> Iterator[None]:
     """Handle SIGTERM and Ctrl-C while `ray.init` runs, and exit when a cluster does not answer.
 
     Python runs no signal handler while Ray's C++ code waits, so a thread learns of signals from the
@@ -231,10 +235,10 @@ def watched_start(address: str | None, captured: int, terminal: int) -> Iterator
                 end("interrupted before Ray was up; run the same command again", 130)
             if ready or over.is_set():
                 continue
-            words = last_words(captured) or "it says nothing"
+            words = read_last_line(captured) or "it says nothing"
             if address:
                 silent = TimeoutError(f"silent for {ANSWER_SECONDS} s")
-                end(f"error: {refusal(address, silent, words)}", 2)
+                end(f"error: {explain_refusal(address, silent, words)}", 2)
             tell(f"Ray is still starting ({words}); Ctrl-C ends")
             left = None
 

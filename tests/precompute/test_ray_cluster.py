@@ -13,11 +13,11 @@ from ray import cloudpickle
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from precompute.cluster import UNUSED_SERVICES, unused_services_off
 from precompute.demo import DemoScenes
 from precompute.estimators import SpectralOptions
-from precompute.job import Job, Resources, run_job, usable_resources
+from precompute.job import Job, Resources, find_usable_resources, run_job
 from precompute.plan import make_plan
+from precompute.ray_cluster import UNUSED_SERVICES, disable_unused_services
 from precompute.sources import SourceImage
 from schemas import ShardDataset, UserError
 from tests.precompute.conftest import without_ray
@@ -71,7 +71,7 @@ def test_nodes_come_and_go_in_the_middle_of_a_job(
     workers = contextlib.ExitStack()
     workers.enter_context(forked_workers())
     # without hooks at exit, which Ray can set only where the main thread adds a node
-    with unused_services_off():
+    with disable_unused_services():
         cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     first = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
@@ -190,7 +190,7 @@ def node(cpu: float, gpu: float = 0, alive: bool = True) -> dict:
     ],
 )
 def test_workers_fit_on_every_node_that_they_may_go_to(nodes: list, expected: tuple) -> None:
-    cores, devices, node_cores = usable_resources(nodes)
+    cores, devices, node_cores = find_usable_resources(nodes)
     assert (cores, devices, node_cores) == expected
     workers, cpus, gpus = Resources().split(cores, devices, 1000, node_cores)
     alive = [n["Resources"] for n in nodes if n["Alive"]]
@@ -204,7 +204,7 @@ def test_workers_fit_on_every_node_that_they_may_go_to(nodes: list, expected: tu
 
 def test_the_last_shard_fits_on_one_node() -> None:
     """A worker must not request the cores of all nodes: Ray would wait forever for such a node."""
-    assert Resources().split(*usable_resources([node(2), node(2)])[:2], 1, 2) == (1, 2, 0)
+    assert Resources().split(*find_usable_resources([node(2), node(2)])[:2], 1, 2) == (1, 2, 0)
     assert Resources().split(16, 2, 1, 8) == (1, 8, 1)
     with pytest.raises(UserError, match="its largest node 2 CPUs"):
         Resources(cpus=3).split(4, 0, 10, 2)

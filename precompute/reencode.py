@@ -77,7 +77,7 @@ class RejectedError(Exception):
 
 
 @contextmanager
-def rejecting(image: SourceImage, name: str) -> Iterator[None]:
+def translate_decoder_errors(image: SourceImage, name: str) -> Iterator[None]:
     """Turn any error of a decoder, of EXIF parsing or of a codec's plug-in into a RejectedError.
 
     The classes of these errors carry no information: damaged inputs raise OSError, SyntaxError,
@@ -111,7 +111,7 @@ def check(
     """
     if not content:
         raise RejectedError(image, "empty", "the file has no bytes; replace or remove it")
-    with rejecting(image, "its header is damaged"):
+    with translate_decoder_errors(image, "its header is damaged"):
         try:
             header = Image.open(io.BytesIO(content))
         except UnidentifiedImageError as error:
@@ -136,9 +136,9 @@ def check(
 
 def to_png(image: SourceImage, opened: Image.Image) -> bytes:
     """Return the first frame as an oriented RGB PNG. Raises RejectedError."""
-    with rejecting(image, opened.format or "image"):
+    with translate_decoder_errors(image, opened.format or "image"):
         buffer = io.BytesIO()
-        oriented(opened).save(buffer, format="PNG")
+        apply_orientation(opened).save(buffer, format="PNG")
         return buffer.getvalue()
 
 
@@ -150,12 +150,12 @@ def shrink(
     Returns:
         a JPEG, or a PNG if a side is too long for a JPEG, and its extension.
     """
-    with rejecting(image, opened.format or "image"):
+    with translate_decoder_errors(image, opened.format or "image"):
         scale = short_side / min(opened.size)
         width, height = (max(1, round(side * scale)) for side in opened.size)
         # faster: lets libjpeg decode at 1/2, 1/4 ... of the size, but at twice the target or more
         opened.draft("RGB", (2 * width, 2 * height))
-        pixels = oriented(opened)
+        pixels = apply_orientation(opened)
         # Pillow gives the size of a TIFF after orientation, but that of a JPEG or PNG before it
         short, long = sorted((width, height))
         size = (long, short) if pixels.width > pixels.height else (short, long)
@@ -168,7 +168,7 @@ def shrink(
         return buffer.getvalue(), "jpg"
 
 
-def oriented(opened: Image.Image) -> Image.Image:
+def apply_orientation(opened: Image.Image) -> Image.Image:
     """Return the image as RGB with EXIF orientation applied. Raises whatever the decoder raises."""
     return to_rgb(ImageOps.exif_transpose(opened))
 
@@ -177,7 +177,7 @@ def read_by_pillow(encoded: EncodedImage) -> EncodedImage:
     """Re-encode an image that DALI does not read as a lossless PNG. Raises RejectedError."""
     if encoded.reencoded:
         raise RejectedError(encoded.image, "undecodable", "DALI does not read its re-encoded copy")
-    with rejecting(encoded.image, "damaged or cut short; replace or remove it"):
+    with translate_decoder_errors(encoded.image, "damaged or cut short; replace or remove it"):
         opened = Image.open(io.BytesIO(encoded.content))
     png = to_png(encoded.image, opened)
     return EncodedImage(encoded.image, png, "png", True, encoded.pixels, encoded.members)
