@@ -37,7 +37,7 @@ JITTER_RNG = random.Random()
 """A separate generator, because the seed and state of the global one belong to the user."""
 
 BUGS = (ArithmeticError, AssertionError, AttributeError, NameError, TypeError)
-"""Errors of our own code, which are not retried."""
+"""Errors that indicate a bug in this code; they are not retried."""
 
 
 class Downloader:

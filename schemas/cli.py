@@ -23,7 +23,7 @@ Config = TypeVar("Config")
 
 
 class TerminatedError(Exception):
-    """Raised when a signal asks to end: `message` says how to resume, `status` is for the exit."""
+    """A signal asked the process to end: `message` says how to resume, `status` is for the exit."""
 
     def __init__(self, message: str = "", status: int = 143):
         super().__init__(message)
@@ -62,7 +62,7 @@ class LastingStream:
         if self.fallback is not None:
             with contextlib.suppress(OSError):
                 print(
-                    f"the output is closed ({error.strerror}); the job goes on", file=self.fallback
+                    f"the output is closed ({error.strerror}); the command goes on", file=self.fallback
                 )
 
     def __getattr__(self, name: str) -> Any:
@@ -157,7 +157,7 @@ def lookup(kind: str, name: str, choices: Mapping[str, Any]) -> Any:
     if name in choices:
         return choices[name]
     if name.endswith(".py"):
-        raise UserError(f"{kind} {name!r}: say which of its names is meant, {name}:NAME")
+        raise UserError(f"{kind} {name!r}: add the name of the object in it, {name}:NAME")
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"unknown {kind} {name!r}: {hint}there are {', '.join(choices)}")
@@ -180,7 +180,7 @@ def import_object(kind: str, path: str) -> Any:
         ) from error
     except SyntaxError as error:
         place = f"{error.filename}, line {error.lineno}"
-        raise UserError(f"{kind} {path!r}: no Python ({place}: {error.msg})") from error
+        raise UserError(f"{kind} {path!r}: not valid Python ({place}: {error.msg})") from error
 
 
 def digest_source(kind: str, path: str) -> str:

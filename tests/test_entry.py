@@ -291,7 +291,7 @@ def test_a_file_that_is_a_module_already_is_not_run_again(repository):
         ("./folder.py:X", ..., "Is a directory"),
         ("./needs.py:X", "import a_module_that_is_absent", "No module named 'a_module_that"),
         ("./text/file:X", None, "its name must end in .py"),
-        ("./mine.py", None, r"say which of its names is meant, \./mine\.py:NAME"),
+        ("./mine.py", None, r"add the name of the object in it, \./mine\.py:NAME"),
         ("./mine.py:Listed", None, "is no subclass of train.methods.MethodConfig"),
     ],
 )
