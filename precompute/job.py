@@ -336,7 +336,7 @@ def build_shards(
     for module in list_loaded_files():  # workers cannot import a custom source's file by its name
         cloudpickle.register_pickle_by_value(module)
 
-    def describe_progress() -> str:
+    def count_done() -> str:
         files = store.sizes(SHARD_FOLDER)
         done = sum(shard_name(shard, "parquet").split("/")[1] in files for shard in missing)
         return (
@@ -372,9 +372,11 @@ def build_shards(
             with watch(progress, images, len(missing)):
                 for row in results.iter_rows():
                     if row["error"]:
-                        raise UserError(f"shard {row['shard']} failed: {row['error']}; {describe_progress()}")
+                        raise UserError(
+                            f"shard {row['shard']} failed: {row['error']}; {count_done()}"
+                        )
             return ray.get(progress.at_work.remote())
         except TerminatedError as error:
-            raise TerminatedError(f"terminated; {describe_progress()}") from error
+            raise TerminatedError(f"terminated; {count_done()}") from error
         except ray.exceptions.RayError as error:
-            raise UserError(f"Ray failed: {str(error).splitlines()[0]}; {describe_progress()}") from error
+            raise UserError(f"Ray failed: {str(error).splitlines()[0]}; {count_done()}") from error

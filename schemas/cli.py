@@ -61,9 +61,8 @@ class LastingStream:
         discard(self.stream)
         if self.fallback is not None:
             with contextlib.suppress(OSError):
-                print(
-                    f"the output is closed ({error.strerror}); the command goes on", file=self.fallback
-                )
+                reason = error.strerror
+                print(f"the output is closed ({reason}); the command goes on", file=self.fallback)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
