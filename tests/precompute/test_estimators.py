@@ -11,7 +11,7 @@ from PIL import Image
 
 from precompute import demo
 from precompute.estimators import ESTIMATORS, FunctionOptions, ScdaOptions, SpectralOptions
-from precompute.estimators.scda import last_convolutional_map
+from precompute.estimators.scda import find_last_map
 from precompute.estimators.weights import compute_sha256, load_weights
 from schemas import SaliencyMap, UserError
 from tests.conftest import noise
@@ -89,7 +89,7 @@ def test_a_flat_picture_has_a_finite_map() -> None:
 def test_the_last_map_of_any_cnn(backbone: str, channels: int, side: int) -> None:
     torch.manual_seed(0)
     model = torchvision.models.get_model(backbone).eval()
-    trunk = last_convolutional_map(model, backbone)
+    trunk = find_last_map(model, backbone)
     inputs = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
         found = trunk(inputs)["map"]
@@ -196,7 +196,7 @@ def test_weights_may_lack_the_classifier_but_nothing_else(tmp_path: Path) -> Non
     def load(content: object) -> str:
         torch.save(content, path)
         other = torchvision.models.get_model("resnet18").eval()
-        trunk = last_convolutional_map(other, "resnet18")
+        trunk = find_last_map(other, "resnet18")
         load_weights(trunk, other, "resnet18", str(path))
         return compute_sha256(trunk.state_dict())
 

@@ -85,7 +85,7 @@ def test_bad_inputs_are_rejected_and_all_else_is_written(
             "--shard-samples is 0; it must be at least 1",
         ),
         (["--dataset", "demo", "--limit", "-3"], "--limit is -3; it must be at least 1"),
-        (["--dataset", "demo", "--workers", "-1"], "--workers is -1; at least 0"),
+        (["--dataset", "demo", "--workers", "-1"], "--workers is -1; it must be at least 0"),
         (["--dataset", "demo", "--estimator.areas", "0"], "areas: must be above 0, at most 1"),
         (["--dataset", "demo", "--estimator.weights", "no.pt"], "no.pt: no such weights file"),
     ],
