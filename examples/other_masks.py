@@ -65,6 +65,8 @@ def object_box(sample: Sample, margin: float) -> tuple[float, float, float, floa
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} DATASET")
     for images, masks in mae(sys.argv[1]):
         print(tuple(images.shape), f"{masks[:, 0].float().mean():.0%} masked")
     for image, label in objects(sys.argv[1]):

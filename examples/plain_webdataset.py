@@ -39,6 +39,8 @@ def loader(folder: str, batch_size: int = 32) -> webdataset.WebLoader:
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} DATASET")
     for image, foreground, label in loader(sys.argv[1]):
         share = foreground.float().mean()
         print(tuple(image.shape), f"{share:.0%} of the cells are foreground,", label[:8].tolist())

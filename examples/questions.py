@@ -33,6 +33,8 @@ def wide_images(dataset: ShardDataset, ratio: float = 2.0) -> pa.Table:
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} DATASET")
     dataset = ShardDataset.open(sys.argv[1])
     print(f"{len(dataset)} images, {len(dataset.classes)} classes")
     for name, share, images in largest_foreground(dataset):

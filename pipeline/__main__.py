@@ -1,7 +1,9 @@
 """Inspect the views and the order of samples that a training run gets.
 
-python -m pipeline preview --data URL --recipe hp --out preview.png
-python -m pipeline order --data URL --batch-size 256
+    saliency-pipeline preview --data URL --recipe hp --out preview.png
+    saliency-pipeline order   --data URL --batch-size 256
+
+`--help` after a command lists its options. In a checkout `python -m pipeline` is the same.
 """
 
 import dataclasses

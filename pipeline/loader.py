@@ -137,10 +137,11 @@ class MaskedViews:
                 "choose fewer streams"
             )
         if self.order.steps == 0:
+            ranks = f"{world_size} ranks x " if world_size > 1 else ""
+            source = f" from {streams} streams" if streams > 1 else ""
             raise UserError(
-                f"{url}: {self.samples} samples are too few for {world_size} ranks x batch "
-                f"{batch_size} = {world_size * batch_size} from {streams} streams; choose a "
-                "smaller batch"
+                f"{url}: {self.samples} samples are too few for {ranks}batch {batch_size}{source}; "
+                "choose a smaller batch size"
             )
         streams_per_rank = max(1, streams // world_size)
         self._source = open_source(self.dataset, cache, streams_per_rank * shuffle_shards)

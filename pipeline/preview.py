@@ -116,7 +116,7 @@ def draw_batch_sheet(
 
 def describe_sheet(dataset: ShardDataset, recipe: Recipe) -> tuple[str, str]:
     """Return the title of a contact sheet and a note that explains its pictures."""
-    title = f"{dataset.card.name}: fill {recipe.fill}, crop {recipe.crop_size}"
+    title = f"{dataset.title}: fill {recipe.fill}, crop {recipe.crop_size}"
     note = "crop: before any augmentation."
     if masks_depend_on_saliency(recipe):
         margin = f"A >= mean - {recipe.foreground_margin:g} std"

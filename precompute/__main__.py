@@ -309,7 +309,8 @@ def count_classes(labels: Counter[int], source: Source) -> str:
         return f"{images} images without a label; their annotations name {len(classes)} classes"
     empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
     names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
-    return f"{images} images in {len(classes)} classes, {len(empty)} folders empty{names}"
+    count = f"{len(classes)} class{'' if len(classes) == 1 else 'es'}"
+    return f"{images} images in {count}, {len(empty)} without images{names}"
 
 
 def explain_no_images(root: str, rejects: list[Reject]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import posixpath
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,9 @@ from schemas.tables import (
     shard_name,
 )
 from schemas.verify import VerifyOptions, VerifyReport, verify_dataset
+
+UNNAMED = ("folder", "files", "webdataset")
+"""Names of datasets that were given none: those of kinds of sources."""
 
 
 class ShardDataset:
@@ -87,7 +91,7 @@ class ShardDataset:
                     "run the same precompute command again to complete it"
                 ) from error
             raise UserError(
-                f"{store.url}: no dataset here (no {CARD}); write one with `make precompute`"
+                f"{store.url}: no dataset here (no {CARD}); write one with `saliency-precompute`"
             ) from error
         dataset = cls(store, card, [])
         dataset.shards = [
@@ -103,6 +107,11 @@ class ShardDataset:
     def name(self) -> str:
         """Name of the dataset, from its card."""
         return self.card.name
+
+    @property
+    def title(self) -> str:
+        """The dataset's name, or its folder's if the name only says what kind of source it had."""
+        return posixpath.basename(self.url.rstrip("/")) if self.name in UNNAMED else self.name
 
     @property
     def classes(self) -> list[str]:

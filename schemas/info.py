@@ -85,7 +85,11 @@ def describe_image_sizes(totals: Totals) -> str:
 def describe_estimator(dataset: ShardDataset) -> str:
     parameters = dict(dataset.card.estimator)
     name = parameters.pop("name", "an unnamed estimator")
-    values = ", ".join(f"{key} {value}" for key, value in parameters.items())
+    digest = parameters.pop("weights_sha256", None)
+    given = {key: value for key, value in parameters.items() if value not in (None, "")}
+    if digest:
+        given["sha256"] = digest[:12]
+    values = ", ".join(f"{key} {value}" for key, value in given.items())
     return f"{name} ({values})" if values else name
 
 

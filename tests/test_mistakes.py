@@ -61,8 +61,8 @@ TRAIN = "--encoder resnet18 --crop-size 56 --batch-size 4 --queue 8 --device cpu
 
 MISTAKES = [
     # Each row has the command, then what its message must name: thing, reason, next step.
-    (f"train --data {{p}}/nowhere {TRAIN}", "nowhere", "no dataset here", "make precompute"),
-    (f"train --data {{p}}/photos {TRAIN}", "photos", "no dataset here", "make precompute"),
+    (f"train --data {{p}}/nowhere {TRAIN}", "nowhere", "no dataset here", "saliency-precompute"),
+    (f"train --data {{p}}/photos {TRAIN}", "photos", "no dataset here", "saliency-precompute"),
     (f"train --data {{p}}/unfinished {TRAIN}", "unfinished", "not finished", "same precompute"),
     (f"train --data {{p}}/version9 {TRAIN}", "dataset.json", "version 9", "1"),
     (
@@ -101,7 +101,7 @@ MISTAKES = [
     ("precompute --dataset folder --root {p}/photos --out {p}/o", "photos", "no ", "ROOT"),
     ("precompute --dataset folder --root {p} --out {p}/o", "/o", "lies inside", "inputs"),
     ("pipeline preview --data {p}/d --recipe.fill nose", "nose", "unknown fill", "did you mean no"),
-    ("schemas verify {p}/nowhere", "nowhere", "no dataset here", "make precompute"),
+    ("schemas verify {p}/nowhere", "nowhere", "no dataset here", "saliency-precompute"),
 ]
 
 

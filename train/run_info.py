@@ -126,14 +126,14 @@ def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
     if config.optim.schedule == "steps" and late:
         notes.append(
             f"the learning rate is to drop at epoch {', '.join(map(str, late))}, but there are "
-            f"only {config.epochs} epochs; see --milestones"
+            f"only {count(config.epochs, 'epoch')}; see --milestones"
         )
     notes += [
         f"{flag} is not at its default, but has no effect with {choice}"
         for flag, choice in find_unused_options(config.optim).items()
     ]
-    if device.type == "cuda" and world_size() == 1 and (count := torch.cuda.device_count()) > 1:
-        notes.append(f"one of {count} GPUs is used; torchrun --nproc-per-node {count} uses all")
+    if device.type == "cuda" and world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
+        notes.append(f"one of {gpus} GPUs is used; torchrun --nproc-per-node {gpus} uses all")
     kind = find_network_mount(config.data)
     if kind and config.cache is None and not config.synthetic:
         notes.append(

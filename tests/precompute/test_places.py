@@ -176,7 +176,9 @@ def test_what_was_listed_is_said(tmp_path: Path) -> None:
     source = Folder(str(tmp_path), "train", False)
     images, _ = list_images(source.images())
     labels = Counter(image.label for image in images)
-    assert count_classes(labels, source) == "1 images in 4 classes, 3 folders empty (ant, cat, dog)"
+    assert (
+        count_classes(labels, source) == "1 images in 4 classes, 3 without images (ant, cat, dog)"
+    )
 
 
 WNIDS = [f"n{n:08d}" for n in range(CLASSES)]

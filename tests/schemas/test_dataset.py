@@ -170,7 +170,7 @@ def test_a_folder_in_use_is_refused(samples: list[Sample], tmp_path: Path) -> No
 
 
 def test_opening_nothing_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no dataset here.*make precompute"):
+    with pytest.raises(UserError, match=r"no dataset here.*saliency-precompute"):
         ShardDataset.open(tmp_path / "absent")
     with pytest.raises(UserError, match="nonsense"):
         ShardDataset.open("nonsense://bucket/set")
@@ -338,3 +338,12 @@ def test_the_members_are_the_formats_own(samples: list[Sample], tmp_path: Path) 
     row = dataset.samples.to_pylist()[0]
     assert row["saliency_min"] == pytest.approx(sample.saliency.min())
     assert row["saliency_max"] == pytest.approx(sample.saliency.max())
+
+
+def test_a_dataset_without_a_name_is_called_by_its_folder(
+    make_sample: Make, tmp_path: Path
+) -> None:
+    for name, title in (("folder", "cats"), ("webdataset", "cats"), ("imagenet100", "imagenet100")):
+        url = f"{tmp_path / name / 'cats'}/"
+        write_dataset(url, [make_sample(0)], name=name, classes=["a", "b", "c"])
+        assert ShardDataset.open(url).title == title

@@ -1,12 +1,13 @@
 """Evaluate a trained encoder, or write it for another library.
 
-    python -m train.evaluate knn    --encoder RUN --data URL [--test-data URL] [--baseline]
-    python -m train.evaluate linear --encoder RUN --data URL --test-data URL
-    python -m train.evaluate detection --encoder RUN --dataset voc | coco --root FOLDER
-    python -m train.evaluate export --encoder RUN --format torchvision | safetensors | detectron2
-    python -m train.evaluate table  RUN ... [--protocol linear]
+    saliency-evaluate knn       --encoder RUN --data URL [--test-data URL] [--baseline]
+    saliency-evaluate linear    --encoder RUN --data URL --test-data URL
+    saliency-evaluate detection --encoder RUN --dataset voc | coco --root FOLDER
+    saliency-evaluate export    --encoder RUN --format torchvision | timm | safetensors | detectron2
+    saliency-evaluate table     RUN ... [--protocol linear]
 
-`--help` after a command lists its options. Encoders that were trained with a high-pass recipe are
+In a checkout `python -m train.evaluate` is the same. `--help` after a command lists its options.
+Encoders that were trained with a high-pass recipe are
 evaluated on high-pass images. Each evaluation adds a line to RUN/results.jsonl; `table` makes a
 Markdown table from such lines. `knn`, `linear` and `detection` also run under torchrun.
 """
@@ -69,7 +70,8 @@ def show_table(argv: list[str]) -> None:
     rows = results.collect(options.runs)
     chosen = [row for row in rows if row["protocol"] == options.protocol]
     if not chosen:
-        raise UserError(f"no {options.protocol} evaluation in {', '.join(options.runs)}")
+        where = ", ".join(options.runs) or "no folder; name at least one"
+        raise UserError(f"no {options.protocol} evaluation in {where}")
     if options.protocol == "detection":
         print(tables.format_detection_table(rows))
         return

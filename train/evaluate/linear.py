@@ -97,7 +97,7 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
         assert test_set is not None
     recipe = build_eval_recipe(metadata)
     cache = make_cache(options.cache, options.cache_gb)
-    out = Path(options.out or path.parent / f"linear-{train_set.card.name}-{options.seed}")
+    out = Path(options.out or path.parent / f"linear-{train_set.title}-{options.seed}")
     precision = pick_eval_precision(options.precision, metadata, device)
     config = build_train_config(options, metadata["encoder"], path, recipe, out, precision)
 
@@ -153,7 +153,8 @@ def build_train_config(
     """Build the options of `train` for a probe of the encoder in the file at `path`."""
     milestones = options.milestones
     if milestones is None:
-        milestones = tuple(round(share * options.epochs) for share in MILESTONES)
+        epochs = {round(share * options.epochs) for share in MILESTONES}
+        milestones = tuple(sorted(epoch for epoch in epochs if epoch < options.epochs))
     return TrainConfig(
         data=options.data,
         out=str(out),

@@ -180,10 +180,15 @@ def note_hard_negative_weight(
     share = math.exp(min(exponent - math.log(negatives), 700.0))
     return [
         f"a hard negative as similar as its key weighs exp(rho / tau) = exp({exponent:.3g}), "
-        f"{share:.2g} times {where} of {negatives:,}, where the published setting has "
+        f"{format_number(share)} times {where} of {negatives:,}, where the published setting has "
         f"{PUBLISHED_SHARE:.2g}; --rho {compute_balanced_rho(temperature, negatives):.3g} gives "
         "the published ratio"
     ]
+
+
+def format_number(value: float) -> str:
+    """Return a number with two digits, and without an exponent if it is below a million."""
+    return f"{float(f'{value:.2g}'):,.10g}" if value < 1e6 else f"{value:.2g}"
 
 
 def build_projector(
