@@ -286,7 +286,7 @@ def test_a_file_that_is_a_module_already_is_not_run_again(repository):
         ("./absent.py:X", None, "No such file"),
         ("./mine.py:Absent", None, "has no attribute 'Absent'"),
         ("./mine.py:", None, "write FILE.py:name"),
-        ("./broken.py:X", "def f(:\n", r"no Python \(.*broken\.py, line 1: invalid syntax"),
+        ("./broken.py:X", "def f(:\n", r"not valid Python \(.*broken\.py, line 1: invalid syntax"),
         ("./zero.py:X", "\0", r"source code .*null bytes"),
         ("./folder.py:X", ..., "Is a directory"),
         ("./needs.py:X", "import a_module_that_is_absent", "No module named 'a_module_that"),
