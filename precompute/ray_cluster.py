@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import ray.data
 from ray._private import services
+from ray._private import worker as ray_worker
 from ray._private.authentication import authentication_token_setup as tokens
 from ray._private.node import Node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -34,6 +35,7 @@ UNUSED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
 """Methods by which Ray's head node starts its autoscaler, the process that sends the output of
 workers to drivers, and the server of the dashboard. A local job uses none of them, and to start
 them takes about a third of the CPU time of `ray.init`."""
+KILLED = "killed by `ray.kill`"
 LOG_PREFIX = re.compile(r"^\S*\[?\d{4}-\d\d-\d\d[^\]]*\] *|^\(\w+\) +|\x1b\[[0-9;]*m")
 """Prefix of a line of Ray's log (time, level and process), and terminal color codes."""
 
@@ -56,19 +58,20 @@ def connect_to_ray(address: str | None) -> Iterator[None]:
     starts_ray = not ray.is_initialized()
     before = signal.signal(signal.SIGTERM, terminate)
     over = threading.Event()
-    try:
-        if starts_ray:
-            connect(address)
-            signal.signal(signal.SIGTERM, terminate)  # again: Ray installs its own handler
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        if starts_ray and not address:
-            threading.Thread(target=end_with_ray, args=(over,), daemon=True).start()
-        yield
-    finally:
-        over.set()
-        signal.signal(signal.SIGTERM, before)
-        if starts_ray:
-            ray.shutdown()
+    with hide_killed_actors():
+        try:
+            if starts_ray:
+                connect(address)
+                signal.signal(signal.SIGTERM, terminate)  # again: Ray installs its own handler
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            if starts_ray and not address:
+                threading.Thread(target=end_with_ray, args=(over,), daemon=True).start()
+            yield
+        finally:
+            over.set()
+            signal.signal(signal.SIGTERM, before)
+            if starts_ray:
+                ray.shutdown()
 
 
 def connect(address: str | None) -> None:
@@ -168,6 +171,26 @@ def disable_unused_services() -> Iterator[None]:
     finally:
         for name, method in methods.items():
             setattr(Node, name, method)
+
+
+@contextlib.contextmanager
+def hide_killed_actors() -> Iterator[None]:
+    """Drop Ray's messages about actors that a job kills when it ends early.
+
+    They say that the tasks of these actors will be retried, which is not so. Ray has no option for
+    it.
+    """
+    show = ray_worker.print_to_stdstream
+
+    def show_others(data: dict[str, Any], **options: Any) -> None:
+        if not any(KILLED in line for line in data["lines"]):
+            show(data, **options)
+
+    ray_worker.print_to_stdstream = show_others
+    try:
+        yield
+    finally:
+        ray_worker.print_to_stdstream = show
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private import worker as ray_worker
 
+from precompute.ray_cluster import hide_killed_actors
 from schemas import ShardDataset
 from tests.conftest import encode, noise
 from tests.ray_workers import ForkedJob
@@ -191,3 +193,15 @@ for home in sys.argv[1:]:
     result = subprocess.run(run, env=environment(home), capture_output=True, text=True, check=True)
     assert result.stdout == "64\n64\n"
     assert not list(home.iterdir())
+
+
+def test_ray_does_not_announce_that_killed_actors_are_retried(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    with hide_killed_actors():
+        for line in ("Error: it was killed by `ray.kill`.", "a worker was killed: out of memory"):
+            batch = {"lines": [line], "pid": "raylet", "is_err": False}
+            ray_worker.print_to_stdstream(batch, ignore_prefix=False)
+    shown = capsys.readouterr().out
+    assert "out of memory" in shown
+    assert "ray.kill" not in shown
