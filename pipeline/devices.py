@@ -58,8 +58,11 @@ def explain_missing_gpu() -> str | None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to the device without waiting for work that runs there."""
-    if device.type == "cpu":
+    """Copy a host tensor to the device without waiting for work that runs there.
+
+    A tensor that is there already is returned as it is; pinned memory is not copied on the host.
+    """
+    if tensor.device.type == device.type:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 

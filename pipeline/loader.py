@@ -273,14 +273,10 @@ class MaskedViews:
 
     def _view(self, decoded: DecodedBatch, number: int) -> View:
         window = torch.from_numpy(decoded.prepared.windows[number])
-        # crops of the host are in pinned memory, so the copy to a GPU waits for nothing
-        image = decoded.views[number].to(self.device, non_blocking=True)
+        image = devices.to_device(decoded.views[number], self.device)
         if not decoded.saliency:
             return View(image, None, window)
-        saliency = decoded.saliency[number]
-        if saliency.device != self.device:
-            saliency = devices.to_device(saliency, self.device)
-        return View(image, saliency, window)
+        return View(image, devices.to_device(decoded.saliency[number], self.device), window)
 
 
 def build_default_fingerprint() -> dict[str, Any]:
