@@ -3,12 +3,14 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import ray
 from tqdm import tqdm
+
+from precompute.beside import run_beside
 
 T = TypeVar("T")
 
@@ -30,9 +32,8 @@ def show_listing(entries: Iterable[T]) -> Iterator[T]:
         ascii=not sys.stderr.isatty(),
     )
     waits: list[Any] = ["before its first file", time.monotonic()]
-    over = threading.Event()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         while not over.wait(POLL_SECONDS):
             if time.monotonic() - waits[1] >= STALL_SECONDS:
                 print(
@@ -42,32 +43,16 @@ def show_listing(entries: Iterable[T]) -> Iterator[T]:
                 )
                 waits[1] = time.monotonic()
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
+    with run_beside(watch):
         for entry in shown:
             yield entry
             location = getattr(entry, "location", None)
             waits[:] = f"after {location}" if location else waits[0], time.monotonic()
-    finally:
-        over.set()
-
-
-@contextmanager
-def show_beside(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
-    """Call `show(*arguments, over)` in a thread until the block ends, which sets `over`."""
-    over = threading.Event()
-    thread = threading.Thread(target=show, args=(*arguments, over), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def watch_count(actor: Any) -> AbstractContextManager[None]:
     """Show the count of a CountActor, and its rate, until the block ends."""
-    return show_beside(show_count, actor)
+    return run_beside(show_count, actor)
 
 
 def show_count(actor: Any, over: threading.Event) -> None:
@@ -88,7 +73,7 @@ def show_count(actor: Any, over: threading.Event) -> None:
 
 def watch(actor: Any, images: int, shards: int) -> AbstractContextManager[None]:
     """Show the actor's counts until the block ends, and the pending shards when it stalls."""
-    return show_beside(show, actor, images, shards)
+    return run_beside(show, actor, images, shards)
 
 
 def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:

@@ -3,8 +3,9 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
+from precompute.beside import run_beside
 from schemas.names import to_stored
 
 REPORT_SECONDS = 10.0
@@ -40,14 +41,12 @@ class PendingReads:
         return {name: now - since for name, since in begun if now - since >= seconds}
 
 
-@contextmanager
 def report_slow_reads(
     reads: PendingReads, report: Callable[[dict[str, float]], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Report slow reads every few seconds until the block ends, and once more when none is left."""
-    over = threading.Event()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         was_slow = False
         while not over.wait(REPORT_SECONDS):
             slow = reads.slow(SLOW_SECONDS)
@@ -55,10 +54,4 @@ def report_slow_reads(
                 report(slow)
             was_slow = bool(slow)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return run_beside(watch)
