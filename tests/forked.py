@@ -1,15 +1,40 @@
-"""Run Python programs in processes that are forked from one that has imported torch already."""
+"""Processes of tests that are forked from one that has imported torch already."""
 
+import atexit
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.train.ranks import get_preloaded_context
 
 SECONDS = 120
+
+
+class ForkedProcess:
+    """A running function, `target(*arguments)`, whose process a test can signal and kill.
+
+    Args:
+        log: file for what it prints; the target writes it.
+    """
+
+    def __init__(self, target: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
+        self.log = log
+        self.process = get_preloaded_context().Process(target=target, args=arguments)
+        self.process.start()
+        # a test that fails must not wait for the process when Python ends
+        atexit.register(self.process.kill)
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def kill(self) -> None:
+        self.process.kill()
 
 
 def run_forked(

@@ -5,7 +5,6 @@ own. Everything else is Ray's: its processes, which it starts, watches and kills
 the program of a worker.
 """
 
-import atexit
 import contextlib
 import json
 import multiprocessing
@@ -26,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.forked import ForkedProcess
 from tests.ray_worker import ADDRESS
 from tests.train.ranks import get_preloaded_context
 
@@ -132,7 +132,7 @@ def run_worker(
         os._exit(status)
 
 
-class ForkedJob:
+class ForkedJob(ForkedProcess):
     """`python -m precompute` in a process and a session of its own, which is forked.
 
     Args:
@@ -144,25 +144,11 @@ class ForkedJob:
     def __init__(
         self, arguments: Sequence[object], log: Path, environment: dict[str, str] | None = None
     ) -> None:
-        self.log = log
         environment = dict(os.environ) if environment is None else environment
-        self.process = get_preloaded_context().Process(
-            target=run_job, args=(list(map(str, arguments)), log, environment)
-        )
-        self.process.start()
-        # a test that fails must not wait for the job when Python ends
-        atexit.register(self.process.kill)
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
+        super().__init__(run_job, (list(map(str, arguments)), log, environment), log)
 
     def poll(self) -> int | None:
         return self.process.exitcode
-
-    def kill(self) -> None:
-        self.process.kill()
 
     def wait(self, seconds: float) -> tuple[int, str]:
         """Return the exit status, and what it printed on stderr."""

@@ -5,7 +5,6 @@ is torchrun's own: command line, rendezvous, agents, restarts, and processes tha
 test, `test_two_agents_train_as_one_does`, starts the real command beside a forked agent.
 """
 
-import atexit
 import os
 import socket
 import sys
@@ -20,7 +19,7 @@ import pytest
 import torch
 from torch.distributed import run
 
-from tests.train.ranks import get_preloaded_context
+from tests.forked import ForkedProcess
 from train import __main__ as command
 
 SECONDS = 400
@@ -37,7 +36,7 @@ def find_free_endpoint() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-class Torchrun:
+class Torchrun(ForkedProcess):
     """An agent of torchrun and its workers, which run `python -m train`.
 
     Args:
@@ -50,18 +49,7 @@ class Torchrun:
     def __init__(
         self, agent: Sequence[str], options: Sequence[str], log: Path, patch: Patch | None = None
     ) -> None:
-        self.log = log
-        self.process = get_preloaded_context().Process(
-            target=run_agent, args=([*agent, "train", *options], log, patch)
-        )
-        self.process.start()
-        # a test that fails must not wait for the agent when Python ends
-        atexit.register(self.process.kill)
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
+        super().__init__(run_agent, ([*agent, "train", *options], log, patch), log)
 
     @property
     def said(self) -> str:

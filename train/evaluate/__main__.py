@@ -7,9 +7,9 @@
     saliency-evaluate table     RUN ... [--protocol linear]
 
 In a checkout `python -m train.evaluate` is the same. `--help` after a command lists its options.
-Encoders that were trained with a high-pass recipe are
-evaluated on high-pass images. Each evaluation adds a line to RUN/results.jsonl; `table` makes a
-Markdown table from such lines. `knn`, `linear` and `detection` also run under torchrun.
+Encoders that were trained with a high-pass recipe are evaluated on high-pass images. Each
+evaluation adds a line to RUN/results.jsonl; `table` makes a Markdown table from such lines. `knn`,
+`linear` and `detection` also run under torchrun.
 """
 
 from collections.abc import Callable
