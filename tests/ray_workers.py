@@ -82,10 +82,10 @@ def serve(address: str, owner: Connection, other_end: Connection) -> None:
             connection, _ = server.accept()
             with connection:
                 descriptors, request = receive(connection)
-                if "ray" not in sys.modules:  # which reads its settings and its token only once
+                if request and "ray" not in sys.modules:  # which reads settings and token only once
                     os.environ.update(request["environment"])
                     import_worker()
-                if os.fork() == 0:
+                if request and os.fork() == 0:
                     owner.close()
                     server.close()
                     connection.close()
@@ -100,12 +100,15 @@ def import_worker() -> None:
     import precompute.worker  # noqa: F401
 
 
-def receive(connection: socket.socket) -> tuple[list[int], dict[str, Any]]:
-    """Return the three standard descriptors of a request, and the rest of it."""
+def receive(connection: socket.socket) -> tuple[list[int], dict[str, Any] | None]:
+    """Return the three standard descriptors of a request, and the rest of it.
+
+    The rest is None if Ray has killed the process that sends it, which must not end this one.
+    """
     content, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 3)
     while part := connection.recv(1 << 16):
         content += part
-    return descriptors, json.loads(content[1:])
+    return descriptors, json.loads(content[1:]) if content.endswith(b"}") else None
 
 
 def run_worker(

@@ -63,11 +63,12 @@ class Job(Protocol):
 
 
 def wait_until(condition: Callable[[], bool], job: Job) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240  # Ray starts a worker that does not answer anew after 60 s
     while not condition() and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    assert job.poll() is None, "the job ended before it could be killed"
-    assert condition()
+    said = job.log.read_text() if isinstance(job, ForkedJob) else "see the output of the test"
+    assert job.poll() is None, f"the job ended before it could be killed: {said}"
+    assert condition(), f"the job runs, but does not get there: {said}"
 
 
 def assert_incomplete(out: Path, moment: int) -> None:

@@ -1,5 +1,6 @@
 """Persistent gloo processes that run functions together, and tiny encoders for them."""
 
+import os
 import tempfile
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -47,6 +48,8 @@ def random_batch(size: int, hard_negatives: int, seed: int = 0) -> SimpleNamespa
 
 def get_preloaded_context() -> ForkServerContext:
     """Return the context of processes that are forked from one that has imported torch once."""
+    # pyarrow's allocator would start a thread there, and a fork copies the locks that it holds
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.train.preloaded"])
     return context
