@@ -16,7 +16,7 @@ from nvidia.dali import fn, pipeline_def
 from bench import usual
 from bench.table import Way
 from pipeline import RECIPES, EvalViews, MaskedViews, devices
-from pipeline.graph import IN_FLIGHT
+from pipeline.graph import IN_FLIGHT, wrap_for_dali
 from pipeline.order import SampleOrder
 from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.rng import BatchRng
@@ -26,6 +26,9 @@ from schemas.sample import IMAGE_EXTENSIONS
 
 Rows = Literal["usual", "tensors", "webdataset", "ours", "ceilings"]
 FILLS = ("hp", "blur", "mean")
+TRAINING_BATCH = 256
+"""Default batch of a training. Reading is also measured with it, because what Python does once a
+batch is a large part of so short a time."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +204,8 @@ def ceilings(options: Options) -> dict[str, Way]:
     """Return the rows that no loader of these shards can beat here: reading, decoding, one crop."""
     device = devices.parse_device(options.device)
     plain = EvalViews(options.data, options.batch_size, options.device, crop_size=options.crop_size)
-    by_index, by_dali = read_by_index(options), read_by_dali(options)
     return {
-        "read only": way(run_graph(by_index, device, options), len, 10 * options.batches, 3),
-        "read only, DALI's reader": way(
-            run_graph(by_dali, device, options), len, 10 * options.batches, 3
-        ),
+        **reading_ways(options, device),
         "decode only": way(
             run_graph(read_by_index(options), device, options, decodes=True),
             len,
@@ -217,6 +216,20 @@ def ceilings(options: Options) -> dict[str, Way]:
             endless(plain), lambda batch: len(batch.label), options.batches, 3
         ),
     }
+
+
+def reading_ways(options: Options, device: torch.device) -> dict[str, Way]:
+    """Return the rows that only read, with the given batch and with that of a training."""
+    rows = {}
+    largest = min(TRAINING_BATCH, len(ShardDataset.open(options.data)))
+    for batch_size in sorted({options.batch_size, largest}):
+        sized = replace(options, batch_size=batch_size)
+        for name, read in (
+            (f"read only, batch {batch_size}", read_by_index(sized)),
+            (f"read only, batch {batch_size}, DALI's reader", read_by_dali(sized)),
+        ):
+            rows[name] = way(run_graph(read, device, sized), len, 20 * options.batches, 3)
+    return rows
 
 
 def read_by_index(options: Options) -> Callable[[], Any]:
@@ -233,7 +246,8 @@ def read_by_index(options: Options) -> Callable[[], Any]:
     def batches() -> Iterator[Any]:
         for epoch in itertools.count():
             for step in range(order.steps):
-                yield reader.read(epoch, step).images
+                encoded = reader.read(epoch, step)
+                yield encoded, wrap_for_dali(encoded.images)
 
     ahead = ReadAhead(batches(), BATCHES_AHEAD)
     # DALI reads the arrays in place, a few batches later.
@@ -241,7 +255,7 @@ def read_by_index(options: Options) -> Callable[[], Any]:
 
     def source() -> Any:
         in_flight.append(next(ahead))
-        return in_flight[-1]
+        return in_flight[-1][1]
 
     return lambda: fn.external_source(source=source, batch=True, no_copy=True)
 
@@ -279,8 +293,13 @@ def run_graph(
 
 
 def bases(names: Sequence[str]) -> dict[str, str]:
-    """Return the row to compare each row with: the usual way, same fill, no saliency forward."""
-    return {
+    """Return the row to compare each row with.
+
+    It is the usual way with the same fill and no saliency forward, or DALI's reader with the same
+    batch.
+    """
+    readers = {name: f"{name}, DALI's reader" for name in names}
+    return {name: reader for name, reader in readers.items() if reader in names} | {
         name: f"usual {fill}, no saliency forward"
         for name in names
         for fill in FILLS

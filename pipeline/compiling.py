@@ -62,9 +62,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any] | None = None) -> None:
         self.function, self.options = function, options
-        self._compiled: Callable[..., Any] | None = torch.compile(
-            function, fullgraph=True, dynamic=False, options=options
-        )
+        self._failed = False
 
     def try_call(self, *args: Any, **kwargs: Any) -> Any:
         """Return the function's result, or None if it cannot be compiled.
@@ -72,7 +70,7 @@ class Compiled:
         This is the case for tensors on a CPU, without a compiler, and after a failed compilation,
         which is reported by one warning.
         """
-        if self._compiled is None or not is_compilable((args, kwargs)):
+        if self._failed or not is_compilable((args, kwargs)):
             return None
         try:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
@@ -81,8 +79,13 @@ class Compiled:
             log.warning(
                 f"{self.function.__qualname__} could not be compiled and runs uncompiled: {error}"
             )
-            self._compiled = None
+            self._failed = True
             return None
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        # not in __init__: TorchDynamo takes seconds to import, which a CPU or --help need not wait
+        return torch.compile(self.function, fullgraph=True, dynamic=False, options=self.options)
 
 
 def is_compilable(arguments: Any) -> bool:

@@ -14,7 +14,6 @@ from pipeline.crop import compute_center_windows
 from pipeline.graph import Decoder, PreparedBatch, ViewSpec
 from pipeline.order import DiskOrder
 from pipeline.pixels import make_plain_views
-from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.recipes import REFERENCE_CROP, Recipe, get_recipe
 from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
@@ -98,9 +97,11 @@ class EvalViews:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         reader = ShardReader(self.dataset, self._source, self.order, self.rank, self.world_size)
-        with closing(ReadAhead(self._prepare(reader), BATCHES_AHEAD)) as ahead:
-            spec = ViewSpec(self.crop_size)
-            for decoded in Decoder(ahead, spec, self.device, self.batch_size, self.dataset.url):
+        batches, spec = self._prepare(reader), ViewSpec(self.crop_size)
+        with closing(
+            Decoder(batches, spec, self.device, self.batch_size, self.dataset.url)
+        ) as decoder:
+            for decoded in decoder:
                 labels = torch.from_numpy(decoded.prepared.encoded.labels)
                 yield EvalBatch(
                     make_plain_views(decoded.views[0], self.recipe),

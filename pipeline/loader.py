@@ -31,7 +31,6 @@ from pipeline.fills import FILLS
 from pipeline.graph import DecodedBatch, Decoder, PreparedBatch, ViewSpec
 from pipeline.masks import MASKS
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
-from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.recipes import Recipe, get_recipe
 from pipeline.registry import find
 from pipeline.rng import BatchRng
@@ -154,7 +153,6 @@ class MaskedViews:
             )
         self.epoch = self.step = 0
         self._batches: Decoder | None = None
-        self._ahead: ReadAhead[PreparedBatch] | None = None
 
     def __len__(self) -> int:
         """Return the number of steps per epoch, the same on every rank and in every epoch."""
@@ -169,9 +167,9 @@ class MaskedViews:
 
     def close(self) -> None:
         """End the threads and close the shards; iterating again reopens them."""
-        if self._ahead is not None:
-            self._ahead.close()
-        self._ahead = self._batches = None
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the next batch, which is the same on every rank.
@@ -238,9 +236,8 @@ class MaskedViews:
             batches = prepare_batches(
                 reader, self.order, self.recipe, self.device, self.epoch, self.step
             )
-            self._ahead = ReadAhead(batches, BATCHES_AHEAD)
             self._batches = Decoder(
-                self._ahead,
+                batches,
                 self._spec,
                 self._decode_on,
                 self.batch_size,
@@ -251,7 +248,7 @@ class MaskedViews:
             batch = self._assemble(next(self._batches))
         except Exception:
             # so that a later call tries again; not `close`, which waits for a read that goes on
-            self._ahead = self._batches = None
+            self._batches = None
             raise
         self.step += 1
         if self.step == self.order.steps:

@@ -46,6 +46,8 @@ def test_ways_are_compared_with_their_own_fill() -> None:
     assert found["ours mean"] == "usual mean, no saliency forward"
     assert found["webdataset hp"] == "usual hp, no saliency forward"
     assert "ours none" not in found
+    reading = ["read only, batch 32", "read only, batch 32, DALI's reader"]
+    assert bases(reading) == {reading[0]: reading[1]}
 
 
 @pytest.mark.slow
@@ -66,6 +68,7 @@ def test_the_command_runs(
     usual_rows = {f"usual {fill}, saliency by ResNet-50" for fill in FILLS}
     assert ours | usual_rows <= set(rates)
     assert {f"webdataset {fill}" for fill in FILLS} <= set(rates)
-    assert {"read only", "decode only"} <= set(rates)
+    assert {f"read only, batch {size}" for size in (2, 12)} <= set(rates)  # 12 is all there is
+    assert {"read only, batch 2, DALI's reader", "decode only"} <= set(rates)
     assert all(name in table for name in rates)
     assert all(rate > 0 for values in rates.values() for rate in values)
