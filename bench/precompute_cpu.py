@@ -6,6 +6,10 @@ packing and writing. All of that runs here as in a worker, over real photos with
 while pixels and network are replaced by the smallest possible stand-ins: a decoded image has 8 x 8
 pixels, a window has one pixel, and the maps of windows are constant. The CPU time of all threads is
 counted, because other work on the machine disturbs it less than a rate.
+
+DALI's operator that cuts windows on a CPU wakes a thread for each window and waits for it in a loop
+(`sched_yield`), which takes half of all the time; on a GPU it launches one kernel for all windows.
+So a second figure leaves this operator out, and a GPU's host has a time between the two.
 """
 
 import io
@@ -64,8 +68,8 @@ class GivenMaps(nn.Module):
 
 
 @contextmanager
-def without_pixels(source: Source, images: list[SourceImage]) -> Iterator[None]:
-    """Let DALI decode and cut a few pixels in place of each image's own."""
+def without_pixels(source: Source, images: list[SourceImage], cuts: bool) -> Iterator[None]:
+    """Let DALI decode and, if it cuts, cut a few pixels in place of each image's own."""
     photos = {}
     for image in images:
         with Image.open(io.BytesIO(source.read(image))) as header:
@@ -80,6 +84,8 @@ def without_pixels(source: Source, images: list[SourceImage]) -> Iterator[None]:
         return Photos(decoded, [photos[encoded_image.image.key] for encoded_image in encoded])
 
     def cut_few(images: Any, places: list[tuple[int, Window]], size: int) -> torch.Tensor:
+        if not cuts:
+            return torch.zeros(len(places), 1, 1, 3, dtype=torch.uint8)
         return cut(images, [(index, Window(0, 0, SIDE, SIDE)) for index, _ in places], 1)
 
     with (
@@ -90,9 +96,12 @@ def without_pixels(source: Source, images: list[SourceImage]) -> Iterator[None]:
 
 
 def measure_cpu(
-    source: Source, images: list[SourceImage], folder: Path, repeats: int
+    source: Source, images: list[SourceImage], folder: Path, repeats: int, cuts: bool = True
 ) -> list[float]:
     """Return CPU milliseconds per image for building one shard: `repeats` values after a warm-up.
+
+    Args:
+        cuts: True to let DALI cut the windows; otherwise they are given.
 
     PyTorch and DALI get one thread each: the waiting threads of a pool would count as work.
     """
@@ -103,7 +112,7 @@ def measure_cpu(
     estimator.trunk = GivenMaps()
     builder = ShardBuilder(source, estimator, Store(folder), 32, Resize(), {})
     milliseconds = []
-    with without_pixels(source, images):
+    with without_pixels(source, images, cuts):
         for shard in range(repeats + 1):
             start = time.process_time()
             marker = builder.build(shard, images, lambda written, rejected: None)
