@@ -38,7 +38,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def result(weights: str, accuracy: float) -> dict:
-    return {"weights": weights, "accuracy": {"20": accuracy}}
+    return {"weights": weights, "accuracy": {"200": accuracy}}
 
 
 @pytest.fixture
