@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +13,8 @@ GAP = 12
 CAPTION = 22
 HEADER = 76
 PAPER, INK, FAINT = (250, 250, 248), (30, 30, 30), (120, 120, 120)
+TILE_BACKGROUND = (228, 228, 224)
+"""Color of the part of a tile that its image leaves free."""
 QUERY, KEY = (0, 114, 178), (213, 94, 0)  # safe for color-blind readers (Okabe and Ito)
 
 STYLE = """
@@ -48,6 +51,17 @@ def fit_into_tile(image: Image.Image) -> Image.Image:
     scale = TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def fit_letterbox(
+    image: Image.Image,
+) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
+    """Fit an image into a tile; also return the map from relative (x, y) to pixels of the tile."""
+    fitted = fit_into_tile(image)
+    left, top = (TILE - fitted.width) // 2, (TILE - fitted.height) // 2
+    tile = Image.new("RGB", (TILE, TILE), TILE_BACKGROUND)
+    tile.paste(fitted, (left, top))
+    return tile, lambda x, y: (left + x * (fitted.width - 1), top + y * (fitted.height - 1))
 
 
 def draw_png(title: str, note: str, rows: list[list[Tile]]) -> Image.Image:

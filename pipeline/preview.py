@@ -1,7 +1,7 @@
 """Contact sheets of the encoder's inputs: one row per sample, as PNG and HTML."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -13,12 +13,14 @@ from torch import Tensor
 from pipeline import masks
 from pipeline.batch import Batch
 from pipeline.contact_sheet import (
+    INK,
     KEY,
     QUERY,
     TILE,
     Tile,
     draw_png,
     fit_into_tile,
+    fit_letterbox,
     render_html,
 )
 from pipeline.fused import MEAN, STD
@@ -28,7 +30,6 @@ from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
 
 FOREGROUND = (255, 214, 10)
-INK = (30, 30, 30)
 HIGH_PASS_CONTRAST = 0.5
 """Brightness (0 .. 1) per normalized unit of high-pass images, shown about middle gray."""
 
@@ -248,17 +249,6 @@ def overlay_saliency(image: Image.Image, saliency: Image.Image) -> Image.Image:
     weight = 0.75 * heat[..., None]
     tinted = (1 - weight) * gray + weight * np.array([255, 40, 0], np.float32)
     return Image.fromarray(tinted.round().astype(np.uint8))
-
-
-def fit_letterbox(
-    image: Image.Image,
-) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
-    """Fit an image into a tile; also return the map from relative (x, y) to pixels of the tile."""
-    fitted = fit_into_tile(image)
-    left, top = (TILE - fitted.width) // 2, (TILE - fitted.height) // 2
-    tile = Image.new("RGB", (TILE, TILE), (228, 228, 224))
-    tile.paste(fitted, (left, top))
-    return tile, lambda x, y: (left + x * (fitted.width - 1), top + y * (fitted.height - 1))
 
 
 def decode_sample(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.contact_sheet import TILE, fit_into_tile
-from pipeline.preview import fit_letterbox, overlay_saliency, write_preview
+from pipeline.contact_sheet import TILE, fit_into_tile, fit_letterbox
+from pipeline.preview import overlay_saliency, write_preview
 from schemas import Sample, write_dataset
 from tests.conftest import encode
 from tests.pipeline.conftest import small

@@ -13,21 +13,21 @@ import torch
 
 import train.trainer
 from schemas import UserError
-from tests.train.pictures import SHORT, losses, options_of, write_coco, write_encoder
+from tests.train.detection_data import SHORT, losses, options_of, write_coco, write_encoder
 from tests.train.ranks import get_preloaded_context
 from train.encoders import load_encoder
 from train.evaluate.detection import command
 from train.evaluate.detection.command import Schedule
-from train.evaluate.detection.data import Picture, Pictures
+from train.evaluate.detection.data import AnnotatedImage, DetectionDataset
 from train.evaluate.detection.metric import average_precision
 from train.run_info import describe_run
 
 
-def picture(number: int, boxes, labels=None, ignored=None) -> Picture:
+def build_image(image_id: int, boxes, labels=None, ignored=None) -> AnnotatedImage:
     labels = [1] * len(boxes) if labels is None else labels
     ignored = [False] * len(boxes) if ignored is None else ignored
-    return Picture(
-        number,
+    return AnnotatedImage(
+        image_id,
         Path("none.png"),
         (100, 100),
         np.array(boxes, np.float32).reshape(-1, 4),
@@ -38,22 +38,22 @@ def picture(number: int, boxes, labels=None, ignored=None) -> Picture:
     )
 
 
-def found(number, box, score, label=1):
+def found(image_id, box, score, label=1):
     x0, y0, x1, y1 = box
     return {
-        "image_id": number,
+        "image_id": image_id,
         "category_id": label,
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "score": score,
     }
 
 
-def precision(pictures, detections, classes=("a",)):
-    return average_precision(Pictures("t", pictures, classes, False), detections)
+def precision(images, detections, classes=("a",)):
+    return average_precision(DetectionDataset("t", images, classes, False), detections)
 
 
 def test_precision_by_hand():
-    one = [picture(0, [[10, 10, 50, 50]])]
+    one = [build_image(0, [[10, 10, 50, 50]])]
     assert precision(one, [found(0, [10, 10, 50, 50], 0.9)])["box_AP"] == pytest.approx(1)
     assert precision(one, []) == {"box_AP": 0, "box_AP50": 0, "box_AP75": 0}
     # 40 x 40 against 40 x 30: an overlap of 0.75, which counts at 0.50 .. 0.75 of ten thresholds
@@ -64,23 +64,23 @@ def test_precision_by_hand():
     both = [found(0, [60, 60, 90, 90], 0.9), found(0, [10, 10, 50, 50], 0.8)]
     assert precision(one, both)["box_AP"] == pytest.approx(0.5)
     # one of two objects is detected: precision 1 up to recall 0.5, the first 51 of 101 recalls
-    two = [picture(0, [[10, 10, 50, 50], [60, 60, 90, 90]])]
+    two = [build_image(0, [[10, 10, 50, 50], [60, 60, 90, 90]])]
     assert precision(two, [found(0, [10, 10, 50, 50], 0.9)])["box_AP"] == pytest.approx(51 / 101)
 
 
 def test_ignored_objects_count_neither_way():
-    pictures = [picture(0, [[10, 10, 50, 50], [60, 60, 90, 90]], ignored=[False, True])]
+    images = [build_image(0, [[10, 10, 50, 50], [60, 60, 90, 90]], ignored=[False, True])]
     right = found(0, [10, 10, 50, 50], 0.8)
-    assert precision(pictures, [right])["box_AP"] == pytest.approx(1)  # no detection
+    assert precision(images, [right])["box_AP"] == pytest.approx(1)  # no detection
     both = [found(0, [60, 60, 90, 90], 0.9), right]
-    assert precision(pictures, both)["box_AP"] == pytest.approx(1)
+    assert precision(images, both)["box_AP"] == pytest.approx(1)
 
 
 def test_classes_count_alike_and_apart():
-    pictures = [picture(0, [[10, 10, 50, 50]], [1]), picture(1, [[10, 10, 50, 50]], [2])]
+    images = [build_image(0, [[10, 10, 50, 50]], [1]), build_image(1, [[10, 10, 50, 50]], [2])]
     right, wrong = found(0, [10, 10, 50, 50], 0.9, 1), found(1, [10, 10, 50, 50], 0.9, 1)
-    assert precision(pictures, [right], ("a", "b"))["box_AP50"] == pytest.approx(0.5)
-    assert precision(pictures, [right, wrong], ("a", "b"))["box_AP50"] == pytest.approx(0.5)
+    assert precision(images, [right], ("a", "b"))["box_AP50"] == pytest.approx(0.5)
+    assert precision(images, [right, wrong], ("a", "b"))["box_AP50"] == pytest.approx(0.5)
 
 
 # -- the command
@@ -129,7 +129,7 @@ def train_until_killed(options: command.DetectionOptions, step: int, threads: in
 
 
 @pytest.mark.slow
-def test_killed_within_a_part_it_goes_on_exactly(tmp_path, root, encoder, monkeypatch):
+def test_resume_is_exact_after_a_kill_within_a_part(tmp_path, root, encoder, monkeypatch):
     """Kill at step 7 of 8, with a process that reads ahead; the last checkpoint is of step 4."""
     monkeypatch.setitem(command.SCHEDULES, "short", SHORT)
     options = options_of(root, encoder, workers=1)
@@ -156,7 +156,7 @@ def test_killed_within_a_part_it_goes_on_exactly(tmp_path, root, encoder, monkey
 
 
 @pytest.mark.slow
-def test_other_data_or_another_encoder_do_not_go_on(root, encoder, monkeypatch):
+def test_resuming_with_other_data_or_another_encoder_is_refused(root, encoder, monkeypatch):
     monkeypatch.setitem(command.SCHEDULES, "short", Schedule(iterations=2, units=2, milestones=()))
     options = options_of(root, encoder)
     command.evaluate(options)
@@ -172,7 +172,7 @@ def test_other_data_or_another_encoder_do_not_go_on(root, encoder, monkeypatch):
         command.evaluate(options)
 
 
-def test_a_test_set_that_tests_something_else_is_refused(root, encoder):
+def test_a_test_set_that_does_not_match_the_training_set_is_refused(root, encoder):
     options = options_of(root, encoder)
     changed(root, "val2017", segmentation=None)
     with pytest.raises(UserError, match="coco val2017: has no segmentations, but coco train2017"):
@@ -182,11 +182,11 @@ def test_a_test_set_that_tests_something_else_is_refused(root, encoder):
     path = root / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"annotations": []}))
-    with pytest.raises(UserError, match="coco val2017: no picture has an object to detect"):
+    with pytest.raises(UserError, match="coco val2017: no image has an object to detect"):
         command.prepare_detection(options)
     crowd = [one | {"iscrowd": 1} for one in content["annotations"]]
     path.write_text(json.dumps(content | {"annotations": crowd}))
-    with pytest.raises(UserError, match="coco val2017: no picture has an object to detect"):
+    with pytest.raises(UserError, match="coco val2017: no image has an object to detect"):
         command.prepare_detection(options)
     names = [{"id": 3, "name": "green"}, {"id": 7, "name": "blue"}]
     path.write_text(json.dumps(content | {"categories": names}))
@@ -205,12 +205,12 @@ def test_messages_are_those_of_a_detector(root, encoder, monkeypatch, capsys, tm
     assert first == "detection, resnet18, short sides of 64 to 96 px, batch 2 on 1 x cpu, fp32"
     assert "1 part of warm-up" in second
     assert third == f"{SHORT.units} parts of {len(job.views)} steps; 5 images"
-    assert command.describe_set(test_set) == "coco val2017: 6 pictures"
+    assert command.describe_set(test_set) == "coco val2017: 6 images"
     note = "1 without an object to train on"
-    assert command.describe_set(train_set, note) == f"coco train2017: 6 pictures, {note}"
+    assert command.describe_set(train_set, note) == f"coco train2017: 6 images, {note}"
 
 
-def test_iterations_come_in_equal_parts():
+def test_iterations_must_divide_into_equal_parts():
     for schedule in command.SCHEDULES.values():
         assert schedule.compute_part(None) * schedule.units == schedule.iterations
     schedule = Schedule(iterations=3000, units=30, milestones=())

@@ -1,4 +1,4 @@
-"""Detection: reading sets of pictures and unusual annotations."""
+"""Detection: reading sets of images and unusual annotations."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from schemas import UserError
-from tests.train.pictures import odd_coco, shapes, voc_object, write_coco, write_voc
+from tests.train.detection_data import odd_coco, shapes, voc_object, write_coco, write_voc
 from train.evaluate.detection.coco import read_coco
 from train.evaluate.detection.loader import decode_masks
 from train.evaluate.detection.voc import read_voc
@@ -16,14 +16,14 @@ from train.evaluate.detection.voc import read_voc
 CPU = torch.device("cpu")
 
 
-def test_coco_is_read_as_it_means(tmp_path):
+def test_coco_is_read_correctly(tmp_path):
     data = odd_coco(tmp_path)
     assert data.classes == ("green", "red")
-    assert [p.labels.tolist() for p in data.pictures] == [[1], [2], [1], [2], [1], []]
-    assert len(data.select_trainable()) == 5  # one picture has no object
+    assert [p.labels.tolist() for p in data.images] == [[1], [2], [1], [2], [1], []]
+    assert len(data.select_trainable()) == 5  # one image has no object
     x, y, width, height = shapes(1)[1]
-    assert data.pictures[1].boxes.tolist() == [[x, y, x + width, y + height]]
-    pixels = decode_masks(data.pictures[1])[0]
+    assert data.images[1].boxes.tolist() == [[x, y, x + width, y + height]]
+    pixels = decode_masks(data.images[1])[0]
     rows, columns = np.nonzero(pixels)
     assert abs(rows.min() - y) <= 1
     assert abs(columns.max() - (x + width - 1)) <= 1
@@ -31,24 +31,24 @@ def test_coco_is_read_as_it_means(tmp_path):
 
 def test_odd_objects_are_counted(tmp_path):
     cut = odd_coco(tmp_path / "a", bbox=[100, 80, 60, 60])
-    assert cut.pictures[0].boxes.tolist() == [[100, 80, 128, 96]]
-    assert cut.odd == Counter({"boxes cut to their picture": 1})
+    assert cut.images[0].boxes.tolist() == [[100, 80, 128, 96]]
+    assert cut.odd == Counter({"boxes clipped to the image": 1})
     flat = odd_coco(tmp_path / "b", bbox=[10, 10, 0, 30])
     assert flat.odd == Counter({"boxes without area left out": 1})
-    assert len(flat.pictures[0].boxes) == 0
+    assert len(flat.images[0].boxes) == 0
     flat = odd_coco(tmp_path / "d", bbox=[100, 10, 1e-6, 30])  # zero in float32
     assert flat.odd == Counter({"boxes without area left out": 1})
     single = odd_coco(tmp_path / "e", iscrowd=None)
     assert single.odd == Counter({"objects without iscrowd, treated as single objects": 1})
     crowd = odd_coco(tmp_path / "c", iscrowd=1)
-    assert crowd.pictures[0].ignored.tolist() == [True]
+    assert crowd.images[0].ignored.tolist() == [True]
     assert len(crowd.select_trainable()) == 4
 
 
-def test_what_nobody_could_mean_is_refused_by_name(tmp_path):
+def test_inconsistent_files_are_refused_by_name(tmp_path):
     write_coco(tmp_path / "b", "train2017")
     (tmp_path / "b" / "train2017" / "000000000002.jpg").unlink()
-    with pytest.raises(UserError, match=r"000000000002.jpg: no such picture"):
+    with pytest.raises(UserError, match=r"000000000002.jpg: no such image"):
         read_coco(str(tmp_path / "b"), "train2017")
     with pytest.raises(UserError, match=r"no .*instances_val2017.json"):
         read_coco(str(tmp_path / "b"), "val2017")
@@ -82,7 +82,7 @@ def test_what_nobody_could_mean_is_refused_by_name(tmp_path):
         ),
     ],
 )
-def test_an_annotation_that_cannot_be_meant_is_refused_by_its_number(tmp_path, change, message):
+def test_an_invalid_annotation_is_refused_by_its_number(tmp_path, change, message):
     """None removes the key."""
     with pytest.raises(UserError, match=rf"instances_train2017\.json: .*{message}"):
         odd_coco(tmp_path, **change)
@@ -103,13 +103,13 @@ IMAGE = {"id": 0, "file_name": "a.jpg", "height": 9, "width": 5}
         ({"categories": [{"id": 3}, {"id": 7}]}, "category 3: name: Field required"),
     ],
 )
-def test_a_list_that_cannot_be_meant_is_refused_by_its_entry(tmp_path, change, message):
+def test_an_invalid_list_is_refused_by_its_entry(tmp_path, change, message):
     write_coco(tmp_path, "train2017", **change)
     with pytest.raises(UserError, match=rf"instances_train2017\.json: .*{message}"):
         read_coco(str(tmp_path), "train2017")
 
 
-def test_a_file_that_is_no_coco_is_refused(tmp_path):
+def test_a_file_that_is_not_coco_is_refused(tmp_path):
     file = write_coco(tmp_path, "train2017")
     for content, reason in (
         ("[]", "Input should be an object"),
@@ -124,7 +124,7 @@ def test_a_file_that_is_no_coco_is_refused(tmp_path):
             read_coco(str(tmp_path), "train2017")
 
 
-def test_the_digest_tells_sets_apart_by_all_that_is_read(tmp_path):
+def test_the_digest_depends_on_everything_that_is_read(tmp_path):
     changes = [
         {},
         {"bbox": [10, 10, 30, 30]},
@@ -136,14 +136,14 @@ def test_the_digest_tells_sets_apart_by_all_that_is_read(tmp_path):
     assert len(digests) == len(changes)
     data = odd_coco(tmp_path / "again")
     assert data.digest in digests
-    hard = replace(data.pictures[0], ignored=~data.pictures[0].ignored)
-    assert replace(data, pictures=[hard, *data.pictures[1:]]).digest not in digests
+    hard = replace(data.images[0], ignored=~data.images[0].ignored)
+    assert replace(data, images=[hard, *data.images[1:]]).digest not in digests
 
 
 def test_voc_counts_from_one_and_keeps_difficult_objects_in_training(tmp_path):
     hard = voc_object("cat", difficult="<difficult>1</difficult>")
     data = read_voc(write_voc(tmp_path / "a", voc_object("dog") + hard), ("2007",), "trainval")
-    (one,) = data.pictures
+    (one,) = data.images
     assert one.boxes.tolist() == [[0, 10, 50, 60]] * 2
     assert one.labels.tolist() == [12, 8]
     assert one.ignored.tolist() == [False, True]
@@ -167,12 +167,12 @@ def test_voc_counts_from_one_and_keeps_difficult_objects_in_training(tmp_path):
         ("<object>", "mismatched tag"),
     ],
 )
-def test_a_voc_file_that_cannot_be_meant_is_refused_by_name(tmp_path, objects, message):
+def test_an_invalid_voc_file_is_refused_by_name(tmp_path, objects, message):
     with pytest.raises(UserError, match=rf"000001\.xml: {message}"):
         read_voc(write_voc(tmp_path, objects), ("2007",), "trainval")
 
 
-def test_a_voc_tree_that_cannot_be_meant_is_refused(tmp_path):
+def test_an_invalid_voc_tree_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"000001\.xml: annotation without size/height"):
         read_voc(write_voc(tmp_path / "a", "", size=""), ("2007",), "trainval")
     root = write_voc(tmp_path / "b", voc_object("dog"))
@@ -191,5 +191,5 @@ def test_real_voc_tree_is_read(tmp_path):
     (tmp_path / "VOCdevkit").mkdir()
     (tmp_path / "VOCdevkit" / "VOC2007").symlink_to(existing(DATA / "coco128_voc"))
     data = read_voc(str(tmp_path), ("2007",), "trainval")
-    assert len(data.pictures) == 97
-    assert all((p.boxes[:, 2:] > p.boxes[:, :2]).all() for p in data.pictures)
+    assert len(data.images) == 97
+    assert all((p.boxes[:, 2:] > p.boxes[:, :2]).all() for p in data.images)

@@ -6,7 +6,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from train.evaluate.detection.masks import Transform, paste_masks
 
-SIDE = 48  # side of the picture
+SIDE = 48  # side of the image
 CELLS = 14  # side of the C4 head's masks
 FINE = 16  # points along the side of a cell
 
@@ -22,10 +22,10 @@ def at(mask: np.ndarray, y: float, x: float) -> float:
     return total
 
 
-def test_each_pixel_reads_the_mask_at_its_middle() -> None:
+def test_each_pixel_samples_the_mask_at_its_center() -> None:
     random = np.random.default_rng(0)
     masks = random.random((3, 1, 5, 5)).astype(np.float32)
-    # inside the picture; across its left and top; across its right and bottom
+    # inside the image; across its left and top; across its right and bottom
     boxes = np.array([[3.2, 4.7, 13.9, 9.1], [-4.5, -2.0, 6.0, 8.5], [15.5, 10.2, 30.0, 22.0]])
     pasted = paste_masks(torch.tensor(masks), torch.tensor(boxes, dtype=torch.float32), (16, 20))
     assert pasted.shape == (3, 1, 16, 20)
@@ -77,7 +77,7 @@ def test_small_ellipses_keep_their_outline() -> None:
     assert theirs < 0.94, (ours, theirs)
 
 
-def test_detections_come_back_at_the_pictures_size() -> None:
+def test_detections_are_scaled_to_the_image_size() -> None:
     transform = Transform((24,), 64, [0.0] * 3, [1.0] * 3).eval()
     masks, boxes, pixels = ellipses(4)
     result = [{"boxes": boxes / 2, "masks": masks}, {"boxes": boxes[:0], "masks": masks[:0]}]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 from schemas.precision import autocast
-from tests.train.pictures import odd_coco, options_of, write_coco, write_encoder
+from tests.train.detection_data import odd_coco, options_of, write_coco, write_encoder
 from train.encoders import build_encoder, save_encoder
 from train.evaluate.detection import command
-from train.evaluate.detection.data import Picture, Pictures
+from train.evaluate.detection.data import AnnotatedImage, DetectionDataset
 from train.evaluate.detection.loader import DetectionBatch, FlipDataset, collate
 from train.evaluate.detection.metric import average_precision, to_coco_format
 from train.evaluate.detection.model import Detector, DetectorConfig
@@ -34,10 +34,13 @@ def detector(masks: bool = True, side: int = 64, rois: int = 8, proposals: int =
     return config.build(Setup(encoder="resnet18", batch_size=2, classes=2))
 
 
-def batch_of(data: Pictures) -> DetectionBatch:
-    """Return a batch of the first two pictures."""
+def batch_of(data: DetectionDataset) -> DetectionBatch:
+    """Return a batch of the first two images."""
     batch = collate(
-        [FlipDataset(data.select_trainable(), data.masks, 0)[place, place] for place in range(2)]
+        [
+            FlipDataset(data.select_trainable(), data.has_masks, 0)[place, place]
+            for place in range(2)
+        ]
     )
     assert isinstance(batch, list)
     return DetectionBatch(*map(list, batch))
@@ -60,7 +63,7 @@ def put_out(network: nn.Module, name: str) -> list[Any]:
     return seen
 
 
-def test_detector_has_r50_c4s_parts_and_the_encoders_weights(tmp_path):
+def test_detector_has_the_modules_of_r50_c4_and_the_encoders_weights(tmp_path):
     """The encoder's weights have the names of detectron2's R50-C4, and all of them train."""
     torch.manual_seed(0)
     network, _ = build_encoder("resnet50")
@@ -121,7 +124,7 @@ def test_only_backbone_and_heads_compute_in_bf16(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
+def test_a_perfect_proposal_is_kept_as_it_is(monkeypatch, precision):
     """Small boxes far from the corner, which bf16 would shift by up to two pixels."""
     boxes = torch.tensor([[601.3, 417.7, 633.9, 441.1], [523.2, 301.4, 570.8, 333.3]])
     method = detector(masks=False, side=120).eval()
@@ -133,11 +136,13 @@ def test_a_proposal_that_is_perfect_is_found_so(monkeypatch, precision):
     monkeypatch.setattr(method.network.rpn, "forward", lambda *_: ([proposals], {}))
     with autocast(precision, CPU):
         (found,) = method.detect([torch.rand(3, 480, 640)])
-    one = Picture(
+    one = AnnotatedImage(
         0, Path("a.png"), (480, 640), boxes.numpy(), np.ones(2, np.int64), np.zeros(2, bool),
         np.ones(2, bool), [],
     )  # fmt: skip
-    scores = average_precision(Pictures("t", [one], ("a", "b"), False), to_coco_format(one, found))
+    scores = average_precision(
+        DetectionDataset("t", [one], ("a", "b"), False), to_coco_format(one, found)
+    )
     assert scores["box_AP"] == pytest.approx(1)
 
 
@@ -166,7 +171,7 @@ def test_masks_take_the_positive_rows_of_the_boxes_maps(tmp_path):
 
 
 def step_of(options: command.DetectionOptions) -> tuple[list[str], dict[str, Tensor]]:
-    """Make a step on this rank; return its pictures, and weights and statistics after it."""
+    """Make a step on this rank; return its images, and weights and statistics after it."""
     *_, job = command.prepare_detection(options)
     batch = next(iter(job.views))
     TrainingStep(job.method, job.config, job.device)([batch], lr=0.01)

@@ -1,4 +1,4 @@
-"""Detection: overfit two real pictures."""
+"""Detection: overfit two real images."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import DATA, existing
-from tests.train.pictures import options_of, write_encoder
+from tests.train.detection_data import options_of, write_encoder
 from train.encoders import build_encoder, save_encoder
 from train.evaluate.detection import command, roi_heads
 from train.evaluate.detection.command import Schedule
@@ -15,8 +15,8 @@ from train.evaluate.detection.command import Schedule
 SPLITS = ("train2017", "val2017")
 
 
-def two_pictures(root: Path, source: Path) -> None:
-    """Write a dataset whose two splits are the first two pictures with a few large objects."""
+def write_two_images(root: Path, source: Path) -> None:
+    """Write a dataset whose two splits are the first two images with a few large objects."""
     content = json.loads((source / "annotations/instances_train2017.json").read_text())
     of_image: dict[int, list] = {one["id"]: [] for one in content["images"]}
     for one in content["annotations"]:
@@ -40,11 +40,11 @@ def two_pictures(root: Path, source: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_real_pictures_are_learnt_by_heart(tmp_path, monkeypatch):
-    """AP50 of boxes on the training pictures rises (observed: 1.0, 0.83 and 0.33) from 0."""
+def test_a_detector_overfits_two_real_images(tmp_path, monkeypatch):
+    """AP50 of boxes on the training images rises (observed: 1.0, 0.83 and 0.33) from 0."""
     source = existing(DATA / "coco128")
     weights = existing(DATA / "weights" / "resnet18_imagenet_partial_no_layer4_3x3_f16.pt")
-    two_pictures(tmp_path / "coco", source)
+    write_two_images(tmp_path / "coco", source)
     encoder = write_encoder(tmp_path / "run")
     network, _ = build_encoder("resnet18")
     known = {name: x.float() for name, x in torch.load(weights, weights_only=True).items()}

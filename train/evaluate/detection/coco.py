@@ -24,7 +24,7 @@ from pydantic import (
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from schemas import UserError
-from train.evaluate.detection.data import Object, Pictures, build_picture
+from train.evaluate.detection.data import DetectionDataset, Object, build_annotated_image
 
 Side = Annotated[int, Field(ge=1)]
 Coordinate = Annotated[FiniteFloat, Field(strict=True)]
@@ -80,11 +80,11 @@ AnyEntry = TypeVar("AnyEntry", bound=Entry)
 SINGULAR = {"categories": "category", "images": "image", "annotations": "annotation"}
 
 
-def read_coco(root: str, split: str, annotations: str | None = None) -> Pictures:
+def read_coco(root: str, split: str, annotations: str | None = None) -> DetectionDataset:
     """Read a split of COCO.
 
     Args:
-        root: folder with annotations/instances_SPLIT.json and pictures in SPLIT or images/SPLIT.
+        root: folder with annotations/instances_SPLIT.json and images in SPLIT or images/SPLIT.
         annotations: another annotation file.
 
     Raises:
@@ -96,10 +96,10 @@ def read_coco(root: str, split: str, annotations: str | None = None) -> Pictures
     if not file.is_file():
         raise UserError(f"no {file}, the annotations of {split}")
     if folder is None:
-        raise UserError(f"no folder {folders[0]} or {folders[1]} with the pictures of {split}")
+        raise UserError(f"no folder {folders[0]} or {folders[1]} with the images of {split}")
     text = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        return build_pictures(Content.model_validate_json(text), f"coco {split}", folder)
+        return build_dataset(Content.model_validate_json(text), f"coco {split}", folder)
     except ValidationError as error:
         raise UserError(f"{file}: {explain(error, text)}") from error
     except ValueError as error:
@@ -121,13 +121,13 @@ def explain(error: ValidationError, text: bytes) -> str:
     return f"{name}: {'.'.join(map(str, field))}: {reason}"
 
 
-def build_pictures(content: Content, name: str, folder: Path) -> Pictures:
-    """Build the pictures of a file. Raise ValueError that names an entry that does not fit."""
+def build_dataset(content: Content, name: str, folder: Path) -> DetectionDataset:
+    """Build the dataset of a file. Raise ValueError that names an entry that does not fit."""
     categories = index_by_id(content.categories, "category")
     images = index_by_id(content.images, "image")
     annotations = index_by_id(content.annotations, "annotation")
     labels = {number: label for label, number in enumerate(sorted(categories), 1)}
-    masks = any(entry.segmentation for entry in annotations.values())
+    has_masks = any(entry.segmentation for entry in annotations.values())
     odd: Counter = Counter()
     objects = defaultdict(list)
     for number, entry in sorted(annotations.items()):
@@ -138,17 +138,19 @@ def build_pictures(content: Content, name: str, folder: Path) -> Pictures:
             raise ValueError(
                 f"{what} is of category {entry.category_id}, which the file does not list"
             )
-        if masks:
+        if has_masks:
             check_segmentation(entry, images[entry.image_id].size)
         if entry.iscrowd is None:
             odd["objects without iscrowd, treated as single objects"] += 1
-        objects[entry.image_id].append(build_object(entry, labels, masks))
-    pictures = [
-        build_picture(number, folder / image.file_name, image.size, objects[number], odd)
-        for number, image in sorted(images.items())
+        objects[entry.image_id].append(build_object(entry, labels, has_masks))
+    annotated = [
+        build_annotated_image(
+            image_id, folder / image.file_name, image.size, objects[image_id], odd
+        )
+        for image_id, image in sorted(images.items())
     ]
     classes = tuple(categories[number].name for number in sorted(categories))
-    return Pictures(name, pictures, classes, masks, odd)
+    return DetectionDataset(name, annotated, classes, has_masks, odd)
 
 
 def index_by_id(entries: Sequence[AnyEntry], name: str) -> dict[int, AnyEntry]:
@@ -162,7 +164,7 @@ def index_by_id(entries: Sequence[AnyEntry], name: str) -> dict[int, AnyEntry]:
 
 
 def check_segmentation(entry: Annotation, size: tuple[int, int]) -> None:
-    """Raise ValueError unless there are whole polygons, or run lengths of this picture's size."""
+    """Raise ValueError unless there are whole polygons, or run lengths of this image's size."""
     mask, name = entry.segmentation, f"annotation {entry.id}"
     if not mask:
         raise ValueError(f"{name} has no segmentation, while others of the file have one")
@@ -173,7 +175,7 @@ def check_segmentation(entry: Annotation, size: tuple[int, int]) -> None:
         raise ValueError(f"{name}: its run lengths are not of {size[0]} x {size[1]} pixels")
 
 
-def build_object(entry: Annotation, labels: dict[int, int], masks: bool) -> Object:
+def build_object(entry: Annotation, labels: dict[int, int], has_masks: bool) -> Object:
     x, y, width, height = entry.bbox
     crowd = bool(entry.iscrowd)
     return Object(
@@ -181,5 +183,5 @@ def build_object(entry: Annotation, labels: dict[int, int], masks: bool) -> Obje
         labels[entry.category_id],
         ignored=crowd,
         trains=not crowd,
-        mask=entry.segmentation if masks else None,
+        mask=entry.segmentation if has_masks else None,
     )

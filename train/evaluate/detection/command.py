@@ -19,7 +19,7 @@ from train.encoders import compute_digest, load_encoder
 from train.evaluate import results
 from train.evaluate.detection.coco import read_coco
 from train.evaluate.detection.contact_sheet import write_sheet
-from train.evaluate.detection.data import Pictures
+from train.evaluate.detection.data import DetectionDataset
 from train.evaluate.detection.loader import DetectionLoader
 from train.evaluate.detection.metric import average_precision, detect_all
 from train.evaluate.detection.model import Detector, DetectorConfig
@@ -98,21 +98,21 @@ class DetectionOptions:
     test_annotations: str | None = None
     """coco: path of another annotation file for val2017."""
     batch_size: int = 16
-    """Global batch: pictures per step over all processes."""
+    """Global batch: images per step over all processes."""
     short_sides: tuple[int, ...] | None = None
-    """Short sides in pixels in training, one drawn for each picture; by default detectron2's."""
+    """Short sides in pixels in training, one drawn for each image; by default detectron2's."""
     test_side: int = 800
     """Short side in pixels in tests."""
     rois: int = 512
-    """Proposals per picture on which losses are computed (detectron2's number); fewer are
+    """Proposals per image on which losses are computed (detectron2's number); fewer are
     cheaper."""
     proposals: int = 1000
-    """Proposals per picture that are classified in tests (detectron2's number); fewer are
+    """Proposals per image that are classified in tests (detectron2's number); fewer are
     cheaper."""
     workers: int = 4
-    """Processes per rank that read pictures; 0 reads them in the rank itself."""
+    """Processes per rank that read images; 0 reads them in the rank itself."""
     seed: int = 0
-    """Random seed for new layers, picture order and flips."""
+    """Random seed for new layers, image order and flips."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch finds a GPU, else cpu."""
     rank_timeout: int = 600
@@ -132,7 +132,7 @@ def evaluate(options: DetectionOptions) -> dict[str, Any]:
     with raise_on_all_ranks():
         metadata, path, train_set, test_set, job = prepare_detection(options)
         if is_main():
-            untrainable = len(train_set.pictures) - len(train_set.select_trainable())
+            untrainable = len(train_set.images) - len(train_set.select_trainable())
             print(describe_set(train_set, f"{untrainable} without an object to train on"))
             print(describe_set(test_set), flush=True)
     train_job(job)
@@ -168,7 +168,7 @@ def list_network_settings(method: MethodConfig) -> dict[str, Any]:
 
 def prepare_detection(
     options: DetectionOptions,
-) -> tuple[dict[str, str], Path, Pictures, Pictures, TrainingJob]:
+) -> tuple[dict[str, str], Path, DetectionDataset, DetectionDataset, TrainingJob]:
     """Return the encoder's metadata and path, the training and test sets, and the training job."""
     device = pick_device(options.device)
     _, metadata, path = load_encoder(options.encoder)
@@ -208,14 +208,14 @@ def prepare_detection(
 
 
 def build_train_config(
-    options: DetectionOptions, encoder: str, path: Path, train_set: Pictures
+    options: DetectionOptions, encoder: str, path: Path, train_set: DetectionDataset
 ) -> TrainConfig:
     """Build the options of `train` for a detector, from the encoder's file at `path`."""
     schedule = SCHEDULES[options.schedule]
     method = DetectorConfig(
         path=str(path),
         sha256=compute_digest(path),
-        masks=train_set.masks,
+        masks=train_set.has_masks,
         short_sides=options.short_sides or SHORT_SIDES[options.dataset],
         test_side=options.test_side,
         rois=options.rois,
@@ -246,7 +246,7 @@ def build_train_config(
     )
 
 
-def read_sets(options: DetectionOptions) -> tuple[Pictures, Pictures]:
+def read_sets(options: DetectionOptions) -> tuple[DetectionDataset, DetectionDataset]:
     """Read the training set and the test set."""
     if options.dataset == "voc":
         return (
@@ -259,26 +259,26 @@ def read_sets(options: DetectionOptions) -> tuple[Pictures, Pictures]:
     )
 
 
-def check_sets(train_set: Pictures, test_set: Pictures) -> None:
+def check_sets(train_set: DetectionDataset, test_set: DetectionDataset) -> None:
     """Raise UserError if the test set does not match the training set, or either is unusable."""
     if train_set.classes != test_set.classes:
         raise UserError(f"{test_set.name}: has other classes than {train_set.name}")
-    if train_set.masks != test_set.masks:
-        having, lacking = (train_set, test_set) if train_set.masks else (test_set, train_set)
+    if train_set.has_masks != test_set.has_masks:
+        having, lacking = (train_set, test_set) if train_set.has_masks else (test_set, train_set)
         raise UserError(f"{lacking.name}: has no segmentations, but {having.name} has")
     if not train_set.select_trainable():
-        raise UserError(f"{train_set.name}: no picture has an object to train on")
+        raise UserError(f"{train_set.name}: no image has an object to train on")
     if not test_set.is_testable():
-        raise UserError(f"{test_set.name}: no picture has an object to detect")
+        raise UserError(f"{test_set.name}: no image has an object to detect")
 
 
 def format_result(row: dict[str, Any]) -> str:
     """Format the row as one line for the terminal."""
     scores = ", ".join(f"{name} {value:.2%}" for name, value in row["accuracy"].items())
-    return f"trained on {row['data']}, tested on {row['test_images']} pictures: {scores}"
+    return f"trained on {row['data']}, tested on {row['test_images']} images: {scores}"
 
 
-def describe_set(data: Pictures, *notes: str) -> str:
+def describe_set(data: DetectionDataset, *notes: str) -> str:
     """Describe the size of a set, and what was left out or changed when it was read."""
     changes = [f"{count} {change}" for change, count in data.odd.items()]
-    return f"{data.name}: {', '.join([f'{len(data.pictures)} pictures', *notes, *changes])}"
+    return f"{data.name}: {', '.join([f'{len(data.images)} images', *notes, *changes])}"

@@ -1,7 +1,7 @@
-"""Sets of pictures with objects, as `coco.py` and `voc.py` read them.
+"""Datasets of images with annotated objects, as `coco.py` and `voc.py` read them.
 
 Objects that cannot be trained on are left out and counted. Obvious mistakes are refused with the
-name of the file: a missing picture, an unknown category, an annotation that cannot be read.
+name of the file: a missing image, an unknown category, an annotation that cannot be read.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 
 class Object(NamedTuple):
-    """One object of a picture; `Picture` explains the fields."""
+    """One object of an image; `AnnotatedImage` explains the fields."""
 
     box: Box
     label: int
@@ -34,22 +34,22 @@ class Object(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture and its objects.
+class AnnotatedImage:
+    """One image and its annotated objects.
 
     Attributes:
-        number: unique number of the picture in its set.
+        image_id: unique number of the image in its dataset.
         path: path of its file.
         size: (height, width) in pixels.
-        boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, inside the picture.
+        boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, inside the image.
         labels: (n,) int64, from 1.
         ignored: (n,) bool, True for crowds of COCO and difficult objects of VOC: a test counts them
             neither as found nor as missed.
         trains: (n,) bool, True for objects to train on: all but crowds, as in detectron2.
-        masks: n segmentations in COCO's format; empty in a set without masks.
+        masks: n segmentations in COCO's format; empty in a dataset without masks.
     """
 
-    number: int
+    image_id: int
     path: Path
     size: tuple[int, int]
     boxes: np.ndarray
@@ -60,42 +60,42 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A set of pictures, the names of its classes, and counts of objects changed or left out."""
+class DetectionDataset:
+    """Images, names of the classes, and counts of objects that were changed or left out."""
 
     name: str
-    pictures: list[Picture]
+    images: list[AnnotatedImage]
     classes: tuple[str, ...]
-    masks: bool
+    has_masks: bool
     odd: Counter = field(default_factory=Counter)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the annotations, file names and picture sizes; pixels are not included."""
+        """sha256 of the annotations, file names and image sizes; pixels are not included."""
         content = hashlib.sha256(repr(self.classes).encode())
-        for picture in self.pictures:
-            content.update(f"{picture.path.name} {picture.size}".encode())
-            for values in (picture.boxes, picture.labels, picture.ignored, picture.trains):
+        for image in self.images:
+            content.update(f"{image.path.name} {image.size}".encode())
+            for values in (image.boxes, image.labels, image.ignored, image.trains):
                 content.update(values.tobytes())
-            content.update(json.dumps(picture.masks, sort_keys=True).encode())
+            content.update(json.dumps(image.masks, sort_keys=True).encode())
         return content.hexdigest()
 
-    def select_trainable(self) -> "list[Picture]":
-        """Return the pictures that have an object to train on."""
-        return [p for p in self.pictures if p.trains.any()]
+    def select_trainable(self) -> list[AnnotatedImage]:
+        """Return the images that have an object to train on."""
+        return [image for image in self.images if image.trains.any()]
 
     def is_testable(self) -> bool:
         """Return whether there is an object to detect."""
-        return any((~p.ignored).any() for p in self.pictures)
+        return any((~image.ignored).any() for image in self.images)
 
 
 def clip_box(box: Box, size: tuple[int, int], odd: Counter) -> np.ndarray | None:
-    """Return the part of a box inside the picture, (4,) float32, or None if nothing is left.
+    """Return the part of a box inside the image, (4,) float32, or None if nothing is left.
 
-    Counts boxes that were cut and boxes that are left out in `odd`.
+    Counts boxes that were clipped and boxes that were left out in `odd`.
     """
     height, width = size
     x0, y0, x1, y1 = box
@@ -105,21 +105,21 @@ def clip_box(box: Box, size: tuple[int, int], odd: Counter) -> np.ndarray | None
         odd["boxes without area left out"] += 1
         return None
     if inside != box:
-        odd["boxes cut to their picture"] += 1
+        odd["boxes clipped to the image"] += 1
     return clipped
 
 
-def build_picture(
-    number: int, path: Path, size: tuple[int, int], objects: list[Object], odd: Counter
-) -> Picture:
-    """Build a picture from its objects. Raise UserError if its file does not exist."""
+def build_annotated_image(
+    image_id: int, path: Path, size: tuple[int, int], objects: list[Object], odd: Counter
+) -> AnnotatedImage:
+    """Build an annotated image from its objects. Raise UserError if its file does not exist."""
     if not path.is_file():
-        raise UserError(f"{path}: no such picture, but it is annotated")
+        raise UserError(f"{path}: no such image, but it is annotated")
     clipped = [clip_box(item.box, size, odd) for item in objects]
     boxes = [box for box in clipped if box is not None]
     kept = [item for item, box in zip(objects, clipped, strict=True) if box is not None]
-    return Picture(
-        number,
+    return AnnotatedImage(
+        image_id,
         path,
         size,
         np.array(boxes, np.float32).reshape(-1, 4),

@@ -1,4 +1,4 @@
-"""Load batches of pictures for a detector, endlessly and exactly resumable."""
+"""Load batches of images for a detector, endlessly and exactly resumable."""
 
 import random
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from schemas import UserError
-from train.evaluate.detection.data import Picture, Pictures
+from train.evaluate.detection.data import AnnotatedImage, DetectionDataset
 
 
 @dataclass(frozen=True)
 class DetectionBatch:
-    """Pictures (3, H, W) float32 in 0 .. 1, and torchvision's targets, on the device."""
+    """Images (3, H, W) float32 in 0 .. 1, and torchvision's targets, on the device."""
 
     images: list[Tensor]
     targets: list[dict[str, Tensor]]
@@ -27,36 +27,36 @@ class DetectionBatch:
 
 
 Sample = tuple[Tensor, dict[str, Tensor], str]
-"""Image, target and key of a picture."""
+"""An image, its target and its key."""
 
 
-def load_image(picture: Picture) -> Tensor:
-    """Load a picture as (3, H, W) float32 in 0 .. 1.
+def load_image(image: AnnotatedImage) -> Tensor:
+    """Load an image as (3, H, W) float32 in 0 .. 1.
 
     EXIF orientation is not applied, because annotations refer to the stored pixels.
 
     Raises:
-        UserError: the picture cannot be decoded, or its size is not that of its annotation.
+        UserError: the image cannot be decoded, or its size is not that of its annotation.
     """
     try:
-        with Image.open(picture.path) as image:
-            pixels = pil_to_tensor(image.convert("RGB"))
+        with Image.open(image.path) as file:
+            pixels = pil_to_tensor(file.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{picture.path}: cannot be decoded ({error})") from error
+        raise UserError(f"{image.path}: cannot be decoded ({error})") from error
     _, height, width = pixels.shape
-    if (height, width) != picture.size:
+    if (height, width) != image.size:
         raise UserError(
-            f"{picture.path}: has {height} x {width} pixels, but {picture.size[0]} x "
-            f"{picture.size[1]} by its annotation"
+            f"{image.path}: has {height} x {width} pixels, but {image.size[0]} x "
+            f"{image.size[1]} by its annotation"
         )
     return pixels.float().div_(255)
 
 
-def decode_masks(picture: Picture) -> np.ndarray:
+def decode_masks(image: AnnotatedImage) -> np.ndarray:
     """Decode polygons and run lengths to pixels: (n, H, W) uint8."""
-    height, width = picture.size
+    height, width = image.size
     decoded = []
-    for mask in picture.masks:
+    for mask in image.masks:
         encoded = mask
         if isinstance(mask, list):
             encoded = coco_mask.merge(coco_mask.frPyObjects(mask, height, width))
@@ -67,13 +67,13 @@ def decode_masks(picture: Picture) -> np.ndarray:
 
 
 class FlipDataset(Dataset):
-    """(position in the stream, picture) -> image and target, half of them mirrored.
+    """(position in the stream, index of the image) -> image and target, half of them mirrored.
 
     The flip depends only on the seed and the position, so workers do not change it.
     """
 
-    def __init__(self, pictures: list[Picture], masks: bool, seed: int) -> None:
-        self.pictures, self.masks, self.seed = pictures, masks, seed
+    def __init__(self, images: list[AnnotatedImage], has_masks: bool, seed: int) -> None:
+        self.images, self.has_masks, self.seed = images, has_masks, seed
 
     def __getitem__(self, item: tuple[int, int]) -> Sample | UserError:
         """Load a sample, or return the error; a raised one would get a worker's traceback."""
@@ -83,21 +83,21 @@ class FlipDataset(Dataset):
             return error
 
     def load_sample(self, position: int, index: int) -> Sample:
-        picture = self.pictures[index]
-        image = load_image(picture)
-        kept = picture.trains
-        boxes = torch.from_numpy(picture.boxes[kept])
-        target = {"boxes": boxes, "labels": torch.from_numpy(picture.labels[kept])}
-        if self.masks:
-            target["masks"] = torch.from_numpy(decode_masks(picture)[kept])
+        annotated = self.images[index]
+        image = load_image(annotated)
+        kept = annotated.trains
+        boxes = torch.from_numpy(annotated.boxes[kept])
+        target = {"boxes": boxes, "labels": torch.from_numpy(annotated.labels[kept])}
+        if self.has_masks:
+            target["masks"] = torch.from_numpy(decode_masks(annotated)[kept])
         if random.Random(f"{self.seed} {position}").random() < 0.5:
             image = image.flip(2)
             x0, y0, x1, y1 = boxes.unbind(1)
             width = image.shape[2]
             target["boxes"] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
-            if self.masks:
+            if self.has_masks:
                 target["masks"] = target["masks"].flip(2)
-        return image, target, picture.path.stem
+        return image, target, annotated.path.stem
 
 
 def collate(batch: list[Sample | UserError]) -> list[tuple[Any, ...]] | UserError:
@@ -113,15 +113,15 @@ def collate(batch: list[Sample | UserError]) -> list[tuple[Any, ...]] | UserErro
 class DetectionLoader:
     """Loader for the trainer (see `train.data.Views`).
 
-    Pictures are shuffled again in each pass; a batch may span two passes. An epoch of the trainer
-    has `epoch_steps` steps, whatever the number of pictures.
+    Images are shuffled again in each pass over the dataset; a batch may span two passes. An epoch
+    of the trainer has `epoch_steps` steps, whatever the number of images.
     """
 
     cache_description = ""
 
     def __init__(
         self,
-        data: Pictures,
+        data: DetectionDataset,
         *,
         batch_size: int,
         epoch_steps: int,
@@ -131,19 +131,19 @@ class DetectionLoader:
         world_size: int,
         seed: int,
     ) -> None:
-        self.pictures = data.select_trainable()
-        self.samples, self.dropped = len(self.pictures), 0
+        self.images = data.select_trainable()
+        self.samples, self.dropped = len(self.images), 0
         self.epoch_steps, self.device, self.seed, self.step = epoch_steps, device, seed, 0
         self.share = (batch_size, rank, world_size)
         self.workers = workers
-        self.dataset = FlipDataset(self.pictures, data.masks, seed)
+        self.dataset = FlipDataset(self.images, data.has_masks, seed)
         self.batches: Iterator[Any] | None = None
 
     def __len__(self) -> int:
         return self.epoch_steps
 
     def iterate_order(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield batches of (position, picture) for this rank, from the current step on."""
+        """Yield batches of (position, index of an image) for this rank from the current step on."""
         size, rank, world_size = self.share
         step, pass_number, permutation = self.step, -1, torch.empty(0)
         while True:

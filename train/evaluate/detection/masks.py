@@ -1,4 +1,4 @@
-"""Paste the masks of detected objects into their pictures."""
+"""Paste the masks of detected objects into their images."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Args:
         masks: (n, 1, m, m) float32 probabilities over the boxes.
         boxes: (n, 4) float32, x0 y0 x1 y1 in pixels, of positive width and height.
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
 
     Returns:
         (n, 1, height, width) float32 probabilities, 0 outside the boxes.
@@ -51,7 +51,7 @@ class Transform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Scale detections back to the pictures' own sizes; in training there are none."""
+        """Scale detections back to the images' own sizes; in training there are none."""
         masks = [detections.pop("masks", None) for detections in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
         for detections, mask, size in zip(result, masks, original_image_sizes, strict=False):

@@ -58,9 +58,9 @@ class DetectorConfig(MethodConfig):
     long_side: int = 1333
     """Maximum long side in pixels."""
     rois: int = 512
-    """Proposals per picture on which losses are computed."""
+    """Proposals per image on which losses are computed."""
     proposals: int = 1000
-    """Proposals per picture that are classified in tests."""
+    """Proposals per image that are classified in tests."""
 
     def build(self, setup: Setup) -> "Detector":
         return Detector(self, setup)

@@ -9,20 +9,25 @@ from torchvision.datasets import VOCDetection
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from schemas import UserError
-from train.evaluate.detection.data import Object, Picture, Pictures, build_picture
+from train.evaluate.detection.data import (
+    AnnotatedImage,
+    DetectionDataset,
+    Object,
+    build_annotated_image,
+)
 
 VOC_CLASSES = tuple(FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:])
 """The twenty classes in alphabetical order; torchvision's list begins with the background."""
 
 
-def read_voc(root: str, years: tuple[str, ...], image_set: str) -> Pictures:
+def read_voc(root: str, years: tuple[str, ...], image_set: str) -> DetectionDataset:
     """Read an image set of `root/VOCdevkit/VOC2007` and other years; VOC counts pixels from 1.
 
     Raises:
         UserError: a file is missing or invalid.
     """
     odd: Counter = Counter()
-    pictures: list[Picture] = []
+    images: list[AnnotatedImage] = []
     for year in years:
         try:
             source = VOCDetection(root, year, image_set)
@@ -32,11 +37,11 @@ def read_voc(root: str, years: tuple[str, ...], image_set: str) -> Pictures:
         if repeated:
             raise UserError(f"{repeated[0]}: more than once in the set {image_set} of {year}")
         for image, annotation in zip(source.images, source.annotations, strict=True):
-            pictures.append(parse_picture(len(pictures), Path(image), Path(annotation), odd))
-    return Pictures(f"voc {'+'.join(years)} {image_set}", pictures, VOC_CLASSES, False, odd)
+            images.append(parse_image(len(images), Path(image), Path(annotation), odd))
+    return DetectionDataset(f"voc {'+'.join(years)} {image_set}", images, VOC_CLASSES, False, odd)
 
 
-def parse_picture(number: int, image: Path, annotation: Path, odd: Counter) -> Picture:
+def parse_image(image_id: int, path: Path, annotation: Path, odd: Counter) -> AnnotatedImage:
     try:
         tree = parse(annotation).getroot()
         size = int(get_text(tree, "size/height")), int(get_text(tree, "size/width"))
@@ -47,7 +52,7 @@ def parse_picture(number: int, image: Path, annotation: Path, odd: Counter) -> P
         raise UserError(f"{annotation}: {error.strerror}") from error
     except (ParseError, ValueError) as error:
         raise UserError(f"{annotation}: {error}") from error
-    return build_picture(number, image, size, objects, odd)
+    return build_annotated_image(image_id, path, size, objects, odd)
 
 
 def parse_object(item: Element, odd: Counter) -> Object:

@@ -11,7 +11,7 @@ from PIL import Image
 from train.encoders import build_encoder, save_encoder
 from train.evaluate.detection.coco import read_coco
 from train.evaluate.detection.command import DetectionOptions, Schedule
-from train.evaluate.detection.data import Pictures
+from train.evaluate.detection.data import DetectionDataset
 
 SHORT = Schedule(iterations=8, units=2, milestones=(1,))
 """A schedule of two parts of four steps."""
@@ -28,7 +28,7 @@ def shapes(index: int) -> tuple[np.ndarray, list[float]]:
 
 
 def write_coco(root: Path, split: str, count: int = 6, **changes) -> Path:
-    """Write a split in COCO's layout: rectangles as polygons, one picture without objects."""
+    """Write a split in COCO's layout: rectangles as polygons, one image without objects."""
     (root / split).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
@@ -61,7 +61,7 @@ def write_coco(root: Path, split: str, count: int = 6, **changes) -> Path:
     return path
 
 
-def odd_coco(root: Path, **one) -> Pictures:
+def odd_coco(root: Path, **one) -> DetectionDataset:
     """Write such a split and change its first annotation; None removes a key."""
     file = write_coco(root, "train2017")
     content = json.loads(file.read_text())
@@ -72,7 +72,7 @@ def odd_coco(root: Path, **one) -> Pictures:
 
 
 def write_voc(root: Path, objects: str, size: str = "<height>96</height><width>128</width>") -> str:
-    """Write one black picture of 96 x 128 in VOC's layout; `objects` is the XML of its objects."""
+    """Write one black image of 96 x 128 in VOC's layout; `objects` is the XML of its objects."""
     base = root / "VOCdevkit" / "VOC2007"
     for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
         (base / folder).mkdir(parents=True)
@@ -104,7 +104,7 @@ def write_encoder(folder: Path, seed: int = 0) -> Path:
 
 
 def options_of(root: Path, encoder: Path, **changes) -> DetectionOptions:
-    """Return options with tiny pictures and few RoIs."""
+    """Return options with tiny images and few RoIs."""
     options = DetectionOptions(
         encoder=str(encoder), dataset="coco", root=str(root), batch_size=2, short_sides=(64,),
         test_side=64, rois=4, proposals=4, workers=0, device="cpu", log_steps=1, precision="fp32",
