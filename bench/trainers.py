@@ -113,7 +113,7 @@ class Trainer:
         """Train and return the number of images."""
         scalars: dict[str, torch.Tensor] = {}
         for _ in range(steps):
-            scalars = self.step(self.stream.next_parts(1), lr=1e-3)
+            scalars = self.step(self.stream.next_micro_batches(1), lr=1e-3)
             self.waited += self.stream.waited
         float(scalars["loss"])  # synchronizes, as the training loop does now and then
         return steps * self.config.batch_size

@@ -89,8 +89,8 @@ class TrainConfig:
     batch_size: int = 256
     """Global batch: images per step over all processes."""
     grad_accum_steps: Annotated[int, tyro.conf.arg(aliases=("--accumulate",))] = 1
-    """Gradient accumulation: number of parts into which each process splits its share of a batch,
-    to save memory."""
+    """Gradient accumulation: number of micro-batches into which each process splits its share of a
+    batch, to save memory."""
     epochs: int = 200
     """Number of passes over the dataset."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
@@ -151,16 +151,17 @@ def resolve_config(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.knn.test_data is not None and config.knn.data is None:
         raise UserError("--knn.test-data: needs --knn.data, the images of the neighbors")
     config.method.check(config.recipe)
-    parts = world_size() * config.grad_accum_steps
-    if config.batch_size % parts:
+    micro_batches = world_size() * config.grad_accum_steps
+    if config.batch_size % micro_batches:
         among = f"among {world_size()} processes"
         if config.grad_accum_steps > 1:
-            among += f" x {config.grad_accum_steps} parts"
+            among += f" x {config.grad_accum_steps} micro-batches"
         raise UserError(
             f"--batch-size {config.batch_size}: does not divide {among}; "
-            f"the nearest that does is {round_to_multiple(config.batch_size, parts)}"
+            f"the nearest that does is {round_to_multiple(config.batch_size, micro_batches)}"
         )
-    normalized = config.batch_size // (config.grad_accum_steps if config.sync_bn else parts)
+    synchronized = config.grad_accum_steps if config.sync_bn else micro_batches
+    normalized = config.batch_size // synchronized
     if normalized == 1:
         raise UserError(
             f"--batch-size {config.batch_size}: batch normalization would see one image at a time; "

@@ -40,8 +40,8 @@ class BatchStream:
         self.last: Batch | None = None
         self.keys: deque[list[str]] = deque(maxlen=memory)
 
-    def next_parts(self, count: int) -> Iterator[Batch]:
-        """Yield the next batch in `count` equal parts."""
+    def next_micro_batches(self, count: int) -> Iterator[Batch]:
+        """Yield the next batch, split into `count` micro-batches of equal size."""
         start = time.perf_counter()
         self.last = next(self.batches)
         self.waited = time.perf_counter() - start
@@ -50,9 +50,9 @@ class BatchStream:
 
 
 def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
-    """Yield `count` equal parts of a batch, each with the hard negatives of its own keys.
+    """Yield `count` micro-batches of equal size, each with the hard negatives of its own keys.
 
-    Its extras are not split: each part keeps those of the whole batch.
+    The extras of the batch are not split: each micro-batch keeps all of them.
     """
     if count == 1:
         yield batch
@@ -60,7 +60,7 @@ def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
     size = len(batch.query) // count
     for first in range(0, len(batch.query), size):
         rows = slice(first, first + size)
-        parts = {
+        fields = {
             name: getattr(batch, name)[rows]
             for name in ("query", "key", "label", "query_regions", "key_regions", "region_valid")
             if getattr(batch, name) is not None
@@ -68,7 +68,7 @@ def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
         hard = batch.hard_negative
         if hard is not None:
             hard = torch.cat([view[rows] for view in hard.split(len(batch.query))])
-        yield replace(batch, **parts, hard_negative=hard)
+        yield replace(batch, **fields, hard_negative=hard)
 
 
 class SyntheticViews:

@@ -208,8 +208,8 @@ def translate_out_of_memory() -> Iterator[None]:
         where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
         raise UserError(
             f"{where} is out of memory{f' ({request[1]} more were requested)' if request else ''}: "
-            "--grad-accum-steps 2, 4 ... processes the same batch in parts; a smaller --batch-size "
-            "or --crop-size also needs less"
+            "--grad-accum-steps 2, 4 ... processes the same batch in micro-batches; a smaller "
+            "--batch-size or --crop-size also needs less"
         ) from error
 
 

@@ -182,7 +182,7 @@ def lock_folder(out: Path) -> FileLock:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise UserError(
-            f"{out}: another training is writing here; wait for it, or choose another --out"
+            f"{out}: another run is writing here; wait for it, or choose another --out"
         ) from error
     except OSError as error:
         if error.errno != errno.ENOLCK:
@@ -204,7 +204,9 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
         settings=settings,
         defaults=collect_default_settings(type(config.method), job.user_config, config),
         batch_may_change=job.batch_may_change,
-        changeable=frozenset() if config.method.parts_matter else frozenset({"grad_accum_steps"}),
+        changeable=frozenset()
+        if config.method.depends_on_micro_batches
+        else frozenset({"grad_accum_steps"}),
     )
     step = TrainingStep(job.method, config, job.device)
     last = checkpoints.agree_on_last()
@@ -301,7 +303,7 @@ class Trainer:
             logs = saves or number % config.log_steps == 0
             seed_global_generators(config.seed, number, rank())
             check = partial(self.nan_guard.check, number) if logs else None
-            scalars = self.step(self.stream.next_parts(config.grad_accum_steps), lr, check)
+            scalars = self.step(self.stream.next_micro_batches(config.grad_accum_steps), lr, check)
             if check is None:
                 self.nan_guard.add(scalars)
             self.metrics.add(scalars, self.stream.waited, step=number, epoch=epoch, lr=lr)

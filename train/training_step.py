@@ -22,9 +22,9 @@ from train.timm_encoders import is_timm_encoder
 
 
 def prepare_model_(method: Method, config: TrainConfig, device: torch.device) -> Method:
-    """Move the method to its device in training mode; convert its norms and compile, if configured.
+    """Prepare a method for training in place: device, channels_last, SyncBN and compilation.
 
-    Its memory becomes channels_last, the layout of the loader's images.
+    SyncBN and compilation follow the options. channels_last is the layout of the loader's images.
     """
     if config.sync_bn:
         convert_sync_bn_(method)
@@ -62,11 +62,12 @@ def wrap_in_ddp(module: nn.Module, device: torch.device, has_unused: bool) -> nn
 
 
 Check = Callable[[dict[str, Tensor]], None]
-"""Called with the scalars of an optimization group before its weights move; raises to stop."""
+"""Called with the scalars of an optimization group before its weights are updated; it raises to
+stop the run."""
 
 
 class TrainingStep:
-    """`step(parts, lr)` makes one step of the method; its state is that of the optimizers."""
+    """Runs one optimization step per call; its state is the optimizers' state."""
 
     def __init__(self, method: Method, config: TrainConfig, device: torch.device) -> None:
         self.method, self.config, self.device = method, config, device
@@ -75,23 +76,23 @@ class TrainingStep:
         self.optimizers = [build_optimizer(group.module, config.optim) for group in self.groups]
 
     def __call__(
-        self, parts: Iterable[Any], lr: float, check: Check | None = None
+        self, micro_batches: Iterable[Any], lr: float, check: Check | None = None
     ) -> dict[str, Tensor]:
-        """Update the weights of each optimization group by its mean loss over the parts.
+        """Update the weights of each optimization group by its mean loss over the micro-batches.
 
         Args:
-            parts: `config.grad_accum_steps` batches.
+            micro_batches: `config.grad_accum_steps` batches whose gradients are accumulated.
             lr: the learning rate of this step.
 
         Returns:
-            The scalars of all groups, averaged over the parts, on the device.
+            The scalars of all groups, averaged over the micro-batches, on the device.
         """
-        parts = list(parts)
+        micro_batches = list(micro_batches)
         self.method.begin_step()
         reported: dict[str, Tensor] = {}
         for group, model, optimizer in zip(self.groups, self.models, self.optimizers, strict=True):
             optimizer.zero_grad(set_to_none=True)
-            scalars = self.backward(model, parts)
+            scalars = self.backward(model, micro_batches)
             if self.config.optim.clip_gradient is not None:
                 trainable = [p for p in group.module.parameters() if p.requires_grad]
                 norm = clip_grad_norm_(trainable, self.config.optim.clip_gradient)
@@ -99,24 +100,24 @@ class TrainingStep:
             if check is not None:
                 check(scalars)
             for parameters in optimizer.param_groups:
-                parameters["lr"] = lr * group.rate
+                parameters["lr"] = lr * group.lr_scale
             optimizer.step()
             reported |= {group.prefix + name: value for name, value in scalars.items()}
         self.method.end_step()
         return reported
 
-    def backward(self, model: nn.Module, parts: list[Any]) -> dict[str, Tensor]:
+    def backward(self, model: nn.Module, micro_batches: list[Any]) -> dict[str, Tensor]:
         """Accumulate the gradients of a group's mean loss; ranks exchange them once."""
         total: dict[str, Tensor] = {}
-        for number, batch in enumerate(parts):
-            is_last = number == len(parts) - 1
+        for number, batch in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
             skips_sync = isinstance(model, DistributedDataParallel) and not is_last
             with model.no_sync() if skips_sync else nullcontext():  # type: ignore[operator]
                 with autocast(self.config.precision, self.device):
                     scalars = model(batch)
-                (scalars["loss"] / len(parts)).backward()
+                (scalars["loss"] / len(micro_batches)).backward()
             for name, value in scalars.items():
-                total[name] = total.get(name, 0) + value.detach() / len(parts)
+                total[name] = total.get(name, 0) + value.detach() / len(micro_batches)
         return total
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def keys(batches: list[Batch]) -> list[str]:
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
-    """Tell whether two batches are equal bit for bit in every field."""
+    """Return whether two batches are equal bit for bit in every field."""
 
     def equal(a: object, b: object) -> bool:
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b  # type: ignore[arg-type]

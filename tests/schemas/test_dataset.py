@@ -38,7 +38,7 @@ def write(url: str | Path, samples: list[Sample]) -> ShardDataset:
 
 
 @pytest.mark.parametrize("where", ["path", "memory"])
-def test_what_is_written_is_read_back(where: str, samples: list[Sample], tmp_path: Path) -> None:
+def test_a_written_dataset_is_read_back(where: str, samples: list[Sample], tmp_path: Path) -> None:
     url = tmp_path / "set" if where == "path" else f"memory://{tmp_path.name}/set"
     write(url, samples)
     dataset = ShardDataset.open(url)
@@ -100,7 +100,9 @@ def test_tarfile_reads_the_shards(samples: list[Sample], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_others_read_the_shards(samples: list[Sample], tmp_path: Path, reader: str) -> None:
+def test_other_libraries_read_the_shards(
+    samples: list[Sample], tmp_path: Path, reader: str
+) -> None:
     seen = list(READERS[reader](write(tmp_path, samples)))
     assert seen == [(s.label, (s.height, s.width), (28, 28)) for s in samples]
 
@@ -169,7 +171,7 @@ def test_a_folder_in_use_is_refused(samples: list[Sample], tmp_path: Path) -> No
         write(tmp_path, samples)
 
 
-def test_opening_nothing_says_what_to_do(tmp_path: Path) -> None:
+def test_opening_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no dataset here.*saliency-precompute"):
         ShardDataset.open(tmp_path / "absent")
     with pytest.raises(UserError, match="nonsense"):
@@ -237,14 +239,14 @@ def test_a_card_of_another_format_is_refused(
         ShardDataset.open(tmp_path)
 
 
-def test_a_card_that_is_no_json_is_refused(samples: list[Sample], tmp_path: Path) -> None:
+def test_a_card_that_is_not_json_is_refused(samples: list[Sample], tmp_path: Path) -> None:
     write(tmp_path, samples)
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(FormatError, match="not JSON"):
         ShardDataset.open(tmp_path)
 
 
-def test_a_damaged_byte_of_the_table_of_shards_raises_no_error_but_ours(
+def test_a_damaged_byte_of_the_table_of_shards_raises_only_our_errors(
     samples: list[Sample], tmp_path: Path
 ) -> None:
     table = write(tmp_path, samples).store.path("shards.parquet")
@@ -315,7 +317,7 @@ def test_opening_starts_no_thread(samples: list[Sample], tmp_path: Path) -> None
     assert subprocess.run(command, capture_output=True, check=True).stdout == b"0\n"
 
 
-def test_info_names_what_a_person_asks(samples: list[Sample], tmp_path: Path) -> None:
+def test_info_summarizes_the_dataset(samples: list[Sample], tmp_path: Path) -> None:
     write(tmp_path, samples)
     result = subprocess.run(
         [sys.executable, "-m", "schemas", "info", str(tmp_path)], capture_output=True, check=True

@@ -27,7 +27,7 @@ def test_as_many_run_together_as_there_are_workers() -> None:
     assert len(list(map_ahead(lambda item: barrier.wait(), range(8), 4))) == 8
 
 
-def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
+def test_an_error_is_raised_in_order_and_ends_the_iteration() -> None:
     begun: list[int] = []
 
     def fail(item: int) -> int:
@@ -43,5 +43,5 @@ def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
     assert len(begun) < 20
 
 
-def test_nothing_in_gives_nothing_out() -> None:
+def test_empty_input_gives_empty_output() -> None:
     assert list(map_ahead(str, [], 3)) == []

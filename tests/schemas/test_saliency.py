@@ -66,7 +66,7 @@ def test_a_range_beyond_float32_does_not_overflow() -> None:
 @pytest.mark.parametrize(
     "values", [np.zeros((28, 27)), np.zeros(28), np.full((2, 2), np.nan), np.zeros((0, 0))]
 )
-def test_what_is_no_map_is_refused(values: np.ndarray) -> None:
+def test_invalid_maps_are_refused(values: np.ndarray) -> None:
     with pytest.raises(ValueError, match="saliency map must be"):
         SaliencyMap.quantize(values)
 

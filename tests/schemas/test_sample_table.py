@@ -76,7 +76,7 @@ def test_every_way_to_read_gives_the_same_rows(dataset: ShardDataset) -> None:
     assert samples.to_table(["label", "key"]).column_names == ["label", "key"]
 
 
-def test_what_a_table_of_arrow_can_do_works(dataset: ShardDataset) -> None:
+def test_operations_of_an_arrow_table_work(dataset: ShardDataset) -> None:
     expected, samples = whole_table(dataset), dataset.samples
     assert samples.schema.equals(SAMPLES_SCHEMA)
     assert samples.to_pylist() == expected.to_pylist()
@@ -87,20 +87,20 @@ def test_what_a_table_of_arrow_can_do_works(dataset: ShardDataset) -> None:
         _ = samples.no_such_method
 
 
-def test_the_dataset_is_whole_however_its_table_lies(dataset: ShardDataset) -> None:
+def test_the_dataset_is_complete_however_its_table_is_stored(dataset: ShardDataset) -> None:
     assert dataset.verify().clean
     assert [sample.key for sample in dataset] == whole_table(dataset)["key"].to_pylist()
     assert dataset.unlabeled == 0
 
 
-def test_it_goes_to_another_process(dataset: ShardDataset) -> None:
+def test_it_can_be_sent_to_another_process(dataset: ShardDataset) -> None:
     expected = dataset.samples.to_table()
     again = pickle.loads(pickle.dumps(dataset))
     assert again.samples.to_table().equals(expected)
     assert pickle.loads(pickle.dumps(dataset.samples)).to_table().equals(expected)
 
 
-def test_the_columns_that_are_asked_for_are_the_only_ones_read(
+def test_only_the_requested_columns_are_read(
     make_sample: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = write(tmp_path, make_sample)
@@ -226,7 +226,7 @@ def test_a_table_that_fails_leaves_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
     store = Store(tmp_path)
     stream = store.write_stream("t.parquet")
     stream.file.close()

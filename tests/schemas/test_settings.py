@@ -78,7 +78,7 @@ def test_what_has_no_default_and_is_absent_differs():
     assert find_differences({}, {"cap": None}, {}) == [Difference("cap", NOT_SET, None)]
 
 
-def test_an_option_that_is_no_more_differs_unless_it_was_at_its_former_default():
+def test_a_removed_option_differs_unless_it_had_its_former_default():
     then = {"seed": 0, "sharpen": True}
     assert (
         format_differences(find_differences(then, {"seed": 0}, {}))
@@ -107,7 +107,7 @@ def test_values_of_other_kinds_differ(one, other):
     assert find_differences({"a": one}, {"a": other}, {}) == [Difference("a", one, other)]
 
 
-def test_part_that_was_none_and_is_set():
+def test_a_nested_option_that_was_none_and_is_now_set_differs():
     set_, unset = {"views": {"a": 1}}, {"views": None}
     assert [d.name for d in find_differences(unset, set_, {"views": None})] == ["views.a"]
     assert [d.name for d in find_differences(set_, unset, {"views": None})] == ["views.a"]
@@ -133,5 +133,5 @@ def test_long_values_are_cut():
     assert len(format_differences(find_differences({"a": "x" * 500}, {"a": "y" * 500}, {}))) < 200
 
 
-def test_filled_keeps_what_is_there():
+def test_filled_keeps_existing_values():
     assert fill_defaults({"a": None}, {"a": 1, "b": 2}) == {"a": None, "b": 2}

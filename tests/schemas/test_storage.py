@@ -12,7 +12,7 @@ from schemas.storage import Store
 from schemas.streams import RangeReader
 
 
-def test_a_failed_write_leaves_what_was_there(
+def test_a_failed_write_keeps_the_earlier_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path)
@@ -52,7 +52,7 @@ def test_left_over_temporaries_are_removed(tmp_path: Path) -> None:
     assert list(store.sizes("shards")) == ["000000.tar"]
 
 
-def test_list_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_listing_a_missing_folder(tmp_path: Path) -> None:
     assert Store(tmp_path / "absent").sizes("shards") == {}
     assert Store("memory://absent").sizes("shards") == {}
 
@@ -143,7 +143,7 @@ def test_links_that_form_a_cycle_are_named(
         list(Store(root).walk())
 
 
-def test_two_links_to_one_folder_are_no_cycle(tmp_path: Path) -> None:
+def test_two_links_to_one_folder_are_not_a_cycle(tmp_path: Path) -> None:
     for folder in ("a", "b", "c"):
         (tmp_path / folder).mkdir()
     (tmp_path / "c" / "photo.jpg").touch()

@@ -27,7 +27,7 @@ def by_tarfile(members: dict[str, bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("count", range(len(MEMBERS) + 1))
-def test_an_archive_is_that_of_tarfile(count: int) -> None:
+def test_an_archive_equals_that_of_tarfile(count: int) -> None:
     members = dict(list(MEMBERS.items())[:count])
     writer = UstarWriter()
     offsets = [writer.add(name, content) for name, content in members.items()]
@@ -38,7 +38,7 @@ def test_an_archive_is_that_of_tarfile(count: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 8**7, 8**11 - 1])
-def test_a_header_is_that_of_tarfile_for_any_size(size: int) -> None:
+def test_a_header_equals_that_of_tarfile_for_any_size(size: int) -> None:
     info = tarfile.TarInfo("key.jpg")
     info.size = size
     assert make_header("key.jpg", size) == info.tobuf(tarfile.USTAR_FORMAT)

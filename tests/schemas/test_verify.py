@@ -70,7 +70,7 @@ def test_a_flipped_byte_is_named_by_its_member(folder: Path, extension: str) -> 
     assert problem.where == f"shards/000001.tar: {where.key}.{extension}"
 
 
-def test_no_flipped_byte_of_a_shard_goes_unseen(folder: Path) -> None:
+def test_every_flipped_byte_of_a_shard_is_noticed(folder: Path) -> None:
     """Flip a byte in each block of the tar: headers, contents, padding and end."""
     path = folder / "shards" / "000002.tar"
     good = path.read_bytes()
@@ -256,7 +256,7 @@ def test_a_disk_that_fails_is_a_problem_of_each_file(
     ]
 
 
-def test_a_draw_of_shards_reads_those_alone(folder: Path) -> None:
+def test_drawn_shards_are_the_only_ones_read(folder: Path) -> None:
     dataset = ShardDataset.open(folder)
     chosen = [VerifyOptions(shards=1, seed=seed).choose(dataset.shards) for seed in range(20)]
     assert {row.shard for [row] in chosen} == {0, 1, 2}
@@ -271,7 +271,7 @@ def test_a_draw_of_shards_reads_those_alone(folder: Path) -> None:
         VerifyOptions(shards=0)
 
 
-def test_an_interrupted_verification_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_verification_resumes(folder: Path, tmp_path: Path) -> None:
     dataset, record = ShardDataset.open(folder), tmp_path / "record.jsonl"
     counted: list[int] = []
 
@@ -308,7 +308,9 @@ def test_a_record_that_was_cut_short_loses_one_shard(folder: Path, tmp_path: Pat
     assert (dataset.verify(record=record).shards, dataset.verify(record=record).shards) == (1, 0)
 
 
-def test_a_record_cut_anywhere_goes_on_and_becomes_whole(folder: Path, tmp_path: Path) -> None:
+def test_a_record_truncated_anywhere_resumes_and_becomes_complete(
+    folder: Path, tmp_path: Path
+) -> None:
     dataset, path = ShardDataset.open(folder), tmp_path / "record.jsonl"
     dataset.verify(record=path)
     content = path.read_bytes()

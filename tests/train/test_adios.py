@@ -94,15 +94,15 @@ def test_channels_that_cannot_be_grouped_are_refused(channels):
 
 
 @pytest.mark.parametrize("single", [True, False])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_each_key_is_queued_once_a_step(single, parts):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_each_key_is_queued_once_a_step(single, micro_batches):
     """Keys are remembered once, however many masks are applied in however many steps."""
     method = game(objective="moco", single=single)
-    batches = [batch_of(seed=part) for part in range(parts)]
+    batches = [batch_of(seed=seed) for seed in range(micro_batches)]
     start, branch = method.inner.queue.clone(), copy.deepcopy(method.inner).train()
     expected = torch.cat([branch.momentum_project(batch.key) for batch in batches])
     step_of(method)(batches, 0.1)
-    size = 4 * parts
+    size = 4 * micro_batches
     assert method.inner.queue_next == size
     torch.testing.assert_close(method.inner.queue[:size], expected)
     assert torch.equal(method.inner.queue[size:], start[size:])
@@ -110,7 +110,7 @@ def test_each_key_is_queued_once_a_step(single, parts):
 
 @pytest.mark.parametrize("objective", ["simclr", "moco"])
 @pytest.mark.parametrize("single", [True, False])
-def test_each_player_moves_its_own_weights_and_statistics(objective, single):
+def test_each_network_updates_only_its_own_weights_and_statistics(objective, single):
     method = game(objective=objective, single=single)
     step = step_of(method)
     seen = []
@@ -156,7 +156,7 @@ def test_occlusion_network_gains_against_a_frozen_encoder():
     assert all(p.grad is None for p in method.inner.parameters())
 
 
-def test_penalty_and_entropy_are_the_formulas():
+def test_penalty_and_entropy_equal_the_formulas():
     masks = torch.rand(3, 4, 8, 8, dtype=torch.float64).softmax(dim=1)
     penalty = entropy = 0.0
     for image in masks.numpy():
@@ -183,7 +183,7 @@ def penalty_of(share: float) -> float:
 
 
 @pytest.mark.parametrize("share", [0, 1e-6, 1e-4, 0.01, 0.25, 0.5, 0.75, 0.99, 0.9999, 1 - 1e-6, 1])
-def test_in_float32_the_penalty_is_the_formula_of_float64(share):
+def test_float32_penalty_equals_the_float64_formula(share):
     """At a share of 1 the literal formula gives -1e7 in float32, because sin(pi) is below 0."""
     rounded = float(np.float32(share))
     exact = 1 / (math.sin(math.pi * rounded) + 1e-10)
@@ -194,7 +194,7 @@ def test_in_float32_the_penalty_is_the_formula_of_float64(share):
     assert penalty_of(nearly_all) == penalty_of(1 - nearly_all)
 
 
-def test_a_share_that_rounding_lifts_above_all_is_no_reward():
+def test_rounding_above_a_full_share_gives_no_reward():
     assert penalty_of(1 + 2e-7) == pytest.approx(1e10)
 
 
@@ -206,7 +206,7 @@ def test_the_penalty_drives_masks_back_from_either_side():
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_losses_are_the_formula_on_the_masked_views(single):
+def test_losses_equal_the_formula_on_the_masked_views(single):
     """Check both steps from images on: the drawn mask sets pixels to 0, the key is unmasked."""
     method, batch = game(single=single, sparsity=0.3, entropy=0.2), batch_of()
     encoder_turn, occlusion_turn = (group.module for group in method.optimization_groups())
@@ -257,7 +257,7 @@ def embed(images, w):
     return z / np.linalg.norm(z, axis=1, keepdims=True)
 
 
-def test_masks_are_drawn_evenly_and_go_on_from_the_state():
+def test_masks_are_drawn_evenly_and_the_state_resumes_the_draws():
     method, other = game(), game()
     counts = torch.zeros(4)
     masks = torch.eye(4).view(1, 4, 4, 1).expand(4, 4, 4, SIDE).repeat(1, 1, 8, 1)
@@ -287,16 +287,16 @@ def shared_step(objective):
     return {name: value.item() for name, value in scalars.items()}, state
 
 
-def test_parts_of_a_step_leave_the_weight_of_the_entropy_as_it_is():
+def test_micro_batches_do_not_change_the_weight_of_the_entropy():
     """Without a contrast the gradient is that of the entropy, summed over all images."""
     gradients = []
-    for parts in (1, 2):
+    for micro_batches in (1, 2):
         method = game(entropy=0.3, sparsity=0.0).eval()
         turn, batch = method.optimization_groups()[1].module, batch_of()
         method.apply_masks = lambda batch, masks: iter([replace(batch, query=batch.key)])
-        for rows in torch.arange(4).split(4 // parts):
-            part = replace(batch, query=batch.query[rows], key=batch.key[rows])
-            (turn(part)["loss"] / parts).backward()
+        for rows in torch.arange(4).split(4 // micro_batches):
+            micro_batch = replace(batch, query=batch.query[rows], key=batch.key[rows])
+            (turn(micro_batch)["loss"] / micro_batches).backward()
         gradients.append(method.occlusion.head.weight.grad)
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(gradients[1], gradients[0])
@@ -304,7 +304,7 @@ def test_parts_of_a_step_leave_the_weight_of_the_entropy_as_it_is():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["simclr", "moco"])
-def test_two_ranks_play_as_one_does(two_ranks, objective):
+def test_two_ranks_train_as_one_does(two_ranks, objective):
     expected, state = shared_step(objective)
     answers = two_ranks(shared_step, objective)
     for name, value in expected.items():
@@ -318,7 +318,7 @@ def test_two_ranks_play_as_one_does(two_ranks, objective):
 
 
 @pytest.mark.slow
-def test_stopped_it_goes_on_exactly_with_both_optimizers(shards, tmp_path, monkeypatch):
+def test_resume_is_exact_with_both_optimizers(shards, tmp_path, monkeypatch):
     settings = config(
         shards, tmp_path / "whole", method=ADIOSConfig(hidden=16, projection=8), crop_size=56,
         recipe=RECIPES["none"], epochs=1, checkpoint_steps=2, log_steps=1,

@@ -49,7 +49,7 @@ def draws():
     return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
 
-def test_restore_brings_back_all_of_it(tmp_path):
+def test_restore_recovers_the_whole_state(tmp_path):
     model, optimizer, loader = state(seed=1, position=7)
     checkpoints(tmp_path).save(3, model, optimizer, loader)
     expected = draws()
@@ -68,7 +68,7 @@ def test_nothing_to_restore(tmp_path):
     assert restore(checkpoints(tmp_path / "missing"), *state()) == (0, 1, None)
 
 
-def test_keeps_the_last_and_goes_on_from_it(tmp_path):
+def test_keeps_the_last_checkpoint_and_resumes_from_it(tmp_path):
     for step in (1, 2, 3, 10):
         checkpoints(tmp_path).save(step, *state())
     assert checkpoints(tmp_path).steps() == [3, 10]
@@ -77,7 +77,7 @@ def test_keeps_the_last_and_goes_on_from_it(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer")])
-def test_failure_while_saving_leaves_earlier_ones_whole(tmp_path, monkeypatch, error):
+def test_failed_save_leaves_earlier_checkpoints_intact(tmp_path, monkeypatch, error):
     checkpoints(tmp_path).save(1, *state(seed=1))
     save, calls = torch.save, []
 
@@ -176,7 +176,7 @@ def test_another_batch_is_accepted_where_an_epoch_ended(tmp_path, batch_size, ep
     assert restore(before, *state()) == (4, 1, 8)  # the same command as at first works too
 
 
-def test_the_number_of_parts_may_change_where_it_does_not_matter(tmp_path):
+def test_the_number_of_micro_batches_may_change_if_the_method_does_not_depend_on_it(tmp_path):
     checkpoints(tmp_path, grad_accum_steps=1).save(4, *state())
     other = checkpoints(tmp_path, grad_accum_steps=4)
     with pytest.raises(UserError, match="grad_accum_steps was 1, is 4"):

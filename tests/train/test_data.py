@@ -39,16 +39,16 @@ def test_without_regions_there_are_none():
     assert batch.query_regions is batch.key_regions is batch.region_valid is None
 
 
-def test_parts_have_the_regions_of_their_own_images():
+def test_micro_batches_have_the_regions_of_their_own_images():
     batch = made_up("maskco")
-    for number, part in enumerate(split_batch(batch, 2)):
+    for number, micro_batch in enumerate(split_batch(batch, 2)):
         rows = slice(2 * number, 2 * number + 2)
         for name in ("query", "key", "query_regions", "key_regions", "region_valid"):
-            assert torch.equal(getattr(part, name), getattr(batch, name)[rows]), name
+            assert torch.equal(getattr(micro_batch, name), getattr(batch, name)[rows]), name
 
 
 @pytest.mark.slow
-def test_maskco_trains_on_made_up_batches(tmp_path):
+def test_maskco_trains_on_synthetic_batches(tmp_path):
     settings = config(
         "", tmp_path, synthetic=20, recipe=RECIPES["maskco"], method=MaskCoConfig(queue=20),
         crop_size=56, epochs=1, log_steps=1,

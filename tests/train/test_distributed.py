@@ -21,7 +21,7 @@ def shuffled(rows):
     return share[:, 0, 0, 0].tolist(), torch.equal(back, x[:, :, 0, 0]), share.shape
 
 
-def test_shuffle_deals_every_row_once_and_restores_exactly(two_ranks):
+def test_shuffle_sends_every_row_once_and_restores_the_order(two_ranks):
     (first, first_back, shape), (second, second_back, _) = two_ranks(shuffled, 8)
     assert sorted(first + second) == list(range(16))
     assert set(first) != set(range(8))  # rows changed ranks
@@ -67,7 +67,7 @@ def test_shuffle_sends_each_image_once_in_the_precision_of_the_first_layer(four_
         assert 0 < size <= images * 3 * 5 * 4 * dtype.itemsize
 
 
-def test_shuffle_of_one_rank_is_nothing():
+def test_shuffle_of_one_rank_does_nothing():
     generator = torch.Generator().manual_seed(0)
     x, before = torch.randn(4, 3, 2, 2), generator.get_state()
     share, restore = distributed.shuffle_across_ranks(x, generator)
@@ -98,7 +98,7 @@ def failing(rank, error):
     return "went on"
 
 
-def test_failure_of_one_rank_ends_all_and_rank_0_speaks(two_ranks):
+def test_failure_of_one_rank_ends_all_and_rank_0_reports_it(two_ranks):
     assert two_ranks(failing, 1, UserError("no shard")) == ["rank 1: no shard", "exit 2"]
     full = OSError(28, "No space left on device", "run/x")
     assert two_ranks(failing, 0, full) == ["rank 0: run/x: No space left on device", "exit 2"]

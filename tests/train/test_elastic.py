@@ -133,7 +133,7 @@ def test_a_run_resumes_with_one_and_with_four_ranks(
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_when_a_node_is_lost(
+def test_torchrun_continues_when_a_node_is_lost(
     shards: str, tmp_path: Path, undisturbed: list[float]
 ) -> None:
     """Start two agents of two ranks each and kill one; the other continues alone."""

@@ -89,7 +89,7 @@ def test_linear_probe_trains_the_classifier_alone(shards, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_linear_probe_goes_on_with_the_same_encoder_only(shards, run, tmp_path):
+def test_linear_probe_resumes_only_with_the_same_encoder(shards, run, tmp_path):
     options = probe_options(shards, run, out=str(tmp_path / "probe"), epochs=1)
     first = linear.evaluate(options)
     again = linear.evaluate(options)  # nothing is left to do
@@ -226,7 +226,7 @@ def test_table_has_the_papers_layout(tmp_path, monkeypatch, capsys):
     assert "| moco, none | 25.00 |  |  |" in lines
 
 
-def test_tables_average_over_seeds_alone(tmp_path, capsys, monkeypatch):
+def test_tables_average_only_over_seeds(tmp_path, capsys, monkeypatch):
     """Other methods and settings have separate lines, which name the difference."""
     for method, accuracies in (("moco", (0.1, 0.2)), ("simclr", (0.7,))):
         for seed, score in enumerate(accuracies):
@@ -247,7 +247,7 @@ def test_tables_average_over_seeds_alone(tmp_path, capsys, monkeypatch):
     assert not any("simclr" in line for line in branches)
 
 
-def test_commands_refuse_in_one_line(tmp_path, monkeypatch):
+def test_commands_report_mistakes_in_one_line(tmp_path, monkeypatch):
     for arguments, message in (
         (["linaer"], "did you mean linear"),
         (["table", str(tmp_path)], "evaluate an encoder first"),

@@ -30,10 +30,10 @@ def test_a_step_never_waits_for_the_device(name, shards):
     )
     stream = BatchStream(MaskedViews(shards, settings.recipe, 8, device="cuda"), memory=4)
     for _ in range(2):  # cuDNN chooses its kernels, and the views are compiled
-        step(stream.next_parts(2), 0.01)
+        step(stream.next_micro_batches(2), 0.01)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        scalars = [step(stream.next_parts(2), 0.01) for _ in range(2)]
+        scalars = [step(stream.next_micro_batches(2), 0.01) for _ in range(2)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(one["loss"].isfinite() for one in scalars)
@@ -52,7 +52,7 @@ def test_the_whole_job_runs(shards, tmp_path):
     assert train(config(shards, tmp_path, device="cuda")).exists()
 
 
-def test_a_full_gpu_is_told_in_one_line():
+def test_a_full_gpu_gives_a_one_line_error():
     with pytest.raises(UserError) as raised, translate_out_of_memory():
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     assert re.match(
@@ -95,7 +95,7 @@ with join_process_group(60, "cuda"):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_ranks_meet_by_nccl(tmp_path):
+def test_two_ranks_connect_by_nccl(tmp_path):
     """Each rank has a GPU; rows come back; uneven shares are normalized as one batch."""
     script = tmp_path / "ranks.py"
     script.write_text(TWO_GPUS)

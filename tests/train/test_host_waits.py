@@ -52,7 +52,7 @@ def test_the_check_notices(name):
             WAITS[name](x, host)
 
 
-def test_the_check_lets_the_rest_pass():
+def test_the_check_accepts_operations_that_do_not_wait():
     host = torch.ones(3)
     with pretend_gpu() as waits:
         moved = COPYING[0].to_device(host, GPU)

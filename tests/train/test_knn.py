@@ -30,7 +30,7 @@ def clustered(generator, count):
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
-def test_equals_the_rule_by_hand(leave_one_out, monkeypatch):
+def test_accuracy_equals_a_direct_computation(leave_one_out, monkeypatch):
     monkeypatch.setattr("train.knn.CHUNK", 16)  # chunks end in the middle
     generator = np.random.default_rng(0)
     train, labels = clustered(generator, 70)
@@ -44,7 +44,7 @@ def test_equals_the_rule_by_hand(leave_one_out, monkeypatch):
     assert len(set(accuracy.values())) > 1
 
 
-def test_the_image_itself_is_no_neighbor():
+def test_an_image_is_not_its_own_neighbor():
     """All labels differ, so each image's own vote would always win."""
     features = torch.nn.functional.normalize(torch.randn(20, 8, dtype=torch.float64), dim=1)
     assert compute_knn_accuracy((features, torch.arange(20)), None, classes=20, neighbors=(1,)) == {

@@ -55,7 +55,7 @@ def test_feature_map_is_what_the_encoder_pools():
 
 
 @pytest.mark.parametrize("others", [False, True])
-def test_loss_is_the_formula_over_valid_regions(others):
+def test_loss_equals_the_formula_over_valid_regions(others):
     method, batch = method_of(other_regions=others).eval(), batch_of()
     with torch.no_grad():
         maps = method.prediction(compute_feature_map(method.encoder, batch.query))
@@ -109,7 +109,7 @@ class Keep(nn.Module):
         return x
 
 
-def test_no_valid_region_is_no_loss_and_no_gradient():
+def test_without_valid_regions_loss_and_gradient_are_zero():
     method, batch = method_of().train(), batch_of()
     batch.region_valid[:] = False
     result = method(batch)
@@ -153,9 +153,10 @@ def test_a_recipe_without_regions_is_refused():
         method_of()(plain)
 
 
-def test_with_parts_of_a_step_it_says_how_regions_count():
+def test_a_note_says_how_regions_weigh_in_micro_batches():
     setup = Setup(encoder="resnet18", batch_size=4, grad_accum_steps=2)
-    assert "the 2 parts of a step weigh the same" in MaskCoConfig(queue=11).build(setup).notes(9)[0]
+    (note,) = MaskCoConfig(queue=11).build(setup).notes(9)
+    assert "the 2 micro-batches of a step weigh the same" in note
     assert method_of().notes(9) == []
 
 

@@ -1,4 +1,4 @@
-"""MaskCo with the real trainer: in parts, stopped and resumed, on unlabeled COCO pictures."""
+"""MaskCo with the real trainer: micro-batches, stopped and resumed, on unlabeled COCO images."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ from train.encoders import build_untrained_encoder
 from train.methods import MaskCoConfig
 
 PICTURES = 24
-IN_PARTS = {"batch_size": 6, "grad_accum_steps": 2, "epochs": 1}
+MICRO_BATCHES = {"batch_size": 6, "grad_accum_steps": 2, "epochs": 1}
 
 
 def settings_of(data: str, out: Path, **changes):
@@ -41,11 +41,11 @@ def states_of(out: Path) -> list[dict[str, torch.Tensor]]:
 def run(shards, tmp_path_factory) -> Path:
     """Train a run that is never stopped."""
     out = tmp_path_factory.mktemp("maskco")
-    train.trainer.train(settings_of(shards, out, **IN_PARTS))
+    train.trainer.train(settings_of(shards, out, **MICRO_BATCHES))
     return out
 
 
-def test_a_run_in_parts_leaves_its_record(run):
+def test_a_run_with_micro_batches_writes_its_files(run):
     rows = metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
@@ -55,9 +55,9 @@ def test_a_run_in_parts_leaves_its_record(run):
 
 
 @pytest.mark.slow
-def test_stopped_inside_an_epoch_it_goes_on_exactly(shards, run, tmp_path, monkeypatch):
+def test_resume_inside_an_epoch_is_exact(shards, run, tmp_path, monkeypatch):
     """Queue, its position, both branches and the head are those of a run never stopped."""
-    settings = settings_of(shards, tmp_path, checkpoint_steps=2, **IN_PARTS)
+    settings = settings_of(shards, tmp_path, checkpoint_steps=2, **MICRO_BATCHES)
     with stopped_after(3, monkeypatch):
         train.trainer.train(settings)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
@@ -96,7 +96,7 @@ def pictures(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [True, False])
-def test_it_trains_on_unlabeled_coco_pictures(pictures, tmp_path, head):
+def test_it_trains_on_unlabeled_coco_images(pictures, tmp_path, head):
     """Crops are so small that some pictures have no region, which the queue never gets."""
     settings = settings_of(
         pictures,

@@ -20,7 +20,7 @@ from train.presets import PRESETS, SIMCLR_VIEWS
 from train.run_info import collect_notes
 
 
-def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, monkeypatch):
+def test_the_config_of_a_run_is_read_back_unchanged(shards, run, tmp_path, monkeypatch):
     """It resumes the same run; options on the command line override it."""
     argv = ["--config", str(run / "config.yaml")]
     again = parse_command_line(argv)
@@ -54,7 +54,7 @@ def test_the_config_of_a_run_is_accepted_back_as_it_is(shards, run, tmp_path, mo
         ("a: [", "cannot be read as YAML"),
     ],
 )
-def test_files_that_do_not_do_are_refused(tmp_path, text, message):
+def test_unsuitable_files_are_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         parse_command_line(["--config", str(tmp_path / "c.yaml")])
@@ -95,7 +95,7 @@ def test_a_recipe_beside_a_file_keeps_the_views_of_the_file(tmp_path):
     assert recipe == replace(RECIPES["blur"], **SIMCLR_VIEWS)
 
 
-def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
+def test_unsuitable_knn_data_is_refused_at_once(shards, tmp_path):
     for knn, message in (
         (KnnConfig(data=shards), "20 200: each must be between 1 and 25"),
         (KnnConfig(data="/nowhere"), "no dataset here"),
@@ -135,7 +135,7 @@ def test_knn_data_that_does_not_do_is_refused_at_once(shards, tmp_path):
         ("--crop-size", "0", "crop_size is 0"),
         ("--knn.neighbors", "0", "--knn.neighbors 0: must be at least 1"),
         ("--cache-gb", "0", "--cache-gb 0.0: must be above 0"),
-        ("--accumulate", "3", "does not divide among 1 processes x 3 parts; the nearest"),
+        ("--accumulate", "3", "does not divide among 1 processes x 3 micro-batches; the nearest"),
     ],
 )
 def test_user_mistakes_are_user_errors(shards, tmp_path, monkeypatch, option, value, message):

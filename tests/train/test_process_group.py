@@ -35,7 +35,7 @@ def test_each_start_has_its_own_name_for_all_ranks(server):
 
 
 @pytest.mark.slow
-def test_a_question_of_a_dead_rank_does_not_count_as_its_successor(server):
+def test_a_request_of_a_dead_rank_does_not_count_as_its_successors(server):
     """Rank 1 dies after its question; a start with another rank 1 waits for that one."""
     short = timedelta(seconds=1)
     with pytest.raises(dist.DistError, match="rank 0 of 2 did not come within 1 s"):

@@ -46,7 +46,7 @@ def test_only_valid_keys_are_queued_in_their_order(length):
     assert method.new_keys == []
 
 
-def test_all_valid_is_as_if_nothing_was_said_of_it():
+def test_all_valid_equals_no_mask():
     told, untold = queue_of(7), queue_of(7)
     for step in range(5):
         keys = keys_of(1 + 10 * step, 4)
@@ -78,7 +78,7 @@ def test_ranks_with_unequal_numbers_of_valid_keys_queue_the_same(two_ranks):
 
 
 @pytest.mark.parametrize("length", [64, 5])
-def test_the_host_never_asks_how_many_are_valid(length):
+def test_the_host_never_waits_for_the_number_of_valid_keys(length):
     """Fake tensors have no values: reading one fails, which on a GPU would be a wait."""
     method, mode = queue_of(length), FakeTensorMode()
     method.queue, method.queue_next = map(mode.from_tensor, (method.queue, method.queue_next))
@@ -92,7 +92,7 @@ def test_the_host_never_asks_how_many_are_valid(length):
             valid.sum().item()
 
 
-def test_renewed_leaves_its_arguments_as_they_are():
+def test_renewed_does_not_change_its_arguments():
     rows, keys = keys_of(0, 2).clone(), keys_of(10, 3)
     new, count = replace_first_rows(rows, keys, torch.tensor([False, False, True]))
     assert new[:, 0].tolist() == [12, 1]

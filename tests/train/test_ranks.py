@@ -53,13 +53,13 @@ def one_step(name: str, norm: bool, hard: int, grad_accum_steps: int = 1):
     method, step = build(name, norm, grad_accum_steps)
     whole, share = random_batch(SIZE, hard), SIZE // world_size()
     mine = slice(rank() * share, (rank() + 1) * share)
-    parts = []
+    micro_batches = []
     for first in range(mine.start, mine.stop, share // grad_accum_steps):
         rows = slice(first, first + share // grad_accum_steps)
         views = None
         if hard:
             views = torch.cat([view[rows] for view in whole.hard_negative.split(SIZE)])
-        parts.append(
+        micro_batches.append(
             SimpleNamespace(
                 query=whole.query[rows],
                 key=whole.key[rows],
@@ -67,7 +67,7 @@ def one_step(name: str, norm: bool, hard: int, grad_accum_steps: int = 1):
                 label=whole.label[rows],
             )
         )
-    loss = step(parts, lr=0.1)["loss"].item()
+    loss = step(micro_batches, lr=0.1)["loss"].item()
     gradients = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
     return loss, gradients, method.state_dict()
 
@@ -141,7 +141,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "norm", "hard", "grad_accum_steps"), CASES)
-def test_any_split_is_the_formula(two_ranks, four_ranks, name, norm, hard, grad_accum_steps):
+def test_any_split_equals_the_formula(two_ranks, four_ranks, name, norm, hard, grad_accum_steps):
     expected, slopes = reference(name, norm, hard)
     case = (name, norm, hard, grad_accum_steps)
     runs = {1: [one_step(*case)], 2: two_ranks(one_step, *case), 4: four_ranks(one_step, *case)}
@@ -167,7 +167,7 @@ def shuffling_state():
     return method.generator.get_state(), method.queue
 
 
-def test_ranks_go_on_drawing_the_same_permutations(four_ranks):
+def test_ranks_keep_drawing_the_same_permutations(four_ranks):
     """All ranks hold the same queue, bit for bit."""
     first, *others = four_ranks(shuffling_state)
     assert all(torch.equal(first[0], other[0]) for other in others)

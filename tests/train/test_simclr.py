@@ -59,7 +59,7 @@ def tiny(**options) -> SimCLR:
 
 
 @pytest.mark.parametrize("hard_negatives", [0, 1, 3])
-def test_a_step_is_the_formula_on_the_embeddings(hard_negatives):
+def test_a_step_equals_the_formula_on_the_embeddings(hard_negatives):
     """Each anchor uses the hard negatives of its own image: row j * N + i is the j-th of i."""
     method, batch = tiny(), random_batch(4, hard_negatives)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_the_released_head_is_three_normalized_layers():
     assert not head[7].bias.requires_grad
 
 
-def test_the_head_of_the_paper_is_what_it_was():
+def test_the_head_of_the_paper_is_unchanged():
     """Two layers have the names in checkpoints; one layer is a linear head."""
     assert list(build_projector(6, None, 4).state_dict()) == [
         "0.weight",

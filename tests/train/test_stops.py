@@ -53,7 +53,7 @@ def wait_for_end(pid: int) -> None:
 
 
 @pytest.mark.slow
-def test_hung_and_killed_it_goes_on_exactly(shards, whole, tmp_path, two_ranks):
+def test_resume_is_exact_after_a_hang_and_a_kill(shards, whole, tmp_path, two_ranks):
     """Stop one rank, kill it, then kill torchrun; run the same training each time."""
     out = tmp_path / "run"
     process, workers = started(shards, out, tmp_path / "hung", **{"--rank-timeout": "4"})

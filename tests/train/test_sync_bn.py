@@ -114,7 +114,7 @@ def test_uneven_ranks_normalize_as_one(four_ranks, shares, sides):
 
 
 @pytest.mark.parametrize("size", [2, 0])
-def test_the_host_does_not_wait_for_what_ranks_have(size):
+def test_the_host_does_not_wait_for_the_counts_of_ranks(size):
     with pretend_gpu() as waits, kernels(), patch("torch.distributed.all_reduce") as reduce:
         x = torch.empty(size, 3, 4, 4, device=GPU).requires_grad_()
         weight, bias, *running = (torch.empty(3, device=GPU).requires_grad_() for _ in range(4))

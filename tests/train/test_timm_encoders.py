@@ -55,12 +55,12 @@ def test_maps_and_features_have_the_encoders_width(name):
         ("test_mambaout", "has no map at stride 32: from 64 pixels it makes"),
     ],
 )
-def test_what_is_no_convnet_with_a_map_is_refused(name, message):
+def test_networks_without_a_suitable_map_are_refused(name, message):
     with pytest.raises(UserError, match=message):
         build_encoder(f"timm:{name}")
 
 
-def test_options_that_fit_torchvisions_alone_are_refused():
+def test_options_only_for_torchvision_are_refused():
     with pytest.raises(UserError, match="--stem small: is for torchvision's ResNets only"):
         build_encoder(NAME, "small")
     setup = Setup(encoder="timm:mobilenetv3_small_050", batch_size=4)

@@ -40,7 +40,7 @@ from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
 
 
-def test_run_leaves_its_record(run):
+def test_a_run_writes_its_files(run):
     rows = metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2]
@@ -93,7 +93,7 @@ def test_encoder_is_torchvisions_and_was_trained(run):
 
 
 @pytest.mark.slow
-def test_stopped_inside_an_epoch_goes_on_exactly(shards, run, tmp_path, monkeypatch):
+def test_resume_inside_an_epoch_is_exact(shards, run, tmp_path, monkeypatch):
     """Stop after step 5, one step after the last checkpoint, inside the second epoch."""
 
     settings = config(shards, tmp_path, checkpoint_steps=2, log_steps=1)
@@ -166,7 +166,7 @@ def test_an_evaluation_that_fails_costs_no_epoch_and_is_caught_up(shards, tmp_pa
 
 
 @pytest.mark.slow
-def test_what_a_killed_save_left_is_removed(shards, tmp_path):
+def test_remains_of_a_killed_save_are_removed(shards, tmp_path):
     for name in (".step-00000001.tmp", ".step-00000002.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "state.pt").write_bytes(b"half")
@@ -176,9 +176,7 @@ def test_what_a_killed_save_left_is_removed(shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
-    shards, run, tmp_path, monkeypatch, number
-):
+def test_a_signal_saves_at_once_and_resume_is_exact(shards, run, tmp_path, monkeypatch, number):
     """It saves with the next step, in the middle of an epoch, where no checkpoint was due."""
     add = train.trainer.MetricsBuffer.add
 
@@ -200,7 +198,7 @@ def test_a_signal_saves_at_once_and_the_run_goes_on_exactly(
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_finished_run_is_left_as_it_is(shards, run, capsys):
+def test_a_finished_run_is_not_changed(shards, run, capsys):
     before = told(run)
     train.trainer.train(config(shards, run))
     assert told(run) == before
@@ -259,7 +257,7 @@ def test_a_loss_is_named_even_if_its_state_cannot_be_written(shards, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(train.trainer, "LOCK_SECONDS", 0.1)
-    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another training is writ"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another run is writ"):
         train.trainer.train(config(shards, tmp_path))
 
 
@@ -310,7 +308,7 @@ def test_cifars_own_size_trains_with_the_small_stem(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_synthetic_trains_without_data_and_goes_on(tmp_path):
+def test_synthetic_trains_without_data_and_resumes(tmp_path):
     settings = config("", tmp_path, synthetic=20, compile=False)
     train.trainer.train(settings)
     assert [row["epoch"] for row in metrics(tmp_path)] == [1, 1, 2, 2]
@@ -326,7 +324,7 @@ def test_compile_is_for_the_encoders(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_weights_and_biases_gets_each_step_when_it_is_there(shards, tmp_path, monkeypatch):
+def test_weights_and_biases_gets_each_step_if_installed(shards, tmp_path, monkeypatch):
     logged, ids = [], []
 
     def init(**options):

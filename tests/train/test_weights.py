@@ -133,7 +133,9 @@ def test_the_estimator_takes_such_a_file(trunk, other, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_checkpoints_from_elsewhere_are_backbone_and_encoder(name, trunk, other, tmp_path, capsys):
+def test_checkpoints_of_other_projects_load_as_backbone_and_encoder(
+    name, trunk, other, tmp_path, capsys
+):
     content = FILES[name](trunk, other)
     if name not in ("torchvision.pth", "half", "uncounted.pth", "ordered.pt"):
         content |= extras()
@@ -177,7 +179,7 @@ def test_the_architecture_is_found_by_its_shapes(name, stem, tmp_path):
     assert metadata["crop_size"] == ("32" if stem == "small" else "224")
 
 
-def test_a_larger_network_of_the_same_names_is_no_smaller_one(tmp_path):
+def test_a_larger_network_is_not_taken_for_a_smaller_one_with_the_same_names(tmp_path):
     """Every weight of a ResNet-18 has its name and its shape in a ResNet-34 too."""
     path = tmp_path / "a.pth"
     torch.save(under("net.", build_encoder("resnet34")[0].state_dict()), path)
@@ -196,7 +198,7 @@ def test_a_larger_network_of_the_same_names_is_no_smaller_one(tmp_path):
         ({}, "must map names to tensors"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_names_of_both(content, message, tmp_path):
+def test_weights_that_do_not_fit_are_refused_with_the_names_of_both(content, message, tmp_path):
     path = tmp_path / "a.ckpt"
     torch.save(content, path)
     for load in (loaded_backbone, lambda p: load_encoder(str(p))):
@@ -208,7 +210,7 @@ def test_what_does_not_fit_is_refused_with_the_names_of_both(content, message, t
 @pytest.mark.parametrize(
     "content", [b"", b"<html>404</html>", b"PK\x03\x04cut", b"\x80\x02.", b"x" * 99]
 )
-def test_files_that_are_none_are_refused_in_one_line(content, tmp_path):
+def test_files_without_weights_are_refused_in_one_line(content, tmp_path):
     path = tmp_path / "resnet50.pth"
     path.write_bytes(content)
     for load in (loaded_backbone, lambda p: load_encoder(str(p))):

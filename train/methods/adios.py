@@ -12,7 +12,7 @@
 
 E is a sum over the images of a step, as in the released code, not a mean: relative to the other
 terms it grows with the batch, so a published lambda_e belongs to the published batch. The sum
-covers the images of all ranks and parts, so their numbers do not change it.
+covers the images of all ranks and micro-batches, so their numbers do not change it.
 
 L is the loss of SimCLR or of MoCo v2 (the latter is ours, the released code has only SimCLR). In
 ADIOS-s (`single`) each image gets one of its masks, drawn uniformly, instead of the sum; the
@@ -116,7 +116,7 @@ class ADIOS(Method):
     def optimization_groups(self) -> list[OptimizationGroup]:
         return [
             OptimizationGroup(EncoderStep(self)),
-            OptimizationGroup(OcclusionStep(self), rate=self.config.mask_rate, prefix="mask_"),
+            OptimizationGroup(OcclusionStep(self), lr_scale=self.config.mask_rate, prefix="mask_"),
         ]
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ class OcclusionStep(nn.Module):
         scalars = combine_scalars([functional_call(contrast, frozen, (view,)) for view in views])
         with torch.autocast(masks.device.type, enabled=False):
             penalty = sparsity_penalty(masks)
-            # ranks and parts are averaged later: this turns the mean of their sums into a sum
+            # ranks and micro-batches are averaged later: scale the sum so that their mean is a sum
             balance = negative_entropy(masks) * (adios.batch_size / len(masks))
             objective = scalars["loss"] - adios.config.sparsity * penalty
             objective = objective + adios.config.entropy * balance

@@ -17,8 +17,8 @@ Choosing regions by stored saliency (`--recipe.region-choice salient`) is ours.
 
 A region that is not valid (the overlap of the views is too small) is left out of the loss, and its
 key out of the queue. The loss is the mean over the valid regions of all ranks. With
-`--grad-accum-steps` it is the mean of the parts' losses: parts weigh the same, so a region of a
-part with fewer regions weighs more.
+`--grad-accum-steps` it is the mean of the losses of the micro-batches, which weigh the same, so a
+region of a micro-batch with fewer regions weighs more.
 """
 
 from dataclasses import dataclass
@@ -140,8 +140,8 @@ class MaskCo(MomentumMethod):
         if self.setup.grad_accum_steps == 1:
             return []
         return [
-            f"the {self.setup.grad_accum_steps} parts of a step weigh the same: a region weighs "
-            "more in a part with fewer regions"
+            f"the {self.setup.grad_accum_steps} micro-batches of a step weigh the same: a region "
+            "weighs more in a micro-batch with fewer regions"
         ]
 
     def project_regions(

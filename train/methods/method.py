@@ -37,7 +37,7 @@ class Setup:
     batch_size: int
     """Images per step over all ranks."""
     grad_accum_steps: int = 1
-    """Number of parts of a step, processed one after the other."""
+    """Number of micro-batches of a step, processed one after the other."""
     classes: int = 0
     """Number of classes; 0 if the images have no labels."""
     unlabeled: int = 0
@@ -54,8 +54,8 @@ class OptimizationGroup:
 
     module: nn.Module
     """`module(batch)` returns a dict of scalars, one of them `loss`; its parameters are updated."""
-    rate: float = 1.0
-    """Factor on the learning rate of the training."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate of the run."""
     prefix: str = ""
     """Prefix of the names of its scalars in the log."""
     has_unused: bool = False
@@ -74,9 +74,9 @@ class MethodConfig(ABC):
     free: ClassVar[frozenset[str]] = frozenset()
     """Options that may differ when a run resumes, for example the path of a file whose digest is an
     option too."""
-    parts_matter: ClassVar[bool] = True
-    """Whether the loss of a batch depends on the parts that it is split into (--grad-accum-steps),
-    but for batch statistics; if not, their number may change when a run resumes."""
+    depends_on_micro_batches: ClassVar[bool] = True
+    """True if splitting a batch into micro-batches (--grad-accum-steps) changes more than its batch
+    statistics; if False, their number may change when a run resumes."""
 
     @abstractmethod
     def build(self, setup: Setup) -> "Method":
@@ -98,7 +98,7 @@ class MethodConfig(ABC):
 
         Args:
             batch_size: number of images, over all ranks, whose embeddings are compared: those of a
-                step or of one of its parts.
+                step or of one of its micro-batches.
         """
         return []
 
@@ -109,8 +109,8 @@ class Method(nn.Module, ABC):
     Everything that a method remembers between steps is in its parameters, buffers and extra state,
     so its state_dict alone resumes it. Parameters that require a gradient are trained.
 
-    A step is `begin_step()`; then, for each optimization group, its `forward` on every part of the
-    step's images and an update of its weights; then `end_step()`.
+    A step is `begin_step()`; then, for each optimization group, its `forward` on every
+    micro-batch of the step and an update of its weights; then `end_step()`.
     """
 
     file: ClassVar[str] = "encoder.safetensors"
@@ -118,7 +118,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Compute the loss of one part of this rank's images.
+        """Compute the loss of one micro-batch of this rank.
 
         `batch` comes from pipeline.MaskedViews; the docstring of a method names the fields that it
         reads. Returns scalars: `loss`, with gradient, and others to be logged.
@@ -126,14 +126,14 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def exported(self) -> nn.Module:
-        """Return the module that the training produces, usually the encoder."""
+        """Return the module that is the result of pretraining, usually the encoder."""
 
     def optimization_groups(self) -> list[OptimizationGroup]:
         """Return the groups that a step updates, in this order, each with its own optimizer."""
         return [OptimizationGroup(self)]
 
     def begin_step(self) -> None:
-        """Prepare a step; called before its first part. Collectives are allowed."""
+        """Prepare a step; called before its first micro-batch. Collectives are allowed."""
 
     def end_step(self) -> None:
         """Finish a step; called after all weights were updated. Collectives are allowed."""

@@ -39,7 +39,7 @@ class MoCoConfig(MomentumConfig):
     """Options with the numbers of MoCo v2 and, for rho, of the masked variant's README."""
 
     name: ClassVar[str] = "moco"
-    parts_matter: ClassVar[bool] = False
+    depends_on_micro_batches: ClassVar[bool] = False
 
     rho: float = 2.0
     """Factor on the similarity of a hard negative; 1 treats it as any other negative."""

@@ -21,7 +21,7 @@ class LinearProbeConfig(MethodConfig):
 
     name: ClassVar[str] = "linear"
     free: ClassVar[frozenset[str]] = frozenset({"path"})
-    parts_matter: ClassVar[bool] = False
+    depends_on_micro_batches: ClassVar[bool] = False
 
     path: str
     """File of the encoder, or folder of its run."""

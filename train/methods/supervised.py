@@ -20,7 +20,7 @@ class SupervisedConfig(MethodConfig):
     """Cross-entropy on the labels of the shards."""
 
     name: ClassVar[str] = "supervised"
-    parts_matter: ClassVar[bool] = False
+    depends_on_micro_batches: ClassVar[bool] = False
 
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes, 0 to 1."""
