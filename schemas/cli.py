@@ -62,7 +62,7 @@ class LastingStream:
         if self.fallback is not None:
             with contextlib.suppress(OSError):
                 reason = error.strerror
-                print(f"the output is closed ({reason}); the command goes on", file=self.fallback)
+                print(f"the output is closed ({reason}); the command continues", file=self.fallback)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -29,7 +29,7 @@ def read_json_lines(path: Path, skip_damaged: bool = False) -> list[dict[str, An
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one object, in place of a line that a killed writer left unfinished.
+    """Append one object, replacing a line that a killed writer left unfinished.
 
     Raises:
         OSError: the file cannot be written.

@@ -68,7 +68,7 @@ class Store:
     def translate_driver_errors(self) -> Iterator[None]:
         """Turn the failure to reach a store (no key, no network) into a one-line error.
 
-        Drivers raise OSErrors for what a store answers, and errors of their own for everything
+        Drivers raise OSErrors for what a store answers, and their own exceptions for everything
         else.
 
         Raises:

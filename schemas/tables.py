@@ -124,7 +124,7 @@ def open_parquet(source: Any, location: str) -> pq.ParquetFile:
         location: name of the file, for messages.
     """
     try:
-        # Without pre_buffer: Arrow would read a Python file in a thread of its own, which aborts
+        # Without pre_buffer: Arrow would read a Python file in a separate thread, which aborts
         # the process (apache/arrow#34314) if it releases the file while Python exits.
         return pq.ParquetFile(source, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:  # OSError is also Arrow's own, for bad metadata

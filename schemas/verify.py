@@ -329,7 +329,7 @@ def check_index(dataset: ShardDataset, row: ShardRow, tar: bytes) -> Iterator[Pr
     if isinstance(index, Problem):
         yield index
     elif index != build_index(tar):
-        yield Problem(name, "stale: it does not describe the tar beside it")
+        yield Problem(name, "stale: it does not describe its tar")
 
 
 def check_marker(
@@ -344,4 +344,4 @@ def check_marker(
         yield Problem(name, summarize_error(error))
     else:
         if marker.row != row or marker.samples.to_pylist() != expected:
-            yield Problem(name, f"says otherwise than {SHARDS} and {SAMPLES}")
+            yield Problem(name, f"differs from {SHARDS} and {SAMPLES}")

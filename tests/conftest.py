@@ -125,7 +125,7 @@ def order_for_two_workers(items: list[pytest.Item]) -> list[pytest.Item]:
 
     `--dist worksteal` gives each of two workers a half, and whoever is ready first takes from the
     end of what the other has left. So at the end there are short tests, and one worker alone starts
-    the shared Ray and the other alone the ranks and the trainings of tests/train.
+    the shared Ray and the other alone the ranks and the runs of tests/train.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     train = Path(__file__).parent / "train"

@@ -51,7 +51,7 @@ def test_a_lasting_stream_says_once_that_it_is_closed(broken):
     for _ in range(3):
         assert stream.write("a line\n") == 7
         stream.flush()
-    assert other.getvalue() == "the output is closed (Broken pipe); the command goes on\n"
+    assert other.getvalue() == "the output is closed (Broken pipe); the command continues\n"
     assert not stream.isatty()
 
 

@@ -116,7 +116,7 @@ class TrainConfig:
     """Number of latest checkpoints to keep."""
     log_steps: int = 10
     """Steps between two log lines. The host waits for the device at these steps, at checkpoints and
-    evaluations, and to save a picture of the views after an epoch's first step."""
+    evaluations, and to save an image of the views after an epoch's first step."""
     knn: KnnConfig = field(default_factory=KnnConfig)
     """kNN accuracy of the encoder every few epochs."""
     wandb: str | None = None

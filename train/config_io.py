@@ -60,7 +60,7 @@ def load_config(path: str) -> TrainConfig:
         if not isinstance(content.get(part) or {}, dict):
             raise UserError(
                 f"{path}: {part}: is {content[part]!r}, not options of the form `name: value` "
-                "on lines of their own"
+                "on separate lines"
             )
     method = dict(content.pop("method", None) or {})
     method_type = find_method(method.pop("name", "moco"))

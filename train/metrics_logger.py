@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, pictures of views, a progress bar or log lines."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, images of views, a progress bar or log lines."""
 
 import json
 import os
@@ -150,7 +150,7 @@ class MetricsLogger:
             self.wandb.log(row, step=self.steps_made)
 
     def log_views(self, sheet: Image.Image | None, epoch: int) -> None:
-        """Save a picture of an epoch's first views to TensorBoard and RUN/views.
+        """Save an image of an epoch's first views to TensorBoard and RUN/views.
 
         Their step is the next one to be logged: a logger has all steps of the epochs before.
         """
@@ -205,7 +205,7 @@ def translate_write_errors(folder: Path) -> Iterator[None]:
 def start_wandb_run(project: str, folder: Path, config: dict[str, Any] | None) -> Any:
     """Start a run of Weights & Biases, or continue the one of this folder."""
     try:
-        import wandb  # an extra that most users do without
+        import wandb  # an optional dependency
     except ImportError as error:
         raise UserError("--wandb: not installed here; pip install wandb") from error
     return wandb.init(

@@ -36,7 +36,7 @@ class OptimConfig:
     |weights|), by which its rate is multiplied (the default is eta of solo-learn and ADIOS)."""
     trust_clip: bool = True
     """lars: use the trust ratio itself as the rate of a layer, at most lr (as solo-learn and ADIOS
-    do), in place of lr times the ratio."""
+    do), instead of lr times the ratio."""
     clip_gradient: float | None = None
     """Maximum global gradient norm; longer gradients are scaled down to it."""
     schedule: Literal["cosine", "steps"] = "cosine"
@@ -66,7 +66,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-    from timm.optim import Lars  # here: timm is slow to import
+    from timm.optim import Lars  # slow to import
 
     # without weight decay timm's LARS updates norms and biases as SGD does
     weights = [p for p in trainable if p.ndim > 1]
@@ -101,7 +101,7 @@ def compute_learning_rate(
     Args:
         step: number of finished steps, 0 <= step < total.
         peak: the highest rate; a warm-up starts at peak / (its number of steps).
-        total: number of steps of the whole training.
+        total: number of steps of the whole run.
         epoch: number of steps of an epoch.
     """
     warmup = config.warmup_epochs * epoch

@@ -31,7 +31,7 @@ REQUIREMENTS = (
 
 
 def check_ranges(options: Mapping[str, Any]) -> None:
-    """Check the options of a training that have a range; None is always valid.
+    """Check the options of a run that have a range; None is always valid.
 
     Args:
         options: flat options, dotted name -> value, as from `schemas.settings.flatten`.

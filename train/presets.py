@@ -1,4 +1,4 @@
-"""Presets: named settings of whole trainings, published numbers with their sources.
+"""Presets: named sets of published hyperparameters, with their sources.
 
 A preset provides the options that the command line does not set; `--method NAME` alone selects the
 preset of that name. `views` changes fields of the recipe, so masks combine with any preset.
@@ -46,7 +46,7 @@ SUPERVISED_VIEWS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """Default options of a training, and the fields of the recipe that they change."""
+    """Default options of a run, and the fields of the recipe that they change."""
 
     config: TrainConfig
     views: dict[str, Any] = field(default_factory=dict)

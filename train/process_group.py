@@ -152,8 +152,8 @@ def agree_on_start(store: dist.Store, number: int, size: int, waits: timedelta) 
     torchrun keeps its store when it restarts the workers, and a rank that finds the address of
     another rank's predecessor there cannot connect. Neither the number of restarts (a new node does
     not increase it) nor anything else in the environment distinguishes two starts. So each rank
-    asks under a name of its own, and rank 0 answers every question, those of predecessors too,
-    until all ranks have confirmed the answer. A predecessor that still lives may take the place of
+    asks under its own unique name, and rank 0 answers every request, even those of predecessors,
+    until all ranks have confirmed the answer. A predecessor that is still alive could be taken for
     its successor, so workers must have ended before others are started, as torchrun ensures.
 
     Raises:
@@ -248,7 +248,7 @@ def pick_device(name: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if select_own_gpu(name) is None and name != "cpu" and torch.cuda.is_available():
         raise UserError(
-            f"local rank {local_rank} has no GPU of its own: this machine has "
+            f"local rank {local_rank} has no GPU: this machine has "
             f"{torch.cuda.device_count()}; start no more processes than GPUs"
         )
     # only now: `parse_device` asks for the current GPU, which creates a context there

@@ -121,7 +121,7 @@ def render_page(folder: Path, rows: list[dict[str, Any]]) -> str:
 
     views = sorted((folder / "views").glob("epoch-*.png"))
     if views:
-        parts.append("<h2>Views as fed to the network</h2>")
+        parts.append("<h2>Network inputs</h2>")
         for path in dict.fromkeys([views[0], views[-1]]):
             content = base64.b64encode(path.read_bytes()).decode()
             parts.append(
@@ -147,7 +147,7 @@ def render_page(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 def render_curves(name: str, label: str, lines: dict[str, list[tuple[int, float | None]]]) -> str:
     """Render one figure of curves over steps as inline SVG; return "" if there are no points."""
-    import matplotlib  # here: slow to import, and only reports need it
+    import matplotlib  # slow to import; only reports need it
 
     matplotlib.use("svg")
     from matplotlib import pyplot

@@ -52,7 +52,7 @@ class TrainingJob:
     user_config: TrainConfig
     """Options as the user gave them."""
     config: TrainConfig
-    """Options with everything decided."""
+    """Options without any `auto` or `None` that affects results."""
     device: torch.device
     data_name: str
     data_digest: str
@@ -320,7 +320,7 @@ class Trainer:
                 self.evaluate(number, epoch)
 
     def log_views(self, epoch: int) -> None:
-        """Save a picture of the views with which an epoch begins."""
+        """Save an image of the first views of an epoch."""
         if self.logger is not None and self.stream.last is not None:
             sheet = self.job.method.sheet(self.stream.last, self.job.config.recipe)
             with translate_write_errors(self.job.out):

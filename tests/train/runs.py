@@ -95,7 +95,7 @@ class StopError(Exception):
 
 @contextmanager
 def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stop a training in this block after `step`, before it is logged or saved."""
+    """Stop a run in this block after `step`, before it is logged or saved."""
     add = train.trainer.MetricsBuffer.add
 
     def stopping(self, scalars, waited, **known):

@@ -1,4 +1,4 @@
-"""Options of a training: from the command line, from a file, and refused ones."""
+"""Options of a run: from the command line, from a file, and refused ones."""
 
 import subprocess
 import sys

@@ -92,7 +92,7 @@ def test_the_host_never_waits_for_the_number_of_valid_keys(length):
             valid.sum().item()
 
 
-def test_renewed_does_not_change_its_arguments():
+def test_replacing_rows_does_not_change_the_arguments():
     rows, keys = keys_of(0, 2).clone(), keys_of(10, 3)
     new, count = replace_first_rows(rows, keys, torch.tensor([False, False, True]))
     assert new[:, 0].tolist() == [12, 1]

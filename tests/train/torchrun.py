@@ -41,7 +41,7 @@ class Torchrun(ForkedProcess):
 
     Args:
         agent: options of torchrun.
-        options: options of the training.
+        options: options of the run.
         log: file for what all of them print.
         patch: picklable function that each worker calls first.
     """

@@ -56,7 +56,7 @@ def evaluate_linear(argv: list[str]) -> None:
 
 
 def evaluate_detection(argv: list[str]) -> None:
-    from train.evaluate.detection import command  # here: pycocotools and torchvision's detectors
+    from train.evaluate.detection import command  # slow: imports torchvision's detectors
 
     run_evaluation(command.DetectionOptions, command.evaluate, command.format_result, argv)
 

@@ -34,7 +34,7 @@ class ExportOptions:
     same keys in that format. detectron2: the pickle of MoCo's convert-pretrain.py, for R50-C4 and
     similar models."""
     out: str | None = None
-    """File to write; by default beside the encoder."""
+    """File to write; by default in the encoder's folder."""
 
 
 def export(options: ExportOptions) -> Path:

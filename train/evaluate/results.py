@@ -1,4 +1,4 @@
-"""Results of evaluations: one JSON line each in RUN/results.jsonl, beside the encoder.
+"""Results of evaluations: one JSON line each in RUN/results.jsonl, next to the encoder.
 
 A row says what was evaluated (encoder, method, recipe, pretraining: the encoder's metadata), on
 what (data, its digest, numbers of images), how (protocol and its settings) and with which result

@@ -1,7 +1,8 @@
 """Markdown tables of finished evaluations, laid out as in the paper.
 
-A line is a training, whatever its seed; runs that differ in anything else have separate lines that
-name the difference. A column is a dataset, divided in the same way by the settings of the protocol.
+A line is a run, or several that differ only in the seed; runs that differ in anything else have
+separate lines that name the difference. A column is a dataset, divided in the same way by the
+settings of the protocol.
 """
 
 import json
@@ -20,13 +21,13 @@ BRANCHES = ("key", "both", "query")
 NEUTRAL_FIELDS = {"seed", "protocol", "data", "pretraining"} | OUTCOMES
 """Fields of a row that never tell columns apart: outcomes, or already part of the heading."""
 TRAINING_FIELDS = {"encoder", "method", "recipe", "high_pass", "crop_size", "weights"}
-"""Fields of a row that describe the training, not the protocol."""
+"""Fields of a row that describe the run of the encoder, not the protocol."""
 
 
 def format_table(rows: Sequence[Row], protocol: str) -> str:
-    """Format top-1 by training and dataset; mean ± standard deviation over several seeds."""
+    """Format top-1 by run and dataset; mean ± standard deviation over several seeds."""
     chosen = [row for row in rows if row["protocol"] == protocol]
-    lines = label_rows(chosen, get_training_settings, name_training)
+    lines = label_rows(chosen, get_training_settings, name_run)
     columns = label_rows(chosen, get_protocol_settings, get_data)
     heads = list(dict.fromkeys(columns))
     text = [
@@ -45,9 +46,9 @@ def format_table(rows: Sequence[Row], protocol: str) -> str:
 
 
 def format_detection_table(rows: Sequence[Row]) -> str:
-    """Format AP, AP50 and AP75 of boxes and masks by training; the paper's second table."""
+    """Format AP, AP50 and AP75 of boxes and masks by run; the paper's second table."""
     chosen = [row for row in rows if row["protocol"] == "detection"]
-    lines = label_rows(chosen, get_training_settings, name_training)
+    lines = label_rows(chosen, get_training_settings, name_run)
     columns = label_rows(chosen, get_protocol_settings, get_data)
     scores: dict[tuple[str, str, str], list[float]] = {}
     for row, line, column in zip(chosen, lines, columns, strict=True):
@@ -66,15 +67,13 @@ def format_detection_table(rows: Sequence[Row]) -> str:
 
 
 def format_branch_table(rows: Sequence[Row], protocol: str, data: str) -> str:
-    """Format the ablation "manipulating variance": trainings by the branch that they mask.
+    """Format the ablation "manipulating variance": runs by the branch that they mask.
 
-    Lines are trainings that were made with several branches and, in the first column as on the
+    Lines are settings that were run with several branches and, in the first column as on the
     poster, those of the same methods without any mask.
     """
     chosen = [row for row in rows if row["protocol"] == protocol and row["data"] == data]
-    lines = label_rows(
-        chosen, get_settings_without_branch, lambda row: name_training(row, branch=False)
-    )
+    lines = label_rows(chosen, get_settings_without_branch, lambda row: name_run(row, branch=False))
     branches: dict[str, set[str]] = {}
     for row, line in zip(chosen, lines, strict=True):
         branches.setdefault(line, set()).add(get_branch(row))
@@ -118,7 +117,7 @@ def format_value(value: Any) -> str:
 
 
 def get_training_settings(row: Row) -> dict[str, Any]:
-    """Return the settings of a training except its seed; an untrained encoder has only its name."""
+    """Return the settings of a run except its seed; an untrained encoder has only its name."""
     if row.get("weights") == "untrained":
         return {"encoder": row["encoder"]}
     return {name: value for name, value in get_settings(row).items() if name != "seed"}
@@ -134,8 +133,8 @@ def get_protocol_settings(row: Row) -> dict[str, Any]:
     return {key: row[key] for key in row.keys() - NEUTRAL_FIELDS - TRAINING_FIELDS}
 
 
-def name_training(row: Row, branch: bool = True) -> str:
-    """Name a training by method, recipe, masked branch and hard negatives."""
+def name_run(row: Row, branch: bool = True) -> str:
+    """Name a run by method, recipe, masked branch and hard negatives."""
     if row.get("weights") == "untrained":
         return f"untrained {row['encoder']}"
     name = f"{name_method(row)}, {row['recipe']}"
@@ -166,12 +165,12 @@ def get_branch(row: Row) -> str:
 
 
 def get_setting(row: Row, name: str) -> Any:
-    """Return one setting of the encoder's training."""
+    """Return one setting of the encoder's run."""
     return get_settings(row).get(name)
 
 
 def get_settings(row: Row) -> dict[str, Any]:
-    """Return all settings of the encoder's training; those newer than it have their defaults."""
+    """Return all settings of the encoder's run; those newer than it have their defaults."""
     saved = use_current_names(json.loads(row["pretraining"].get("settings", "{}")))
     method = METHODS.get(str(row["method"]))
     return fill_defaults(saved, collect_default_settings(method)) if saved and method else saved

@@ -203,7 +203,7 @@ class OcclusionStep(nn.Module):
         scalars = combine_scalars([functional_call(contrast, frozen, (view,)) for view in views])
         with torch.autocast(masks.device.type, enabled=False):
             penalty = sparsity_penalty(masks)
-            # ranks and micro-batches are averaged later: scale the sum so that their mean is a sum
+            # scaled, so that the later mean over ranks and micro-batches is a sum over all images
             balance = negative_entropy(masks) * (adios.batch_size / len(masks))
             objective = scalars["loss"] - adios.config.sparsity * penalty
             objective = objective + adios.config.entropy * balance

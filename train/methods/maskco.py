@@ -11,9 +11,9 @@ the same image:
 
 No code was released, and only the abstract and a figure caption of the paper were available to us.
 They give the order of the modules, one masked and one unmasked view, the positive, and that most
-negatives come from other images. Everything else is our reading: the prediction head on the path of
-the query only, a momentum encoder and a queue as in MoCo v2, boxes as regions, and every number.
-Choosing regions by stored saliency (`--recipe.region-choice salient`) is ours.
+negatives come from other images. Everything else is our interpretation: the prediction head on the
+path of the query only, a momentum encoder and a queue as in MoCo v2, boxes as regions, and every
+number. Choosing regions by stored saliency (`--recipe.region-choice salient`) is ours.
 
 A region that is not valid (the overlap of the views is too small) is left out of the loss, and its
 key out of the queue. The loss is the mean over the valid regions of all ranks. With

@@ -139,7 +139,7 @@ class Method(nn.Module, ABC):
         """Finish a step; called after all weights were updated. Collectives are allowed."""
 
     def shown(self, batch: Any) -> dict[str, Tensor]:
-        """Return pictures to show beside the views: name -> (N, 1 or 3, H, W) in 0 .. 1."""
+        """Return images to show with the views: name -> (N, 1 or 3, H, W) in 0 .. 1."""
         return {}
 
     def sheet(self, batch: Any, recipe: Recipe) -> Image.Image | None:

@@ -103,7 +103,7 @@ class MomentumMethod(Method):
 
 
 def replace_first_rows(rows: Tensor, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `rows` with valid keys in place of its first ones, and their number, on the device.
+    """Return `rows` with its first ones replaced by valid keys, and their number, on the device.
 
     Args:
         rows: (L, D), oldest first, at most as many as `keys`.
