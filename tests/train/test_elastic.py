@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from schemas import ShardDataset
 from tests.train.ranks import add_tiny_encoders
 from tests.train.runs import command, metrics
 from tests.train.torchrun import Torchrun, find_free_endpoint
+from train.distributed import world_size
+from train.preemption import PreemptionListener
 from train.trainer import MetricsBuffer
 
 BATCH, EPOCHS = 8, 3
@@ -35,13 +38,16 @@ class NotedTraining:
     Attributes:
         notes: folder with a file for each rank.
         stop: step after whose checkpoint each rank ends at once, as killed processes do; 0: never.
+        paused_size: world size with which a rank trains no step until it is told to stop; 0: none.
     """
 
     notes: Path
     stop: int = 0
+    paused_size: int = 0
 
     def __call__(self) -> None:
         next_batch, add = MaskedViews._next, MetricsBuffer.add
+        poll = PreemptionListener.poll_all_ranks
 
         def noting(views: MaskedViews) -> Batch:
             place = [views.epoch, views.step, views.rank, views.world_size]
@@ -55,19 +61,32 @@ class NotedTraining:
             if known["step"] == self.stop + 1:  # the checkpoint of step `stop` is written
                 os._exit(9)
 
+        def pausing(listener: PreemptionListener) -> bool:
+            while world_size() == self.paused_size and not listener.is_requested:
+                time.sleep(0.01)
+            return poll(listener)
+
         add_tiny_encoders()
         MaskedViews._next = noting
+        PreemptionListener.poll_all_ranks = pausing
         if self.stop:
             MetricsBuffer.add = dying
 
 
-def start(data: str, out: Path, stop: int, *agent: str, options: Sequence[str] = ()) -> Torchrun:
+def start(
+    data: str,
+    out: Path,
+    stop: int,
+    *agent: str,
+    options: Sequence[str] = (),
+    paused_size: int = 0,
+) -> Torchrun:
     notes = out.parent / "notes"
     notes.mkdir(exist_ok=True)
     log = out.parent / f"log-{len(list(out.parent.glob('log-*')))}"
     log.touch()
     training = [*command(data, out, **OPTIONS), *options]
-    return Torchrun(agent, training, log, NotedTraining(notes, stop))
+    return Torchrun(agent, training, log, NotedTraining(notes, stop, paused_size))
 
 
 def fed(out: Path) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
@@ -133,10 +152,10 @@ def test_a_run_resumes_with_one_and_with_four_ranks(
 
 
 @pytest.mark.slow
-def test_torchrun_continues_when_a_node_is_lost(
+def test_torchrun_continues_when_a_node_is_lost_and_when_one_joins(
     shards: str, tmp_path: Path, undisturbed: list[float]
 ) -> None:
-    """Start two agents of two ranks each and kill one; the other continues alone."""
+    """Start two agents of two ranks each, kill one, and start another when two ranks train."""
     out = tmp_path / "run"
     agent = (
         "--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3",
@@ -145,10 +164,12 @@ def test_torchrun_continues_when_a_node_is_lost(
     )  # fmt: skip
     # an agent that a busy machine stalls for this long counts as lost
     waits = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=10"
-    first, second = (
-        start(shards, out, 0, *agent, "--rdzv-conf", f"{waits},is_host={is_host}")
-        for is_host in (1, 0)  # the first agent hosts the store of the rendezvous
-    )
+
+    def start_agent(is_host: int) -> Torchrun:
+        conf = f"{waits},is_host={is_host}"
+        return start(shards, out, 0, *agent, "--rdzv-conf", conf, paused_size=2)
+
+    first, second = start_agent(1), start_agent(0)  # the first hosts the store of the rendezvous
     first.wait_until(
         lambda: (
             list((out / "checkpoints").glob("step-*"))
@@ -156,9 +177,12 @@ def test_torchrun_continues_when_a_node_is_lost(
         )  # not the first agent alone
     )
     os.kill(second.pid, signal.SIGKILL)
-    assert first.wait() == 0, first.said
     second.wait()
-    assert "4 -> 2 processes" in first.said
-    assert 2 in assert_every_batch_was_whole(shards, out)
+    first.wait_until(lambda: "4 -> 2 processes" in first.said)
+    third = start_agent(0)
+    assert first.wait() == 0, first.said
+    assert third.wait() == 0, third.said
+    assert "2 -> 4 processes" in first.said + third.said
+    assert 4 in assert_every_batch_was_whole(shards, out)
     losses = [row["loss"] for row in metrics(out)]
     np.testing.assert_allclose(losses, undisturbed, rtol=2e-4)

@@ -81,6 +81,7 @@ def run_agent(arguments: list[str], log: Path, patch: Patch | None) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # docs/train.md, elastic jobs
     launch = run.elastic_launch
 
     def train(*arguments: str) -> None:
