@@ -18,7 +18,7 @@ from pipeline.recipes import Recipe
 from pipeline.registry import find
 from pipeline.rng import WORDS_AHEAD, BatchRng, Purpose, Rng, count_normal_words
 
-COPIES = ("query", "key", "hard_negative")
+VIEW_KINDS = ("query", "key", "hard_negative")
 """Kinds of views in a batch; a sample may have several hard negatives."""
 
 
@@ -109,7 +109,7 @@ def count_words(recipe: Recipe) -> dict[tuple[Purpose, int], int]:
     for name, number in streams:
         words[name, number] = cells + WORDS_AHEAD
         if recipe.fill == "noise":
-            words["fill", COPIES.index(name) + number] = count_normal_words(3 * recipe.cell**2)
+            words["fill", VIEW_KINDS.index(name) + number] = count_normal_words(3 * recipe.cell**2)
     return words
 
 
@@ -136,7 +136,7 @@ def make_images(
 
     def build_masking(copy: int, rows: slice) -> Masking | None:
         """Return the masking of the query (0), the key (1) or a hard negative (2, 3, ...)."""
-        name = COPIES[min(copy, 2)]
+        name = VIEW_KINDS[min(copy, 2)]
         if name not in masks:
             return None
         std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
@@ -157,7 +157,7 @@ def make_images(
         row_images: dict[str, list[Tensor]] = {}
         for name, view in crops.items():
             copies = [0] if name == "query" else [1, *range(2, 2 + hard_negatives)]
-            names = [COPIES[min(copy, 2)] for copy in copies]
+            names = [VIEW_KINDS[min(copy, 2)] for copy in copies]
             views = make_views(
                 view.image[rows],
                 parameters[name].select(rows),
