@@ -216,7 +216,7 @@ def present(cache: ShardCache) -> list[int]:
 def wait_until(is_so: Callable[[], object], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not is_so():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"not true after {seconds} s"
         time.sleep(0.005)
 
 
