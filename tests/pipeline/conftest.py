@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from bench.object_store import ObjectServer
-from pipeline import RECIPES, Batch, MaskedViews, Recipe
+from pipeline import RECIPES, MaskedViews, Recipe
 from pipeline import cache as cache_module
 from pipeline.cache import Cache, ShardCache
 from pipeline.rng import Purpose, Rng
@@ -136,17 +136,6 @@ BATCH = 8
 def views_of(dataset: ShardDataset, name: str = "hp", **options: Any) -> MaskedViews:
     settings: dict[str, Any] = {"batch_size": BATCH, "device": "cpu", "report": ("keys",)}
     return MaskedViews(dataset.url, small(name), **{**settings, **options})
-
-
-def take(views: MaskedViews, count: int) -> list[Batch]:
-    """Return the next `count` batches, across epochs."""
-    batches: list[Batch] = []
-    while len(batches) < count:
-        for batch in views:
-            batches.append(batch)
-            if len(batches) == count:
-                break
-    return batches
 
 
 # --- a remote dataset and its cache ---------------------------------------------------------------

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from bench.gpu_loader import take
 from pipeline import RECIPES, Batch, MaskedViews, assemble, crop, loader
 from pipeline.crop import HostCrops
 from pipeline.graph import Decoder, StartedBatch, ViewSpec
 from pipeline.rng import Rng
 from schemas import ShardDataset, UserError
-from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, small, take, views_of
+from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, small, views_of
 
 
 def keys(batches: list[Batch]) -> list[str]:

@@ -23,7 +23,9 @@ def test_check_passes(name: str, device: str, photos_of_all_formats: str) -> Non
 
 
 def test_a_batch_that_differs_is_noticed(photos_of_all_formats: str) -> None:
-    (batch,) = gpu_loader.take(gpu_loader.views_of(photos_of_all_formats, "cpu", 7, 56), 1)
+    (batch,) = gpu_loader.take_and_close(
+        gpu_loader.views_of(photos_of_all_formats, "cpu", 7, 56), 1
+    )
     assert gpu_loader.differences(batch, batch) == []
     assert batch.query_photometric is not None
     parameters = replace(batch.query_photometric, gray=~batch.query_photometric.gray)
