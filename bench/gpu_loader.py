@@ -6,6 +6,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -64,15 +65,20 @@ def views_of(
 
 
 def take(views: MaskedViews, count: int) -> list[Batch]:
-    """Return the next `count` batches, over as many epochs as it takes, and close the loader."""
+    """Return the next `count` batches, over as many epochs as it takes."""
     batches: list[Batch] = []
     while len(batches) < count:
         for batch in views:
             batches.append(batch)
             if len(batches) == count:
                 break
-    views.close()
     return batches
+
+
+def take_and_close(views: MaskedViews, count: int) -> list[Batch]:
+    """Return the next `count` batches and close the loader."""
+    with closing(views):
+        return take(views, count)
 
 
 def differences(
@@ -104,25 +110,25 @@ def expect_equal(
 
 def check_repeats(url: str, device: str, batch_size: int, side: int) -> str:
     """Check that two loaders with the same seed give the same bits."""
-    first, second = (take(views_of(url, device, batch_size, side), 3) for _ in range(2))
+    first, second = (take_and_close(views_of(url, device, batch_size, side), 3) for _ in range(2))
     expect_equal(first, second)
     return "3 batches equal bit for bit"
 
 
 def check_resumes(url: str, device: str, batch_size: int, side: int) -> str:
     """Check that a loader resumes from the state of another."""
-    expected = take(views_of(url, device, batch_size, side), 3)
+    expected = take_and_close(views_of(url, device, batch_size, side), 3)
     started = views_of(url, device, batch_size, side)
-    take(started, 1)
+    take_and_close(started, 1)
     resumed = views_of(url, device, batch_size, side)
     resumed.load_state_dict(started.state_dict())
-    expect_equal(take(resumed, 2), expected[1:])
+    expect_equal(take_and_close(resumed, 2), expected[1:])
     return "2 batches after a resume equal bit for bit"
 
 
 def check_nothing_overwritten(url: str, device: str, batch_size: int, side: int) -> str:
     """Check that later batches do not overwrite one that the device reads late."""
-    expected = take(views_of(url, device, batch_size, side), 1)[0].query.clone()
+    expected = take_and_close(views_of(url, device, batch_size, side), 1)[0].query.clone()
     views = views_of(url, device, batch_size, side)
     stream = iter(views)
     query = next(stream).query
@@ -130,7 +136,7 @@ def check_nothing_overwritten(url: str, device: str, batch_size: int, side: int)
         torch.cuda._sleep(SLEEP_CYCLES)  # delays the rest of this stream
     late = query.clone()
     del query
-    take(views, 4)
+    take_and_close(views, 4)
     if not torch.equal(late, expected):
         raise AssertionError("the batch was overwritten before a slow stream had read it")
     return "a batch read late is whole, 4 batches later"
@@ -141,7 +147,8 @@ def check_equals_cpu(
 ) -> str:
     """Check that draws, windows, masks and jitter equal the CPU's, and pixels up to the decoder."""
     on_device, on_cpu = (
-        take(views_of(url, name, batch_size, side, decode_on), 2) for name in (device, "cpu")
+        take_and_close(views_of(url, name, batch_size, side, decode_on), 2)
+        for name in (device, "cpu")
     )
     pixels = ("query", "key", "hard_negative", "query_crop", "key_crop")
     expect_equal(on_device, on_cpu, leave_out=pixels)
@@ -159,7 +166,7 @@ def check_formats(url: str, device: str, batch_size: int, side: int) -> str:
     """Check that each format decodes as on the CPU; `url` is a dataset of `write_photos`."""
     worst: dict[str, float] = {}
     pair = (views_of(url, name, batch_size, side) for name in (device, "cpu"))
-    device_batches, cpu_batches = (take(views, len(views)) for views in pair)
+    device_batches, cpu_batches = (take_and_close(views, len(views)) for views in pair)
     for first, second in zip(device_batches, cpu_batches, strict=True):
         assert first.query_crop is not None
         assert second.query_crop is not None

@@ -128,7 +128,7 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
     """
     import torch
 
-    from pipeline.compiling import find_reason
+    from pipeline.compiling import find_compile_obstacle
     from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
     from precompute.estimators.windows import list_windows
 
@@ -150,7 +150,7 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
     figures["windows_per_second_network_alone"] = measure_rate(estimator)
     if estimator.device == "cuda":
         figures["peak_mib_network"] = torch.cuda.max_memory_allocated() / 2**20
-        if find_reason(torch.device("cuda", 0)) is None:
+        if find_compile_obstacle(torch.device("cuda", 0)) is None:
             compiled = ScdaEstimator(replace(options, compile=True))
             try:
                 figures["windows_per_second_network_compiled"] = measure_rate(compiled)

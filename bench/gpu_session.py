@@ -79,9 +79,9 @@ def describe_environment() -> str:
     if not torch.cuda.is_available():
         return ", ".join([*facts, "no GPU: everything in a small form on the CPU"])
     properties = torch.cuda.get_device_properties(0)
-    from pipeline.compiling import find_reason
+    from pipeline.compiling import find_compile_obstacle
 
-    reason = find_reason(torch.device("cuda", 0))
+    reason = find_compile_obstacle(torch.device("cuda", 0))
     return ", ".join(
         [
             *facts,

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline import MaskedViews, get_recipe
-from pipeline.compiling import find_reason
+from pipeline.compiling import find_compile_obstacle
 from train.config import TrainConfig, resolve_config
 from train.data import SyntheticViews, split_batch
 from train.methods import MoCoConfig, Setup
@@ -78,7 +78,7 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
                 problems.append(f"batch {size}: the host waits: {'; '.join(sorted(set(waits)))}")
         if size == settings.batch_sizes[0]:
             lines += kernels(step, fed_batches, device)
-            if device.type == "cuda" and find_reason(device) is None:
+            if device.type == "cuda" and find_compile_obstacle(device) is None:
                 compiled, _ = build(size, device, settings, compile=True)
                 took = milliseconds(compiled, endless, device, settings)
                 lines.append(f"batch {size}: {took:.1f} ms a step alone with --compile")

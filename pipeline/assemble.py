@@ -1,8 +1,9 @@
 """Turn crops into the encoder's input: jitter, normalization, high-pass, masks and fills."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,14 +13,15 @@ from pipeline.batch import Extra
 from pipeline.fills import FILLS
 from pipeline.fused import FUSED_FILLS
 from pipeline.host_threads import get_threads, split_rows
-from pipeline.masks import Masks, draw_masks
+from pipeline.masks import Masks, Role, draw_masks
 from pipeline.pixels import Masking, make_views
 from pipeline.recipes import Recipe
 from pipeline.registry import find
 from pipeline.rng import WORDS_AHEAD, BatchRng, Purpose, Rng, count_normal_words
 
-COPIES = ("query", "key", "hard_negative")
-"""Kinds of views in a batch; a sample may have several hard negatives."""
+ViewKind = Literal["query", "key", "hard_negative"]
+VIEW_KINDS: tuple[ViewKind, ...] = get_args(ViewKind)
+"""Kinds of images in a batch; a sample may have several hard negatives."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,58 @@ class View:
     window: Tensor
 
 
+class Copy(NamedTuple):
+    """One of the images that are made of a crop.
+
+    Attributes:
+        number: number of the hard negative among those of its sample; 0 for a query and a key.
+    """
+
+    kind: ViewKind
+    number: int = 0
+
+    @property
+    def fill_stream(self) -> int:
+        """The copy number of the random stream of its fill (`BatchRng.stream`)."""
+        return VIEW_KINDS.index(self.kind) + self.number
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """All that determines the images of a batch.
+
+    Attributes:
+        crops: the crops `query` and, if there are pairs, `key`.
+        parameters: photometric parameters by crop.
+        masks: masks of the N rows of each masked copy.
+    """
+
+    crops: dict[str, View]
+    parameters: dict[str, photometric.Photometric]
+    masks: dict[Copy, Masks]
+    recipe: Recipe
+    rng: BatchRng
+
+
+def list_copies(crop: str, recipe: Recipe) -> list[Copy]:
+    """Return the copies that are made of the crop `query` or `key`."""
+    if crop == "query":
+        return [Copy("query")]
+    hard_negatives = (Copy("hard_negative", number) for number in range(recipe.hard_negatives))
+    return [Copy("key"), *hard_negatives]
+
+
+def list_masked_copies(recipe: Recipe) -> list[Copy]:
+    """Return the copies that get a mask. All others equal their crop's unmasked view."""
+    if recipe.fill == "none":
+        return []
+    masked_kinds = {"hard_negative"} | (
+        {"query", "key"} if recipe.branch == "both" else {recipe.branch}
+    )
+    copies = list_copies("query", recipe) + list_copies("key", recipe)
+    return [copy for copy in copies if copy.kind in masked_kinds]
+
+
 def assemble(
     query: View,
     key: View | None,
@@ -45,48 +99,40 @@ def assemble(
     rng: BatchRng,
     report: frozenset[Extra],
 ) -> dict[str, Any]:
-    """Return the images of a `Batch` and the extras named in `report`, by field name."""
+    """Return the images of a `Batch` and the extras named in `report`, by field name.
+
+    Args:
+        key: None if and only if the recipe makes no pairs.
+    """
     crops = {"query": query} if key is None else {"query": query, "key": key}
     photometric_rng = rng.stream("photometric")
     parameters = {
         name: photometric.draw_photometric(len(view.image), recipe, photometric_rng)
         for name, view in crops.items()
     }
-    masks: dict[str, Masks] = {}
     boxes = None
     if key is not None and recipe.regions:
         region_rng = rng.stream("regions")
         boxes = regions.draw_regions(query.window, key.window, query.saliency, recipe, region_rng)
-    if recipe.fill != "none":
-        if boxes is not None and recipe.query_mask == "regions":
-            masks["query"] = boxes.to_masks(recipe.crop_size)
-        elif recipe.branch != "key":
-            masks["query"] = draw_masks(
-                require_saliency(query), recipe, "query", rng.stream("query")
-            )
-        if key is not None and recipe.branch != "query":
-            masks["key"] = draw_masks(require_saliency(key), recipe, "query", rng.stream("key"))
-        if key is not None and recipe.hard_negatives:
-            masks["hard_negative"] = Masks.concatenate(
-                [
-                    draw_masks(
-                        require_saliency(key),
-                        recipe,
-                        "hard_negative",
-                        rng.stream("hard_negative", number),
-                    )
-                    for number in range(recipe.hard_negatives)
-                ]
-            )
+    masks: dict[Copy, Masks] = {}
+    for copy in list_masked_copies(recipe):
+        if copy.kind == "query" and recipe.query_mask == "regions":
+            assert boxes is not None, "the recipe makes pairs"
+            masks[copy] = boxes.to_masks(recipe.crop_size)
+        else:
+            saliency = require_saliency(query if copy.kind == "query" else key)
+            role: Role = "hard_negative" if copy.kind == "hard_negative" else "query"
+            masks[copy] = draw_masks(saliency, recipe, role, rng.stream(copy.kind, copy.number))
 
-    images = make_images(crops, parameters, masks, recipe, rng)
+    inputs = ImageInputs(crops, parameters, masks, recipe, rng)
+    is_on_cpu = rng.device.type == "cpu"
+    images = make_images_on_cpu(inputs) if is_on_cpu else make_images_on_gpu(inputs)
     region_fields: dict[str, Any] = {}
     if boxes is not None:
         region_fields = dict(
             query_regions=boxes.query, key_regions=boxes.key, region_valid=boxes.valid
         )
-    extras = collect_extras(crops, parameters, masks, recipe.crop_size, report)
-    return images | region_fields | extras
+    return images | region_fields | collect_extras(inputs, report)
 
 
 def count_words(recipe: Recipe) -> dict[tuple[Purpose, int], int]:
@@ -97,20 +143,43 @@ def count_words(recipe: Recipe) -> dict[tuple[Purpose, int], int]:
     words: dict[tuple[Purpose, int], int] = {("photometric", 0): WORDS_AHEAD}
     if recipe.regions:
         words["regions", 0] = WORDS_AHEAD
-    if recipe.fill == "none":
-        return words
     cells = recipe.grid**2 * (3 if recipe.channel_probability > 0 else 1)
-    streams: list[tuple[Purpose, int]] = []  # of the masks; the fill has one for each, too
-    if recipe.branch != "key":
-        streams.append(("query", 0))
-    if recipe.branch != "query":
-        streams.append(("key", 0))
-    streams += [("hard_negative", number) for number in range(recipe.hard_negatives)]
-    for name, number in streams:
-        words[name, number] = cells + WORDS_AHEAD
+    # one mask stream per masked copy; noise uses a fill stream for each as well
+    for copy in list_masked_copies(recipe):
+        words[copy.kind, copy.number] = cells + WORDS_AHEAD
         if recipe.fill == "noise":
-            words["fill", COPIES.index(name) + number] = count_normal_words(3 * recipe.cell**2)
+            words["fill", copy.fill_stream] = count_normal_words(3 * recipe.cell**2)
     return words
+
+
+def make_images_on_cpu(inputs: ImageInputs) -> dict[str, Tensor]:
+    """Make the images of a batch by field name, in threads that each work on some of the rows."""
+    size, recipe = len(inputs.crops["query"].image), inputs.recipe
+    copies = [copy for crop in inputs.crops for copy in list_copies(crop, recipe)]
+    images: dict[str, Tensor] = {
+        kind: allocate_images(count * size, recipe.crop_size)
+        for kind, count in Counter(copy.kind for copy in copies).items()
+    }
+
+    def make_rows(rows: slice) -> None:
+        for crop in inputs.crops:
+            out = [
+                images[copy.kind][copy.number * size :][rows] for copy in list_copies(crop, recipe)
+            ]
+            make_copies(inputs, crop, rows, out)
+
+    list(get_threads().map(make_rows, split_rows(size)))
+    return images
+
+
+def make_images_on_gpu(inputs: ImageInputs) -> dict[str, Tensor]:
+    """Make the images of a batch by field name, all rows at once."""
+    parts: dict[str, list[Tensor]] = {}
+    for crop in inputs.crops:
+        views = make_copies(inputs, crop, slice(None))
+        for copy, view in zip(list_copies(crop, inputs.recipe), views, strict=True):
+            parts.setdefault(copy.kind, []).append(view)
+    return {kind: part[0] if len(part) == 1 else torch.cat(part) for kind, part in parts.items()}
 
 
 def allocate_images(count: int, side: int) -> Tensor:
@@ -118,64 +187,34 @@ def allocate_images(count: int, side: int) -> Tensor:
     return torch.empty(count, 3, side, side, memory_format=torch.channels_last)
 
 
-def make_images(
-    crops: dict[str, View],
-    parameters: dict[str, photometric.Photometric],
-    masks: dict[str, Masks],
-    recipe: Recipe,
-    rng: BatchRng,
-) -> dict[str, Tensor]:
-    """Make the images of a batch, by their field names in `Batch`."""
-    size, hard_negatives = len(crops["query"].image), recipe.hard_negatives
-    on_cpu = rng.device.type == "cpu"
-    images = {}
-    if on_cpu:
-        rows_of = {**dict.fromkeys(crops, size), "hard_negative": hard_negatives * size}
-        side = recipe.crop_size
-        images = {kind: allocate_images(rows, side) for kind, rows in rows_of.items() if rows}
+def make_copies(
+    inputs: ImageInputs, crop: str, rows: slice, out: list[Tensor] | None = None
+) -> list[Tensor]:
+    """Make the copies of some rows of the crop `query` or `key`, in the order of `list_copies`.
 
-    def build_masking(copy: int, rows: slice) -> Masking | None:
-        """Return the masking of the query (0), the key (1) or a hard negative (2, 3, ...)."""
-        name = COPIES[min(copy, 2)]
-        if name not in masks:
-            return None
-        std = recipe.noise_hard_negative if name == "hard_negative" else recipe.noise_query
-        selected = masks[name].select(locate(copy, rows))
-        fill_rng = rng.stream("fill", copy, rows)
-        if recipe.fill == "noise":
-            noise = fill_rng.normal(rows.stop - rows.start, 3, recipe.cell, recipe.cell)
-            return Masking(selected, std, noise, None)
-        return Masking(selected, std, None, partial(compute_content, recipe, std, fill_rng))
+    Args:
+        out: see `make_views`.
+    """
+    return make_views(
+        inputs.crops[crop].image[rows],
+        inputs.parameters[crop].select(rows),
+        [build_masking(inputs, copy, rows) for copy in list_copies(crop, inputs.recipe)],
+        inputs.recipe,
+        out,
+    )
 
-    def locate(copy: int, rows: slice) -> slice:
-        """Return the rows of a copy among all images of its kind."""
-        first = max(0, copy - 2) * size
-        return slice(first + rows.start, first + rows.stop)
 
-    def make_rows(rows: slice) -> dict[str, list[Tensor]]:
-        """Make the images of some rows, by kind."""
-        row_images: dict[str, list[Tensor]] = {}
-        for name, view in crops.items():
-            copies = [0] if name == "query" else [1, *range(2, 2 + hard_negatives)]
-            names = [COPIES[min(copy, 2)] for copy in copies]
-            views = make_views(
-                view.image[rows],
-                parameters[name].select(rows),
-                [build_masking(copy, rows) for copy in copies],
-                recipe,
-                [images[kind][locate(copy, rows)] for kind, copy in zip(names, copies, strict=True)]
-                if on_cpu
-                else None,
-            )
-            for kind, image in zip(names, views, strict=True):
-                row_images.setdefault(kind, []).append(image)
-        return row_images
-
-    if on_cpu:
-        list(get_threads().map(make_rows, split_rows(size)))
-        return images
-    parts = make_rows(slice(0, size))
-    return {kind: part[0] if len(part) == 1 else torch.cat(part) for kind, part in parts.items()}
+def build_masking(inputs: ImageInputs, copy: Copy, rows: slice) -> Masking | None:
+    """Return the masks and the fill of some rows of a copy, or None if it is not masked."""
+    if copy not in inputs.masks:
+        return None
+    recipe, masks = inputs.recipe, inputs.masks[copy].select(rows)
+    std = recipe.noise_hard_negative if copy.kind == "hard_negative" else recipe.noise_query
+    rng = inputs.rng.stream("fill", copy.fill_stream, rows)
+    if recipe.fill == "noise":
+        noise = rng.normal(len(masks.ratio), 3, recipe.cell, recipe.cell)
+        return Masking(masks, std, noise, None)
+    return Masking(masks, std, None, partial(compute_content, recipe, std, rng))
 
 
 def compute_content(recipe: Recipe, std: float, rng: Rng, image: Tensor) -> Tensor:
@@ -187,30 +226,28 @@ def compute_content(recipe: Recipe, std: float, rng: Rng, image: Tensor) -> Tens
     return function(image.clone(), recipe, std, rng).float()
 
 
-def require_saliency(view: View) -> Tensor:
+def require_saliency(view: View | None) -> Tensor:
     """Return the saliency from which masks are drawn; the graph provides it if there are masks."""
+    assert view is not None
     assert view.saliency is not None
     return view.saliency
 
 
-def collect_extras(
-    crops: dict[str, View],
-    parameters: dict[str, photometric.Photometric],
-    masks: dict[str, Masks],
-    side: int,
-    report: frozenset[Extra],
-) -> dict[str, Any]:
+def collect_extras(inputs: ImageInputs, report: frozenset[Extra]) -> dict[str, Any]:
     """Return the extras named in `report`, by their field names in `Batch`."""
     extras: dict[str, Any] = {}
-    if "masks" in report:
-        for name, mask in masks.items():
-            pixels = mask.to_pixels(slice(None), side).bool().expand(-1, 3, -1, -1)
+    for kind in VIEW_KINDS if "masks" in report else ():
+        kind_masks = [masks for copy, masks in inputs.masks.items() if copy.kind == kind]
+        if kind_masks:
+            masks = Masks.concatenate(kind_masks)
+            pixels = masks.to_pixels(slice(None), inputs.recipe.crop_size).bool()
+            pixels = pixels.expand(-1, 3, -1, -1)
             extras |= {
-                f"{name}_mask": pixels.contiguous(memory_format=torch.channels_last),
-                f"{name}_ratio": mask.ratio,
-                f"{name}_focal": mask.focal,
+                f"{kind}_mask": pixels.contiguous(memory_format=torch.channels_last),
+                f"{kind}_ratio": masks.ratio,
+                f"{kind}_focal": masks.focal,
             }
-    for name, view in crops.items():
+    for name, view in inputs.crops.items():
         if "saliency" in report and view.saliency is not None:
             extras[f"{name}_saliency"] = view.saliency.clone()
         if "windows" in report:
@@ -218,5 +255,5 @@ def collect_extras(
         if "crops" in report:
             extras[f"{name}_crop"] = view.image.permute(0, 3, 1, 2).clone()
         if "photometric" in report:
-            extras[f"{name}_photometric"] = parameters[name]
+            extras[f"{name}_photometric"] = inputs.parameters[name]
     return extras

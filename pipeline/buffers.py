@@ -5,9 +5,9 @@ from collections import deque
 
 import numpy as np
 
-ROOM = 1.25
-"""Size of a new buffer relative to its first use, so that it also fits somewhat larger ones (our
-choice)."""
+HEADROOM = 1.25
+"""Capacity of a new buffer divided by the size first requested, so that it also serves slightly
+larger requests (our choice)."""
 
 
 class BufferPool:
@@ -28,8 +28,9 @@ class BufferPool:
         except IndexError:
             memory = bytearray()
         if len(memory) < size:
-            memory = bytearray(int(ROOM * size))
+            memory = bytearray(int(HEADROOM * size))
         array = np.frombuffer(memory, np.uint8, size)
-        # Slices of the array, and DALI and PyTorch, which read it in place, refer to it.
+        # Slices, and DALI and PyTorch, which read in place, keep `array` alive; so the memory is
+        # reused only when none of them needs it.
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array

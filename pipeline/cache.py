@@ -277,7 +277,7 @@ class ShardCache:
         return POLL_SECONDS if must_wait else 0.0
 
     def _is_next(self, shard: int) -> bool:
-        """Tell whether all shards before this one in the list have their room reserved."""
+        """Return whether all shards before this one in the list have their room reserved."""
         before = self._queue[: self._queue.index(shard)] if shard in self._queue else []
         return self._unreserved.isdisjoint(before)
 

@@ -168,7 +168,7 @@ def configure_file_system(store: Store) -> Any:
 
 
 def is_disk_error(error: Exception, target: Path) -> bool:
-    """Tell whether an error comes from the local disk, not from the store."""
+    """Return whether an error comes from the local disk, not from the store."""
     if not isinstance(error, OSError):
         return False
     name = error.filename
@@ -176,7 +176,7 @@ def is_disk_error(error: Exception, target: Path) -> bool:
 
 
 def is_transient(error: Exception) -> bool:
-    """Tell whether a retry may help; it does not if the store refuses the request itself."""
+    """Return whether a retry may help; it does not if the store refuses the request itself."""
     status = getattr(error, "status", None)
     is_refused = isinstance(status, int) and 400 <= status < 500
     return not isinstance(error, PermissionError) and (not is_refused or status in TRANSIENT_4XX)

@@ -50,7 +50,7 @@ class Refusal(Enum):
 
     PRESENT = "the shard is in the folder"
     FETCHED_ELSEWHERE = "another thread or process is fetching it"
-    FULL = "there is no room that may be taken for it"
+    FULL = "there is not enough evictable space"
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class CacheFolder:
     def open(self, row: ShardRow) -> ShardFiles | None:
         """Open a shard and record its use; return None if it is not (or no longer) in the folder.
 
-        A shard with a damaged file is removed. Its tar is compared with its name only if it is from
-        before the last boot, because not all of it may have reached the disk.
+        A shard with a damaged file is removed. The tar's sha256 is verified only if the file is
+        older than the last boot: a power failure may have lost some of its data.
         """
         try:
             tar = os.open(self.path(row.sha256, "tar"), os.O_RDONLY | os.O_CLOEXEC)
@@ -282,7 +282,7 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 def find_damage(row: ShardRow, idx: bytes, parquet: bytes) -> str | None:
-    """Say what is wrong with the index or the table of a shard, if anything is."""
+    """Return what is wrong with the index or the table of a shard, or None."""
     head, *lines = idx.split(b"\n")
     if head != f"{INDEX_VERSION} {row.samples}".encode() or len(lines) != row.samples + 1:
         return f"its index is not one of {row.samples} samples"
@@ -292,7 +292,7 @@ def find_damage(row: ShardRow, idx: bytes, parquet: bytes) -> str | None:
 
 
 def is_intact(tar: int, row: ShardRow) -> bool:
-    """Compare an open tar with its row: its size, and its sha256 if older than the boot."""
+    """Return whether an open tar has its row's size, and its sha256 if older than the last boot."""
     status = os.fstat(tar)
     boot_time = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     if status.st_size != row.bytes or status.st_ctime > boot_time:

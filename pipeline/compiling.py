@@ -28,7 +28,7 @@ Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 @functools.cache
 def explain_missing_compiler(device: torch.device) -> str | None:
     """Return why this machine cannot compile for its GPU, or None if it can; log the reason."""
-    reason = find_reason(device)
+    reason = find_compile_obstacle(device)
     if reason is not None:
         log.warning(
             f"the views are made without a compiler ({reason}), which takes about ten times as "
@@ -37,7 +37,7 @@ def explain_missing_compiler(device: torch.device) -> str | None:
     return reason
 
 
-def find_reason(device: torch.device) -> str | None:
+def find_compile_obstacle(device: torch.device) -> str | None:
     """Return why PyTorch cannot compile for this GPU, or None if it can."""
     if torch._dynamo.config.disable:
         return "TORCH_COMPILE_DISABLE is set"
@@ -84,12 +84,13 @@ class Compiled:
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
-        # not in __init__: TorchDynamo takes seconds to import, which a CPU or --help need not wait
+        # not in __init__: importing TorchDynamo takes seconds, which a CPU run or --help should not
+        # pay
         return torch.compile(self.function, fullgraph=True, dynamic=False, options=self.options)
 
 
 def is_compilable(arguments: Any) -> bool:
-    """Tell whether the first tensor among the arguments is on a GPU that we can compile for."""
+    """Return whether the first tensor among the arguments is on a GPU that we can compile for."""
     first = next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
     return first.device.type == "cuda" and explain_missing_compiler(first.device) is None
 

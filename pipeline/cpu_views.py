@@ -1,8 +1,8 @@
 """Make views on a CPU with OpenCV, one by one.
 
 A view depends on its own crop alone, so it is the same bit for bit whatever the batch and the
-number of threads. Images are (H, W, 3) float32 arrays, which is the memory of a channels_last
-tensor. Adjustments that are affine in the color of a pixel are 3 x 4 matrices.
+number of threads. Images are (H, W, 3) float32 arrays, which is the memory layout of a
+channels_last tensor. Adjustments that are affine in the color of a pixel are 3 x 4 matrices.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.blur import blur_on_cpu
 from pipeline.fused import MEAN, STD
 from pipeline.masks import Masks
-from pipeline.photometric import CONTRAST, GRAY, HUE, SATURATION, Look
+from pipeline.photometric import CONTRAST, GRAY, HUE, SATURATION, ViewPhotometric
 from pipeline.recipes import SOFT_BLUR_SIGMAS, Recipe
 
 IDENTITY = np.eye(3, 4)
@@ -25,19 +25,19 @@ NORMALIZE, NORMALIZE_GRAY = (
 )
 """The matrices that normalize each channel by ImageNet's mean and standard deviation."""
 DEGREES = 360
-"""A whole turn of the hue, in OpenCV's HSV of floats."""
+"""Full turn of the hue in OpenCV's float HSV images."""
 
 
-def make_view(crop: np.ndarray, look: Look, recipe: Recipe) -> np.ndarray:
+def make_view(crop: np.ndarray, parameters: ViewPhotometric, recipe: Recipe) -> np.ndarray:
     """Make the encoder's input of one view, unmasked: jitter, normalization, blur, high-pass.
 
     Args:
         crop: (H, W, 3) uint8.
     """
-    image = jitter_colors(to_floats(crop), look)
-    image = cv2.transform(image, NORMALIZE_GRAY if look.gray else NORMALIZE)
-    if look.sigma:  # this blur commutes with gray and normalization
-        image = blur_on_cpu(image, math.ceil(SOFT_BLUR_SIGMAS * look.sigma), look.sigma)
+    image = jitter_colors(to_floats(crop), parameters)
+    image = cv2.transform(image, NORMALIZE_GRAY if parameters.gray else NORMALIZE)
+    if parameters.sigma:  # this blur commutes with gray and normalization
+        image = blur_on_cpu(image, math.ceil(SOFT_BLUR_SIGMAS * parameters.sigma), parameters.sigma)
     if recipe.high_pass:
         image -= blur_on_cpu(image, recipe.high_pass_kernel // 2, recipe.high_pass_sigma)
     return image
@@ -50,18 +50,18 @@ def to_floats(crop: np.ndarray) -> np.ndarray:
     return image
 
 
-def jitter_colors(image: np.ndarray, look: Look) -> np.ndarray:
+def jitter_colors(image: np.ndarray, parameters: ViewPhotometric) -> np.ndarray:
     """Adjust brightness, contrast, saturation and hue in the order of this view.
 
     An adjustment by the factor f gives f x + (1 - f) y, clamped to 0 .. 1, where y is black, the
     view's mean gray or the pixel's own gray.
     """
-    for kind in look.order:
+    for kind in parameters.order:
         if kind == HUE:
-            if look.hue:
-                image = rotate_hue(image, look.hue)
+            if parameters.hue:
+                image = rotate_hue(image, parameters.hue)
             continue
-        factor = look.factors[kind]
+        factor = parameters.factors[kind]
         if factor == 1:
             continue
         matrix = factor * IDENTITY

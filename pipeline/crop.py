@@ -28,9 +28,9 @@ def draw_windows(height: np.ndarray, width: np.ndarray, recipe: Recipe, rng: Rng
         (N, 4) float32, y0 x0 y1 x1 as fractions of the image; x0 > x1 if flipped.
     """
     size = len(height)
-    area, aspect = rng.on_host(size, ATTEMPTS, 2).numpy().transpose(2, 0, 1)
-    position = rng.on_host(size, 2).numpy()
-    is_flipped = rng.on_host(size).numpy() < recipe.flip_probability
+    area, aspect = rng.uniform_on_host(size, ATTEMPTS, 2).numpy().transpose(2, 0, 1)
+    position = rng.uniform_on_host(size, 2).numpy()
+    is_flipped = rng.uniform_on_host(size).numpy() < recipe.flip_probability
 
     low, high = recipe.crop_area
     pixels = (height * width)[:, None] * (low + (high - low) * area)
@@ -86,7 +86,7 @@ class HostCrops:
         images: N images, (H, W, 3) uint8.
         windows: (N, 4) float32, as from `draw_windows`.
         side, interpolation: see `crop_on_host`.
-        pinned: make them in pinned memory, which a GPU copies while the host goes on.
+        pinned: allocate the crops in pinned memory, so that copies to a GPU are asynchronous.
     """
 
     def __init__(

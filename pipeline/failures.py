@@ -27,20 +27,19 @@ def translate_dali_errors(
 
 
 def explain(message: str, url: str, in_flight: Iterable[EncodedBatch]) -> str:
-    """Say in one line what happened, where, and what to do."""
+    """Return a one-line message: what happened, where, and what to do."""
     reason, kind = first_line(message), classify_error(message)
     if kind == "memory":
         return f"{url}: DALI is out of memory ({reason}); a smaller batch or crop needs less"
     if kind == "device":
         return (
-            f"the GPU fails ({reason}); no shard is to blame: check `nvidia-smi` and the "
-            "system's log, then run the same command again to resume"
+            f"the GPU failed ({reason}); the shards are intact: check `nvidia-smi` and the system "
+            "log, then run the same command again to resume"
         )
     where = find_unreadable(in_flight) if "decoders.image" in message else None
     return (
-        f"{where or url}: {reason}; `python -m schemas verify {url}` "
-        "shows what has changed since it was written: copy that shard again, or write the "
-        "dataset again without the sample"
+        f"{where or url}: {reason}; `python -m schemas verify {url}` lists damaged files; copy the "
+        "damaged shard again, or rebuild the dataset without this sample"
     )
 
 

@@ -1,12 +1,14 @@
 """The content of masked pixels: noise, strong blur, mean, or a user's function.
 
-Differences from the released code (docs/method.md, D8, D9 and D14):
+Relation to the released code (docs/method.md, D8, D9 and D14):
 
-* D8: noise replaces the pixel (the poster says "add"; on high-pass images the mean is near zero).
-* D9: each view of each sample has its own noise, so a batch shares no texture. The noise is a tile
-  of one cell that is repeated over the view, also outside focal windows: drawing a normal number
-  for every pixel costs more on a CPU than all other masking work.
-* D14: the mean is each view's own, per channel, over all its pixels before masking.
+* D8: noise replaces the pixel, as released (the poster says "add"; on high-pass images the mean is
+  near zero).
+* D9: each view of each sample has its own noise, so a batch shares no texture (released: one tile
+  for a batch). As released, the noise is a tile of one cell that is repeated over the view. Focal
+  windows are filled with it too (released: new noise), because drawing a normal number for every
+  pixel costs more on a CPU than all other masking work.
+* D14: the mean is each view's own, per channel, over all its pixels before masking, as released.
 
 A custom fill is one function: docs/pipeline.md has an example.
 """

@@ -38,8 +38,8 @@ Planes = tuple[Tensor, Tensor, Tensor]
 """R, G and B, each (N, H, W)."""
 
 
-class Cover(NamedTuple):
-    """The mask of one masked copy of a view, and its noise.
+class FusedMasking(NamedTuple):
+    """What the compiled function needs of a `pixels.Masking`: the masks and the noise.
 
     Attributes:
         cells: (N, C, h, w) bool, C 1 or 3.
@@ -55,10 +55,10 @@ class Cover(NamedTuple):
     std: float
 
 
-Chain = Callable[[Tensor, Tensor, Sequence[Cover | None]], list[Tensor]]
-"""Signature: (image, table, covers) -> one (N, 3, H, W) float32 tensor per cover.
+Chain = Callable[[Tensor, Tensor, Sequence[FusedMasking | None]], list[Tensor]]
+"""Signature: (image, table, maskings) -> one (N, 3, H, W) float32 tensor per masking.
 
-image: (N, H, W, 3) uint8. table: (N, columns), see `pack_parameters`. covers: one per copy, None
+image: (N, H, W, 3) uint8. table: (N, columns), see `pack_parameters`. maskings: one per copy, None
 for a copy that is not masked. The results are channels_last."""
 
 
@@ -111,7 +111,9 @@ def build_chain(recipe: Recipe) -> Chain:
     high_pass = build_shared_kernel(recipe.high_pass_kernel, recipe.high_pass_sigma)[0].tolist()
     strong = build_shared_kernel(recipe.blur_kernel, recipe.blur_sigma)[0].tolist()
 
-    def chain(image: Tensor, table: Tensor, covers: Sequence[Cover | None]) -> list[Tensor]:
+    def chain(
+        image: Tensor, table: Tensor, maskings: Sequence[FusedMasking | None]
+    ) -> list[Tensor]:
         planes = normalize(augment_colors(image, table, has_jitter, has_gray))
         view = torch.stack(planes, -1)
         if radius:
@@ -120,14 +122,14 @@ def build_chain(recipe: Recipe) -> Chain:
         if has_high_pass:
             view = view - blur(view, high_pass)
         content = view
-        if any(cover is not None for cover in covers):
+        if any(masking is not None for masking in maskings):
             if fill == "blur":
                 content = blur(view, strong)
             elif fill == "mean":
                 content = view.mean((1, 2), keepdim=True)
         return [
-            (view if cover is None else fill_masked(view, content, cover)).permute(0, 3, 1, 2)
-            for cover in covers
+            (view if masking is None else fill_masked(view, content, masking)).permute(0, 3, 1, 2)
+            for masking in maskings
         ]
 
     return chain
@@ -234,19 +236,19 @@ def blur(view: Tensor, taps: Sequence[Tensor | float]) -> Tensor:
     return view
 
 
-def fill_masked(view: Tensor, content: Tensor, cover: Cover) -> Tensor:
-    """Replace the masked pixels of (N, H, W, 3) by the cover's noise, or else by the content."""
+def fill_masked(view: Tensor, content: Tensor, masking: FusedMasking) -> Tensor:
+    """Replace the masked pixels of (N, H, W, 3) by the masking's noise, or by `content`."""
     _, height, width, channels = view.shape
-    cells = cover.cells.permute(0, 2, 3, 1)
+    cells = masking.cells.permute(0, 2, 3, 1)
     size, rows, columns, depth = cells.shape
     shape = (size, rows, height // rows, columns, width // columns, depth)
     is_masked = cells[:, :, None, :, None].expand(shape).reshape(size, height, width, depth)
-    if cover.windows is not None:
-        window = cover.windows.to_pixels().unsqueeze(-1)
-        is_masked = torch.where(cover.focal.view(-1, 1, 1, 1), window, is_masked)
-    if cover.noise is not None:
-        tile = cover.noise.permute(0, 2, 3, 1)
+    if masking.windows is not None:
+        window = masking.windows.to_pixels().unsqueeze(-1)
+        is_masked = torch.where(masking.focal.view(-1, 1, 1, 1), window, is_masked)
+    if masking.noise is not None:
+        tile = masking.noise.permute(0, 2, 3, 1)
         cell = tile.shape[1]
         shape = (size, height // cell, cell, width // cell, cell, channels)
-        content = cover.std * tile[:, None, :, None].expand(shape).reshape(view.shape)
+        content = masking.std * tile[:, None, :, None].expand(shape).reshape(view.shape)
     return torch.where(is_masked, content, view)

@@ -1,7 +1,8 @@
 """The DALI graph: decode images, then crop, resize and flip them and their saliency.
 
-The graph has no randomness and no state: its inputs alone determine its outputs. On the host,
-PyTorch crops the images that DALI has decoded, in a fifth of the time of DALI's own operator.
+The graph has no randomness and no state: its inputs alone determine its outputs. If `MaskedViews`
+decodes on the CPU, PyTorch crops the images that DALI has decoded, in a fifth of the time of DALI's
+own operator. For `EvalViews`, DALI crops on the CPU too.
 """
 
 from collections import deque
@@ -95,8 +96,8 @@ class Decoder:
     Args:
         batches: batches of at most `batch_size` samples; only a thread advances this iterator.
         device: device that decodes and crops.
-        for_gpu: True if a GPU takes the views that the host crops: they are in pinned memory, and
-            the host makes them one batch ahead, while the GPU trains.
+        stage_for_gpu: True if host-cropped views go to a GPU: they are put in pinned memory and
+            made one batch ahead of training.
         url: dataset folder, for messages.
 
     Raises:
@@ -111,9 +112,9 @@ class Decoder:
         device: torch.device,
         batch_size: int,
         url: str,
-        for_gpu: bool = False,
+        stage_for_gpu: bool = False,
     ) -> None:
-        self.spec, self.device, self.url, self.for_gpu = spec, device, url, for_gpu
+        self.spec, self.device, self.url, self.stage_for_gpu = spec, device, url, stage_for_gpu
         self._ahead = ReadAhead(add_inputs(batches, spec), BATCHES_AHEAD)
         self._in_flight: deque[PreparedBatch] = deque()
         self._started: deque[StartedBatch | Exception] = deque()
@@ -143,7 +144,7 @@ class Decoder:
         return self
 
     def __next__(self) -> DecodedBatch:
-        ahead = self.for_gpu and not self.spec.on_device
+        ahead = self.stage_for_gpu and not self.spec.on_device
         while len(self._started) < 1 + ahead:
             try:
                 self._started.append(self._start())
@@ -172,7 +173,7 @@ class Decoder:
                 views.append(to_tensor(outputs.pop(0)))
             else:
                 size, interpolation = self.spec.crop_size, self.spec.interpolation
-                views.append(HostCrops(images, window, size, interpolation, self.for_gpu))
+                views.append(HostCrops(images, window, size, interpolation, self.stage_for_gpu))
         return StartedBatch(prepared, views, saliency)
 
 
@@ -202,7 +203,7 @@ def wrap_for_dali(files: Sequence[np.ndarray]) -> TensorListCPU:
 
 @pipeline_def
 def build_view_graph(source: Any, spec: ViewSpec, device: torch.device) -> tuple[Any, ...]:
-    """Build the graph.
+    """Build the DALI graph that decodes a batch's images and maps and crops what `spec` asks for.
 
     The outputs are the decoded images unless the graph crops them; then for each view its saliency
     (if there is a grid) and the view itself (if the graph crops).
@@ -220,8 +221,8 @@ def build_view_graph(source: Any, spec: ViewSpec, device: torch.device) -> tuple
             no_copy=True,
         )
     )
-    is_for_gpu = device.type == "cuda"
-    decoder = "mixed" if is_for_gpu else "cpu"
+    runs_on_gpu = device.type == "cuda"
+    decoder = "mixed" if runs_on_gpu else "cpu"
     image = fn.decoders.image(inputs.pop(0), device=decoder, output_type=types.RGB)
     outputs = [] if spec.on_device else [image]
     if spec.grid is not None:
@@ -230,7 +231,7 @@ def build_view_graph(source: Any, spec: ViewSpec, device: torch.device) -> tuple
         start, end = inputs.pop(0), inputs.pop(0)
         if spec.grid is not None:
             cells = crop_window(saliency, start, end, spec.grid, "bilinear", dtype=types.FLOAT)
-            outputs.append(cells.gpu() if is_for_gpu else cells)
+            outputs.append(cells.gpu() if runs_on_gpu else cells)
         if spec.on_device:
             outputs.append(crop_window(image, start, end, spec.crop_size, spec.interpolation))
     return tuple(outputs)

@@ -20,8 +20,8 @@ def split_rows(size: int) -> list[slice]:
 @cache
 def get_threads() -> ThreadPoolExecutor:
     """Return the pool that works on parts of a batch; each of its threads uses one core."""
-    # PyTorch fixes a thread's number of threads when it first asks for it, to the number that any
-    # thread has set last: ask now, so that the caller does not get the 1 of the pool's threads
+    # A thread's intra-op thread count is fixed at its first query, to the value last set by any
+    # thread. Query it here, before the pool's threads set it to 1.
     torch.get_num_threads()
     # for the whole process: OpenCV would start threads of its own for views above 256 pixels
     cv2.setNumThreads(1)

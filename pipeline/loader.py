@@ -242,7 +242,7 @@ class MaskedViews:
                 self._decode_on,
                 self.batch_size,
                 self.dataset.url,
-                for_gpu=self.device.type == "cuda",
+                stage_for_gpu=self.device.type == "cuda",
             )
         try:
             batch = self._assemble(next(self._batches))

@@ -48,14 +48,15 @@ class Photometric:
         """Return the parameters of these rows."""
         return Photometric(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def to_looks(self) -> list["Look"]:
-        """Return the parameters of each view as plain numbers."""
+    def split(self) -> list["ViewPhotometric"]:
+        """Return the parameters of each view, as Python numbers."""
         factors = torch.stack([self.brightness, self.contrast, self.saturation], 1)
         columns = (self.order, factors, self.hue, self.gray, self.sigma)
-        return [Look(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [ViewPhotometric(*row) for row in rows]
 
 
-class Look(NamedTuple):
+class ViewPhotometric(NamedTuple):
     """Photometric parameters of one view.
 
     Attributes:
@@ -70,19 +71,19 @@ class Look(NamedTuple):
     sigma: float
 
 
-UNCHANGED = Look(order=[], factors=[], hue=0.0, gray=False, sigma=0.0)
-"""The look of a view without augmentation."""
+UNCHANGED = ViewPhotometric(order=[], factors=[], hue=0.0, gray=False, sigma=0.0)
+"""Photometric parameters of a view without augmentation."""
 
 
 def draw_photometric(size: int, recipe: Recipe, rng: Rng) -> Photometric:
     """Draw the photometric parameters of `size` views."""
 
     def flip_coin(probability: float) -> Tensor:
-        return rng.on_host(size) < probability
+        return rng.uniform_on_host(size) < probability
 
     def draw_between(limits: Range) -> Tensor:
         low, high = limits
-        return low + (high - low) * rng.on_host(size)
+        return low + (high - low) * rng.uniform_on_host(size)
 
     is_jittered = flip_coin(recipe.jitter_probability)
 
@@ -90,7 +91,7 @@ def draw_photometric(size: int, recipe: Recipe, rng: Rng) -> Photometric:
         return torch.where(is_jittered, draw_between((1 - change, 1 + change)), 1.0)
 
     return Photometric(
-        order=rng.on_host(size, 4).argsort(1),
+        order=rng.uniform_on_host(size, 4).argsort(1),
         brightness=draw_factor(recipe.brightness),
         contrast=draw_factor(recipe.contrast),
         saturation=draw_factor(recipe.saturation),
@@ -102,8 +103,8 @@ def draw_photometric(size: int, recipe: Recipe, rng: Rng) -> Photometric:
     )
 
 
-def apply(view: Tensor, parameters: Photometric) -> Tensor:
-    """Augment the colors of a batch at once, on a GPU whose machine has no compiler.
+def augment_on_gpu(view: Tensor, parameters: Photometric) -> Tensor:
+    """Jitter colors, convert to gray and blur, for a batch on a GPU without a compiler.
 
     Args:
         view: (N, H, W, 3) uint8.

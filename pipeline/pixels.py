@@ -94,8 +94,8 @@ def make_on_cpu(
 ) -> list[Tensor]:
     """Make the views one by one (the docstring of this module says why)."""
     views: Iterator[np.ndarray] = (
-        cpu_views.make_view(crop, look, recipe)
-        for crop, look in zip(image.numpy(), parameters.to_looks(), strict=True)
+        cpu_views.make_view(crop, view_parameters, recipe)
+        for crop, view_parameters in zip(image.numpy(), parameters.split(), strict=True)
     )
     contents: list[Tensor | None] = [None] * len(maskings)
     if recipe.fill not in FUSED_FILLS:  # a user's fill gets all views at once
@@ -155,7 +155,7 @@ def make_plain_views(image: Tensor, recipe: Recipe) -> Tensor:
     if image.device.type == "cpu":
         views = [cpu_views.make_view(crop, UNCHANGED, recipe) for crop in image.numpy()]
         return as_tensor(np.stack(views))
-    return encoder_input_(image.permute(0, 3, 1, 2).float().div_(255), recipe)
+    return normalize_and_filter_(image.permute(0, 3, 1, 2).float().div_(255), recipe)
 
 
 def make_on_gpu(
@@ -163,9 +163,9 @@ def make_on_gpu(
 ) -> list[Tensor]:
     """Make the views of a batch with the compiled function if possible."""
     is_fused = recipe.fill in FUSED_FILLS
-    covers = [build_cover(masking) for masking in maskings] if is_fused else [None]
+    fused_maskings = [to_fused(masking) for masking in maskings] if is_fused else [None]
     table = to_device(fused.pack_parameters(parameters, recipe), image.device)
-    views = get_compiled_chain(recipe).try_call(image, table, covers)
+    views = get_compiled_chain(recipe).try_call(image, table, fused_maskings)
     if views is not None and is_fused:
         return views
     # a user's fill gets the unmasked views
@@ -175,11 +175,11 @@ def make_on_gpu(
 
 def make_unmasked(image: Tensor, parameters: Photometric, recipe: Recipe) -> Tensor:
     """Make unmasked views with PyTorch's operators: (N, H, W, 3) uint8 -> (N, 3, H, W)."""
-    return encoder_input_(photometric.apply(image, parameters), recipe)
+    return normalize_and_filter_(photometric.augment_on_gpu(image, parameters), recipe)
 
 
-def encoder_input_(image: Tensor, recipe: Recipe) -> Tensor:
-    """Normalize images in place; return them, or their high-pass if the recipe has one.
+def normalize_and_filter_(image: Tensor, recipe: Recipe) -> Tensor:
+    """Normalize images in place; return them, or their high-pass if the recipe uses it.
 
     Args:
         image: (N, 3, H, W) float32 in 0 .. 1.
@@ -195,12 +195,12 @@ def get_compiled_chain(recipe: Recipe) -> Compiled:
     return Compiled(fused.build_chain(recipe), options=COMPILER_OPTIONS)
 
 
-def build_cover(masking: Masking | None) -> fused.Cover | None:
-    """Return the form of a masking that the compiled function takes."""
+def to_fused(masking: Masking | None) -> fused.FusedMasking | None:
+    """Convert a masking to the form that the compiled function takes."""
     if masking is None:
         return None
     masks = masking.masks
-    return fused.Cover(masks.cells, masks.windows, masks.focal, masking.noise, masking.std)
+    return fused.FusedMasking(masks.cells, masks.windows, masks.focal, masking.noise, masking.std)
 
 
 def mask_copies(view: Tensor, maskings: Sequence[Masking | None], recipe: Recipe) -> list[Tensor]:

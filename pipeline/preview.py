@@ -31,7 +31,7 @@ from schemas import ShardDataset, UserError
 
 FOREGROUND = (255, 214, 10)
 HIGH_PASS_CONTRAST = 0.5
-"""Brightness (0 .. 1) per normalized unit of high-pass images, shown about middle gray."""
+"""Brightness (0 .. 1) per normalized unit of high-pass images, shown around middle gray."""
 
 
 def write_preview(
@@ -51,11 +51,11 @@ def write_preview(
         The number of rows: `samples`, or the size of the dataset if that is smaller.
 
     Raises:
-        UserError: `MaskedViews` raises it, `samples` is below 1, or `out` is not the name of a
-            picture or cannot be written.
+        UserError: `MaskedViews` raises it, `samples` is below 1, or `out` has the suffix .html or
+            cannot be written.
     """
     if samples < 1:
-        raise UserError(f"samples is {samples}, it must be at least 1")
+        raise UserError(f"samples is {samples}; it must be at least 1")
     if out.suffix == ".html":
         raise UserError(
             f"{out}: give the name of the picture, {out.with_suffix('.png')}; its page has the "
@@ -70,7 +70,8 @@ def write_preview(
         seed=seed,
         report=("masks", "saliency", "windows", "crops", "keys"),
     )
-    batch = next(iter(views))
+    with closing(views):
+        batch = next(iter(views))
     with closing(ShardReader(dataset, open_source(dataset, None), views.order)) as reader:
         encoded = reader.read(epoch=0, step=0)
     rows = [
@@ -111,7 +112,7 @@ def draw_batch_sheet(
         ]
         rows.append(tiles)
     return draw_png(
-        "as fed", "High-pass views are shown about middle gray." * recipe.high_pass, rows
+        "network input", "High-pass views are shown around middle gray." * recipe.high_pass, rows
     )
 
 
@@ -122,15 +123,16 @@ def describe_sheet(dataset: ShardDataset, recipe: Recipe) -> tuple[str, str]:
     if masks_depend_on_saliency(recipe):
         margin = f"A >= mean - {recipe.foreground_margin:g} std"
         note += (
-            f" Dots and lines: its foreground, {margin} on its {recipe.grid} x {recipe.grid} grid."
+            f" Dots and outlines mark its foreground cells, {margin} on its {recipe.grid} x "
+            f"{recipe.grid} grid."
         )
     if recipe.high_pass:
-        note += " High-pass views are shown about middle gray."
+        note += " High-pass views are shown around middle gray."
     return title, note
 
 
 def masks_depend_on_saliency(recipe: Recipe) -> bool:
-    """Tell whether any mask of the recipe may depend on the saliency."""
+    """Return whether any mask of the recipe may depend on the saliency."""
     names = {recipe.query_mask} | ({recipe.hard_negative_mask} if recipe.hard_negatives else set())
     independent = {"random", "block"} | ({"regions"} if recipe.region_choice == "random" else set())
     return recipe.fill != "none" and not names <= independent
@@ -174,13 +176,14 @@ def draw_sample_row(
         crop, foreground = draw_crop(batch, branch, row, recipe)
         view = draw_view(getattr(batch, branch)[row], recipe)
         tiles.append(Tile(f"{branch}: crop", crop, foreground, branch))
-        tiles.append(Tile(f"{branch}, as fed", view, describe_mask(batch, branch, row), branch))
+        caption = describe_mask(batch, branch, row)
+        tiles.append(Tile(f"{branch}: network input", view, caption, branch))
     for number in range(recipe.hard_negatives):
         assert batch.hard_negative is not None
         negative_row = number * len(batch.query) + row
         view = draw_view(batch.hard_negative[negative_row], recipe)
         caption = describe_mask(batch, "hard_negative", negative_row)
-        tiles.append(Tile("hard negative, as fed", view, caption))
+        tiles.append(Tile("hard negative: network input", view, caption))
     return tiles
 
 
@@ -202,9 +205,10 @@ def draw_crop(batch: Batch, branch: str, row: int, recipe: Recipe) -> tuple[Imag
     if not masks_depend_on_saliency(recipe):
         return tile, ""
     saliency = getattr(batch, f"{branch}_saliency")[row]
-    front = masks.find_foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0].cpu().numpy()
-    outline_(tile, front)
-    return tile, f"foreground {front.sum()} of {front.size} cells"
+    foreground = masks.find_foreground(saliency.unsqueeze(0), recipe.foreground_margin)[0]
+    is_foreground = foreground.cpu().numpy()
+    outline_foreground_(tile, is_foreground)
+    return tile, f"foreground {is_foreground.sum()} of {is_foreground.size} cells"
 
 
 def draw_view(view: Tensor, recipe: Recipe) -> Image.Image:
@@ -223,23 +227,27 @@ def to_picture(values: Tensor) -> Image.Image:
     return Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC)
 
 
-def outline_(tile: Image.Image, front: np.ndarray) -> None:
-    """Draw a border around the foreground cells and a dot in each of them, in place."""
+def outline_foreground_(tile: Image.Image, is_foreground: np.ndarray) -> None:
+    """Draw a border around the foreground cells and a dot in each of them, in place.
+
+    Args:
+        is_foreground: (grid, grid) bool.
+    """
     draw = ImageDraw.Draw(tile)
-    side = len(front)
+    side = len(is_foreground)
     cell = TILE / side
-    padded = np.pad(front, 1)
-    for row, column in zip(*front.nonzero(), strict=True):
+    padded = np.pad(is_foreground, 1)
+    for row, column in zip(*is_foreground.nonzero(), strict=True):
         middle = ((column + 0.5) * cell, (row + 0.5) * cell)
         draw.circle(middle, 2.5, fill=FOREGROUND, outline=INK)
     for line in range(side + 1):
-        at = min(round(line * cell), TILE - 1)
-        for place in range(side):
-            start, end = round(place * cell), round((place + 1) * cell)
-            if padded[line, place + 1] != padded[line + 1, place + 1]:
-                draw.line((start, at, end, at), fill=FOREGROUND, width=2)
-            if padded[place + 1, line] != padded[place + 1, line + 1]:
-                draw.line((at, start, at, end), fill=FOREGROUND, width=2)
+        edge = min(round(line * cell), TILE - 1)
+        for cell_index in range(side):
+            start, end = round(cell_index * cell), round((cell_index + 1) * cell)
+            if padded[line, cell_index + 1] != padded[line + 1, cell_index + 1]:
+                draw.line((start, edge, end, edge), fill=FOREGROUND, width=2)
+            if padded[cell_index + 1, line] != padded[cell_index + 1, line + 1]:
+                draw.line((edge, start, edge, end), fill=FOREGROUND, width=2)
 
 
 def overlay_saliency(image: Image.Image, saliency: Image.Image) -> Image.Image:

@@ -18,7 +18,10 @@ def register(kind: str, name: str, registry: dict) -> Callable[[Function], Funct
 
     def add(function: Function) -> Function:
         if name in registry or ":" in name or name == "none":
-            raise UserError(f"{kind} {name!r}: the name is taken or contains a colon")
+            raise UserError(
+                f'{kind} {name!r}: choose a name that is not registered, is not "none" and has no '
+                "colon"
+            )
         registry[name] = function
         return function
 

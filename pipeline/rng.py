@@ -25,7 +25,7 @@ PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 WORDS_AHEAD = 64
 """64-bit words that a stream draws ahead: one NumPy call serves all small draws of a view."""
 
-REGISTER = 16
+VECTOR_WIDTH = 16
 """Maximum number of float32 values in a vector register (AVX-512)."""
 
 
@@ -72,7 +72,8 @@ class Rng:
         return np.ascontiguousarray(drawn_words)
 
     def draw_blocks(self, count: int) -> np.ndarray:
-        """Draw at least `count` words of each stream in blocks of four, behind those in store.
+        """Draw at least `count` more words of each stream, in blocks of four, after those already
+        buffered.
 
         Returns:
             (N, 4 k) uint64, where k is the number of blocks.
@@ -89,7 +90,7 @@ class Rng:
         self._block += blocks
         return words
 
-    def on_host(self, *shape: int) -> Tensor:
+    def uniform_on_host(self, *shape: int) -> Tensor:
         """Draw uniform float64 numbers in [0, 1), on the CPU whatever the device.
 
         Args:
@@ -100,8 +101,8 @@ class Rng:
         return torch.from_numpy(uniform.reshape(shape))
 
     def uniform(self, *shape: int) -> Tensor:
-        """Draw uniform float64 numbers in [0, 1) on the device; `shape` is as for `on_host`."""
-        return to_device(self.on_host(*shape), self.device)
+        """Draw uniform float64 numbers in [0, 1) on the device; `shape`: see `uniform_on_host`."""
+        return to_device(self.uniform_on_host(*shape), self.device)
 
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal float32 numbers on the device, with absolute values up to 5.4.
@@ -110,7 +111,7 @@ class Rng:
         device's own, so the values of two devices agree up to rounding.
 
         Args:
-            shape: see `on_host`.
+            shape: see `uniform_on_host`.
         """
         count = int(np.prod(shape, dtype=np.int64)) // max(1, len(self.samples))
         words = self.draw_words(count_normal_words(count))
@@ -123,10 +124,10 @@ class Rng:
 def count_normal_words(count: int) -> int:
     """Return the number of words of a stream from which it makes `count` normal numbers.
 
-    A word gives two. Each sample draws a multiple of the vector register: on a CPU, the remaining
-    numbers would be rounded differently, so that a number would depend on the batch that it is in.
+    A word gives two. Each sample draws a multiple of the vector width: on a CPU, numbers outside
+    full vectors are rounded differently, so a number would depend on its batch.
     """
-    return -(-count // REGISTER) * REGISTER // 2
+    return -(-count // VECTOR_WIDTH) * VECTOR_WIDTH // 2
 
 
 class BatchRng:
@@ -134,8 +135,8 @@ class BatchRng:
 
     Args:
         seed, epoch, samples, device: see `Rng`.
-        ahead: number of words of each stream to draw now, by purpose and copy. Streams that need
-            more draw them when they do, and so do those that are not named.
+        ahead: number of words of each stream to draw now, by purpose and copy. Further words, and
+            those of streams not listed, are drawn on demand.
     """
 
     def __init__(

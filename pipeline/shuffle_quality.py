@@ -40,7 +40,7 @@ def measure_quality(order: np.ndarray, labels: np.ndarray, batch_size: int) -> Q
     """
     required = max(2, batch_size)
     if len(order) < required:
-        raise UserError(f"samples: {len(order)}; the quality of a shuffle needs {required} or more")
+        raise UserError(f"samples: {len(order)}; measuring the shuffle needs at least {required}")
     used = len(order) // batch_size * batch_size
     batches = labels[order][:used].reshape(-1, batch_size)
     class_counts = [len(set(batch) - {-1}) for batch in batches.tolist()]
@@ -63,7 +63,7 @@ def describe_shuffle(
         samples: number of samples to analyze, from the start of the epoch.
 
     Raises:
-        UserError: `samples` is below 1, or the dataset has less than one batch.
+        UserError: `samples` or the size of the dataset is below max(2, `batch_size`).
     """
     if samples < 1:
         raise UserError(f"--samples is {samples}; it must be at least 1")
@@ -72,7 +72,7 @@ def describe_shuffle(
     sizes = [row.samples for row in dataset.shards]
     sample_order = SampleOrder(sizes, batch_size, seed, shuffle_shards)
     if sample_order.steps == 0:
-        raise UserError(f"{url}: {len(labels)} samples make no batch of {batch_size}")
+        raise UserError(f"{url}: {len(labels)} samples are too few for batch {batch_size}")
     steps = range(min(sample_order.steps, -(-samples // batch_size)))
     order = np.concatenate([sample_order.batch(0, step) for step in steps])[:samples]
     rows = {

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from bench.object_store import ObjectServer
-from pipeline import RECIPES, Batch, MaskedViews, Recipe
+from pipeline import RECIPES, MaskedViews, Recipe
 from pipeline import cache as cache_module
 from pipeline.cache import Cache, ShardCache
 from pipeline.rng import Purpose, Rng
@@ -138,17 +138,6 @@ def views_of(dataset: ShardDataset, name: str = "hp", **options: Any) -> MaskedV
     return MaskedViews(dataset.url, small(name), **{**settings, **options})
 
 
-def take(views: MaskedViews, count: int) -> list[Batch]:
-    """Return the next `count` batches, across epochs."""
-    batches: list[Batch] = []
-    while len(batches) < count:
-        for batch in views:
-            batches.append(batch)
-            if len(batches) == count:
-                break
-    return batches
-
-
 # --- a remote dataset and its cache ---------------------------------------------------------------
 
 SHARDS = 12
@@ -216,7 +205,7 @@ def present(cache: ShardCache) -> list[int]:
 def wait_until(is_so: Callable[[], object], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not is_so():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"not true after {seconds} s"
         time.sleep(0.005)
 
 

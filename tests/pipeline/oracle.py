@@ -13,23 +13,23 @@ STD = np.array([0.229, 0.224, 0.225])
 GRAY = np.array([0.299, 0.587, 0.114])
 
 
-def photometric(pixels: np.ndarray, look: dict, index: int) -> np.ndarray:
+def photometric(pixels: np.ndarray, parameters: dict, index: int) -> np.ndarray:
     """Apply MoCo v2's augmentation after the crop with the parameters of view `index`."""
     image = pixels.astype(np.float64) / 255
-    for kind in np.asarray(look["order"][index]):
+    for kind in np.asarray(parameters["order"][index]):
         if kind == 0:
-            image = np.clip(image * float(look["brightness"][index]), 0, 1)
+            image = np.clip(image * float(parameters["brightness"][index]), 0, 1)
         elif kind == 1:
-            factor, mean = float(look["contrast"][index]), (image @ GRAY).mean()
+            factor, mean = float(parameters["contrast"][index]), (image @ GRAY).mean()
             image = np.clip(factor * image + (1 - factor) * mean, 0, 1)
         elif kind == 2:
-            factor, gray = float(look["saturation"][index]), (image @ GRAY)[..., None]
+            factor, gray = float(parameters["saturation"][index]), (image @ GRAY)[..., None]
             image = np.clip(factor * image + (1 - factor) * gray, 0, 1)
         else:
-            image = turned(image, float(look["hue"][index]))
-    if look["gray"][index]:
+            image = turned(image, float(parameters["hue"][index]))
+    if parameters["gray"][index]:
         image = np.repeat((image @ GRAY)[..., None], 3, axis=2)
-    sigma = float(look["sigma"][index])
+    sigma = float(parameters["sigma"][index])
     return blurred(image, sigma, math.ceil(3 * sigma)) if sigma else image
 
 
@@ -75,9 +75,9 @@ def blurred(image: np.ndarray, sigma: float, radius: int) -> np.ndarray:
     return image
 
 
-def encoder_view(pixels: np.ndarray, look: dict, index: int, high_pass: bool) -> np.ndarray:
+def encoder_view(pixels: np.ndarray, parameters: dict, index: int, high_pass: bool) -> np.ndarray:
     """Return the unmasked view: normalized and, if requested, high-passed (kernel 11, sigma 5)."""
-    view = (photometric(pixels, look, index) - MEAN) / STD
+    view = (photometric(pixels, parameters, index) - MEAN) / STD
     return view - blurred(view, 5.0, 5) if high_pass else view
 
 

@@ -127,7 +127,7 @@ def test_a_sample_without_its_saliency(own_dataset: ShardDataset) -> None:
 def test_another_format_version_is_refused(own_dataset: ShardDataset) -> None:
     card = Path(own_dataset.url) / "dataset.json"
     card.write_text(card.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(UserError, match=r"format version 2|version 2"):
+    with pytest.raises(UserError, match="format version 2"):
         MaskedViews(own_dataset.url, small("mean"), 2, "cpu")
 
 

@@ -38,7 +38,7 @@ def room_for(open_cache: Open, shards: list[int]) -> int:
     return sum(by_shard[shard] for shard in shards)
 
 
-def test_the_one_used_longest_ago_is_evicted_first(open_cache: Open) -> None:
+def test_least_recently_used_shard_is_evicted_first(open_cache: Open) -> None:
     cache = open_cache()
     for shard in (0, 1, 2, 0):  # now shard 1 is the least recently used
         content(cache, shard)
@@ -55,22 +55,14 @@ def test_a_shard_that_is_needed_soon_is_evicted_last(open_cache: Open) -> None:
         content(cache, shard)
     cache.prefetch([0, 3, 2])  # all are present; 1 and 4, used later than 0, are not needed
     wait_until(lambda: cache._threads == 0)
+    os.utime(cache.folder.path(cache.dataset.shards[4].sha256, "tar"))  # used after shard 1
     evicted = []
-    for shard in (
-        5,
-        6,
-        7,
-        8,
-        9,
-    ):  # each replaces an unneeded shard, and later ones replace the shard before
-        before = present(cache)
-        cache.folder.limit = (
-            cache.folder.count_bytes() + cache.estimate_bytes(cache.dataset.shards[shard]) - 1
-        )
-        os.utime(cache.folder.path(cache.dataset.shards[4].sha256, "tar")) if shard == 5 else None
+    for shard in range(5, 10):  # there is room for each if one other shard is evicted
+        row, before = cache.dataset.shards[shard], set(present(cache))
+        cache.folder.limit = cache.folder.count_bytes() + cache.estimate_bytes(row) - 1
         os.close(cache.open(shard).tar)
-        cache._needed[cache.dataset.shards[shard].sha256] = -1  # needed immediately
-        evicted += sorted(set(before) - set(present(cache)))
+        cache._needed[row.sha256] = -1  # needed immediately, so that it is not evicted next
+        evicted += sorted(before - set(present(cache)))
     assert evicted == [1, 4, 2, 3, 0]
 
 
@@ -198,11 +190,21 @@ def test_processes_of_a_host_fetch_a_shard_once(
         assert {n for (_, path), n in server.requests.items() if path.endswith(suffix)} == {1}
 
 
+def block_first(gate: threading.Event) -> Callable[[int], None]:
+    """Return a fault that holds the first request until the gate opens, or for 30 s."""
+
+    def fault(before: int) -> None:
+        if before == 0:
+            gate.wait(30)
+
+    return fault
+
+
 def test_a_killed_fetcher_leaves_nothing_that_harms(
     server: ObjectServer, open_cache: Open, tmp_path: Path
 ) -> None:
     gate = threading.Event()
-    server.fault = of_shard(0, lambda before: gate.wait(30) and None if before == 0 else None)
+    server.fault = of_shard(0, block_first(gate))
     child = in_child(lambda: os.close(open_cache().open(0).tar))
     wait_until(lambda: server.gets("000000.tar") == 1)
     folder = tmp_path / "cache"
@@ -221,7 +223,7 @@ def test_one_that_waits_takes_over_from_a_killed_fetcher(
     server: ObjectServer, open_cache: Open
 ) -> None:
     gate = threading.Event()
-    server.fault = of_shard(0, lambda before: gate.wait(30) and None if before == 0 else None)
+    server.fault = of_shard(0, block_first(gate))
     child = in_child(lambda: os.close(open_cache().open(0).tar))
     wait_until(lambda: server.gets("000000.tar") == 1)
     cache, lengths = open_cache(), []

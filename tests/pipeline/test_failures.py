@@ -9,22 +9,22 @@ from pipeline.failures import explain
     "message",
     ["CUDA allocation failed", "Can't allocate 4096 bytes on device 0.", "std::bad_alloc"],
 )
-def test_memory_that_runs_out_is_no_damaged_shard(message: str) -> None:
+def test_out_of_memory_does_not_blame_a_shard(message: str) -> None:
     line = explain(f"Error in an operator, encountered:\n{message}", "out/d", [])
     assert line.startswith(f"out/d: DALI is out of memory ({message})")
-    assert "copy that shard again" not in line
+    assert "copy the damaged shard again" not in line
 
 
-def test_a_gpu_that_fails_is_no_damaged_shard() -> None:
+def test_gpu_failure_does_not_blame_a_shard() -> None:
     message = "CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access"
     line = explain(message, "out/d", [])
-    assert line.startswith("the GPU fails (CUDA runtime API error cudaErrorIllegalAddress (700): ")
+    assert line.startswith("the GPU failed (CUDA runtime API error cudaErrorIllegalAddress (700): ")
     assert "nvidia-smi" in line
-    assert "copy that shard again" not in line
+    assert "copy the damaged shard again" not in line
     assert "\n" not in line
 
 
 def test_anything_else_names_the_shard() -> None:
     line = explain("out/d/shards/000001.tar: unexpected end of file", "out/d", [])
     assert line.startswith("out/d: out/d/shards/000001.tar: ")
-    assert "copy that shard again" in line
+    assert "copy the damaged shard again" in line

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from bench.gpu_loader import take
 from pipeline import RECIPES, Batch, MaskedViews, assemble, crop, loader
 from pipeline.crop import HostCrops
 from pipeline.graph import Decoder, StartedBatch, ViewSpec
 from pipeline.rng import Rng
 from schemas import ShardDataset, UserError
-from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, small, take, views_of
+from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, small, views_of
 
 
 def keys(batches: list[Batch]) -> list[str]:
@@ -109,7 +110,7 @@ def test_each_epoch_and_step_draws_anew(dataset: ShardDataset) -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 6, 9, 10])
-def test_resuming_is_continuing(dataset: ShardDataset, stop: int) -> None:
+def test_resume_is_exact(dataset: ShardDataset, stop: int) -> None:
     # epochs have five steps: stop before, inside and at the end of the first, and in the second
     views = views_of(dataset)
     take(views, stop)
@@ -140,7 +141,7 @@ def test_taking_the_state_changes_nothing(dataset: ShardDataset) -> None:
     assert same(batches, take(plain, 7))
 
 
-def test_an_iteration_that_was_left_goes_on(dataset: ShardDataset) -> None:
+def test_an_iteration_that_was_left_continues(dataset: ShardDataset) -> None:
     views = views_of(dataset)
     for _ in views:
         break
@@ -244,8 +245,8 @@ def test_crops_that_are_made_a_batch_ahead_are_the_same(
     built = []
 
     class CropsAhead(Decoder):
-        def __init__(self, *arguments: Any, for_gpu: bool) -> None:
-            super().__init__(*arguments, for_gpu=True)
+        def __init__(self, *arguments: Any, stage_for_gpu: bool) -> None:
+            super().__init__(*arguments, stage_for_gpu=True)
             built.append(self)
 
     make_crops = HostCrops.__init__
@@ -274,14 +275,14 @@ def test_an_error_is_raised_after_the_batches_before_it(
 
     monkeypatch.setattr(Decoder, "_start", start)
     spec = ViewSpec(CROP, on_device=False)
-    decoder = Decoder(iter(()), spec, torch.device("cpu"), BATCH, dataset.url, for_gpu=True)
+    decoder = Decoder(iter(()), spec, torch.device("cpu"), BATCH, dataset.url, stage_for_gpu=True)
     assert [next(decoder).prepared for _ in range(2)] == ["first", "second"]
     with pytest.raises(UserError, match="the third is damaged"):
         next(decoder)
 
 
 @pytest.mark.slow
-def test_any_world_size_goes_on_from_any_step(dataset: ShardDataset) -> None:
+def test_any_world_size_resumes_from_any_step(dataset: ShardDataset) -> None:
     """Global batches of 12 on 1, 2, 3, 4 and 6 ranks in turn equal those of one rank."""
     undisturbed = take(views_of(dataset, batch_size=12), 10)
     state = views_of(dataset, batch_size=12).state_dict()
@@ -303,7 +304,7 @@ def test_any_world_size_goes_on_from_any_step(dataset: ShardDataset) -> None:
         state = states[0]
 
 
-def test_another_global_batch_goes_on_between_epochs(dataset: ShardDataset) -> None:
+def test_another_global_batch_resumes_between_epochs(dataset: ShardDataset) -> None:
     one = views_of(dataset, batch_size=8)
     take(one, len(one))
     other = views_of(dataset, batch_size=12)
@@ -331,7 +332,7 @@ def version_1(views: MaskedViews, epoch: int, step: int) -> dict:
     }
 
 
-def test_a_state_of_version_1_goes_on(
+def test_a_state_of_version_1_resumes(
     dataset: ShardDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     views = views_of(dataset)

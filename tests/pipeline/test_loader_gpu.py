@@ -18,12 +18,14 @@ def photos_of_all_formats(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", gpu_loader.CHECKS)
 def test_check_passes(name: str, device: str, photos_of_all_formats: str) -> None:
-    told = gpu_loader.CHECKS[name](photos_of_all_formats, device, 7, 56)
-    assert bool(told) == (name != "no waits" or device == "cuda")
+    details = gpu_loader.CHECKS[name](photos_of_all_formats, device, 7, 56)
+    assert bool(details) == (name != "no waits" or device == "cuda")
 
 
 def test_a_batch_that_differs_is_noticed(photos_of_all_formats: str) -> None:
-    (batch,) = gpu_loader.take(gpu_loader.views_of(photos_of_all_formats, "cpu", 7, 56), 1)
+    (batch,) = gpu_loader.take_and_close(
+        gpu_loader.views_of(photos_of_all_formats, "cpu", 7, 56), 1
+    )
     assert gpu_loader.differences(batch, batch) == []
     assert batch.query_photometric is not None
     parameters = replace(batch.query_photometric, gray=~batch.query_photometric.gray)

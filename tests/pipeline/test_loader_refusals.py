@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu_loader import take
 from pipeline import MaskedViews
 from schemas import ShardDataset, UserError
-from tests.pipeline.conftest import BATCH, small, take, views_of
+from tests.pipeline.conftest import BATCH, small, views_of
 
 
 @pytest.mark.parametrize(

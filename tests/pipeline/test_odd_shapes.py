@@ -36,7 +36,7 @@ def test_common_shapes_keep_their_aspect_ratio():
     assert fit_into_tile(Image.new("RGB", (30, 60))).size == (112, 224)
 
 
-def test_a_preview_of_odd_shapes_is_a_sheet(tmp_path: Path):
+def test_preview_handles_odd_shapes(tmp_path: Path):
     samples = [
         Sample(
             key=f"s{place}",

@@ -50,11 +50,15 @@ def hwc(image: torch.Tensor) -> np.ndarray:
 def assert_as_the_oracle_has_it(pair: list[View], fields: dict[str, Any], recipe: Recipe) -> None:
     """Assert that all pixels except noise are those of the oracle."""
     size = len(pair[0].image)
-    looks = [dataclasses.asdict(fields[f"{name}_photometric"]) for name in ("query", "key")]
+    view_parameters = [
+        dataclasses.asdict(fields[f"{name}_photometric"]) for name in ("query", "key")
+    ]
     for index in range(size):
         query, key = (
-            oracle.encoder_view(view.image[index].cpu().numpy(), look, index, recipe.high_pass)
-            for view, look in zip(pair, looks, strict=True)
+            oracle.encoder_view(
+                view.image[index].cpu().numpy(), parameters, index, recipe.high_pass
+            )
+            for view, parameters in zip(pair, view_parameters, strict=True)
         )
         actual = [("query", index, query), ("key", index, key)]
         actual += [
@@ -148,16 +152,16 @@ def test_the_order_of_torchvisions_adjustments_and_their_values() -> None:
         jitter_probability=1.0,
     )  # fmt: skip
     (query, _), fields = step(recipe, 24)
-    look = fields["query_photometric"]
+    parameters = fields["query_photometric"]
     adjust = [
-        (functional.adjust_brightness, look.brightness),
-        (functional.adjust_contrast, look.contrast),
-        (functional.adjust_saturation, look.saturation),
-        (functional.adjust_hue, look.hue),
+        (functional.adjust_brightness, parameters.brightness),
+        (functional.adjust_contrast, parameters.contrast),
+        (functional.adjust_saturation, parameters.saturation),
+        (functional.adjust_hue, parameters.hue),
     ]
     for index in range(24):
         image = query.image[index].permute(2, 0, 1).double() / 255
-        for kind in look.order[index].tolist():
+        for kind in parameters.order[index].tolist():
             function, values = adjust[kind]
             image = function(image, float(values[index]))
         expected = functional.normalize(image, oracle.MEAN.tolist(), oracle.STD.tolist())

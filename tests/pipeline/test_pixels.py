@@ -31,7 +31,7 @@ def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, l
     recipe = dataclasses.replace(RECIPES[name], crop_size=crop, query_mask="spread", regions=0)
     rng = rng_of(size, 1)
     image = views(size, recipe)[0].image
-    look = photometric.draw_photometric(size, recipe, rng)
+    parameters = photometric.draw_photometric(size, recipe, rng)
     maskings: list[Masking | None] = [None]
     if recipe.fill != "none":
         drawn = masks.draw_masks(torch.rand(size, 7, 7), recipe, "query", rng)
@@ -45,7 +45,7 @@ def parts(name: str, size: int, crop: int) -> tuple[torch.Tensor, Photometric, l
                 return FILLS[recipe.fill](view, recipe, 0.18, own)
 
             maskings.append(Masking(drawn, 0.18, None, content))
-    return image, look, maskings, recipe
+    return image, parameters, maskings, recipe
 
 
 def rows_of(masking: Masking | None, rows: slice) -> Masking | None:
@@ -57,11 +57,11 @@ def rows_of(masking: Masking | None, rows: slice) -> Masking | None:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_the_fused_function_equals_the_operators(name: str) -> None:
-    image, look, maskings, recipe = parts(name, 24, 56)
-    expected = make_views(image, look, maskings, recipe)
+    image, parameters, maskings, recipe = parts(name, 24, 56)
+    expected = make_views(image, parameters, maskings, recipe)
     chain = fused.build_chain(recipe)
     actual = chain(
-        image, fused.pack_parameters(look, recipe), [pixels.build_cover(one) for one in maskings]
+        image, fused.pack_parameters(parameters, recipe), [pixels.to_fused(one) for one in maskings]
     )
     for one, other in zip(actual, expected, strict=True):
         assert (one - other).abs().max() < TOLERANCE
@@ -71,11 +71,11 @@ def test_the_fused_function_equals_the_operators(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_the_compiled_function_equals_the_operators() -> None:
-    image, look, maskings, recipe = parts("hp", 8, 56)
-    expected = make_views(image, look, maskings, recipe)
+    image, parameters, maskings, recipe = parts("hp", 8, 56)
+    expected = make_views(image, parameters, maskings, recipe)
     chain = torch.compile(fused.build_chain(recipe), fullgraph=True, dynamic=False)
     actual = chain(
-        image, fused.pack_parameters(look, recipe), [pixels.build_cover(one) for one in maskings]
+        image, fused.pack_parameters(parameters, recipe), [pixels.to_fused(one) for one in maskings]
     )
     for one, other in zip(actual, expected, strict=True):
         assert (one - other).abs().max() < TOLERANCE
@@ -84,27 +84,27 @@ def test_the_compiled_function_equals_the_operators() -> None:
 @pytest.mark.parametrize("crop", [56, 84])  # 84: a view does not fill all vector registers
 @pytest.mark.parametrize("name", ["hp", "blur", "mean"])
 def test_no_batch_changes_a_view(name: str, crop: int) -> None:
-    image, look, maskings, recipe = parts(name, 12, crop)
-    expected = make_views(image, look, maskings, recipe)
+    image, parameters, maskings, recipe = parts(name, 12, crop)
+    expected = make_views(image, parameters, maskings, recipe)
     for size in (1, 5):
         for start in range(0, 12, size):
             rows = slice(start, start + size)
             own = [rows_of(one, rows) for one in maskings]
-            actual = make_views(image[rows], look.select(rows), own, recipe)
+            actual = make_views(image[rows], parameters.select(rows), own, recipe)
             for one, other in zip(actual, expected, strict=True):
                 assert torch.equal(one, other[rows]), (size, start)
 
 
 def test_no_number_of_threads_changes_a_view() -> None:
     """At 336 pixels, OpenCV divides some of its work among its threads."""
-    image, look, maskings, recipe = parts("hp", 4, 336)
+    image, parameters, maskings, recipe = parts("hp", 4, 336)
     threads = torch.get_num_threads(), cv2.getNumThreads()
     results = []
     try:
         for number in (1, 2, 4):
             torch.set_num_threads(number)
             cv2.setNumThreads(number)
-            results.append(make_views(image, look, maskings, recipe))
+            results.append(make_views(image, parameters, maskings, recipe))
     finally:
         torch.set_num_threads(threads[0])
         cv2.setNumThreads(threads[1])
@@ -113,9 +113,9 @@ def test_no_number_of_threads_changes_a_view() -> None:
 
 
 def test_a_batch_at_once_equals_one_by_one() -> None:
-    image, look, _, recipe = parts("hp", 24, 56)
-    at_once = pixels.make_unmasked(image, look, recipe)
-    (one_by_one,) = make_views(image, look, [None], recipe)
+    image, parameters, _, recipe = parts("hp", 24, 56)
+    at_once = pixels.make_unmasked(image, parameters, recipe)
+    (one_by_one,) = make_views(image, parameters, [None], recipe)
     assert (at_once - one_by_one).abs().max() < TOLERANCE
 
 
@@ -124,22 +124,22 @@ def test_why_nothing_is_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("CC", raising=False)
     device = torch.device("cuda", 0)
     monkeypatch.setattr(compiling, "find_spec", lambda _: None)
-    assert "triton is missing" in str(compiling.find_reason(device))
+    assert "triton is missing" in str(compiling.find_compile_obstacle(device))
     monkeypatch.setattr(compiling, "find_spec", lambda _: True)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert "no C compiler" in str(compiling.find_reason(device))
+    assert "no C compiler" in str(compiling.find_compile_obstacle(device))
     monkeypatch.setenv("CC", "cc")
-    assert compiling.find_reason(device) is None
+    assert compiling.find_compile_obstacle(device) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
-    assert "6.1" in str(compiling.find_reason(device))
+    assert "6.1" in str(compiling.find_compile_obstacle(device))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiles", [True, False])
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    image, look, maskings, recipe = parts(name, 24, 56)
-    expected = make_views(image, look, maskings, recipe)
+    image, parameters, maskings, recipe = parts(name, 24, 56)
+    expected = make_views(image, parameters, maskings, recipe)
     device = torch.device("cuda", torch.cuda.current_device())
     if not compiles:
         monkeypatch.setattr(compiling, "explain_missing_compiler", lambda _: "the test says so")
@@ -158,7 +158,7 @@ def test_a_gpu_equals_the_cpu(name: str, compiles: bool, monkeypatch: pytest.Mon
         )
         noise = None if one.noise is None else one.noise.to(device)
         moved.append(dataclasses.replace(one, masks=on_gpu, noise=noise))
-    actual = make_views(image.to(device), look, moved, recipe)
+    actual = make_views(image.to(device), parameters, moved, recipe)
     for one, other in zip(actual, expected, strict=True):
         assert (one.cpu() - other).abs().max() < 2e-5  # sums have another order
     if compiles and compiling.explain_missing_compiler(device) is None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline import __main__ as command
 from pipeline.contact_sheet import KEY, QUERY
-from pipeline.preview import FOREGROUND, decode_sample, draw_view, outline_
+from pipeline.preview import FOREGROUND, decode_sample, draw_view, outline_foreground_
 from schemas import ShardDataset, UserError
 from schemas.cli import run
 from schemas.tables import SAMPLES
@@ -99,16 +99,16 @@ def test_a_sheet_needs_no_table_of_all_samples(
 
 def test_the_outline_runs_around_the_foreground() -> None:
     tile = Image.new("RGB", (224, 224))
-    front = np.zeros((7, 7), bool)
-    front[2, 3] = True
-    outline_(tile, front)
+    is_foreground = np.zeros((7, 7), bool)
+    is_foreground[2, 3] = True
+    outline_foreground_(tile, is_foreground)
     rows, columns = (np.asarray(tile) == FOREGROUND).all(-1).nonzero()
     # cell (2, 3) covers rows 64 .. 96 and columns 96 .. 128; lines are two pixels wide
     assert (rows.min(), rows.max()) == pytest.approx((64, 96), abs=2)
     assert (columns.min(), columns.max()) == pytest.approx((96, 128), abs=2)
 
 
-def test_a_high_pass_view_is_shown_about_middle_gray() -> None:
+def test_a_high_pass_view_is_shown_around_middle_gray() -> None:
     tile = draw_view(torch.zeros(3, 56, 56), small("mscn"))
     assert np.unique(np.asarray(tile)).tolist() == [128]
 

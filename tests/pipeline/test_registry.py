@@ -184,6 +184,7 @@ def test_an_unknown_name_is_refused_before_anything_is_read(
         MaskedViews(dataset.url, small("mean", **changes), 8, "cpu")
 
 
-def test_a_taken_name_is_refused() -> None:
-    with pytest.raises(UserError, match="taken"):
-        masks.mask("spread")(masks.mask_evenly)
+@pytest.mark.parametrize("name", ["spread", "none", "file.py:mask"])
+def test_a_name_that_cannot_be_registered_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"mask '{name}': choose a name that is not registered"):
+        masks.mask(name)(masks.mask_evenly)

@@ -55,12 +55,12 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
     """Test correlations of adjacent samples, epochs, seeds, purposes and numbers of a stream."""
     samples = np.arange(TRIALS)
     columns = [
-        *rng(samples).on_host(TRIALS, 3).T,
-        rng(samples + 1).on_host(TRIALS),
-        rng(samples, epoch=1).on_host(TRIALS),
-        rng(samples, seed=1).on_host(TRIALS),
-        rng(samples, purpose="photometric").on_host(TRIALS),
-        rng(samples, copy=1).on_host(TRIALS),
+        *rng(samples).uniform_on_host(TRIALS, 3).T,
+        rng(samples + 1).uniform_on_host(TRIALS),
+        rng(samples, epoch=1).uniform_on_host(TRIALS),
+        rng(samples, seed=1).uniform_on_host(TRIALS),
+        rng(samples, purpose="photometric").uniform_on_host(TRIALS),
+        rng(samples, copy=1).uniform_on_host(TRIALS),
     ]
     table = torch.stack(columns).numpy()
     assert table.dtype == np.float64
@@ -101,7 +101,7 @@ def test_normal_numbers_are_the_quantiles_of_their_bits() -> None:
 
 def test_the_numbers_never_change() -> None:
     own = rng(np.array([0, 5, 10**12]), seed=11, epoch=3)
-    digest = hashlib.sha256(own.on_host(3, 101).numpy().astype("<f8").tobytes()).hexdigest()
+    digest = hashlib.sha256(own.uniform_on_host(3, 101).numpy().astype("<f8").tobytes()).hexdigest()
     assert digest[:16] == "7ea00d664a7cc175"
 
 
