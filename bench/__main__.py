@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.table import machine, measure, show, write
+from bench.table import describe_machine, format_table, measure, write
 from schemas.cli import parse, run, run_subcommand
 
 
@@ -46,8 +46,11 @@ def bench_loader(argv: Sequence[str]) -> None:
 
     options = parse(loader.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(loader.ways(options, Path(folder)), options.repeats)
-    print(show("Loader", rows, loader.bases([row.name for row in rows])), end="\n\n")
+        rows = measure(loader.make_ways(options, Path(folder)), options.repeats)
+    print(
+        format_table("Loader", rows, loader.choose_baselines([row.name for row in rows])),
+        end="\n\n",
+    )
     finish(options.out, {"Loader": rows}, asdict(options))
 
 
@@ -68,15 +71,20 @@ def bench_precompute(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "cpu" in options.rows:
-            print(precompute.cpu_time(options, folder), end="\n\n", flush=True)
+            print(precompute.measure_cpu_time(options, folder), end="\n\n", flush=True)
         if options.rows == ("cpu",):
             return
         rows = precompute.measure(options, folder)
-        print(show("Precompute", rows, precompute.bases([row.name for row in rows])), end="\n\n")
-        early, late = precompute.memory(options, folder)
+        print(
+            format_table(
+                "Precompute", rows, precompute.choose_baselines([row.name for row in rows])
+            ),
+            end="\n\n",
+        )
+        early, late = precompute.measure_memory(options, folder)
         print(f"resident memory of a worker: {early:.0f} MB after 4 shards, {late:.0f} after 24")
         if options.finished_shards:
-            seconds = precompute.finished(options, folder)
+            seconds = precompute.measure_finished(options, folder)
             print(f"nothing to do in {options.finished_shards} shards: found in {seconds:.1f} s")
     finish(options.out, {"Precompute": rows}, asdict(options))
 
@@ -86,10 +94,10 @@ def bench_train(argv: Sequence[str]) -> None:
 
     options = parse(train.Options, argv)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = train.trainers(options, Path(folder))
-        rows = measure(train.ways(options, trainers), options.repeats)
-    print(show("Training", rows, {}), end="\n\n")
-    summary = train.summary(rows, train.shares(trainers, rows, options))
+        trainers = train.build_trainers(options, Path(folder))
+        rows = measure(train.make_ways(options, trainers), options.repeats)
+    print(format_table("Training", rows, {}), end="\n\n")
+    summary = train.summarize(rows, train.compute_wait_shares(trainers, rows, options))
     print(*summary, sep="\n")
     finish(options.out, {"Training": rows}, {**asdict(options), "summary": summary})
 
@@ -97,7 +105,7 @@ def bench_train(argv: Sequence[str]) -> None:
 def bench_order(argv: Sequence[str]) -> None:
     from bench import order
 
-    print(order.table(parse(order.Options, argv)))
+    print(order.build_table(parse(order.Options, argv)))
 
 
 def bench_scale(argv: Sequence[str]) -> None:
@@ -109,7 +117,7 @@ def bench_scale(argv: Sequence[str]) -> None:
 def bench_kernels(argv: Sequence[str]) -> None:
     from bench import kernels
 
-    print(kernels.table(parse(kernels.Options, argv)))
+    print(kernels.build_table(parse(kernels.Options, argv)))
 
 
 def bench_fidelity(argv: Sequence[str]) -> None:
@@ -122,11 +130,11 @@ def bench_fidelity(argv: Sequence[str]) -> None:
     print(f"### {len(study.crops)} crops of {len(study.shapes)} photos, {options.backbone}\n")
     print(f"| stored map | forwards | {' | '.join(head)} |")
     print("| --- |" + " ---: |" * (len(head) + 1))
-    for row in study.rows(options):
+    for row in study.compare_maps(options):
         print(row, flush=True)
     print(f"\n### {fidelity.SCENES} generated scenes\n")
     print("| estimator | foreground on the object | object covered |\n| --- | ---: | ---: |")
-    for row in fidelity.on_objects(options):
+    for row in fidelity.compare_with_objects(options):
         print(row, flush=True)
 
 
@@ -138,13 +146,13 @@ def bench_map_sides(argv: Sequence[str]) -> None:
     print(f"### {len(study.crops)} crops of {len(study.shapes)} photos, {options.backbone}\n")
     print("| stored map | IoU | before jitter | IoU of a perfect estimator | bytes of its PNG |")
     print("| --- |" + " ---: |" * 4)
-    for row in map_sides.rows(study, options):
+    for row in map_sides.compare_sides(study, options):
         print(row, flush=True)
 
 
 def finish(out: Path, tables: dict, settings: dict) -> None:
     write(out, tables, {**settings, "out": str(out)})
-    print(f"{machine()['cores']} cores, {machine()['device']}; written to {out}")
+    print(f"{describe_machine()['cores']} cores, {describe_machine()['device']}; written to {out}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 from pipeline.crop import crop_on_host
 from pipeline.masks import find_foreground
 from pipeline.recipes import RECIPES
-from precompute import demo
+from precompute import demo_scenes
 from precompute.decode import decode
 from precompute.estimators import Estimator, EstimatorOptions, ScdaOptions, SpectralOptions
 from precompute.estimators.maps import standardize
@@ -69,32 +69,32 @@ class Crop(NamedTuple):
         return (y1 - y0) * (x1 - x0)
 
 
-def scda_options(options: Options, **changes: Any) -> ScdaOptions:
+def build_scda_options(options: Options, **changes: Any) -> ScdaOptions:
     """Return the estimator's options for this backbone, with the given changes."""
     return ScdaOptions(options.backbone, options.weights, precision=options.precision, **changes)
 
 
-def candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions], str]]:
+def list_candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions], str]]:
     """Return, by name, estimators whose z-scored maps are averaged, and the number of forwards."""
 
-    def scda(*areas: float, size: int = 224) -> ScdaOptions:
-        return scda_options(options, areas=areas, size=size)
+    def make_scda(*areas: float, size: int = 224) -> ScdaOptions:
+        return build_scda_options(options, areas=areas, size=size)
 
     return {
-        "whole image, 224 px": ([scda(1.0)], "1"),
-        "whole image, 320 px": ([scda(1.0, size=320)], "2.0"),
-        "whole image, 448 px": ([scda(1.0, size=448)], "4"),
-        "whole image, 224 and 448 px": ([scda(1.0), scda(1.0, size=448)], "5"),
-        "windows of 0.45": ([scda(0.45)], ""),
-        "whole + windows of 0.6": ([scda(1.0, 0.6)], ""),
-        "whole + windows of 0.45 (the default)": ([scda(1.0, 0.45)], ""),
-        "whole + windows of 0.3": ([scda(1.0, 0.3)], ""),
-        "whole + windows of 0.6 and 0.3": ([scda(1.0, 0.6, 0.3)], ""),
+        "whole image, 224 px": ([make_scda(1.0)], "1"),
+        "whole image, 320 px": ([make_scda(1.0, size=320)], "2.0"),
+        "whole image, 448 px": ([make_scda(1.0, size=448)], "4"),
+        "whole image, 224 and 448 px": ([make_scda(1.0), make_scda(1.0, size=448)], "5"),
+        "windows of 0.45": ([make_scda(0.45)], ""),
+        "whole + windows of 0.6": ([make_scda(1.0, 0.6)], ""),
+        "whole + windows of 0.45 (the default)": ([make_scda(1.0, 0.45)], ""),
+        "whole + windows of 0.3": ([make_scda(1.0, 0.3)], ""),
+        "whole + windows of 0.6 and 0.3": ([make_scda(1.0, 0.6, 0.3)], ""),
         "spectral": ([SpectralOptions()], "0"),
     }
 
 
-def decoded(root: str) -> Iterator[Any]:
+def decode_photos(root: str) -> Iterator[Any]:
     """Yield the photos as DALI batches."""
     source = Folder(root, "train", False)
     images = [entry for entry in source.images() if isinstance(entry, SourceImage)]
@@ -107,13 +107,13 @@ def decoded(root: str) -> Iterator[Any]:
         yield pixels
 
 
-def stored(estimators: list[Estimator], images: Any) -> list[np.ndarray]:
+def compute_stored_maps(estimators: list[Estimator], images: Any) -> list[np.ndarray]:
     """Return the maps as a loader reads them back from a shard, each (side, side) uint8."""
     maps = torch.stack([standardize(torch.from_numpy(estimate(images))) for estimate in estimators])
     return [SaliencyMap.quantize(saliency).grid for saliency in maps.mean(dim=0).numpy()]
 
 
-def of_views(grids: list[np.ndarray], crops: list[Crop], grid: int) -> Tensor:
+def crop_maps(grids: list[np.ndarray], crops: list[Crop], grid: int) -> Tensor:
     """Return the (crops, grid, grid) float32 cells that the pipeline cuts out of the maps."""
     cells = ndd.resize(
         ndd.as_batch([grids[crop.image][..., None] for crop in crops]),
@@ -132,14 +132,14 @@ class Study:
 
     def __init__(self, options: Options):
         self.recipe = RECIPES["hp"]
-        self.photos = list(decoded(options.root))
+        self.photos = list(decode_photos(options.root))
         torch.manual_seed(options.seed)
-        online = ScdaEstimator(scda_options(options))
+        online = ScdaEstimator(build_scda_options(options))
         side = self.recipe.crop_size
         self.crops: list[Crop] = []
         self.shapes: list[tuple[int, int]] = []
         plain, jittered = [], []
-        jitter = training_jitter()
+        jitter = build_training_jitter()
         for index, image in enumerate(self.images()):
             height, width = image.shape[:2]
             views = []
@@ -156,7 +156,9 @@ class Study:
             moved = torch.stack([jitter(view) for view in views])
             jittered.append(online.aggregate(moved.permute(0, 2, 3, 1)))
             self.shapes.append((height, width))
-        self.plain, self.jittered = (self.front(torch.cat(maps)) for maps in (plain, jittered))
+        self.plain, self.jittered = (
+            self.find_foreground_cells(torch.cat(maps)) for maps in (plain, jittered)
+        )
         self.areas = torch.tensor([crop.area for crop in self.crops])
 
     def images(self) -> Iterator[Tensor]:
@@ -171,23 +173,25 @@ class Study:
             view = crop_on_host(images[crop.image], window, self.recipe.crop_size)
             yield view.permute(1, 2, 0)
 
-    def front(self, maps: Tensor) -> Tensor:
+    def find_foreground_cells(self, maps: Tensor) -> Tensor:
         return find_foreground(maps, self.recipe.foreground_margin).flatten(1)
 
-    def rows(self, options: Options) -> Iterator[str]:
+    def compare_maps(self, options: Options) -> Iterator[str]:
         """Yield the rows of the table."""
         generator = torch.Generator().manual_seed(options.seed)
         chance = torch.rand(self.jittered.shape, generator=generator)
         share = self.jittered.float().mean()
-        yield self.row("random cells, as many", chance < share, "0")
-        yield self.row("online, before the jitter", self.plain, "online")
-        for name, (choices, cost) in candidates(options).items():
+        yield self.format_row("random cells, as many", chance < share, "0")
+        yield self.format_row("online, before the jitter", self.plain, "online")
+        for name, (choices, cost) in list_candidates(options).items():
             estimators = [choice.build() for choice in choices]
-            grids = [grid for batch in self.photos for grid in stored(estimators, batch)]
-            views = self.front(of_views(grids, self.crops, self.recipe.grid))
-            yield self.row(name, views, cost or self.forwards(choices))
+            grids = [
+                grid for batch in self.photos for grid in compute_stored_maps(estimators, batch)
+            ]
+            views = self.find_foreground_cells(crop_maps(grids, self.crops, self.recipe.grid))
+            yield self.format_row(name, views, cost or self.count_forwards(choices))
 
-    def forwards(self, choices: list[EstimatorOptions]) -> str:
+    def count_forwards(self, choices: list[EstimatorOptions]) -> str:
         """Return the mean number of forward passes at 224 x 224 per image."""
         counts = [
             len(list_windows(*shape, area))
@@ -198,11 +202,11 @@ class Study:
         ]
         return f"{sum(counts) / len(self.shapes):.1f}"
 
-    def row(self, name: str, cells: Tensor, cost: str) -> str:
-        both = iou(cells, self.jittered)
+    def format_row(self, name: str, cells: Tensor, cost: str) -> str:
+        both = compute_iou(cells, self.jittered)
         figures = [
             both.mean(),
-            iou(cells, self.plain).mean(),
+            compute_iou(cells, self.plain).mean(),
             (cells == self.jittered).float().mean(),
             (cells.float().mean(1) - self.jittered.float().mean(1)).abs().mean(),
         ]
@@ -212,11 +216,11 @@ class Study:
         return f"| {name} | {cost} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |"
 
 
-def iou(first: Tensor, second: Tensor) -> Tensor:
+def compute_iou(first: Tensor, second: Tensor) -> Tensor:
     return (first & second).sum(1) / (first | second).sum(1)
 
 
-def training_jitter() -> v2.Transform:
+def build_training_jitter() -> v2.Transform:
     """Return MoCo v2's photometric augmentation."""
     return v2.Compose(
         [
@@ -227,16 +231,16 @@ def training_jitter() -> v2.Transform:
     )
 
 
-def on_objects(options: Options) -> Iterator[str]:
+def compare_with_objects(options: Options) -> Iterator[str]:
     """Yield table rows for generated scenes, whose objects are known.
 
     The columns are the share of the foreground that lies on the object, and the share of the object
     that the foreground covers.
     """
-    scenes = [demo.draw_scene(index, "val") for index in range(SCENES)]
+    scenes = [demo_scenes.draw_scene(index, "val") for index in range(SCENES)]
     chosen: dict[str, EstimatorOptions] = {
         "spectral": SpectralOptions(),
-        "scda": scda_options(options),
+        "scda": build_scda_options(options),
     }
     sizes = np.mean([scene.mask.mean() for scene in scenes])
     yield f"| chance | {sizes:.3f} | |"

@@ -56,7 +56,7 @@ class Settings:
             "squeezenet1_1", 6, 2, 48, 64, batch_size=2, forwards=1, workers=(1, 2), areas=(1.0,)
         )
 
-    def estimator_options(self) -> Any:
+    def build_estimator_options(self) -> Any:
         """Return `ScdaOptions` with random weights."""
         from precompute.estimators import ScdaOptions
 
@@ -79,14 +79,14 @@ class Result:
     lines: list[str]
 
 
-def missing_packages() -> list[str]:
+def find_missing_packages() -> list[str]:
     """Return the required packages that are not installed here."""
     return [name for name in NEEDED if not is_installed(name)]
 
 
 def measure(settings: Settings) -> Result:
     """Measure the network alone, then workers in parallel. Never raises for a missing package."""
-    if missing := missing_packages():
+    if missing := find_missing_packages():
         return Result(False, {}, [f"FAIL precompute: not installed here: {', '.join(missing)}"])
     figures: dict[str, float] = {}
     lines: list[str] = []
@@ -104,14 +104,14 @@ def measure(settings: Settings) -> Result:
         share = rate * windows / figures["windows_per_second_network_alone"]
         lines.append(
             f"{count} workers: {rate:.1f} images/s, {rate * windows:.0f} windows/s, {share:.0%} of "
-            f"the network alone, {cpu:.2f} CPU ms an image"
+            f"the network alone, {cpu:.2f} CPU ms per image"
         )
         if rate < GAIN * best:
             problems.append(f"{count} workers give {rate:.1f} images/s, fewer gave {best:.1f}")
         best = max(best, rate)
     head = (
         f"network alone: {figures['windows_per_second_network_alone']:.0f} windows/s "
-        f"({settings.backbone}, {windows:.2f} windows an image)"
+        f"({settings.backbone}, {windows:.2f} windows per image)"
     )
     if compiled := figures.get("windows_per_second_network_compiled"):
         head += f", {compiled:.0f} compiled"
@@ -132,7 +132,7 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
     from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
     from precompute.estimators.windows import list_windows
 
-    options = settings.estimator_options()
+    options = settings.build_estimator_options()
 
     def measure_rate(estimator: ScdaEstimator) -> float:
         shape = (WINDOWS_AT_ONCE[estimator.device], options.size, options.size, 3)
@@ -154,7 +154,7 @@ def measure_network(settings: Settings, figures: dict[str, float]) -> float:
             compiled = ScdaEstimator(replace(options, compile=True))
             try:
                 figures["windows_per_second_network_compiled"] = measure_rate(compiled)
-            except Exception as error:  # the workers are worth measuring all the same
+            except Exception as error:  # the workers are still worth measuring
                 print(f"the network could not be compiled: {error}", flush=True)
     return float(sum(len(list_windows(settings.height, settings.width, a)) for a in options.areas))
 
@@ -176,7 +176,7 @@ def run_workers(settings: Settings, count: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(
-                target=work,
+                target=run_worker,
                 args=(settings, threads, Path(folder) / str(n), warm, results),
                 daemon=True,
             )
@@ -214,7 +214,7 @@ def collect(
                 return
 
 
-def work(settings: Settings, threads: int, out: Path, warm: Barrier, results: Any) -> None:
+def run_worker(settings: Settings, threads: int, out: Path, warm: Barrier, results: Any) -> None:
     """Build shards of generated photos in a child process; report begin, end and CPU seconds.
 
     Times come from `time.monotonic`, which all processes of a machine share.
@@ -231,7 +231,7 @@ def work(settings: Settings, threads: int, out: Path, warm: Barrier, results: An
         for shard, images in enumerate(plans):
             written = builder.build(shard, images, count_nothing)
             if len(written.samples) != len(images):
-                raise ValueError(f"{len(written.rejects)} sound images were rejected")
+                raise ValueError(f"{len(written.rejects)} valid images were rejected")
         results.put((begin, time.monotonic(), time.process_time() - cpu))
     except Exception as error:  # the parent prints it
         warm.abort()
@@ -274,7 +274,7 @@ def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:
             return self.jpegs[int(image.location) % len(self.jpegs)]
 
     source = Photos()
-    estimator = settings.estimator_options().build()
+    estimator = settings.build_estimator_options().build()
     images = list(source.images())
     size = -(-len(images) // settings.shards)
     plans = [images[start : start + size] for start in range(0, len(images), size)]

@@ -55,7 +55,7 @@ class Report:
             else:
                 self.add(part, PASS, f"{text} ({time.monotonic() - start:.0f} s)")
 
-    def summary(self) -> str:
+    def summarize(self) -> str:
         """Return how many parts have each verdict, and which failed or were skipped."""
         counts = {
             verdict: [part for part, own in self.verdicts.items() if own == verdict]
@@ -71,20 +71,20 @@ class Report:
 def describe_environment() -> str:
     import torch
 
-    facts = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    details = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if is_installed("nvidia.dali"):
         import nvidia.dali
 
-        facts.append(f"DALI {nvidia.dali.__version__}")
+        details.append(f"DALI {nvidia.dali.__version__}")
     if not torch.cuda.is_available():
-        return ", ".join([*facts, "no GPU: everything in a small form on the CPU"])
+        return ", ".join([*details, "no GPU: a small version of everything runs on the CPU"])
     properties = torch.cuda.get_device_properties(0)
     from pipeline.compiling import find_compile_obstacle
 
     reason = find_compile_obstacle(torch.device("cuda", 0))
     return ", ".join(
         [
-            *facts,
+            *details,
             f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} x {properties.name} with "
             f"{properties.total_memory / 2**30:.0f} GiB",
             "views compiled" if reason is None else f"views NOT compiled ({reason})",
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             from bench.gpu_precompute import NEEDED
 
             report.run("precompute", lambda: check_precompute(device), NEEDED)
-    print(report.summary())
+    print(report.summarize())
     return 1 if FAIL in report.verdicts.values() else 0
 
 

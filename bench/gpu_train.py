@@ -49,27 +49,27 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
         synthetic = SyntheticViews(10 * size, config.recipe, size, device, 1, 0)
         endless = itertools.chain.from_iterable(itertools.repeat(synthetic))
         reset_memory(device)
-        alone = milliseconds(step, endless, device, settings)
+        alone = time_steps(step, endless, device, settings)
         views = MaskedViews(url, config.recipe, size, device=device.type)
         fed_batches = itertools.chain.from_iterable(itertools.repeat(views))
-        fed = milliseconds(step, fed_batches, device, settings)
+        fed = time_steps(step, fed_batches, device, settings)
         lines.append(
-            f"batch {size}: {alone:.1f} ms a step alone, {fed:.1f} ms fed, alone/fed "
-            f"{alone / fed:.3f}, {1e3 * size / fed:.0f} images/s{peak_memory(device)}"
+            f"batch {size}: {alone:.1f} ms per step alone, {fed:.1f} ms fed, alone/fed "
+            f"{alone / fed:.3f}, {1e3 * size / fed:.0f} images/s{format_peak_memory(device)}"
         )
         if device.type == "cuda":
             on_cpu = MaskedViews(url, config.recipe, size, device="cuda", decode_on="cpu")
             decoded_on_cpu = itertools.chain.from_iterable(itertools.repeat(on_cpu))
-            fed = milliseconds(step, decoded_on_cpu, device, settings)
+            fed = time_steps(step, decoded_on_cpu, device, settings)
             on_cpu.close()
             lines.append(
                 f"batch {size}: {fed:.1f} ms fed by views decoded on the CPU, alone/fed "
                 f"{alone / fed:.3f}"
             )
-        loading, in_calls = loader_milliseconds(fed_batches, device, settings)
+        loading, in_calls = time_loader(fed_batches, device, settings)
         lines.append(
-            f"batch {size}: {loading:.1f} ms a batch of the loader alone, of which the host spends "
-            f"{in_calls:.1f} in the call"
+            f"batch {size}: {loading:.1f} ms per batch of the loader alone; {in_calls:.1f} of them "
+            "the host spends in the call"
         )
         if device.type == "cuda":
             waits = count_waits(step, fed_batches)
@@ -77,11 +77,11 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
             if waits:
                 problems.append(f"batch {size}: the host waits: {'; '.join(sorted(set(waits)))}")
         if size == settings.batch_sizes[0]:
-            lines += kernels(step, fed_batches, device)
+            lines += profile_kernels(step, fed_batches, device)
             if device.type == "cuda" and find_compile_obstacle(device) is None:
                 compiled, _ = build(size, device, settings, compile=True)
-                took = milliseconds(compiled, endless, device, settings)
-                lines.append(f"batch {size}: {took:.1f} ms a step alone with --compile")
+                took = time_steps(compiled, endless, device, settings)
+                lines.append(f"batch {size}: {took:.1f} ms per step alone with --compile")
         views.close()
     return lines, problems
 
@@ -109,7 +109,7 @@ def build(
     return TrainingStep(method, config, device), config
 
 
-def milliseconds(
+def time_steps(
     step: TrainingStep, batches: Iterable, device: torch.device, settings: Settings
 ) -> float:
     """Return the mean time of a step, after a warm-up."""
@@ -124,9 +124,7 @@ def milliseconds(
     return 1e3 * (time.perf_counter() - start) / settings.steps
 
 
-def loader_milliseconds(
-    batches: Iterable, device: torch.device, settings: Settings
-) -> tuple[float, float]:
+def time_loader(batches: Iterable, device: torch.device, settings: Settings) -> tuple[float, float]:
     """Return the mean time of a batch that nothing uses, and the part until the call returns.
 
     The first limits a step that is shorter than it. During the second, the host cannot launch the
@@ -163,7 +161,7 @@ def count_waits(step: TrainingStep, batches: Iterable) -> list[str]:
     ]
 
 
-def kernels(step: TrainingStep, batches: Iterable, device: torch.device) -> list[str]:
+def profile_kernels(step: TrainingStep, batches: Iterable, device: torch.device) -> list[str]:
     """Return the most expensive kernels of a fed step; on a CPU the most expensive operators."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
@@ -197,12 +195,12 @@ def reset_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory(device: torch.device) -> str:
+def format_peak_memory(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
-    of_torch = torch.cuda.max_memory_allocated(device)
+    torch_peak = torch.cuda.max_memory_allocated(device)
     return (
-        f", peak {of_torch / 2**30:.1f} GiB of torch's, {(total - free) / 2**30:.1f} GiB in use "
-        "with DALI's"
+        f", peak {torch_peak / 2**30:.1f} GiB in torch, {(total - free) / 2**30:.1f} GiB in use "
+        "including DALI"
     )

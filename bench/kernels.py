@@ -49,7 +49,7 @@ class Cost:
     bytes: int = 0
 
 
-def size_of(tensor: Tensor) -> int:
+def count_bytes(tensor: Tensor) -> int:
     """Return the bytes of a tensor's elements; an expanded axis counts once."""
     count = 1
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
@@ -81,11 +81,11 @@ class CountKernels(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.cost.kernels += 1
         if name == "aten::index":  # reads only the rows that it returns
-            self.cost.bytes += 2 * sum(map(size_of, outputs))
+            self.cost.bytes += 2 * sum(map(count_bytes, outputs))
         elif name == "aten::index_put_":
-            self.cost.bytes += 2 * size_of(args[2])
+            self.cost.bytes += 2 * count_bytes(args[2])
         else:
-            self.cost.bytes += sum(map(size_of, [*inputs, *outputs]))
+            self.cost.bytes += sum(map(count_bytes, [*inputs, *outputs]))
         return out
 
 
@@ -212,7 +212,7 @@ class Options:
     """Side of a view in pixels."""
 
 
-def table(options: Options) -> str:
+def build_table(options: Options) -> str:
     """Count each recipe with and without a compiler and return the table."""
     from pipeline import RECIPES
 
@@ -220,7 +220,7 @@ def table(options: Options) -> str:
         f"Views of a batch of {options.batch_size} at {options.crop_size} pixels; time at "
         f"{H100_BANDWIDTH / 1e12:.2f} TB/s (H100)",
         "",
-        "| recipe | compiled | kernels | GB | ms at least |",
+        "| recipe | compiled | kernels | GB | ms, lower bound |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for name in options.recipes:

@@ -58,7 +58,7 @@ class Options:
     """Device of the loader: cpu or cuda."""
 
 
-def way(batches: Iterator[Any], use: Callable[[Any], int], count: int, ahead: int) -> Way:
+def make_way(batches: Iterator[Any], use: Callable[[Any], int], count: int, ahead: int) -> Way:
     """Return a way that times `count` batches, after discarding `ahead` prefetched ones."""
 
     def settle() -> None:
@@ -79,22 +79,22 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ways(options: Options, folder: Path) -> dict[str, Way]:
+def make_ways(options: Options, folder: Path) -> dict[str, Way]:
     """Return every row by its name; write the images into `folder` as an image folder."""
     rows: dict[str, Way] = {}
     # Create worker processes first: it is best to fork them before DALI's threads exist.
     if {"usual", "tensors"} & set(options.rows):
         write_folder(options.data, folder)
     if "usual" in options.rows:
-        rows |= usual_ways(options, folder)
+        rows |= make_usual_ways(options, folder)
     if "tensors" in options.rows:
-        rows |= tensor_ways(options, folder)
+        rows |= make_tensor_ways(options, folder)
     if "webdataset" in options.rows:
-        rows |= webdataset_ways(options)
+        rows |= make_webdataset_ways(options)
     if "ours" in options.rows:
-        rows |= our_ways(options)
+        rows |= make_our_ways(options)
     if "ceilings" in options.rows:
-        rows |= ceilings(options)
+        rows |= make_ceilings(options)
     return rows
 
 
@@ -110,16 +110,16 @@ def count_ready(options: Options) -> int:
     return 2 * options.workers + 1
 
 
-def moved(views: usual.Views, device: str) -> usual.Views:
+def move_to_device(views: usual.Views, device: str) -> usual.Views:
     return {name: view.to(device, non_blocking=True) for name, view in views.items()}
 
 
-def usual_ways(options: Options, folder: Path) -> dict[str, Way]:
+def make_usual_ways(options: Options, folder: Path) -> dict[str, Way]:
     rows = {}
     localizer = usual.Localizer(options.device, RECIPES["hp"].grid)
     for name in FILLS:
         recipe = replace(RECIPES[name], crop_size=options.crop_size)
-        batches = usual.from_folder(folder, recipe, options.batch_size, options.workers, False)
+        batches = usual.load_folder(folder, recipe, options.batch_size, options.workers, False)
         next(batches)  # forks the workers now
         for title, network, count in (
             (f"usual {name}, no saliency forward", None, options.batches),
@@ -131,60 +131,66 @@ def usual_ways(options: Options, folder: Path) -> dict[str, Way]:
                 recipe: usual.Recipe = recipe,
                 network: usual.Localizer | None = network,
             ) -> int:
-                return len(usual.looped(moved(views, options.device), recipe, network)[0])
+                return len(
+                    usual.make_views_by_loops(
+                        move_to_device(views, options.device), recipe, network
+                    )[0]
+                )
 
             # The workers get ahead during a saliency forward, so there is nothing to discard.
-            rows[title] = way(batches, use, count, 0 if network else count_ready(options))
+            rows[title] = make_way(batches, use, count, 0 if network else count_ready(options))
     return rows
 
 
-def masked(options: Options, recipe: usual.Recipe) -> Callable[[usual.Views], int]:
+def make_masking_step(options: Options, recipe: usual.Recipe) -> Callable[[usual.Views], int]:
     steps = itertools.count()
 
     def use(views: usual.Views) -> int:
         samples = np.arange(len(views["query"]))
         rng = BatchRng(0, next(steps), samples, options.device)
-        return len(usual.vectorized(moved(views, options.device), recipe, rng)[0])
+        return len(
+            usual.make_views_vectorized(move_to_device(views, options.device), recipe, rng)[0]
+        )
 
     return use
 
 
-def tensor_ways(options: Options, folder: Path) -> dict[str, Way]:
+def make_tensor_ways(options: Options, folder: Path) -> dict[str, Way]:
     rows = {}
     for name in FILLS:
         recipe = replace(RECIPES[name], crop_size=options.crop_size)
-        batches = usual.from_folder(folder, recipe, options.batch_size, options.workers, True)
+        batches = usual.load_folder(folder, recipe, options.batch_size, options.workers, True)
         next(batches)
-        rows[f"torchvision v2 {name}"] = way(
-            batches, masked(options, recipe), options.batches, count_ready(options)
+        rows[f"torchvision v2 {name}"] = make_way(
+            batches, make_masking_step(options, recipe), options.batches, count_ready(options)
         )
     return rows
 
 
-def webdataset_ways(options: Options) -> dict[str, Way]:
+def make_webdataset_ways(options: Options) -> dict[str, Way]:
     rows = {}
     urls = ShardDataset.open(options.data).shard_urls
     for name in FILLS:
         recipe = replace(RECIPES[name], crop_size=options.crop_size)
-        batches = usual.from_webdataset(urls, recipe, options.batch_size, options.workers)
+        batches = usual.load_webdataset(urls, recipe, options.batch_size, options.workers)
         next(batches)
-        rows[f"webdataset {name}"] = way(
-            batches, masked(options, recipe), options.batches, count_ready(options)
+        rows[f"webdataset {name}"] = make_way(
+            batches, make_masking_step(options, recipe), options.batches, count_ready(options)
         )
     return rows
 
 
-def endless(views: MaskedViews | EvalViews) -> Iterator[Any]:
+def repeat_forever(views: MaskedViews | EvalViews) -> Iterator[Any]:
     return itertools.chain.from_iterable(itertools.repeat(views))
 
 
-def our_ways(options: Options) -> dict[str, Way]:
+def make_our_ways(options: Options) -> dict[str, Way]:
     """Return a row for each recipe, and one for `mean` without hard negatives."""
     own = {name: r for name, r in RECIPES.items() if not name.endswith("-released")}
     recipes = own | {"mean, no hard negative": replace(RECIPES["mean"], hard_negatives=0)}
     return {
-        f"ours {name}": way(
-            endless(
+        f"ours {name}": make_way(
+            repeat_forever(
                 MaskedViews(
                     options.data,
                     replace(recipe, crop_size=options.crop_size),
@@ -200,25 +206,25 @@ def our_ways(options: Options) -> dict[str, Way]:
     }
 
 
-def ceilings(options: Options) -> dict[str, Way]:
+def make_ceilings(options: Options) -> dict[str, Way]:
     """Return the rows that no loader of these shards can beat here: reading, decoding, one crop."""
     device = devices.parse_device(options.device)
     plain = EvalViews(options.data, options.batch_size, options.device, crop_size=options.crop_size)
     return {
-        **reading_ways(options, device),
-        "decode only": way(
+        **make_reading_ways(options, device),
+        "decode only": make_way(
             run_graph(read_by_index(options), device, options, decodes=True),
             len,
             2 * options.batches,
             3,
         ),
-        "decode, one center crop": way(
-            endless(plain), lambda batch: len(batch.label), options.batches, 3
+        "decode, one center crop": make_way(
+            repeat_forever(plain), lambda batch: len(batch.label), options.batches, 3
         ),
     }
 
 
-def reading_ways(options: Options, device: torch.device) -> dict[str, Way]:
+def make_reading_ways(options: Options, device: torch.device) -> dict[str, Way]:
     """Return the rows that only read, with the given batch and with that of a training."""
     rows = {}
     largest = min(TRAINING_BATCH, len(ShardDataset.open(options.data)))
@@ -228,7 +234,7 @@ def reading_ways(options: Options, device: torch.device) -> dict[str, Way]:
             (f"read only, batch {batch_size}", read_by_index(sized)),
             (f"read only, batch {batch_size}, DALI's reader", read_by_dali(sized)),
         ):
-            rows[name] = way(run_graph(read, device, sized), len, 20 * options.batches, 3)
+            rows[name] = make_way(run_graph(read, device, sized), len, 20 * options.batches, 3)
     return rows
 
 
@@ -239,7 +245,7 @@ def read_by_index(options: Options) -> Callable[[], Any]:
     order = SampleOrder(sizes, options.batch_size)
     if order.steps == 0:
         raise UserError(
-            f"{options.data}: {order.samples} samples make no batch of {order.batch_size}"
+            f"{options.data}: {order.samples} samples do not fill one batch of {order.batch_size}"
         )
     reader = ShardReader(dataset, open_source(dataset, None), order)
 
@@ -292,7 +298,7 @@ def run_graph(
         yield pipeline.run()[0]
 
 
-def bases(names: Sequence[str]) -> dict[str, str]:
+def choose_baselines(names: Sequence[str]) -> dict[str, str]:
     """Return the row to compare each row with.
 
     It is the usual way with the same fill and no saliency forward, or DALI's reader with the same

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from bench.fidelity import Options, Study, iou, of_views, scda_options, stored
+from bench.fidelity import (
+    Options,
+    Study,
+    build_scda_options,
+    compute_iou,
+    compute_stored_maps,
+    crop_maps,
+)
 from schemas.saliency import SaliencyMap
 
 LUMA = (0.299, 0.587, 0.114)
@@ -26,30 +33,38 @@ class SideOptions(Options):
     """Numbers of cells on a side of the stored maps."""
 
 
-def brightness(pixels: Tensor) -> Tensor:
+def compute_brightness(pixels: Tensor) -> Tensor:
     """Convert (height, width, 3) uint8 pixels to (1, 1, height, width) float32 luma."""
     return (pixels.float() @ torch.tensor(LUMA))[None, None]
 
 
-def rows(study: Study, options: SideOptions) -> Iterator[str]:
+def compare_sides(study: Study, options: SideOptions) -> Iterator[str]:
     """Yield the table's rows, one per side."""
     grid = study.recipe.grid
-    own = torch.cat([adaptive_avg_pool2d(brightness(view), grid)[0] for view in study.views()])
-    exact = study.front(own)
+    own = torch.cat(
+        [adaptive_avg_pool2d(compute_brightness(view), grid)[0] for view in study.views()]
+    )
+    exact = study.find_foreground_cells(own)
     for side in options.sides:
-        scda = scda_options(options, side=side).build()
-        grids = [own_map for batch in study.photos for own_map in stored([scda], batch)]
-        cells = study.front(of_views(grids, study.crops, grid))
+        scda = build_scda_options(options, side=side).build()
+        grids = [
+            own_map for batch in study.photos for own_map in compute_stored_maps([scda], batch)
+        ]
+        cells = study.find_foreground_cells(crop_maps(grids, study.crops, grid))
         bright = [
             SaliencyMap.quantize(
-                interpolate(brightness(image), (side, side), mode="bilinear", antialias=True)[
-                    0, 0
-                ].numpy()
+                interpolate(
+                    compute_brightness(image), (side, side), mode="bilinear", antialias=True
+                )[0, 0].numpy()
             ).grid
             for image in study.images()
         ]
-        perfect = study.front(of_views(bright, study.crops, grid))
+        perfect = study.find_foreground_cells(crop_maps(bright, study.crops, grid))
         size = np.mean([len(SaliencyMap(own_map, 0, 1).to_png()) for own_map in grids])
-        figures = [iou(cells, study.jittered), iou(cells, study.plain), iou(perfect, exact)]
+        figures = [
+            compute_iou(cells, study.jittered),
+            compute_iou(cells, study.plain),
+            compute_iou(perfect, exact),
+        ]
         text = " | ".join(f"{figure.mean():.3f}" for figure in figures)
         yield f"| {side} x {side} | {text} | {size:.0f} |"

@@ -93,7 +93,7 @@ class ObjectServer(ThreadingHTTPServer):
             self.requests[method, path] += 1
         return before
 
-    def gets(self, suffix: str = "") -> int:
+    def count_gets(self, suffix: str = "") -> int:
         """Return the number of GET requests for files whose names end with `suffix`."""
         with self.lock:
             return sum(
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             return self.refuse(404, "NoSuchKey")
         size = file.stat().st_size
-        start, end = self.requested_range(size)
+        start, end = self.parse_range(size)
         if start >= size > 0:
             return self.refuse(416, "InvalidRange")
         declared = (end - start) // 2 if fault == "short" else end - start
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         if method == "GET":
             self.send_body(file, start, start + declared, fault)
 
-    def requested_range(self, size: int) -> tuple[int, int]:
+    def parse_range(self, size: int) -> tuple[int, int]:
         """Return the first byte requested and the one after the last."""
         unit, _, span = self.headers.get("Range", "bytes=0-").partition("=")
         first, _, last = span.partition("-")
@@ -252,7 +252,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
-    parser.add_argument("--bandwidth", type=float, default=0.0, help="bytes a second; 0: no limit")
+    parser.add_argument(
+        "--bandwidth", type=float, default=0.0, help="bytes per second; 0 for no limit"
+    )
     options = parser.parse_args()
     with ObjectServer(options.folder, options.latency, options.bandwidth) as server:
         print(server.url, flush=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.process import peak_megabytes
+from bench.process import read_peak_megabytes
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 
 
@@ -25,7 +25,7 @@ class Options:
     """Numbers of streams to measure."""
 
 
-def table(options: Options) -> str:
+def build_table(options: Options) -> str:
     """Plan one batch in the middle of epoch 57 for each number of streams; return the table."""
     samples = options.shards * options.shard_samples
     lines = [
@@ -36,7 +36,7 @@ def table(options: Options) -> str:
         "| ---: | ---: | ---: | ---: |",
     ]
     for streams in options.streams:
-        before = peak_megabytes()
+        before = read_peak_megabytes()
         start = time.perf_counter()
         sizes = np.full(options.shards, options.shard_samples)
         order = SampleOrder(sizes, options.batch_size, 1, options.shuffle_shards, streams)
@@ -47,6 +47,6 @@ def table(options: Options) -> str:
         end = time.perf_counter()
         lines.append(
             f"| {streams} | {planned - start:.2f} | {1e3 * (end - planned):.2f} | "
-            f"{peak_megabytes() - before:.0f} |"
+            f"{read_peak_megabytes() - before:.0f} |"
         )
     return "\n".join(lines)

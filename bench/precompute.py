@@ -1,7 +1,7 @@
 """Measure the rate of the precompute job and of its two ceilings, and how fast it resumes.
 
-The job is run as a user runs it: Ray, workers, files and all. Its rate covers only the time in
-which the workers are at work, without the seconds in which Ray and the workers start.
+The job runs as for a user, including Ray, workers and files. Its rate excludes startup: it covers
+the time from the start of the first shard to the end of the last one.
 """
 
 import os
@@ -62,7 +62,7 @@ class Options:
     """
 
 
-class Rated:
+class EstimatorBench:
     """The measurements of one estimator; each does its work once and returns images per second."""
 
     def __init__(self, options: Options, estimator: EstimatorOptions, folder: Path):
@@ -71,7 +71,7 @@ class Rated:
         listed, _ = list_images(self.source.images())
         self.images = (listed * (options.images // len(listed) + 1))[: options.images]
 
-    def job(self, workers: int) -> float:
+    def measure_job(self, workers: int) -> float:
         """Run the whole job on all cores, with this number of workers."""
         unique = list(dict.fromkeys(self.images))
         plan = make_plan(unique, seed=0, shard_samples=self.options.shard_samples)
@@ -80,28 +80,28 @@ class Rated:
         summary = run_job(job, Resources(workers=workers))
         return summary.images / summary.at_work
 
-    def reading(self) -> float:
-        """Read, decode and cut the windows, nothing else, on all cores of one process."""
+    def measure_reading(self) -> float:
+        """Only read, decode and cut the windows, on all cores of one process."""
         options = self.estimator
-        builder = ShardBuilder(self.source, Nothing(), Store(self.folder), 32, Resize(), {})
+        builder = ShardBuilder(self.source, UnusedEstimator(), Store(self.folder), 32, Resize(), {})
         start = time.perf_counter()
         for group in builder.decode_batches(builder.read(self.images, {})):
             if isinstance(options, ScdaOptions) and group.images:
-                for part in parts(group.pixels, options):
+                for part in split_windows(group.pixels, options):
                     cut(group.pixels, part, options.size)
         return len(self.images) / (time.perf_counter() - start)
 
-    def backbone(self) -> float:
+    def measure_backbone(self) -> float:
         """Run the backbone alone, on prepared windows, on all cores of one process."""
         estimator = self.estimator.build()
         if not isinstance(estimator, ScdaEstimator):
             raise TypeError(f"{self.estimator.name} has no backbone")
-        builder = ShardBuilder(self.source, Nothing(), Store(self.folder), 32, Resize(), {})
+        builder = ShardBuilder(self.source, UnusedEstimator(), Store(self.folder), 32, Resize(), {})
         ready = [
             cut(group.pixels, part, estimator.options.size)
             for group in builder.decode_batches(builder.read(self.images[:32], {}))
             if group.images
-            for part in parts(group.pixels, estimator.options)
+            for part in split_windows(group.pixels, estimator.options)
         ]
         with torch.inference_mode():
             estimator.aggregate(ready[0])
@@ -111,7 +111,7 @@ class Rated:
         return 32 / (time.perf_counter() - start)
 
 
-class Nothing:
+class UnusedEstimator:
     """Stand-in for an estimator that is never run."""
 
     side, weights_sha256, device, network_on_gpu = 1, None, "cpu", False
@@ -120,7 +120,7 @@ class Nothing:
         return np.zeros((len(images), 1, 1), np.float32)
 
 
-def parts(images: Any, options: ScdaOptions) -> Iterator[list]:
+def split_windows(images: Any, options: ScdaOptions) -> Iterator[list]:
     """Yield the windows of a batch in chunks, as the estimator takes them."""
     for area in options.areas:
         shapes = enumerate(image.shape[:2] for image in images)
@@ -138,18 +138,23 @@ def measure(options: Options, folder: Path) -> list[Row]:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     ndd.set_num_threads(cores)
-    scda = ScdaOptions(options.backbone, "random", precision="bf16")
-    fp32 = ScdaOptions(options.backbone, "random", precision="fp32")
+    scda, fp32 = (
+        EstimatorBench(
+            options, ScdaOptions(options.backbone, "random", precision=precision), folder
+        )
+        for precision in ("bf16", "fp32")
+    )
+    spectral = EstimatorBench(options, SpectralOptions(), folder)
     rates = {
-        "scda: read, decode, cut": Rated(options, scda, folder).reading,
-        "scda: backbone alone": Rated(options, scda, folder).backbone,
-        "scda: job, 1 worker": lambda: Rated(options, scda, folder).job(1),
-        "scda: job, 2 workers": lambda: Rated(options, scda, folder).job(2),
-        "fp32: backbone alone": Rated(options, fp32, folder).backbone,
-        "fp32: job, 1 worker": lambda: Rated(options, fp32, folder).job(1),
-        "spectral: read, decode": Rated(options, SpectralOptions(), folder).reading,
-        "spectral: job, 1 worker": lambda: Rated(options, SpectralOptions(), folder).job(1),
-        "spectral: job, 2 workers": lambda: Rated(options, SpectralOptions(), folder).job(2),
+        "scda: read, decode, cut": scda.measure_reading,
+        "scda: backbone alone": scda.measure_backbone,
+        "scda: job, 1 worker": lambda: scda.measure_job(1),
+        "scda: job, 2 workers": lambda: scda.measure_job(2),
+        "fp32: backbone alone": fp32.measure_backbone,
+        "fp32: job, 1 worker": lambda: fp32.measure_job(1),
+        "spectral: read, decode": spectral.measure_reading,
+        "spectral: job, 1 worker": lambda: spectral.measure_job(1),
+        "spectral: job, 2 workers": lambda: spectral.measure_job(2),
     }
     rates = {name: rate for name, rate in rates.items() if name.split(":")[0] in options.rows}
     values: dict[str, list[float]] = {name: [] for name in rates}
@@ -162,27 +167,27 @@ def measure(options: Options, folder: Path) -> list[Row]:
     return [Row(name, row_rates) for name, row_rates in values.items()]
 
 
-def cpu_time(options: Options, folder: Path) -> str:
+def measure_cpu_time(options: Options, folder: Path) -> str:
     """Return lines with the CPU time of a worker's work on the host."""
-    rated = Rated(options, ScdaOptions(), folder)
-    images = list(dict.fromkeys(rated.images))
+    bench = EstimatorBench(options, ScdaOptions(), folder)
+    images = list(dict.fromkeys(bench.images))
     lines = []
     for name, cuts in (("", True), (" and without cutting the windows", False)):
         milliseconds = measure_cpu(
-            rated.source, images, folder / f"cpu-{cuts}", options.repeats, cuts
+            bench.source, images, folder / f"cpu-{cuts}", options.repeats, cuts
         )
         median = statistics.median(milliseconds)
         lines.append(
-            f"CPU time of all but network and pixels{name}: {median:.2f} ms an image, median of "
+            f"CPU time of all but network and pixels{name}: {median:.2f} ms per image, median of "
             f"{min(milliseconds):.2f} .. {max(milliseconds):.2f} ({len(images)} images): a "
             f"worker's process makes at most {1000 / median:.0f} images/s"
         )
     return "\n".join(lines)
 
 
-def bases(names: Sequence[str]) -> dict[str, str]:
+def choose_baselines(names: Sequence[str]) -> dict[str, str]:
     """Return the row to compare each row with: a job's lower ceiling, or one worker for two."""
-    base_of = {
+    baselines = {
         "scda: job, 1 worker": "scda: backbone alone",
         "scda: job, 2 workers": "scda: job, 1 worker",
         "fp32: job, 1 worker": "fp32: backbone alone",
@@ -190,18 +195,18 @@ def bases(names: Sequence[str]) -> dict[str, str]:
         "spectral: job, 1 worker": "spectral: read, decode",
         "spectral: job, 2 workers": "spectral: job, 1 worker",
     }
-    return {name: base for name, base in base_of.items() if name in names and base in names}
+    return {name: row for name, row in baselines.items() if name in names and row in names}
 
 
-def memory(options: Options, folder: Path) -> tuple[float, float]:
+def measure_memory(options: Options, folder: Path) -> tuple[float, float]:
     """Return the resident memory of a worker's process in MB, after 4 shards and after 24."""
-    rated = Rated(options, SpectralOptions(), folder)
+    bench = EstimatorBench(options, SpectralOptions(), folder)
     builder = ShardBuilder(
-        rated.source, SpectralOptions().build(), Store(folder / "memory"), 32, Resize(), {}
+        bench.source, SpectralOptions().build(), Store(folder / "memory"), 32, Resize(), {}
     )
     megabytes = []
     for shard in range(24):
-        builder.build(shard, list(dict.fromkeys(rated.images)), lambda written, rejected: None)
+        builder.build(shard, list(dict.fromkeys(bench.images)), lambda written, rejected: None)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         megabytes.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
     return megabytes[3], megabytes[-1]
@@ -220,7 +225,7 @@ class Listed(Source):
         raise NotImplementedError
 
 
-def finished(options: Options, folder: Path) -> float:
+def measure_finished(options: Options, folder: Path) -> float:
     """Return the seconds that a finished job of this many shards takes to find nothing to do."""
     source, out = Listed(options.finished_shards), folder / "finished"
     images, _ = list_images(source.images())

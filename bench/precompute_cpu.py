@@ -9,7 +9,7 @@ counted, because other work on the machine disturbs it less than a rate.
 
 DALI's operator that cuts windows on a CPU wakes a thread for each window and waits for it in a loop
 (`sched_yield`), which takes half of all the time; on a GPU it launches one kernel for all windows.
-So a second figure leaves this operator out, and a GPU's host has a time between the two.
+So a second figure leaves this operator out; with a GPU, the host's time lies between the two.
 """
 
 import io
@@ -60,15 +60,15 @@ class GivenMaps(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        most = max(scda.WINDOWS_AT_ONCE.values())
-        self.maps = torch.rand(most, 1, CELLS, CELLS, generator=torch.Generator().manual_seed(0))
+        size = max(scda.WINDOWS_AT_ONCE.values())
+        self.maps = torch.rand(size, 1, CELLS, CELLS, generator=torch.Generator().manual_seed(0))
 
     def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"map": self.maps[: len(inputs)]}
 
 
 @contextmanager
-def without_pixels(source: Source, images: list[SourceImage], cuts: bool) -> Iterator[None]:
+def replace_pixels(source: Source, images: list[SourceImage], cuts: bool) -> Iterator[None]:
     """Let DALI decode and, if it cuts, cut a few pixels in place of each image's own."""
     photos = {}
     for image in images:
@@ -112,7 +112,7 @@ def measure_cpu(
     estimator.trunk = GivenMaps()
     builder = ShardBuilder(source, estimator, Store(folder), 32, Resize(), {})
     milliseconds = []
-    with without_pixels(source, images, cuts):
+    with replace_pixels(source, images, cuts):
         for shard in range(repeats + 1):
             start = time.process_time()
             marker = builder.build(shard, images, lambda written, rejected: None)

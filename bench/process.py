@@ -1,4 +1,4 @@
-"""Time, memory and packages of this process, and memory of Ray workers, as /proc shows them."""
+"""Measure time and memory of this process and of Ray workers (memory from /proc)."""
 
 import importlib.util
 import multiprocessing
@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 
-def peak_megabytes() -> float:
-    """Return the peak memory of this process in MB (getrusage would include its parent's)."""
+def read_peak_megabytes() -> float:
+    """Return the peak memory of this process in 10^6 bytes.
+
+    `getrusage` would include the memory of its parent.
+    """
     status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
+    kibibytes = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])  # "kB" there means 1024 bytes
+    return kibibytes * 1024 / 1e6
 
 
 def is_installed(name: str) -> bool:
@@ -26,17 +30,17 @@ def is_installed(name: str) -> bool:
         return False
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
+def time_call(work: Callable[[], Any]) -> tuple[Any, float, float]:
     """Return the result of `work`, its seconds, and the CPU seconds of this process."""
     start, cpu = time.perf_counter(), time.process_time()
     result = work()
     return result, time.perf_counter() - start, time.process_time() - cpu
 
 
-def timed_row(name: str, work: Callable[[], Any]) -> Any:
+def print_timing(name: str, work: Callable[[], Any]) -> Any:
     """Print the time of `work` and the peak memory of this process; return the result of `work`."""
-    result, seconds, cpu = timed(work)
-    print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {peak_megabytes():.0f} |", flush=True)
+    result, seconds, cpu = time_call(work)
+    print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {read_peak_megabytes():.0f} |", flush=True)
     return result
 
 
@@ -48,25 +52,30 @@ def call_in_other_process(function: Callable[..., None], *arguments: Any) -> Non
 
 
 class MemoryWatch:
-    """Track the largest Ray worker in MB, without the object store that all of them share."""
+    """Track the peak memory of the largest Ray worker, without the shared object store.
+
+    Attributes:
+        peak_megabytes: the peak so far, in 10^6 bytes.
+    """
 
     def __init__(self) -> None:
-        self.most = 0.0
-        self.over = threading.Event()
+        self.peak_megabytes = 0.0
+        self.stop = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def watch(self) -> None:
-        while not self.over.wait(0.5):
+        while not self.stop.wait(0.5):
             for command in Path("/proc").glob("[0-9]*/cmdline"):
                 if is_worker(command):
-                    self.most = max(self.most, private_megabytes(command.parent))
+                    memory = read_private_megabytes(command.parent)
+                    self.peak_megabytes = max(self.peak_megabytes, memory)
 
     def __enter__(self) -> "MemoryWatch":
         self.thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.over.set()
+        self.stop.set()
         self.thread.join()
 
 
@@ -78,8 +87,8 @@ def is_worker(command: Path) -> bool:
         return False
 
 
-def private_megabytes(process: Path) -> float:
-    """Return a process's private memory in MB; 0 if it has ended."""
+def read_private_megabytes(process: Path) -> float:
+    """Return a process's private memory in 10^6 bytes; 0 if it has ended."""
     try:
         fields = (process / "statm").read_text().split()
     except OSError:

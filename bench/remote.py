@@ -1,7 +1,7 @@
 """Measure training data from a distant S3: the first batch, the rate, and the requests.
 
 A separate server process answers each request after a delay and shares one bandwidth limit among
-all connections. The dataset lies in its bucket; the cache holds only a share of it.
+all connections. The bucket holds the dataset; the cache holds only a part of it.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 
-from bench.table import machine
+from bench.table import describe_machine
 from pipeline import Cache, MaskedViews, get_recipe
 from schemas import ShardDataset, UserError
 
@@ -58,7 +58,7 @@ class Options:
 
 
 @contextmanager
-def s3_server(folder: Path, options: Options) -> Iterator[str]:
+def serve_s3(folder: Path, options: Options) -> Iterator[str]:
     """Serve a folder as S3 from another process, and set this process's environment to use it."""
     command = [
         sys.executable, "-m", "bench.object_store", str(folder),
@@ -83,7 +83,7 @@ def s3_server(folder: Path, options: Options) -> Iterator[str]:
         server.wait()
 
 
-def requests_of(url: str) -> int:
+def count_requests(url: str) -> int:
     """Return the number of requests for tars, indices and tables that the server has answered."""
     with urllib.request.urlopen(f"{url}/?counts") as answer:
         counts = json.load(answer)
@@ -127,9 +127,9 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     sizes = sorted((row.bytes for row in dataset.shards), reverse=True)
     limit = int(options.cache_share * sum(sizes))
     rows: list[dict[str, float]] = []
-    with s3_server(folder / "store", options) as url:
+    with serve_s3(folder / "store", options) as url:
         for repeat in range(options.repeats):
-            before = requests_of(url)
+            before = count_requests(url)
             cache = Cache(folder / f"cache-{repeat}", limit)
             first_local, local = time_views(dataset.url, options, None)
             first, remote = time_views(f"s3://{BUCKET}", options, cache)
@@ -140,7 +140,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
                     "local": local,
                     "remote": remote,
                     "share": remote / local,
-                    "requests": requests_of(url) - before,
+                    "requests": count_requests(url) - before,
                 }
             )
     window = sum(sizes[: options.shuffle_shards])
@@ -172,8 +172,8 @@ def report(figures: dict[str, Any], options: Options) -> str:
             "",
             f"Rate: {median['share']:.1%} of local. Download of one window "
             f"({figures['window_bytes'] / 1e6:.0f} MB): {figures['window_download_seconds']:.2f} s"
-            f". Requests for shards: {median['requests']:.0f} in the {options.epochs} epochs and a "
-            f"batch of {figures['shards']} shards.",
+            f". Requests for the {figures['shards']} shards in the first batch and "
+            f"{options.epochs} epochs: {median['requests']:.0f}.",
         ]
     )
 
@@ -182,5 +182,5 @@ def write(options: Options, figures: dict[str, Any]) -> None:
     """Write the figures with options and machine as JSON."""
     options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(options), "out": str(options.out)}
-    content = {"machine": machine(), "settings": settings, **figures}
+    content = {"machine": describe_machine(), "settings": settings, **figures}
     options.out.write_text(json.dumps(content, indent=2) + "\n")

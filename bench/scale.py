@@ -15,9 +15,9 @@ import pyarrow as pa
 from bench.process import (
     MemoryWatch,
     call_in_other_process,
-    peak_megabytes,
-    timed,
-    timed_row,
+    print_timing,
+    read_peak_megabytes,
+    time_call,
 )
 from bench.scale_files import measure_equal, measure_extend, measure_preview
 from bench.waiting_store import WaitingFileSystem, put
@@ -98,13 +98,13 @@ def measure_list(options: Options) -> None:
         put(f"bucket/tars/{number:05d}.tar", tar.getvalue())
     WaitingFileSystem.seconds = options.request_seconds
     source = open_source("webdataset", "waiting://bucket/tars", "train", False)
-    (images, _), seconds, cpu = timed(lambda: list_images(list_source(source)))
+    (images, _), seconds, cpu = time_call(lambda: list_images(list_source(source)))
     requests = WaitingFileSystem.requests.total()
     WaitingFileSystem.reset(0.0)
     print(
         f"| list {options.tars:,} tars, {len(images):,} samples, {requests:,} requests of "
         f"{1000 * options.request_seconds:.0f} ms | {seconds:.1f} | {cpu:.1f} | "
-        f"{peak_megabytes():.0f} |"
+        f"{read_peak_megabytes():.0f} |"
     )
 
 
@@ -112,16 +112,16 @@ def measure_plan(options: Options) -> None:
     """List and plan made-up images in this process."""
     from precompute.plan import make_plan
 
-    source, before = MadeUp(options.images), peak_megabytes()
+    source, before = MadeUp(options.images), read_peak_megabytes()
 
     def plan() -> str:
         images, _ = list_images(list_source(source))
         return make_plan(images, seed=0, shard_samples=1000).digest
 
-    digest, seconds, cpu = timed(plan)
+    digest, seconds, cpu = time_call(plan)
     print(
         f"| plan {options.images:,} images here ({digest[:8]}; {before:.0f} MB before) | "
-        f"{seconds:.1f} | {cpu:.1f} | {peak_megabytes():.0f} |"
+        f"{seconds:.1f} | {cpu:.1f} | {read_peak_megabytes():.0f} |"
     )
 
 
@@ -165,8 +165,8 @@ def measure_compare(options: Options) -> None:
         call_in_other_process(write_markers, folder, options.images)
         source = MadeUp(options.images + options.new_images)
         images, _ = list_images(list_source(source))
-        before = peak_megabytes()
-        _, new, _ = timed_row(
+        before = read_peak_megabytes()
+        _, new, _ = print_timing(
             f"find {options.new_images:,} new images among {len(images):,} "
             f"({before:.0f} MB when they are listed)",
             lambda: select_new(folder, images, [], list(source.classes)),
@@ -181,23 +181,23 @@ def measure_cluster(options: Options) -> None:
     from precompute.plan_job import plan_on_cluster
     from precompute.ray_cluster import connect_to_ray
 
-    source, before = MadeUp(options.images), peak_megabytes()
+    source, before = MadeUp(options.images), read_peak_megabytes()
     with tempfile.TemporaryDirectory() as folder, connect_to_ray(None):
         store_bytes = ray.cluster_resources().get("object_store_memory", 0)
         with MemoryWatch() as memory:
-            listing, seconds, cpu = timed(
+            listing, seconds, cpu = time_call(
                 lambda: plan_on_cluster(source, folder, seed=0, shard_samples=1000)
             )
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet"))
         shards = listing.plan.shards
-        places = np.linspace(0, len(shards) - 1, min(50, len(shards)), dtype=int).tolist()
-        _, reading, _ = timed(lambda: [shards[place] for place in places])
+        indices = np.linspace(0, len(shards) - 1, min(50, len(shards)), dtype=int).tolist()
+        _, reading, _ = time_call(lambda: [shards[index] for index in indices])
     print(
         f"| plan {options.images:,} images by Ray ({listing.plan.digest[:8]}; {before:.0f} MB "
-        f"before; largest worker {memory.most:.0f} MB, object store {store_bytes / 1e6:.0f} MB; "
-        f"{size / 1e6:.0f} MB of files; a shard is read in {1000 * reading / len(places):.1f} ms) "
-        f"| "
-        f"{seconds:.1f} | {cpu:.1f} | {peak_megabytes():.0f} |"
+        f"before; largest worker {memory.peak_megabytes:.0f} MB, object store "
+        f"{store_bytes / 1e6:.0f} MB; {size / 1e6:.0f} MB of files; a shard is read in "
+        f"{1000 * reading / len(indices):.1f} ms) | {seconds:.1f} | {cpu:.1f} | "
+        f"{read_peak_megabytes():.0f} |"
     )
 
 
@@ -210,13 +210,13 @@ def measure_finish(options: Options) -> None:
             for shard in range(options.shards):
                 first = shard * options.shard_samples
                 numbers = range(first, first + options.shard_samples)
-                write_shard(store, shard, [small(number, saliency) for number in numbers])
+                write_shard(store, shard, [make_sample(number, saliency) for number in numbers])
         count = options.shards * options.shard_samples
-        what = f"{options.shards:,} shards, {count:,} samples"
+        size = f"{options.shards:,} shards, {count:,} samples"
 
-        def finish(place: Store) -> ShardDataset:
+        def finish(store: Store) -> ShardDataset:
             return finish_dataset(
-                place,
+                store,
                 options.shards,
                 name="bench",
                 split="train",
@@ -227,26 +227,26 @@ def measure_finish(options: Options) -> None:
                 seed=0,
             )
 
-        def row(name: str, work: Callable[[], Any]) -> None:
-            timed_row(f"{name} ({what})", work)
+        def measure_stage(name: str, work: Callable[[], Any]) -> None:
+            print_timing(f"{name} ({size})", work)
 
-        row("finish", lambda: finish(store))
-        row("open", lambda: ShardDataset.open(folder))
-        row("info", lambda: describe(ShardDataset.open(folder)))
+        measure_stage("finish", lambda: finish(store))
+        measure_stage("open", lambda: ShardDataset.open(folder))
+        measure_stage("info", lambda: describe(ShardDataset.open(folder)))
         draw = VerifyOptions(shards=20)
-        row("verify 20 shards", lambda: verify_dataset(ShardDataset.open(folder), draw))
-        row("verify all", lambda: ShardDataset.open(folder).verify())
+        measure_stage("verify 20 shards", lambda: verify_dataset(ShardDataset.open(folder), draw))
+        measure_stage("verify all", lambda: ShardDataset.open(folder).verify())
         WaitingFileSystem.reset(0.0)
         for path in Path(folder, "shards").iterdir():
             put(f"bucket/set/shards/{path.name}", path.read_bytes())
         WaitingFileSystem.seconds = options.request_seconds
-        wait = f"{1000 * options.request_seconds:.0f} ms a request"
-        row(f"finish, {wait}", lambda: finish(Store("waiting://bucket/set")))
-        row(f"info, {wait}", lambda: describe(ShardDataset.open("waiting://bucket/set")))
+        wait = f"{1000 * options.request_seconds:.0f} ms per request"
+        measure_stage(f"finish, {wait}", lambda: finish(Store("waiting://bucket/set")))
+        measure_stage(f"info, {wait}", lambda: describe(ShardDataset.open("waiting://bucket/set")))
         WaitingFileSystem.reset(0.0)
 
 
-def small(number: int, saliency: np.ndarray) -> Sample:
+def make_sample(number: int, saliency: np.ndarray) -> Sample:
     return Sample(f"k{number:09d}", bytes(600), "jpg", saliency, 0, 40, 56, f"a/{number}.jpg")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from bench.process import call_in_other_process, peak_megabytes, timed_row
+from bench.process import call_in_other_process, print_timing, read_peak_megabytes
 from schemas.sample import Sample
 from schemas.shard import write_shard
 from schemas.storage import Store
@@ -48,7 +48,7 @@ def write_images(root: Path, numbers: Iterable[int]) -> None:
         path.write_bytes(content.getvalue())
 
 
-def job_options(folder: Path, shard_samples: int) -> "Options":
+def build_job_options(folder: Path, shard_samples: int) -> "Options":
     """Return the options of a precompute job that reads `folder/root` and writes `folder/out`."""
     from precompute.__main__ import Options
     from precompute.estimators import SpectralOptions
@@ -68,7 +68,7 @@ def write_with_made_up_maps(folder: Path, shards: int, shard_samples: int) -> No
     write_images(folder / "root", range(shards * shard_samples))
     saliency = np.random.default_rng(0).normal(size=(28, 28)).astype(np.float32)
     with contextlib.ExitStack() as stack:
-        job = resolve_quietly(job_options(folder, shard_samples), stack)
+        job = resolve_quietly(build_job_options(folder, shard_samples), stack)
     store, settings = Store(job.out), job.settings(None)
     with unittest.mock.patch("os.fsync"):  # slow for small files, not part of the measurement
         for shard, images in enumerate(job.plan.shards):
@@ -84,7 +84,7 @@ def write_with_made_up_maps(folder: Path, shards: int, shard_samples: int) -> No
 
 
 def resolve_quietly(options: "Options", stack: contextlib.ExitStack) -> "Job":
-    """List and plan as the command does, without its lines in the table."""
+    """List and plan as the command does, without printing."""
     from precompute.__main__ import resolve
 
     with contextlib.redirect_stdout(None):
@@ -101,21 +101,21 @@ def measure_extend(shards: int, shard_samples: int, new_images: int) -> None:
         call_in_other_process(write_with_made_up_maps, folder, shards, shard_samples)
         count = shards * shard_samples
         write_images(folder / "root", range(count, count + new_images))
-        options = replace(job_options(folder, NEW_SHARD_SAMPLES), extend=True)
-        before = peak_megabytes()
-        job = timed_row(
+        options = replace(build_job_options(folder, NEW_SHARD_SAMPLES), extend=True)
+        before = read_peak_megabytes()
+        job = print_timing(
             f"extend {shards:,} shards of {shard_samples} samples: list {count + new_images:,} "
             f"files and find {new_images:,} new ones ({before:.0f} MB before)",
             lambda: resolve_quietly(options, stack),
         )
         assert job.plan.images == new_images
-        timed_row("extend: start Ray", lambda: stack.enter_context(connect_to_ray(None)))
-        summary = timed_row(
+        print_timing("extend: start Ray", lambda: stack.enter_context(connect_to_ray(None)))
+        summary = print_timing(
             f"extend: estimate the new images in {len(job.plan.shards)} shards and write the "
             "tables",
             lambda: run_job(job, Resources(workers=1)),
         )
-        print(f"| of which the worker was at work | {summary.at_work:.1f} | | |", flush=True)
+        print(f"| of which building shards | {summary.at_work:.1f} | | |", flush=True)
         assert len(summary.dataset) == count + new_images
 
 
@@ -127,8 +127,8 @@ def measure_preview(shards: int, shard_samples: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         call_in_other_process(write_with_made_up_maps, folder, shards, shard_samples)
-        before = peak_megabytes()
-        timed_row(
+        before = read_peak_megabytes()
+        print_timing(
             f"preview of 12 samples of {shards:,} shards of {shard_samples} samples "
             f"({before:.0f} MB before)",
             lambda: write_preview(folder / "out", RECIPES["hp"], folder / "preview.png"),

@@ -51,7 +51,7 @@ class Way:
 def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
     """Time each way `repeats` times after one run that is not counted, in turn: A B C A B C ...
 
-    They alternate so that a machine whose speed drifts slows all of them alike; the ratios then
+    They alternate so that a machine whose speed drifts slows all of them equally; the ratios then
     hold.
     """
     for way in ways.values():
@@ -70,17 +70,18 @@ def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
 def wait_until_quiet(limit: float = 15.0) -> None:
     """Wait until the worker processes of other ways have filled their queues and are idle.
 
-    Otherwise a way would pay for the one before it, whose workers continue after its last batch.
+    Otherwise a way would be slowed down by the one before it, whose workers continue after its last
+    batch.
     """
     for _ in range(round(limit / QUIET_SECONDS)):
-        before = busy_and_all()
+        before = read_cpu_ticks()
         time.sleep(QUIET_SECONDS)
-        busy, total = (now - then for now, then in zip(busy_and_all(), before, strict=True))
+        busy, total = (now - then for now, then in zip(read_cpu_ticks(), before, strict=True))
         if busy < QUIET_SHARE * total:
             return
 
 
-def busy_and_all() -> tuple[int, int]:
+def read_cpu_ticks() -> tuple[int, int]:
     """Return the clock ticks of all cores since boot: those not idle, and all."""
     user, nice, system, idle, waiting, *further_ticks = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
@@ -89,8 +90,8 @@ def busy_and_all() -> tuple[int, int]:
     return total - idle - waiting, total
 
 
-def machine() -> dict[str, Any]:
-    """Return the facts about this machine that affect the figures."""
+def describe_machine() -> dict[str, Any]:
+    """Return the properties of this machine that affect the figures."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.processor() or platform.machine(),
@@ -101,18 +102,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(title: str, rows: list[Row], bases: Mapping[str, str]) -> str:
-    """Return a Markdown table: median, spread, and the ratio to the median of `bases`."""
+def format_table(title: str, rows: list[Row], baselines: Mapping[str, str]) -> str:
+    """Return a Markdown table: median, spread, and the ratio to the median of `baselines`."""
     medians = {row.name: row.median for row in rows}
     lines = [
         f"### {title}",
         "",
-        "| | images/s, median | least .. most | times |",
+        "| | images/s, median | min .. max | ratio |",
         "| --- | ---: | ---: | --- |",
     ]
     for row in rows:
-        base = bases.get(row.name)
-        ratio = f"{row.median / medians[base]:.2f} x {base}" if base else ""
+        baseline = baselines.get(row.name)
+        ratio = f"{row.median / medians[baseline]:.2f} x {baseline}" if baseline else ""
         lines.append(
             f"| {row.name} | {row.median:.1f} | {min(row.rates):.1f} .. {max(row.rates):.1f} "
             f"| {ratio} |"
@@ -124,7 +125,7 @@ def write(path: Path, tables: Mapping[str, list[Row]], settings: Mapping[str, An
     """Write all rates, the settings and the machine as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "settings": dict(settings),
         "images_per_second": {
             title: {row.name: [round(rate, 2) for rate in row.rates] for row in rows}

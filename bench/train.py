@@ -15,8 +15,8 @@ from bench.trainers import (
     Settings,
     Trainer,
     WholeJob,
-    contiguous,
-    synthetic,
+    make_contiguous_views,
+    make_synthetic_views,
 )
 from train.methods import ADIOSConfig, SimCLRConfig
 
@@ -45,7 +45,7 @@ class Options(Settings):
     """Rows to measure."""
 
 
-def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
+def build_trainers(options: Options, folder: Path) -> dict[str, Trainer]:
     """Return a trainer per row; rows that need image files find them in `folder`."""
     torch.backends.cudnn.benchmark = True  # as in the training loop and in the released code
     (folder / "run").mkdir()
@@ -54,17 +54,19 @@ def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
         RELEASED: lambda: Trainer(
             options, lambda *args: ReleasedViews(folder / "images", *args), **released
         ),
-        ALONE: lambda: Trainer(options, synthetic),
+        ALONE: lambda: Trainer(options, make_synthetic_views),
         JOB: lambda: WholeJob(options, folder / "run"),
         ONLINE: lambda: Trainer(options, OnlineViews),
-        FP32: lambda: Trainer(options, contiguous, **released),
-        SUPERVISED: lambda: Trainer(options, synthetic, preset="supervised"),
-        SIMCLR: lambda: Trainer(options, synthetic, preset="adios", method=SIMCLR_OF_ADIOS),
-        ADIOS_S: lambda: Trainer(options, synthetic, preset="adios"),
-        ADIOS: lambda: Trainer(
-            options, synthetic, preset="adios", method=ADIOSConfig(single=False)
+        FP32: lambda: Trainer(options, make_contiguous_views, **released),
+        SUPERVISED: lambda: Trainer(options, make_synthetic_views, preset="supervised"),
+        SIMCLR: lambda: Trainer(
+            options, make_synthetic_views, preset="adios", method=SIMCLR_OF_ADIOS
         ),
-        COMPILED: lambda: Trainer(options, synthetic, compile=True),
+        ADIOS_S: lambda: Trainer(options, make_synthetic_views, preset="adios"),
+        ADIOS: lambda: Trainer(
+            options, make_synthetic_views, preset="adios", method=ADIOSConfig(single=False)
+        ),
+        COMPILED: lambda: Trainer(options, make_synthetic_views, compile=True),
     }
     if RELEASED in options.rows:
         (folder / "images").mkdir()
@@ -73,10 +75,10 @@ def trainers(options: Options, folder: Path) -> dict[str, Trainer]:
     return {name: makers[name]() for name in makers if name in options.rows}
 
 
-def ways(options: Options, row_trainers: Mapping[str, Trainer]) -> dict[str, Way]:
+def make_ways(options: Options, row_trainers: Mapping[str, Trainer]) -> dict[str, Way]:
     """Return the ways to time; steps before the clock starts use up prefetched batches."""
 
-    def way(trainer: Trainer, ahead: int) -> Way:
+    def make_way(trainer: Trainer, ahead: int) -> Way:
         def run() -> int:
             images = trainer.run(options.steps)
             synchronize()
@@ -90,27 +92,29 @@ def ways(options: Options, row_trainers: Mapping[str, Trainer]) -> dict[str, Way
 
         return Way(run, settle)
 
-    return {name: way(row_trainers[name], AHEAD.get(name, 0)) for name in row_trainers}
+    return {name: make_way(row_trainers[name], AHEAD.get(name, 0)) for name in row_trainers}
 
 
-def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
+def summarize(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
     """Return the ratios for which the project has goals."""
     median = {row.name: row.median for row in rows}
 
-    def times(numerator: str, denominator: str, text: str, factor: float = 1.0) -> list[str]:
+    def format_ratio(numerator: str, denominator: str, text: str, factor: float = 1.0) -> list[str]:
         if numerator in median and denominator in median:
             return [f"{text}: {factor * median[numerator] / median[denominator]:.3f}"]
         return []
 
     return [
-        *times(JOB, ALONE, "the whole job over the step alone (goal 0.98 on a GPU, 0.95 on a CPU)"),
-        *times(JOB, ONLINE, "stored saliency over online saliency (goal 1.35)"),
-        *times(JOB, RELEASED, "the whole job over the released way (goal 4)"),
-        *times(ALONE, FP32, "bf16 channels_last over fp32 NCHW"),
-        *times(ALONE, COMPILED, "as it is over compiled"),
-        *times(SIMCLR, ADIOS_S, "simclr over adios-s (counted: 9 / 6 = 1.5 and two U-Nets)"),
-        *times(SIMCLR, ADIOS, "simclr over adios with 4 masks (counted: 36 / 6 = 6)"),
-        *times(
+        *format_ratio(
+            JOB, ALONE, "the whole job over the step alone (goal 0.98 on a GPU, 0.95 on a CPU)"
+        ),
+        *format_ratio(JOB, ONLINE, "stored saliency over online saliency (goal 1.35)"),
+        *format_ratio(JOB, RELEASED, "the whole job over the released way (goal 4)"),
+        *format_ratio(ALONE, FP32, "bf16 channels_last over fp32 NCHW"),
+        *format_ratio(ALONE, COMPILED, "eager over compiled"),
+        *format_ratio(SIMCLR, ADIOS_S, "simclr over adios-s (counted: 9 / 6 = 1.5 and two U-Nets)"),
+        *format_ratio(SIMCLR, ADIOS, "simclr over adios with 4 masks (counted: 36 / 6 = 6)"),
+        *format_ratio(
             ALONE,
             SUPERVISED,
             "pairs/s over what a supervised step allows, 5 forwards against 3 (goal 0.75)",
@@ -120,7 +124,7 @@ def summary(rows: list[Row], waits: Mapping[str, float]) -> list[str]:
     ]
 
 
-def shares(
+def compute_wait_shares(
     row_trainers: Mapping[str, Trainer], rows: list[Row], options: Options
 ) -> dict[str, float]:
     """Return the share of the last repeat's time in which a row waited for its data."""

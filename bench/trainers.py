@@ -115,7 +115,7 @@ class Trainer:
         for _ in range(steps):
             scalars = self.step(self.stream.next_micro_batches(1), lr=1e-3)
             self.waited += self.stream.waited
-        float(scalars["loss"])  # synchronizes, as the training loop does now and then
+        float(scalars["loss"])  # synchronizes, as the training loop does occasionally
         return steps * self.config.batch_size
 
 
@@ -123,7 +123,7 @@ class WholeJob(Trainer):
     """A trainer driven by the actual training loop, which writes its logs into `folder`."""
 
     def __init__(self, options: Settings, folder: Path) -> None:
-        super().__init__(options, from_shards, out=str(folder))
+        super().__init__(options, open_shards, out=str(folder))
         job = EndlessEpoch(
             user_config=self.config,
             config=self.config,
@@ -158,13 +158,17 @@ class EndlessEpoch(TrainingJob):
         return 1 << 40
 
 
-def synthetic(options: Settings, config: TrainConfig, device: torch.device) -> SyntheticViews:
+def make_synthetic_views(
+    options: Settings, config: TrainConfig, device: torch.device
+) -> SyntheticViews:
     return SyntheticViews(1 << 20, config.recipe, options.batch_size, device, 1, 0)
 
 
-def contiguous(options: Settings, config: TrainConfig, device: torch.device) -> SyntheticViews:
+def make_contiguous_views(
+    options: Settings, config: TrainConfig, device: torch.device
+) -> SyntheticViews:
     """Return synthetic views whose images are in NCHW memory."""
-    views = synthetic(options, config, device)
+    views = make_synthetic_views(options, config, device)
     batch = views.batch
     assert batch.key is not None
     hard = batch.hard_negative
@@ -177,7 +181,7 @@ def contiguous(options: Settings, config: TrainConfig, device: torch.device) -> 
     return views
 
 
-def from_shards(options: Settings, config: TrainConfig, device: torch.device) -> MaskedViews:
+def open_shards(options: Settings, config: TrainConfig, device: torch.device) -> MaskedViews:
     return MaskedViews(options.data, config.recipe, options.batch_size, device.type)
 
 
@@ -208,7 +212,7 @@ class OnlineViews:
                     )
                     for name, view in views.items()
                 }
-            query, key, hard = usual.vectorized({**views, **maps}, self.recipe, rng)
+            query, key, hard = usual.make_views_vectorized({**views, **maps}, self.recipe, rng)
             yield replace(batch, query=query, key=key, hard_negative=hard)
 
 
@@ -218,7 +222,7 @@ class ReleasedViews:
     def __init__(self, folder: Path, options: Settings, config: TrainConfig, device: Any) -> None:
         self.recipe, self.device = config.recipe, device
         self.localizer = usual.Localizer(device.type, config.recipe.grid)
-        self.batches = usual.from_folder(
+        self.batches = usual.load_folder(
             folder, config.recipe, options.batch_size, options.workers, tensors=False
         )
         next(self.batches)
@@ -226,6 +230,6 @@ class ReleasedViews:
     def __iter__(self) -> Iterator[Batch]:
         for views in self.batches:
             moved = {n: view.to(self.device, non_blocking=True) for n, view in views.items()}
-            query, key, hard = usual.looped(moved, self.recipe, self.localizer)
+            query, key, hard = usual.make_views_by_loops(moved, self.recipe, self.localizer)
             label = torch.zeros(len(query), dtype=torch.long, device=self.device)
             yield Batch(query=query, key=key, hard_negative=hard, label=label)

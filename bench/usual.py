@@ -1,9 +1,9 @@
-"""Make masked views in the usual ways, as a good user of torchvision or webdataset writes them.
+"""Make masked views in the usual ways, as an experienced user of torchvision or webdataset would.
 
-`pil_view` and `looped` follow the released code (method of the paper: ImageFolder, PIL, a two-crop
-transform in worker processes, saliency of every crop by a ResNet-50, masks by Python loops over
-images and cells), without its defects. `tensor_view` and `from_webdataset` are what one would write
-today, with the masks of `vectorized`.
+`build_pil_view` and `make_views_by_loops` follow the released code (method of the paper:
+ImageFolder, PIL, a two-crop transform in worker processes, saliency of every crop by a ResNet-50,
+masks by Python loops over images and cells), without its defects. `build_tensor_view` and
+`load_webdataset` are what one would write today, with the masks of `make_views_vectorized`.
 """
 
 import itertools
@@ -60,7 +60,7 @@ class TwoCrops:
         return views
 
 
-def pil_view(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
+def build_pil_view(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
     """Return MoCo v2's augmentation of a PIL image (main_moco.py --aug-plus)."""
     jitter = transforms.ColorJitter(
         recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
@@ -78,13 +78,13 @@ def pil_view(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
     )
 
 
-def tensor_view(recipe: Recipe) -> v2.Compose:
+def build_tensor_view(recipe: Recipe) -> v2.Compose:
     """Return the same augmentation with torchvision's v2 on uint8 tensors."""
     cut = v2.RandomResizedCrop(recipe.crop_size, recipe.crop_area, antialias=True)
-    return v2.Compose([cut, v2.RandomHorizontalFlip(), colors(recipe)])
+    return v2.Compose([cut, v2.RandomHorizontalFlip(), build_color_transform(recipe)])
 
 
-def colors(recipe: Recipe) -> v2.Compose:
+def build_color_transform(recipe: Recipe) -> v2.Compose:
     """Return the photometric part of the augmentation with torchvision's v2."""
     jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
     soft = v2.GaussianBlur(13, recipe.soft_blur_sigma)
@@ -99,16 +99,16 @@ def colors(recipe: Recipe) -> v2.Compose:
     )
 
 
-def endless(loader: DataLoader) -> Iterator[Any]:
+def repeat_forever(loader: DataLoader) -> Iterator[Any]:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def from_folder(
+def load_folder(
     root: Path, recipe: Recipe, batch_size: int, workers: int, tensors: bool
 ) -> Iterator[Views]:
     """Yield batches of an image folder by worker processes: (3, S, S) views, stacked on the CPU."""
-    views = TwoCrops(recipe, tensor_view(recipe) if tensors else pil_view(recipe))
-    options: dict[str, Any] = {"loader": decoded} if tensors else {}
+    views = TwoCrops(recipe, build_tensor_view(recipe) if tensors else build_pil_view(recipe))
+    options: dict[str, Any] = {"loader": decode_file} if tensors else {}
     loader = DataLoader(
         datasets.ImageFolder(str(root), views, **options),
         batch_size,
@@ -118,14 +118,14 @@ def from_folder(
         persistent_workers=True,
         pin_memory=torch.cuda.is_available(),
     )
-    return (views for views, _ in endless(loader))
+    return (views for views, _ in repeat_forever(loader))
 
 
-def decoded(path: str) -> Tensor:
+def decode_file(path: str) -> Tensor:
     return io.decode_image(path, io.ImageReadMode.RGB, apply_exif_orientation=True)
 
 
-def from_webdataset(
+def load_webdataset(
     urls: list[str], recipe: Recipe, batch_size: int, workers: int
 ) -> Iterator[Views]:
     """Yield batches of the shards with webdataset: one window for image and saliency, then v2."""
@@ -133,9 +133,9 @@ def from_webdataset(
 
     cut = v2.RandomResizedCrop(recipe.crop_size, recipe.crop_area, antialias=True)
     flip = v2.RandomHorizontalFlip()
-    views = TwoCrops(recipe, colors(recipe))
+    views = TwoCrops(recipe, build_color_transform(recipe))
 
-    def two_views(sample: dict[str, Any]) -> Views:
+    def make_two_views(sample: dict[str, Any]) -> Views:
         image = next(sample[name] for name in ("jpg", "png", "webp") if name in sample)
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         # Resize the saliency to the image, so that one transform cuts both.
@@ -150,7 +150,7 @@ def from_webdataset(
         return sample_views
 
     data = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
-    data = data.shuffle(1000).decode("pil").map(two_views)
+    data = data.shuffle(1000).decode("pil").map(make_two_views)
     data = data.batched(batch_size, default_collate, partial=False)
     loader = webdataset.WebLoader(
         data.repeat(), batch_size=None, num_workers=min(workers, len(urls)), persistent_workers=True
@@ -163,7 +163,7 @@ class Localizer:
     """Compute saliency the released way: a ResNet-50's last map of every crop, summed over
     channels.
 
-    In fp32 as released; the weights are random, because the speed does not depend on them.
+    It runs in fp32 as released; the weights are random, because the speed does not depend on them.
     """
 
     def __init__(self, device: str, grid: int):
@@ -196,7 +196,7 @@ def mask_by_loops(
                 result[place] = image[place]
             continue
         ratio = random.uniform(*(recipe.hard_negative_ratio if hard else recipe.query_ratio))
-        front, back = split(saliency[index], recipe)
+        front, back = split_cells(saliency[index], recipe)
         share = ratio * len(front) / cells
         if recipe.foreground_cap and share >= recipe.foreground_cap[0]:
             share = recipe.foreground_cap[1]
@@ -219,7 +219,7 @@ def mask_by_loops(
     return result
 
 
-def split(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], ...]:
+def split_cells(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], ...]:
     """Return the (row, column) of the foreground's and of the background's cells."""
     threshold = saliency.mean() - recipe.foreground_margin * saliency.std()
     cells: tuple[list[tuple[int, int]], ...] = ([], [])
@@ -229,7 +229,7 @@ def split(saliency: np.ndarray, recipe: Recipe) -> tuple[list[tuple[int, int]], 
     return cells
 
 
-def looped(views: Views, recipe: Recipe, localizer: Localizer | None) -> list[Tensor]:
+def make_views_by_loops(views: Views, recipe: Recipe, localizer: Localizer | None) -> list[Tensor]:
     """Return query, key and hard negative; the saliency is random if `localizer` is None."""
     masked_views = []
     for name, hard in (("query", False), ("key", True)):
@@ -242,7 +242,7 @@ def looped(views: Views, recipe: Recipe, localizer: Localizer | None) -> list[Te
     return [masked_views[0], views["key"], masked_views[1]]
 
 
-def vectorized(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
+def make_views_vectorized(views: Views, recipe: Recipe, rng: BatchRng) -> list[Tensor]:
     """Return the same for the whole batch at once, with the pipeline's masks and fills."""
     masked_views = []
     roles: tuple[tuple[str, masks.Role], ...] = (("query", "query"), ("key", "hard_negative"))

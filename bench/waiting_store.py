@@ -6,7 +6,7 @@ Importing this module registers the protocol.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -96,13 +96,6 @@ class WaitingFileSystem(MemoryFileSystem):
 def put(name: str, content: bytes) -> None:
     """Put a file into the store without waiting."""
     MemoryFileSystem.pipe_file(fsspec.filesystem("waiting"), f"/{name}", content)
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Return the result of `work`, and the seconds it took."""
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
 
 
 fsspec.register_implementation("waiting", WaitingFileSystem, clobber=True)

@@ -2,8 +2,8 @@
 
 python examples/other_masks.py out/photos
 
-`mae` masks three quarters of 14 x 14 patches at random and ignores the saliency. `objects` yields
-crops around the object, which the stored saliency finds.
+`mask_as_mae` masks three quarters of 14 x 14 patches at random and ignores the saliency.
+`crop_objects` yields crops around the object, which the stored saliency finds.
 """
 
 import io
@@ -35,21 +35,25 @@ MAE = Recipe(
 )
 
 
-def mae(url: str, batch_size: int = 32, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+def mask_as_mae(
+    url: str, batch_size: int = 32, device: str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one epoch of (masked images, masks), each (N, 3, 224, 224); True where masked."""
     for batch in MaskedViews(url, MAE, batch_size, device, report=("masks",)):
         assert batch.query_mask is not None
         yield batch.query, batch.query_mask
 
 
-def objects(url: str, side: int = 224, margin: float = 0.1) -> Iterator[tuple[Image.Image, int]]:
+def crop_objects(
+    url: str, side: int = 224, margin: float = 0.1
+) -> Iterator[tuple[Image.Image, int]]:
     """Yield each image cut to the box of its foreground with a margin: (image, label)."""
     for sample in ShardDataset.open(url):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(sample.image))).convert("RGB")
-        yield image.resize((side, side), box=object_box(sample, margin)), sample.label
+        yield image.resize((side, side), box=compute_object_box(sample, margin)), sample.label
 
 
-def object_box(sample: Sample, margin: float) -> tuple[float, float, float, float]:
+def compute_object_box(sample: Sample, margin: float) -> tuple[float, float, float, float]:
     """Return x0, y0, x1, y1 in pixels around the most salient third of the map."""
     front = find_foreground(torch.from_numpy(sample.saliency)[None], margin=-0.5)[0].numpy()
     rows, columns = np.nonzero(front)
@@ -67,9 +71,9 @@ def object_box(sample: Sample, margin: float) -> tuple[float, float, float, floa
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(f"usage: python {sys.argv[0]} DATASET")
-    for images, masks in mae(sys.argv[1]):
+    for images, masks in mask_as_mae(sys.argv[1]):
         print(tuple(images.shape), f"{masks[:, 0].float().mean():.0%} masked")
-    for image, label in objects(sys.argv[1]):
+    for image, label in crop_objects(sys.argv[1]):
         print(image.size, label)
         break
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_IN_DRIVER = 2_000_000
+MAX_IMAGES_IN_DRIVER = 2_000_000
 """Maximum number of images planned in this process: 1.1 GB at 540 bytes each (docs/scale.md)."""
 
 
@@ -115,15 +115,15 @@ class Options:
     """Saliency estimator and its options."""
 
     def __post_init__(self) -> None:
-        least = {
+        minimums = {
             **{"shard_samples": 1, "batch_size": 1, "limit": 1, "workers": 0},
             **{"cpus_per_worker": 0, "gpus_per_worker": 0},
         }
-        for option, bound in least.items():
+        for option, minimum in minimums.items():
             value = getattr(self, option)
-            if value is not None and value < bound:
+            if value is not None and value < minimum:
                 flag = f"--{option.replace('_', '-')}"
-                raise UserError(f"{flag} is {value}; it must be at least {bound}")
+                raise UserError(f"{flag} is {value}; it must be at least {minimum}")
         if self.dry_run and self.address:
             raise UserError(
                 "--dry-run estimates the time on this machine, not on the cluster at "
@@ -150,7 +150,7 @@ def run_command(options: Options, stack: contextlib.ExitStack) -> int:
     if options.dry_run:
         from precompute.dry_run import Machine, estimate_job
 
-        print(estimate_job(job, resources, Machine.here()))
+        print(estimate_job(job, resources, Machine.detect()))
         return 0
     if not job.plan.images:
         print(f"nothing to do: {options.out} contains every image of the source")
@@ -177,8 +177,8 @@ def resolve(options: Options, stack: contextlib.ExitStack) -> "Job":
         root = os.path.abspath(root)
     if root:
         refuse_own_inputs(options.out, root)
-    of_tars = ("image_member", "label_member", "label_text", "keys_with_dots")
-    chosen = {name: value for name in of_tars if (value := getattr(options, name))}
+    tar_options = ("image_member", "label_member", "label_text", "keys_with_dots")
+    chosen = {name: value for name in tar_options if (value := getattr(options, name))}
     source = open_source(options.dataset, root, options.split, options.download, **chosen)
     planned = plan_source(options, source, root, out, stack)
     return Job(
@@ -209,23 +209,25 @@ def plan_source(
 ) -> Planned:
     """List a source and plan its shards, in this process or on the cluster. Raises UserError."""
     if options.extend and options.plan == "cluster":
-        raise UserError("--extend compares with the dataset that is there: plan it in the driver")
+        raise UserError("--extend compares with the existing dataset: use --plan driver")
     if options.plan == "cluster":
-        return plan_there(options, source, root, out, stack)
+        return plan_with_ray(options, source, root, out, stack)
     try:
-        most = MOST_IN_DRIVER if options.plan == "auto" and not options.extend else None
-        return plan_here(options, source, root, out, most)
+        limit = MAX_IMAGES_IN_DRIVER if options.plan == "auto" and not options.extend else None
+        return plan_in_driver(options, source, root, out, limit)
     except TooManyImagesError:
-        print(f"more than {MOST_IN_DRIVER:,} images: they are listed again, by Ray", flush=True)
-    return plan_there(options, source, root, out, stack)
+        print(f"more than {MAX_IMAGES_IN_DRIVER:,} images: listing them again with Ray", flush=True)
+    return plan_with_ray(options, source, root, out, stack)
 
 
-def plan_here(options: Options, source: Source, root: str, out: str, most: int | None) -> Planned:
+def plan_in_driver(
+    options: Options, source: Source, root: str, out: str, limit: int | None
+) -> Planned:
     """Plan in this process. Raises UserError, TooManyImagesError."""
     from precompute.extend import select_new
     from precompute.progress import show_listing
 
-    images, rejects = list_images(limit_count(most, show_listing(list_source(source))))
+    images, rejects = list_images(limit_count(limit, show_listing(list_source(source))))
     refuse_linked_inputs(options.out, source.linked_folders())
     if not images:
         raise UserError(explain_no_images(root, rejects))
@@ -239,7 +241,7 @@ def plan_here(options: Options, source: Source, root: str, out: str, most: int |
     return Planned(plan, rejects, before)
 
 
-def plan_there(
+def plan_with_ray(
     options: Options, source: Source, root: str, out: str, stack: contextlib.ExitStack
 ) -> Planned:
     """Plan on the cluster.
@@ -255,11 +257,12 @@ def plan_there(
     stack.enter_context(connect_to_ray(options.address))
     listing = plan_on_cluster(
         source,
-        stack.enter_context(plan_folder(options, out)),
+        stack.enter_context(make_plan_folder(options, out)),
         seed=options.seed,
         shard_samples=options.shard_samples,
         limit=options.limit,
     )
+    source.classes, source.readers = listing.classes, listing.readers
     refuse_linked_inputs(options.out, listing.linked)
     if not listing.plan.images:
         raise UserError(explain_no_images(root, listing.rejects))
@@ -268,13 +271,13 @@ def plan_there(
 
 
 @contextlib.contextmanager
-def plan_folder(options: Options, out: str) -> Iterator[str]:
+def make_plan_folder(options: Options, out: str) -> Iterator[str]:
     """Provide a folder for this run's plan: below OUT, or a temporary one for a dry run."""
     from precompute.stored_plan import PLAN_FOLDER
 
     if options.dry_run:  # its cluster is on this machine, so no other node reads the plan
-        with TemporaryDirectory(prefix="saliency-plan-") as place:
-            yield place
+        with TemporaryDirectory(prefix="saliency-plan-") as folder:
+            yield folder
         return
     store, name = Store(out), f"{PLAN_FOLDER}/{uuid.uuid4().hex[:8]}"
     try:
@@ -288,10 +291,10 @@ class TooManyImagesError(Exception):
     """Raised when a source has more images than this process may plan."""
 
 
-def limit_count(most: int | None, entries: Iterable[T]) -> Iterator[T]:
-    """Yield the entries. Raises TooManyImagesError when there are more than `most`."""
+def limit_count(limit: int | None, entries: Iterable[T]) -> Iterator[T]:
+    """Yield the entries. Raises TooManyImagesError when there are more than `limit`."""
     for count, entry in enumerate(entries, 1):
-        if most is not None and count > most:
+        if limit is not None and count > limit:
             raise TooManyImagesError
         yield entry
 
@@ -336,7 +339,7 @@ def report(summary: "Summary") -> str:
     return "\n".join(
         [
             f"{summary.images} images in {summary.seconds:.1f} s, "
-            f"{stats['run']['images_per_second_at_work']:.1f} images/s at work",
+            f"{stats['run']['images_per_second_at_work']:.1f} images/s excluding startup",
             f"rejects: {count_rejects(dataset)}",
             f"foreground: {share:.0%} of the cells" if share is not None else "foreground: none",
             f"{dataset.url}: {len(dataset)} samples in {len(dataset.shards)} shards",

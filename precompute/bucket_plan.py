@@ -1,12 +1,12 @@
 """Plan a source of many images bucket by bucket, so that no process holds all of them.
 
-Calls the steps of `plan_stages.py` in order through a `Runner`; `plan_job.py` has one that uses
-Ray. The plan and the rejects equal those of `list_images` and `make_plan`, so a dataset may be
-begun one way and completed the other.
+`plan_in_buckets` calls the steps of `plan_stages.py` in order through a `Runner`; `plan_job.py`
+implements one with Ray. The plan and the rejects equal those of `list_images` and `make_plan`, so a
+dataset started one way can be completed the other way.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
@@ -38,7 +38,7 @@ PARTS_AT_ONCE = 64
 
 
 class PartGroup(NamedTuple):
-    """Consecutive parts of a source, starting at index `first` of `parts_of(source)`."""
+    """Consecutive parts of a source, starting at index `first` of `list_parts(source)`."""
 
     first: int
     parts: list[str]
@@ -48,7 +48,7 @@ class Runner(Protocol):
     """Interface that runs the steps of a plan, in this process or on a cluster."""
 
     def shuffle(
-        self, source: Source, groups: list[PartGroup], place: str, seed: int, buckets: int
+        self, source: Source, groups: list[PartGroup], plan_folder: str, seed: int, buckets: int
     ) -> set[str]:
         """Call `list_rows` for each group, and `write_rows` for the rows of each bucket.
 
@@ -57,12 +57,16 @@ class Runner(Protocol):
         """
 
     def map(
-        self, function: Callable[..., R], arguments: Iterable[tuple], most: int | None = None
+        self,
+        function: Callable[..., R],
+        arguments: Iterable[tuple],
+        max_in_flight: int | None = None,
     ) -> Iterator[R]:
         """Yield `function(*argument)` for each argument, in order.
 
         Args:
-            most: maximum number of calls that are in progress, or done and not yet yielded.
+            max_in_flight: maximum number of calls that are in progress, or done and not yet
+                yielded.
         """
 
 
@@ -73,17 +77,20 @@ class StoredListing:
     Attributes:
         labels: number of images of each label.
         linked: local folders outside of ROOT that listing reached through links.
+        classes, readers: values of these attributes of the source after listing; see `Source`.
     """
 
     plan: StoredPlan
     rejects: list[Reject]
     labels: Counter[int]
     linked: list[str]
+    classes: Sequence[str]
+    readers: int | None
 
 
 def plan_in_buckets(
     source: Source,
-    place: str,
+    plan_folder: str,
     runner: Runner,
     *,
     seed: int,
@@ -91,10 +98,10 @@ def plan_in_buckets(
     limit: int | None = None,
     buckets: int = BUCKETS,
 ) -> StoredListing:
-    """List a source and plan its shards; sets `source.classes` and `source.readers`.
+    """List a source and plan its shards.
 
     Args:
-        place: an empty or new folder for the plan, which every node can read and write.
+        plan_folder: an empty or new folder, which every node can read and write.
         The other arguments are those of `make_plan`.
 
     Raises:
@@ -105,39 +112,45 @@ def plan_in_buckets(
         PartGroup(first, list(parts[first : first + PARTS_AT_ONCE]))
         for first in range(0, max(len(parts), 1), PARTS_AT_ONCE)
     ]
-    texts = runner.shuffle(source, groups, place, seed, buckets)
-    store = Store(place)
-    facts = stages.read_facts(store, buckets)
+    text_labels = runner.shuffle(source, groups, plan_folder, seed, buckets)
+    store = Store(plan_folder)
+    part_infos = stages.read_part_infos(store, buckets)
     numbers: dict[str, int] = {}
-    bad: dict[str, str] = {}
-    if texts and isinstance(source, PartedSource):
-        numbers, bad = source.number_labels(texts)
+    invalid_labels: dict[str, str] = {}
+    if text_labels and isinstance(source, PartedSource):
+        numbers, invalid_labels = source.number_labels(text_labels)
+        classes = source.classes
     else:
-        source.classes = max((fact["classes"] for fact in facts), key=len, default=[])
+        classes = max((info["classes"] for info in part_infos), key=len, default=[])
 
-    source.readers = max((fact["readers"] for fact in facts if fact["readers"]), default=None)
-    every_bucket = ((bucket, seed, numbers, bad) for bucket in range(buckets))
-    settled = list(runner.map(partial(stages.settle, place), every_bucket))
-    counts = [result.images for result in settled]
+    readers = max((info["readers"] for info in part_infos if info["readers"]), default=None)
+    every_bucket = ((bucket, seed, numbers, invalid_labels) for bucket in range(buckets))
+    bucket_results = list(runner.map(partial(stages.finish_bucket, plan_folder), every_bucket))
+    counts = [result.images for result in bucket_results]
     rejects = [
         *stages.read_rejects(store, buckets),
-        *(r for result in settled for r in result.rejects),
+        *(reject for result in bucket_results for reject in result.rejects),
     ]
-    renamed = [image for result in settled for image in result.renamed]
-    for bucket, count in move_renamed(renamed, place, runner, seed, buckets):
+    renamed = [image for result in bucket_results for image in result.renamed]
+    for bucket, count in move_renamed(renamed, plan_folder, runner, seed, buckets):
         counts[bucket] = count
 
-    shards = StoredShards(place, counts, shard_samples, limit)
+    shards = StoredShards(plan_folder, counts, shard_samples, limit)
     every_bucket_text = ((bucket,) for bucket in range(buckets))
     texts_in_order = runner.map(partial(format_bucket, shards), every_bucket_text, TEXTS_AT_ONCE)
     plan = StoredPlan(shards, compute_digest(texts_in_order, len(shards)))
-    labels: Counter[int] = sum((result.labels for result in settled), Counter())
-    linked = sorted({folder for fact in facts for folder in fact["linked"]})
-    return StoredListing(plan, [entry.reject for entry in sorted(rejects)], labels, linked)
+    return StoredListing(
+        plan=plan,
+        rejects=[entry.reject for entry in sorted(rejects)],
+        labels=sum((result.labels for result in bucket_results), Counter()),
+        linked=sorted({folder for info in part_infos for folder in info["linked"]}),
+        classes=classes,
+        readers=readers,
+    )
 
 
 def move_renamed(
-    renamed: list[SourceImage], place: str, runner: Runner, seed: int, buckets: int
+    renamed: list[SourceImage], plan_folder: str, runner: Runner, seed: int, buckets: int
 ) -> Iterator[tuple[int, int]]:
     """Rename images whose keys were taken, and write them to the buckets of their new keys.
 
@@ -149,13 +162,13 @@ def move_renamed(
     keys = [key for image in renamed for key in stages.list_candidates(image)]
     keys_by_bucket = stages.group_by_bucket(keys, str, seed, buckets)
     used_keys = runner.map(
-        partial(stages.find_used_keys, place),
+        partial(stages.find_used_keys, plan_folder),
         ((bucket, set(bucket_keys)) for bucket, bucket_keys in keys_by_bucket.items()),
     )
     images = stages.rename(renamed, (key for bucket_keys in used_keys for key in bucket_keys))
     moved = stages.group_by_bucket(images, lambda image: image.key, seed, buckets)
     added = runner.map(
-        partial(stages.add_images, place),
+        partial(stages.add_images, plan_folder),
         ((bucket, seed, to_table(bucket_images)) for bucket, bucket_images in moved.items()),
     )
     yield from zip(moved, added, strict=True)
@@ -166,5 +179,5 @@ def format_bucket(shards: StoredShards, bucket: int) -> bytes:
     first, end = shards.starts[bucket], min(shards.starts[bucket + 1], shards.images)
     if first >= end:
         return b""
-    images = to_images(read_bucket(Store(shards.place), bucket, 0, end - first))
+    images = to_images(read_bucket(Store(shards.plan_folder), bucket, 0, end - first))
     return format_plan(images, first, shards.cuts)

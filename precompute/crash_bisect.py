@@ -20,14 +20,12 @@ from schemas.errors import UserError
 if TYPE_CHECKING:
     from precompute.shard_builder import ShardBuilder
 
-SURVIVED = ""
-
 
 class CrashProbe:
-    """A child process that makes samples of images; it is restarted after it has died.
+    """A child process that makes samples of images; it is restarted after a crash.
 
     Attributes:
-        cause: the name of the signal, or the exit code, of the last death.
+        cause: the name of the signal, or the exit code, of the last crash.
     """
 
     def __init__(self, make_builder: "Callable[[], ShardBuilder]"):
@@ -49,15 +47,15 @@ class CrashProbe:
             self.process, self.connection = self.start()
         try:
             self.connection.send([tuple(image) for image in images])
-            answer = self.connection.recv()
+            error = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode or 0
             self.cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self.close()
             return False
-        if answer != SURVIVED:
-            raise UserError(f"the search for an image that kills its worker failed: {answer}")
+        if error is not None:
+            raise UserError(f"the search for an image that kills its worker failed: {error}")
         return True
 
     def start(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
@@ -81,7 +79,7 @@ class CrashProbe:
 
 
 def serve_probe(connection: Connection, make_builder: bytes) -> None:
-    """Run the child: make the samples of each list received, reply with the error or `SURVIVED`.
+    """Run the child: make the samples of each list received, reply with the error, or None.
 
     Returns when the other side closes the connection.
     """
@@ -101,16 +99,16 @@ def serve_probe(connection: Connection, make_builder: bytes) -> None:
             traceback.print_exc()
             connection.send(f"{type(error).__name__}: {error}")
         else:
-            connection.send(SURVIVED)
+            connection.send(None)
 
 
 def find_crashing_images(
     images: Sequence[SourceImage], make_builder: "Callable[[], ShardBuilder]"
 ) -> dict[str, str]:
-    """Return the keys of the images that kill a process on their own, each with the cause of death.
+    """Return the images that crash a process on their own: the cause by key.
 
     Returns:
-        a dictionary, empty if no image does so alone.
+        an empty dictionary if no single image does.
 
     Raises:
         UserError: the samples could not be made for another reason.

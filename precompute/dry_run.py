@@ -30,13 +30,13 @@ class Machine:
     devices: int
 
     @classmethod
-    def here(cls) -> "Machine":
+    def detect(cls) -> "Machine":
         return cls(len(os.sched_getaffinity(0)), torch.cuda.device_count())
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """Measurements of a few batches.
+class Measurement:
+    """Size and time of a few batches.
 
     Attributes:
         size: bytes of the images that would be written, with their maps.
@@ -65,11 +65,11 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
     missing = find_missing_shards(
         Store(job.out), job.settings(estimator.weights_sha256), job.default_settings
     )
-    places = [shard - job.first_shard for shard in missing]
-    images = sum(map(job.plan.size, places))
+    plan_indices = [shard - job.first_shard for shard in missing]
+    images = sum(map(job.plan.size, plan_indices))
     lines = [
         f"{job.plan.images} images -> {len(job.plan.shards)} shards in {job.out}; "
-        f"{len(job.rejects)} inputs are rejected already",
+        f"{len(job.rejects)} inputs were already rejected",
         f"missing: {len(missing)} shards, {images} images",
     ]
     if not images:
@@ -78,24 +78,23 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
     threads = max(1, int(cpus))
     use_threads(threads)
     limit_torch_threads(estimator)
-    planned = (image for place in places for image in job.plan.shards[place])
+    planned = (image for index in plan_indices for image in job.plan.shards[index])
     sample = list(itertools.islice(planned, job.batch_size * BATCHES))
-    sampled = make_batches(job, estimator, sample)
-    rate = sampled.timed / sampled.seconds
-    size = sampled.size / max(sampled.written, 1) * images
-    size *= sampled.written / (sampled.written + sampled.rejected)
-    times, shared = speed_up(estimator.device, workers, machine)
-    left = tqdm.format_interval(images / rate / times)
+    measurement = measure_batches(job, estimator, sample)
+    rate = measurement.timed / measurement.seconds
+    size = measurement.size / (measurement.written + measurement.rejected) * images
+    speedup, hardware = estimate_speedup(estimator.device, workers, machine)
+    duration = tqdm.format_interval(images / rate / speedup)
     lines += [
-        f"about {size / 1e9:.2f} GB to write, estimated from {sampled.written} images",
-        f"about {left} with {workers} workers on {shared}: {rate:.1f} images/s of one worker with "
-        f"{threads} threads ({sampled.timed} images timed), times {times}",
+        f"about {size / 1e9:.2f} GB to write, estimated from {measurement.written} images",
+        f"about {duration} with {workers} workers on {hardware}: {rate:.1f} images/s per worker "
+        f"with {threads} threads (measured on {measurement.timed} images), speedup {speedup}x",
     ]
     return "\n".join(lines)
 
 
-def make_batches(job: Job, estimator: Estimator, sample: list[SourceImage]) -> Sampled:
-    """Make samples as a worker does, but write none; count and time them."""
+def measure_batches(job: Job, estimator: Estimator, sample: list[SourceImage]) -> Measurement:
+    """Make samples as a worker does without writing them; count and time them."""
     size, written, rejected, seconds, timed = 0, 0, 0, 0.0, 0
     with TemporaryDirectory() as folder:
         builder = ShardBuilder(
@@ -111,16 +110,16 @@ def make_batches(job: Job, estimator: Estimator, sample: list[SourceImage]) -> S
                 )
             if start or len(sample) <= job.batch_size:
                 seconds, timed = seconds + time.monotonic() - begin, timed + len(batch)
-    return Sampled(size, written, rejected, seconds, timed)
+    return Measurement(size, written, rejected, seconds, timed)
 
 
-def speed_up(device: str, workers: int, machine: Machine) -> tuple[int, str]:
+def estimate_speedup(device: str, workers: int, machine: Machine) -> tuple[int, str]:
     """Return the job's rate as a multiple of one worker's, and the hardware that workers share.
 
     Workers on one GPU share it, so a GPU counts once, which is the cautious estimate. Workers on
     the CPU count up to the number of cores, but cores that share caches reach less than that.
     """
     if device == "cuda" and machine.devices:
-        times = min(workers, machine.devices)
-        return times, f"{times} of {machine.devices} GPUs"
+        speedup = min(workers, machine.devices)
+        return speedup, f"{speedup} of {machine.devices} GPUs"
     return min(workers, machine.cores), f"{machine.cores} CPU cores"

@@ -5,7 +5,7 @@ import pyarrow.compute as pc
 
 from precompute.resume import read_dataset_markers
 from precompute.sources import SourceImage
-from precompute.sources.base import KEY_DIGITS, digest_key, free_key
+from precompute.sources.base import KEY_DIGITS, digest_key, make_unique_key
 from schemas.dataset import read_card
 from schemas.errors import UserError
 from schemas.names import to_stored
@@ -66,7 +66,7 @@ def rename(
     used_keys |= find_keys(keys, candidates) | {image.key for image in images}
     own_keys: dict[str, str] = {}
     for image in clashing:
-        own_keys[image.key] = free_key(image.key, image.location, used_keys)
+        own_keys[image.key] = make_unique_key(image.key, image.location, used_keys)
         used_keys.add(own_keys[image.key])
     return [image._replace(key=own_keys.get(image.key, image.key)) for image in new_images]
 

@@ -19,7 +19,7 @@ from precompute.output_lock import lock_output
 from precompute.plan import Plan
 from precompute.progress import watch
 from precompute.progress_actor import ProgressActor
-from precompute.ray_cluster import connect_to_ray, start_beside_driver
+from precompute.ray_cluster import connect_to_ray, start_on_driver_node
 from precompute.reencode import Resize
 from precompute.resume import find_missing_shards, refuse_shard_of_other_job
 from precompute.sources import Source
@@ -166,7 +166,7 @@ def find_usable_resources(nodes: Sequence[Mapping[str, Any]]) -> Usable:
     return Usable(cores or 1, devices, max(node.get("CPU", 0) for node in usable) or 1)
 
 
-MOST_WORKERS_PER_GPU = 3
+MAX_WORKERS_PER_GPU = 3
 CORES_PER_WORKER = 2
 """CPU cores per worker, in which reading, decoding, estimating and packing run in separate threads
 (both numbers are our choice)."""
@@ -178,7 +178,7 @@ def choose_workers_per_gpu(cores_per_gpu: float) -> int:
     A single process cannot keep a GPU busy: its CPU work runs in one Python process (see
     docs/performance.md), and the GPU waits at the beginning and the end of each shard.
     """
-    return max(1, min(MOST_WORKERS_PER_GPU, int(cores_per_gpu // CORES_PER_WORKER)))
+    return max(1, min(MAX_WORKERS_PER_GPU, int(cores_per_gpu // CORES_PER_WORKER)))
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ class Resources:
         """
         if self.gpus > devices or self.cpus > min(cores, node_cores):
             raise UserError(
-                f"a worker is to have {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has "
-                f"{cores:g} and {devices:g}, its largest node {min(cores, node_cores):g} CPUs"
+                f"each worker requests {self.cpus:g} CPUs and {self.gpus:g} GPUs, but the cluster "
+                f"has {cores:g} and {devices:g}, its largest node {min(cores, node_cores):g} CPUs"
             )
         if self.gpus:
             fitting = devices // self.gpus
@@ -358,7 +358,7 @@ def build_shards(
             plan=plan.for_workers(),
             first_shard=first,
         )
-        progress = start_beside_driver(ProgressActor)
+        progress = start_on_driver_node(ProgressActor)
         plans = [{"shard": shard, "images": plan.message(shard - first)} for shard in missing]
         results = ray.data.from_items(plans, override_num_blocks=len(plans)).map(
             ShardActor,

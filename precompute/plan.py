@@ -66,7 +66,7 @@ def make_plan(
 ) -> Plan:
     """Shuffle all images together and cut them into shards of equal size (to within one).
 
-    Loaders shuffle only within a buffer, so this global shuffle is the one that matters. Images are
+    Loaders shuffle only within a buffer, so this global shuffle is what matters. Images are
     sorted by a hash of seed and key, so the order depends neither on the order of listing nor on a
     library's random numbers, and is the same on any machine.
 

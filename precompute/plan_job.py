@@ -17,7 +17,7 @@ from precompute import plan_stages as stages
 from precompute.bucket_plan import PartGroup, StoredListing, plan_in_buckets
 from precompute.progress import watch_count
 from precompute.progress_actor import CountActor
-from precompute.ray_cluster import start_beside_driver
+from precompute.ray_cluster import start_on_driver_node
 from precompute.sources import Source
 from schemas.cli import TerminatedError, list_loaded_files
 from schemas.errors import UserError
@@ -27,11 +27,11 @@ R = TypeVar("R")
 IN_FLIGHT_PER_CORE = 2
 """Maximum number of submitted and unfinished tasks per CPU core."""
 PARTITIONS_PER_CORE = 4
-LEAST_PARTITIONS = 8
+MIN_PARTITIONS = 8
 
 
 def plan_on_cluster(
-    source: Source, place: str, *, seed: int, shard_samples: int, limit: int | None = None
+    source: Source, plan_folder: str, *, seed: int, shard_samples: int, limit: int | None = None
 ) -> StoredListing:
     """List a source and plan its shards by tasks of the connected Ray cluster.
 
@@ -46,7 +46,7 @@ def plan_on_cluster(
         cloudpickle.register_pickle_by_value(module)
     try:
         return plan_in_buckets(
-            source, place, RayRunner(), seed=seed, shard_samples=shard_samples, limit=limit
+            source, plan_folder, RayRunner(), seed=seed, shard_samples=shard_samples, limit=limit
         )
     except ray.exceptions.RayError as error:
         if (cause := unwrap_user_error(error)) is not None:
@@ -76,26 +76,31 @@ class RayRunner:
         self.cores = int(ray.cluster_resources().get("CPU", 1))
 
     def shuffle(
-        self, source: Source, groups: list[PartGroup], place: str, seed: int, buckets: int
+        self, source: Source, groups: list[PartGroup], plan_folder: str, seed: int, buckets: int
     ) -> set[str]:
         """Implement `Runner.shuffle` with Ray Data."""
         # as JSON, because file names need not be valid UTF-8
         items = [{"first": first, "parts": json.dumps(parts)} for first, parts in groups]
-        counter = start_beside_driver(CountActor)
+        counter = start_on_driver_node(CountActor)
         rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             partial(list_group, source=source, seed=seed, buckets=buckets, counter=counter),
             batch_size=1,
             batch_format="pyarrow",
         )
-        partitions = min(buckets, max(LEAST_PARTITIONS, PARTITIONS_PER_CORE * self.cores))
+        partitions = min(buckets, max(MIN_PARTITIONS, PARTITIONS_PER_CORE * self.cores))
         written = rows.groupby("bucket", num_partitions=partitions).map_groups(
-            partial(stages.write_rows, place=place), batch_format="pyarrow"
+            partial(stages.write_rows, plan_folder=plan_folder), batch_format="pyarrow"
         )
         with watch_count(counter):
-            return {text for row in written.iter_rows() for text in json.loads(row["texts"])}
+            return {
+                label for row in written.iter_rows() for label in json.loads(row["text_labels"])
+            }
 
     def map(
-        self, function: Callable[..., R], arguments: Iterable[tuple], most: int | None = None
+        self,
+        function: Callable[..., R],
+        arguments: Iterable[tuple],
+        max_in_flight: int | None = None,
     ) -> Iterator[R]:
         """Implement `Runner.map` with Ray tasks."""
 
@@ -103,7 +108,7 @@ class RayRunner:
             return function(*argument)
 
         call = ray.remote(num_cpus=1)(call_function)
-        at_once = min(most or math.inf, IN_FLIGHT_PER_CORE * self.cores)
+        at_once = min(max_in_flight or math.inf, IN_FLIGHT_PER_CORE * self.cores)
         pending: deque[Any] = deque()
         for argument in arguments:
             pending.append(call.remote(*argument))
@@ -120,8 +125,8 @@ def list_group(
     for row in group.to_pylist():
         parts = json.loads(row["parts"])
         for table in stages.list_rows(source, row["first"], parts, seed, buckets):
-            facts = (
-                pc.sum(pc.equal(table["bucket"], stages.number_facts_bucket(buckets))).as_py() or 0
+            infos = (
+                pc.sum(pc.equal(table["bucket"], stages.number_infos_bucket(buckets))).as_py() or 0
             )
-            counter.add.remote(len(table) - facts)
+            counter.add.remote(len(table) - infos)
             yield table

@@ -2,11 +2,11 @@
 
 1. `list_rows`: list the inputs of some parts of a source as rows with a bucket number
 2. `write_rows`: write the rows of one bucket, gathered by the shuffle, into a file
-3. `settle`: number the labels of one bucket, find duplicate keys and sort the images
+3. `finish_bucket`: number the labels of one bucket, find duplicate keys and sort the images
 4. `rename`: give new keys to the images whose keys were taken, on the driver
 5. `add_images`: move these images into the buckets of their new keys
 
-`place` is the folder of the plan, which every node can read and write.
+`plan_folder` is a folder that every node can read and write.
 
 Together the steps give the plan and the rejects of `list_images` and `make_plan`, in the same
 order.
@@ -28,8 +28,8 @@ from precompute.sources.base import (
     compute_walk_key,
     count_readers,
     digest_key,
-    free_key,
     list_part,
+    make_unique_key,
     number_label,
 )
 from precompute.stored_plan import (
@@ -52,7 +52,7 @@ ROWS_SCHEMA = pa.schema(
         ("bucket", pa.int32()),
         ("order", pa.int64()),  # position in the listing: part << 32 | position within the part
         ("text", pa.binary()),  # the label of a LabeledText, else null
-        *PLAN_SCHEMA,  # for a reject: reason, source, 0, detail; for facts: "", "", 0, JSON
+        *PLAN_SCHEMA,  # for a reject: reason, source, 0, detail; for part infos: "", "", 0, JSON
     ]
 )
 
@@ -65,7 +65,7 @@ class Ordered(NamedTuple):
     reject: Reject
 
 
-class Settled(NamedTuple):
+class BucketResult(NamedTuple):
     """Result of step 3 for one bucket.
 
     Attributes:
@@ -86,8 +86,8 @@ def number_rejects_bucket(buckets: int) -> int:
     return buckets
 
 
-def number_facts_bucket(buckets: int) -> int:
-    """Return the number that marks rows with what `read_facts` returns."""
+def number_infos_bucket(buckets: int) -> int:
+    """Return the number that marks the rows that `read_part_infos` reads."""
     return buckets + 1
 
 
@@ -101,7 +101,7 @@ def list_rows(
     """List some parts of a source, several at a time, as tables of ROWS_SCHEMA.
 
     Args:
-        first: index of the first of these parts in `parts_of(source)`.
+        first: index of the first of these parts in `list_parts(source)`.
     """
     rows: list[tuple] = []
     for order, entry in order_entries(source, first, parts):
@@ -109,13 +109,13 @@ def list_rows(
         if len(rows) == ROWS_AT_ONCE:
             yield build_table(rows)
             rows = []
-    facts = {
+    info = {
         "classes": list(source.classes),
         "linked": list(source.linked_folders()),
         "readers": source.readers,
     }
-    text = json.dumps(facts).encode()
-    rows.append((number_facts_bucket(buckets), first << 32, None, b"", b"", 0, text))
+    text = json.dumps(info).encode()
+    rows.append((number_infos_bucket(buckets), first << 32, None, b"", b"", 0, text))
     yield build_table(rows)
 
 
@@ -126,7 +126,7 @@ def order_entries(source: Source, first: int, parts: Sequence[str]) -> Iterator[
     else:
         listed = map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
     for number, entries in enumerate(listed, first):
-        yield from ((number << 32 | place, entry) for place, entry in enumerate(entries))
+        yield from ((number << 32 | index, entry) for index, entry in enumerate(entries))
 
 
 def make_row(entry: Entry, order: int, seed: int, buckets: int) -> tuple:
@@ -146,7 +146,7 @@ def build_table(rows: Sequence[tuple]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=ROWS_SCHEMA)
 
 
-def write_rows(table: pa.Table, place: str) -> pa.Table:
+def write_rows(table: pa.Table, plan_folder: str) -> pa.Table:
     """Write all rows of one bucket.
 
     Returns:
@@ -155,10 +155,10 @@ def write_rows(table: pa.Table, place: str) -> pa.Table:
     """
     bucket = table.column("bucket")[0].as_py()
     table = table.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA).sort_by("order")
-    Store(place).write(name_rows(bucket), to_parquet(table))
+    Store(plan_folder).write(name_rows(bucket), to_parquet(table))
     texts = table.column("text").unique().drop_null().to_pylist()
-    texts_json = json.dumps([from_bytes(text) for text in texts])
-    return pa.table({"bucket": [bucket], "rows": [len(table)], "texts": [texts_json]})
+    text_labels = json.dumps([from_bytes(text) for text in texts])
+    return pa.table({"bucket": [bucket], "rows": [len(table)], "text_labels": [text_labels]})
 
 
 def read_rows(store: Store, bucket: int) -> pa.Table:
@@ -182,21 +182,25 @@ def read_rejects(store: Store, buckets: int) -> list[Ordered]:
     ]
 
 
-def read_facts(store: Store, buckets: int) -> list[dict[str, Any]]:
+def read_part_infos(store: Store, buckets: int) -> list[dict[str, Any]]:
     """Return the source's classes, linked folders and readers, for each group of parts listed."""
-    table = read_rows(store, number_facts_bucket(buckets))
-    return [json.loads(fact) for fact in table.column("annotation").to_pylist()]
+    table = read_rows(store, number_infos_bucket(buckets))
+    return [json.loads(info) for info in table.column("annotation").to_pylist()]
 
 
-def settle(
-    place: str, bucket: int, seed: int, numbers: Mapping[str, int], bad: Mapping[str, str]
-) -> Settled:
+def finish_bucket(
+    plan_folder: str,
+    bucket: int,
+    seed: int,
+    numbers: Mapping[str, int],
+    invalid_labels: Mapping[str, str],
+) -> BucketResult:
     """Number the labels of a bucket, keep one image per key, and write the images in order.
 
     Args:
-        numbers, bad: the results of `PartedSource.number_labels`.
+        numbers, invalid_labels: the results of `PartedSource.number_labels`.
     """
-    store = Store(place)
+    store = Store(plan_folder)
     table = read_rows(store, bucket)
     images = to_images(table.select(PLAN_SCHEMA.names))
     texts = table.column("text").to_pylist()
@@ -207,7 +211,8 @@ def settle(
         entry: SourceImage | Reject = image
         phase = 0
         if text is not None:
-            entry, phase = number_label(LabeledText(image, from_bytes(text)), numbers, bad), 1
+            labeled = LabeledText(image, from_bytes(text))
+            entry, phase = number_label(labeled, numbers, invalid_labels), 1
         if not isinstance(entry, Reject) and entry.location in groups.get(entry.key, {}):
             entry = Reject(entry.location, "duplicate", "listed more than once")
         if isinstance(entry, Reject):
@@ -223,17 +228,17 @@ def settle(
         )
         kept.append(first)
         renamed += clashing
-    return Settled(write_bucket(store, bucket, seed, kept), labels, rejects, renamed)
+    return BucketResult(write_bucket(store, bucket, seed, kept), labels, rejects, renamed)
 
 
 def list_candidates(image: SourceImage) -> list[str]:
-    """Return the keys that `free_key` may give an image."""
+    """Return the keys that `make_unique_key` may give an image."""
     return [digest_key(image.key, image.location, digits) for digits in KEY_DIGITS]
 
 
-def find_used_keys(place: str, bucket: int, keys: Container[str]) -> list[str]:
-    """Return those of the keys that images of the bucket have."""
-    bucket_keys = read_bucket(Store(place), bucket).column("key").to_pylist()
+def find_used_keys(plan_folder: str, bucket: int, keys: Container[str]) -> list[str]:
+    """Return the keys that images of the bucket already have."""
+    bucket_keys = read_bucket(Store(plan_folder), bucket).column("key").to_pylist()
     return [key for key in map(from_bytes, bucket_keys) if key in keys]
 
 
@@ -241,12 +246,12 @@ def rename(renamed: Iterable[SourceImage], used_keys: Iterable[str]) -> list[Sou
     """Give images unique keys, in the same way as `list_images`.
 
     Args:
-        used_keys: those of `list_candidates` that other images have.
+        used_keys: keys from `list_candidates` that other images have.
     """
     keys = set(used_keys)
     images = []
     for image in sorted(renamed, key=lambda image: (image.key, compute_walk_key(image.location))):
-        own = free_key(image.key, image.location, keys)
+        own = make_unique_key(image.key, image.location, keys)
         keys.add(own)
         images.append(image._replace(key=own))
     return images
@@ -262,12 +267,12 @@ def group_by_bucket(
     return groups
 
 
-def add_images(place: str, bucket: int, seed: int, table: pa.Table) -> int:
+def add_images(plan_folder: str, bucket: int, seed: int, table: pa.Table) -> int:
     """Add images to a bucket that has been written; return its new number of images.
 
     Args:
         table: the images, as a table from `to_table`.
     """
-    store = Store(place)
+    store = Store(plan_folder)
     existing = to_images(read_bucket(store, bucket))
     return write_bucket(store, bucket, seed, [*existing, *to_images(table)])

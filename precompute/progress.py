@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 from tqdm import tqdm
 
-from precompute.beside import run_beside
+from precompute.background import run_in_background
 
 T = TypeVar("T")
 
@@ -33,8 +33,8 @@ def show_listing(entries: Iterable[T]) -> Iterator[T]:
     )
     waits: list[Any] = ["before its first file", time.monotonic()]
 
-    def watch(over: threading.Event) -> None:
-        while not over.wait(POLL_SECONDS):
+    def watch(stop: threading.Event) -> None:
+        while not stop.wait(POLL_SECONDS):
             if time.monotonic() - waits[1] >= STALL_SECONDS:
                 print(
                     f"listing is stuck {waits[0]}: is the disk still there?",
@@ -43,7 +43,7 @@ def show_listing(entries: Iterable[T]) -> Iterator[T]:
                 )
                 waits[1] = time.monotonic()
 
-    with run_beside(watch):
+    with run_in_background(watch):
         for entry in shown:
             yield entry
             location = getattr(entry, "location", None)
@@ -52,10 +52,10 @@ def show_listing(entries: Iterable[T]) -> Iterator[T]:
 
 def watch_count(actor: Any) -> AbstractContextManager[None]:
     """Show the count of a CountActor, and its rate, until the block ends."""
-    return run_beside(show_count, actor)
+    return run_in_background(show_count, actor)
 
 
-def show_count(actor: Any, over: threading.Event) -> None:
+def show_count(actor: Any, stop: threading.Event) -> None:
     terminal = sys.stderr.isatty()
     with tqdm(
         desc="listing on the cluster",
@@ -64,19 +64,19 @@ def show_count(actor: Any, over: threading.Event) -> None:
         mininterval=POLL_SECONDS if terminal else LINE_SECONDS,
         ascii=not terminal,
     ) as bar:
-        while not over.wait(POLL_SECONDS):
+        while not stop.wait(POLL_SECONDS):
             try:
                 bar.update(ray.get(actor.total.remote()) - bar.n)
             except ray.exceptions.RayError:
-                return  # the job itself meets the error and reports it
+                return  # the job itself gets the error and reports it
 
 
 def watch(actor: Any, images: int, shards: int) -> AbstractContextManager[None]:
     """Show the actor's counts until the block ends, and the pending shards when it stalls."""
-    return run_beside(show, actor, images, shards)
+    return run_in_background(show, actor, images, shards)
 
 
-def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
+def show(actor: Any, images: int, shards: int, stop: threading.Event) -> None:
     terminal = sys.stderr.isatty()
     moved, counted, reported = time.monotonic(), 0, time.monotonic()
     with tqdm(
@@ -84,13 +84,13 @@ def show(actor: Any, images: int, shards: int, over: threading.Event) -> None:
     ) as bar:
         start = time.monotonic()
         while True:
-            last = over.wait(POLL_SECONDS)
+            last = stop.wait(POLL_SECONDS)
             try:
                 written, rejected, finished = ray.get(actor.totals.remote())
                 pending = ray.get(actor.pending.remote())
                 reads = ray.get(actor.slow_reads.remote())
             except ray.exceptions.RayError:
-                return  # the job itself meets the error and reports it
+                return  # the job itself gets the error and reports it
             now, done = time.monotonic(), written + rejected
             if done != counted:
                 moved, counted = now, done
@@ -115,18 +115,18 @@ def describe_stall(pending: dict[int, float], reads: Mapping[str, float] | None 
     """Return a message that says what a job without progress is waiting for.
 
     Args:
-        pending: seconds since each unfinished shard was begun.
+        pending: seconds since each unfinished shard was started.
         reads: seconds that each slow read has taken so far, by input.
     """
     if reads:
         shown = [f"{name} (for {seconds:.0f} s)" for name, seconds in reads.items()][:SHOWN]
         more = f" and {len(reads) - SHOWN} more" if len(reads) > SHOWN else ""
         return (
-            f"nothing was done for a while: these reads do not end: {', '.join(shown)}{more}; is "
+            f"no progress: these reads do not end: {', '.join(shown)}{more}; is "
             "the disk, the mount or the store still there?"
         )
     if not pending:
-        return "nothing was done for a while, no shard is begun: does the cluster have free cores?"
+        return "no progress, and no shard has been started: does the cluster have free cores?"
     shown = [f"{shard} (for {seconds:.0f} s)" for shard, seconds in pending.items()][:SHOWN]
     more = f" and {len(pending) - SHOWN} more" if len(pending) > SHOWN else ""
-    return f"nothing was done for a while; begun and not finished: shards {', '.join(shown)}{more}"
+    return f"no progress; started but not finished: shards {', '.join(shown)}{more}"

@@ -52,7 +52,7 @@ class ProgressActor:
         return sum(written), sum(rejected), len(self.counts) - len(self.begun)
 
     def pending(self) -> dict[int, float]:
-        """Return the seconds since each unfinished shard was begun."""
+        """Return the seconds since each unfinished shard was started."""
         now = time.monotonic()
         return {shard: now - begun for shard, begun in sorted(self.begun.items())}
 

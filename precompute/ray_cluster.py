@@ -57,7 +57,7 @@ def connect_to_ray(address: str | None) -> Iterator[None]:
         logging.getLogger(logger).setLevel(logging.ERROR)
     starts_ray = not ray.is_initialized()
     before = signal.signal(signal.SIGTERM, terminate)
-    over = threading.Event()
+    stop = threading.Event()
     with hide_killed_actors():
         try:
             if starts_ray:
@@ -65,10 +65,10 @@ def connect_to_ray(address: str | None) -> Iterator[None]:
                 signal.signal(signal.SIGTERM, terminate)  # again: Ray installs its own handler
             ray.data.DataContext.get_current().enable_progress_bars = False
             if starts_ray and not address:
-                threading.Thread(target=end_with_ray, args=(over,), daemon=True).start()
+                threading.Thread(target=end_with_ray, args=(stop,), daemon=True).start()
             yield
         finally:
-            over.set()
+            stop.set()
             signal.signal(signal.SIGTERM, before)
             if starts_ray:
                 ray.shutdown()
@@ -84,7 +84,7 @@ def connect(address: str | None) -> None:
                 watch_start(address, captured, terminal),
             ):
                 if address:
-                    reach(address)
+                    check_reachable(address)
                 ray.init(
                     address=address or "local",
                     include_dashboard=None if address else False,
@@ -115,12 +115,12 @@ def explain_refusal(address: str | None, error: Exception, last_line: str) -> st
         )
     # The cluster answers, but runs another version or expects another token.
     return (
-        f"the Ray cluster at {address} takes no job of this checkout: {reason}; start one from "
-        "here (docs/cluster.md), or leave --address out"
+        f"the Ray cluster at {address} does not accept jobs from this checkout: {reason}; start "
+        "one from here (docs/cluster.md), or leave --address out"
     )
 
 
-def reach(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Check within seconds that something listens at `address`; Ray would try for many minutes.
 
     Raises:
@@ -234,43 +234,43 @@ def watch_start(address: str | None, captured: int, terminal: int) -> Iterator[N
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    over = threading.Event()
+    stop = threading.Event()
     signal_pipe, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
-    def tell(message: str) -> None:
+    def print_message(message: str) -> None:
         with contextlib.suppress(OSError):  # the reader of stderr may be gone
             os.write(terminal, f"{message}\n".encode())
 
-    def end(message: str, status: int) -> None:
-        tell(message)
+    def exit_with(message: str, status: int) -> None:
+        print_message(message)
         os._exit(status)
 
     def watch() -> None:
-        left: float | None = ANSWER_SECONDS
-        while not over.is_set():
-            ready, _, _ = select.select([signal_pipe], [], [], left)
+        timeout: float | None = ANSWER_SECONDS
+        while not stop.is_set():
+            ready, _, _ = select.select([signal_pipe], [], [], timeout)
             number = os.read(signal_pipe, 1)[0] if ready else 0
             if number == signal.SIGTERM:
-                end("terminated before Ray was up; run the same command again", 143)
+                exit_with("terminated before Ray was up; run the same command again", 143)
             if number == signal.SIGINT:
-                end("interrupted before Ray was up; run the same command again", 130)
-            if ready or over.is_set():
+                exit_with("interrupted before Ray was up; run the same command again", 130)
+            if ready or stop.is_set():
                 continue
-            words = read_last_line(captured) or "it says nothing"
+            last_line = read_last_line(captured) or "no output so far"
             if address:
                 silent = TimeoutError(f"silent for {ANSWER_SECONDS} s")
-                end(f"error: {explain_refusal(address, silent, words)}", 2)
-            tell(f"Ray is still starting ({words}); Ctrl-C ends")
-            left = None
+                exit_with(f"error: {explain_refusal(address, silent, last_line)}", 2)
+            print_message(f"Ray is still starting ({last_line}); press Ctrl-C to stop")
+            timeout = None
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        stop.set()
         signal.set_wakeup_fd(before)
         os.write(wakeup, b"\0")
         thread.join()
@@ -278,19 +278,19 @@ def watch_start(address: str | None, captured: int, terminal: int) -> Iterator[N
             os.close(descriptor)
 
 
-def start_beside_driver(actor: type) -> Any:
+def start_on_driver_node(actor: type) -> Any:
     """Start an actor on this node, so that it fails only with the driver; it reserves no CPU."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(actor).remote()
 
 
-def end_with_ray(over: threading.Event) -> None:
+def end_with_ray(stop: threading.Event) -> None:
     """End this process when a vital process of the local Ray has died.
 
     Ray would end its driver by itself, but up to a minute later and without a message.
     """
     node = ray._private.worker._global_node  # Ray has no public API for this
-    while not over.wait(POLL_SECONDS):
+    while not stop.wait(POLL_SECONDS):
         if dead := VITAL & {name for name, _ in node.dead_processes()}:
             print(
                 f"error: Ray's {' and '.join(sorted(dead))} died; run the same command again "

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from precompute.beside import run_beside
+from precompute.background import run_in_background
 from schemas.names import to_stored
 
 REPORT_SECONDS = 10.0
@@ -46,12 +46,12 @@ def report_slow_reads(
 ) -> AbstractContextManager[None]:
     """Report slow reads every few seconds until the block ends, and once more when none is left."""
 
-    def watch(over: threading.Event) -> None:
+    def watch(stop: threading.Event) -> None:
         was_slow = False
-        while not over.wait(REPORT_SECONDS):
+        while not stop.wait(REPORT_SECONDS):
             slow = reads.slow(SLOW_SECONDS)
             if slow or was_slow:
                 report(slow)
             was_slow = bool(slow)
 
-    return run_beside(watch)
+    return run_in_background(watch)

@@ -107,7 +107,7 @@ def check(
     re-encoded as PNG, without loss. Images larger than `resize` allows become JPEGs.
 
     Raises:
-        RejectedError: it is empty, no image, has too many pixels, or cannot be decoded.
+        RejectedError: it is empty, not an image, has too many pixels, or cannot be decoded.
     """
     if not content:
         raise RejectedError(image, "empty", "the file has no bytes; replace or remove it")
@@ -116,9 +116,9 @@ def check(
             header = Image.open(io.BytesIO(content))
         except UnidentifiedImageError as error:
             if name := name_format(content):
-                detail = f"{name}, which is not read here; convert it to JPEG or PNG"
+                detail = f"{name}, which is not supported; convert it to JPEG or PNG"
                 raise RejectedError(image, "undecodable", detail) from error
-            detail = "no image format that is known; replace or remove it"
+            detail = "no known image format; replace or remove it"
             raise RejectedError(image, "not-an-image", detail) from error
     if min(header.size) < 1:
         detail = f"{header.width} x {header.height} pixels; replace or remove it"

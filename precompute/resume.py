@@ -55,7 +55,7 @@ def find_missing_shards(
     ):
         raise UserError(
             f"{store.url}: has shards of a larger dataset ({foreign_files[-1]}); choose another "
-            "OUT, or delete the folder to make it anew"
+            "OUT, or delete the folder to start over"
         )
     return missing
 
@@ -99,7 +99,7 @@ def refuse_shard_of_other_job(
     raise UserError(
         f"{store.url}: shard {shard} was written by another job: "
         f"{text or 'of other source images, or the same under other names'}; let no other job "
-        f"write here, and {'make the dataset anew in' if is_extended else advice} another OUT"
+        f"write here, and {'make a new dataset in' if is_extended else advice} another OUT"
     )
 
 
@@ -136,7 +136,7 @@ def describe_changes(
 
 
 def give_advice(store: Store, files: Container[str], first: int) -> str:
-    """Return what to do about shards of other settings than those of this run.
+    """Return what to do about shards that were made with other settings.
 
     Args:
         files: names of the files of all shards.
@@ -145,18 +145,18 @@ def give_advice(store: Store, files: Container[str], first: int) -> str:
     if first:
         return (
             "Give the earlier values and restore the source as it was to finish the earlier "
-            f"extension, delete its shards ({shard_name(first, '*')} and later) to begin it anew"
+            f"extension, delete its shards ({shard_name(first, '*')} and later) to restart it"
         )
     if store.exists(CARD):
         shards = range(read_card(store).shards)
         if all(shard_name(shard, "parquet") in files for shard in shards):
             return (
-                "Give the earlier values, delete the folder to make it anew, add new images by "
+                "Give the earlier values, delete the folder to start over, add new images by "
                 "--extend"
             )
     return (
         "Give the earlier values and restore the source as it was to complete it, delete the "
-        "folder to make it anew"
+        "folder to start over"
     )
 
 
@@ -186,7 +186,7 @@ def describe_missing_markers(store: Store, shards: int) -> str:
         read_marker(store, has_marker.index(True)).settings.get("shards") != shards
     )
     advice = (
-        "restore it from a copy, or make the dataset anew in another OUT"
+        "restore it from a copy, or make a new dataset in another OUT"
         if is_extended
         else "to rebuild it, run the command that made the dataset, without --extend and with the "
         "source as it was"

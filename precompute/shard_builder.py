@@ -1,8 +1,8 @@
 """Build shards inside a Ray actor: read and check images, estimate saliency, write samples.
 
-Reading, decoding and packing (with writing) each run in separate threads, beside the estimator.
-The threads live as long as the builder, because DALI keeps its decoders by thread and would create
-new ones in a new thread.
+Reading, decoding and packing (with writing) each run in separate threads, in parallel with the
+estimator. The threads live as long as the builder, because DALI keeps its decoders by thread and
+would create new ones in a new thread.
 """
 
 import errno

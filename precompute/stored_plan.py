@@ -113,14 +113,16 @@ class StoredShards(Sequence[list[SourceImage]]):
     """Sequence of the images of each shard, read from the plan's folder on access.
 
     Args:
-        place: folder of the plan.
+        plan_folder: folder of the plan.
         counts: number of images in each bucket.
         shard_samples: maximum number of images per shard.
         limit: maximum number of images; the first ones of the global order are kept.
     """
 
-    def __init__(self, place: str, counts: Sequence[int], shard_samples: int, limit: int | None):
-        self.place = place
+    def __init__(
+        self, plan_folder: str, counts: Sequence[int], shard_samples: int, limit: int | None
+    ):
+        self.plan_folder = plan_folder
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).tolist()
         self.images = self.starts[-1] if limit is None else min(limit, self.starts[-1])
         self.cuts = np.array(cut_shards(self.images, shard_samples), np.int64)
@@ -140,10 +142,10 @@ class StoredShards(Sequence[list[SourceImage]]):
 
     def __getitem__(self, shard: int | slice) -> list[SourceImage] | list[list[SourceImage]]:
         if isinstance(shard, slice):
-            return [self[place] for place in range(*shard.indices(len(self)))]
+            return [self[index] for index in range(*shard.indices(len(self)))]
         if not 0 <= shard < len(self):
             raise IndexError(shard)
-        store = Store(self.place)
+        store = Store(self.plan_folder)
         start, stop = int(self.cuts[shard]), int(self.cuts[shard + 1])
         images: list[SourceImage] = []
         bucket = bisect.bisect_right(self.starts, start) - 1
@@ -192,9 +194,9 @@ def format_plan(images: Sequence[SourceImage], first: int, cuts: np.ndarray) -> 
     """
     begins = set(cuts[np.searchsorted(cuts, first) :].tolist())
     pieces = []
-    for place, image in enumerate(images, first):
-        if place:
-            pieces.append("], [" if place in begins else ", ")
+    for index, image in enumerate(images, first):
+        if index:
+            pieces.append("], [" if index in begins else ", ")
         pieces.append(json.dumps(image))
     return "".join(pieces).encode()
 

@@ -15,9 +15,9 @@ def use_threads(threads: int) -> None:
 def limit_torch_threads(estimator: Estimator) -> None:
     """Give PyTorch one CPU thread if the estimator's network is on a GPU.
 
-    What is left for the CPU is small (pasting and averaging maps), and PyTorch's threads spin while
-    they wait for each other: beside an H200, one worker of 16 threads took 7.3 CPU ms an image, and
-    of one thread 2.2 (bench/results/gpu-h200.txt).
+    The remaining work on the CPU is small (pasting and averaging maps), and PyTorch's threads spin
+    while they wait for each other: on a machine with an H200, a worker with 16 threads took 7.3 CPU
+    ms per image, and one with a single thread 2.2 (bench/results/gpu-h200.txt).
     """
     if estimator.network_on_gpu:
         torch.set_num_threads(1)

@@ -63,12 +63,12 @@ def check_on_cluster(url: str) -> Callable[[Sequence[Placed]], Iterator[Checked]
 
     def check(rows: Sequence[Placed]) -> Iterator[Checked]:
         call = ray.remote(num_cpus=1)(check_rows)
-        most = max(2, int(IN_FLIGHT_PER_CORE * ray.cluster_resources().get("CPU", 1)))
+        max_in_flight = max(2, int(IN_FLIGHT_PER_CORE * ray.cluster_resources().get("CPU", 1)))
         pending: deque[Any] = deque()
-        left = iter(rows)
-        while chunk := list(islice(left, SHARDS_PER_TASK)):
+        remaining_rows = iter(rows)
+        while chunk := list(islice(remaining_rows, SHARDS_PER_TASK)):
             pending.append(call.remote(url, chunk))
-            if len(pending) >= most:
+            if len(pending) >= max_in_flight:
                 yield from ray.get(pending.popleft())
         while pending:
             yield from ray.get(pending.popleft())

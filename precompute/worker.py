@@ -18,8 +18,8 @@ from precompute.threads import limit_torch_threads, use_threads
 from schemas.errors import UserError
 from schemas.storage import Store
 
-# When a worker dies, Ray restarts it with the same shard, without limit. Two deaths may be chance;
-# before the third attempt, the images that kill the worker are searched for.
+# When a worker dies, Ray restarts it with the same shard, without limit. Two crashes may be
+# a coincidence; before the third attempt, the images that crash the worker are searched for.
 MAX_ATTEMPTS = 3
 
 
@@ -75,7 +75,7 @@ class ShardActor:
         """Build one shard; return the error message, or "" on success."""
         attempt = ray.get(self.progress.begin.remote(shard))
         if attempt > MAX_ATTEMPTS:
-            return f"its worker died {MAX_ATTEMPTS} times, but none of its images kills one alone"
+            return f"its worker crashed {MAX_ATTEMPTS} times, but no single image crashes it"
 
         def advance(written: int, rejected: int) -> None:
             self.progress.advance.remote(shard, written, rejected)

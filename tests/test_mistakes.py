@@ -233,7 +233,7 @@ def test_ray_that_runs_elsewhere(place, tmp_path, monkeypatch, error, parts):
     # other tests of this process may share a Ray, which the end of this job would stop, and `auto`
     # could find that of another process
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(ray_cluster, "reach", lambda _: None)
+    monkeypatch.setattr(ray_cluster, "check_reachable", lambda _: None)
     command = "precompute --dataset folder --estimator spectral --address auto"
     message = said(monkeypatch, place, f"{command} --root {tmp_path}/photos --out {tmp_path}/o")
     for part in ("auto", *parts):

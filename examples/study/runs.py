@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import tyro
 
-from bench.table import machine
+from bench.table import describe_machine
 from examples.study.arms import SCALES, Arm, ScaleName, Tier, build_arms, build_config
 from schemas import ShardDataset, UserError
 from schemas.cli import lookup
@@ -215,7 +215,7 @@ def finish(options: Options, run: Run) -> None:
         "accuracy": read_accuracies(options, run),
         "train_seconds": round(sum_training_seconds(run)),
         "settings": to_comparable(options, run),
-        "machine": machine(),
+        "machine": describe_machine(),
         "versions": {name: version_of(name) for name in VERSIONS},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

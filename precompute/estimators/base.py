@@ -20,7 +20,7 @@ class Estimator(Protocol):
 
     @property
     def network_on_gpu(self) -> bool:
-        """Tell whether a network that is known to run on a GPU does the work."""
+        """Return whether a network that is known to run on a GPU does the work."""
         ...
 
     @property

@@ -25,7 +25,7 @@ def build_timm_backbone(backbone: str) -> nn.Module:
     """Build a timm network with random weights.
 
     Raises:
-        UserError: timm is not installed or has no such network, or the network is no ConvNet.
+        UserError: timm is not installed or has no such network, or the network is not a ConvNet.
     """
     timm, name = import_timm(backbone), backbone.removeprefix(PREFIX)
     if not timm.is_model(name):
@@ -36,7 +36,7 @@ def build_timm_backbone(backbone: str) -> nn.Module:
     attention = [type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__]
     if attention:
         raise UserError(
-            f"backbone {backbone}: has layers of attention ({attention[0]}); choose a ConvNet"
+            f"backbone {backbone}: has attention layers ({attention[0]}); choose a ConvNet"
         )
     return model
 

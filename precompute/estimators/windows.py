@@ -16,7 +16,7 @@ from torch import Tensor
 OVERLAP = 3
 """Neighboring windows are at most a third of their side apart (our choice: docs/saliency.md)."""
 
-MOST = 8
+MAX_WINDOWS = 8
 """Maximum number of windows along one axis; in very long images, windows are longer instead."""
 
 
@@ -52,7 +52,7 @@ def spread(length: int, side: float) -> list[tuple[int, int]]:
     """Return the (start, extent) of windows that cover one axis from its start to its end."""
     if side >= length:
         return [(0, length)]
-    count = min(MOST, math.ceil((length - side) / (side / OVERLAP)) + 1)
+    count = min(MAX_WINDOWS, math.ceil((length - side) / (side / OVERLAP)) + 1)
     extent = max(1, int(side), math.ceil(2 * length / (count + 1)))
     return [(round((length - extent) * k / (count - 1)), extent) for k in range(count)]
 

@@ -15,11 +15,11 @@ from precompute.sources.base import (
     SourceImage,
     compute_walk_key,
     count_readers,
-    free_key,
     join_parts,
     key_of,
     list_part,
     list_parts,
+    make_unique_key,
 )
 from schemas.cli import import_object, lookup
 from schemas.errors import UserError
@@ -50,7 +50,7 @@ SOURCES = {
     "folder": "precompute.sources.trees:Folder",
     "files": "precompute.sources.trees:Files",
     "webdataset": "precompute.sources.webdataset:WebDatasetShards",
-    "demo": "precompute.demo:DemoScenes",
+    "demo": "precompute.sources.demo:DemoScenes",
 }
 """Import path of each source's class; importing them all here would always import torchvision."""
 
@@ -109,6 +109,6 @@ def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceIma
             group.values(), key=lambda image: compute_walk_key(image.location)
         )
         for image in clashing:
-            own = free_key(key, image.location, ChainMap(first, later))
+            own = make_unique_key(key, image.location, ChainMap(first, later))
             later[own] = image._replace(key=own)
     return [*first.values(), *later.values()], rejects

@@ -134,7 +134,7 @@ def list_part(source: Source, part: str) -> Iterable[Entry]:
     """List the inputs of one part.
 
     Args:
-        part: one of `parts_of(source)`.
+        part: one of `list_parts(source)`.
     """
     if isinstance(source, PartedSource) and type(source).images is PartedSource.images:
         return source.list_part(part)
@@ -157,20 +157,20 @@ def join_parts(
             else:
                 yield entry
     if waiting:
-        numbers, bad = source.number_labels({entry.text for entry in waiting})
-        yield from (number_label(entry, numbers, bad) for entry in waiting)
+        numbers, invalid_labels = source.number_labels({entry.text for entry in waiting})
+        yield from (number_label(entry, numbers, invalid_labels) for entry in waiting)
 
 
 def number_label(
-    entry: LabeledText, numbers: Mapping[str, int], bad: Mapping[str, str]
+    entry: LabeledText, numbers: Mapping[str, int], invalid_labels: Mapping[str, str]
 ) -> SourceImage | Reject:
     """Return the image with the number of its label, or a reject if the label is invalid.
 
     Args:
-        numbers, bad: the results of `PartedSource.number_labels`.
+        numbers, invalid_labels: the results of `PartedSource.number_labels`.
     """
-    if entry.text in bad:
-        return Reject(entry.image.location, "bad-label", bad[entry.text])
+    if entry.text in invalid_labels:
+        return Reject(entry.image.location, "bad-label", invalid_labels[entry.text])
     return entry.image._replace(label=numbers[entry.text])
 
 
@@ -202,7 +202,7 @@ def digest_key(key: str, location: str, digits: int = 8) -> str:
     return f"{key[: MAX_KEY_LENGTH - 1 - digits]}-{digest}"
 
 
-def free_key(key: str, location: str, used_keys: Container[str]) -> str:
+def make_unique_key(key: str, location: str, used_keys: Container[str]) -> str:
     """Return the key with as many digits of the location's sha256 as make it unique."""
     return next(
         candidate

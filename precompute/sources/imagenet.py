@@ -35,7 +35,7 @@ class ImageNet(ClassFolders):
 
     If the folders are missing but the archives exist, torchvision unpacks them. Kaggle's layout is
     read too: `root/ILSVRC/Data/CLS-LOC/train` and `val`, of which `val` has no class folders; its
-    labels are in `LOC_val_solution.csv` beside ILSVRC. Classes are numbered in the order of their
+    labels are in `LOC_val_solution.csv` next to ILSVRC. Classes are numbered in the order of their
     WordNet ids, as is usual.
     """
 
@@ -141,31 +141,29 @@ def read_kaggle_labels(root: str, store: Store) -> dict[str, str]:
     above = [store.url]
     while len(above) < 6 and "/" in above[-1].rstrip("/"):
         above.append(posixpath.dirname(above[-1]))
-    places = dict.fromkeys([root.rstrip("/"), *above[1:]])
-    for place in map(Store, filter(None, places)):
-        if place.exists(KAGGLE_LABELS):
-            lines = place.read(KAGGLE_LABELS).decode("utf-8-sig", "replace").splitlines()
+    folders = dict.fromkeys([root.rstrip("/"), *above[1:]])
+    for folder in map(Store, filter(None, folders)):
+        if folder.exists(KAGGLE_LABELS):
+            lines = folder.read(KAGGLE_LABELS).decode("utf-8-sig", "replace").splitlines()
             rows = csv.reader(lines[1:])  # ImageId,PredictionString: "n03995372 85 1 499 272"
             return {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].split()}
     if not any(list_visible(store, "")):
         return {}
     raise UserError(
-        f"{store.url}: its images lie in no class folders (n01440764 ...); looked for "
-        f"{KAGGLE_LABELS} in {', '.join(places)}"
+        f"{store.url}: its images are not in class folders (n01440764 ...); looked for "
+        f"{KAGGLE_LABELS} in {', '.join(folders)}"
     )
 
 
 def compare_splits(store: Store, wnids: list[str]) -> str:
     """Describe the classes that one of the two splits has and the other lacks."""
     other_split = {"train": "val", "val": "train"}[posixpath.basename(store.url)]
-    beside = Store(f"{posixpath.dirname(store.url)}/{other_split}")
-    if not beside.exists(""):
+    other_store = Store(f"{posixpath.dirname(store.url)}/{other_split}")
+    if not other_store.exists(""):
         return ""
-    other_wnids = set(filter(WNID.fullmatch, list_class_folders(beside)))
+    other_wnids = set(filter(WNID.fullmatch, list_class_folders(other_store)))
     missing, extra = sorted(other_wnids - set(wnids)), sorted(set(wnids) - other_wnids)
-    lacks = (
-        f"; {other_split} beside it also has {shorten(missing)}" if missing and other_wnids else ""
-    )
+    lacks = f"; {other_split} also has {shorten(missing)}" if missing and other_wnids else ""
     return lacks + (f"; {other_split} lacks {shorten(extra)}" if extra and other_wnids else "")
 
 

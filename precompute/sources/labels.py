@@ -10,7 +10,7 @@ from schemas.sample import LABEL_MEMBER, UNLABELED
 NUMBER = re.compile(r"-1|[0-9]{1,9}")
 NONE = str(UNLABELED)
 MAX_BYTES = 1000
-"""Maximum size of a label's text in bytes; a larger member is no label."""
+"""Maximum size of a label's text in bytes; a larger member is not a label."""
 JSON_FIELDS = (LABEL_MEMBER, "label", "class", "label_id", "class_id", "target", "category")
 """Fields that may hold the label in a JSON member, as used with img2dataset and Hugging Face."""
 LABEL_NAMES = {LABEL_MEMBER, "label", "labels", "class", "classname", "target", "category"}
@@ -18,8 +18,8 @@ LABEL_NAMES = {LABEL_MEMBER, "label", "labels", "class", "classname", "target", 
 PLAIN_CLASSES = 100_000
 SPARSE = 10
 """Limits for numeric labels (our choice). A label is the number of a class if it is below
-PLAIN_CLASSES, or below SPARSE times the number of distinct labels up to it. Otherwise it is taken
-for an identifier, because a list of classes up to it would have millions of empty ones."""
+PLAIN_CLASSES, or below SPARSE times the number of distinct labels up to it. Otherwise it is treated
+as an identifier, because a list of classes up to it would have millions of empty ones."""
 
 Members = Sequence[tuple[str, int, int]]
 
@@ -54,7 +54,7 @@ class LabelReader:
         """Return the label (`-1` if there is none) and the extension of the member it comes from.
 
         Raises:
-            LabelError: the member is missing, is no label, or its label cannot be read.
+            LabelError: the member is missing, is not a label, or its label cannot be read.
         """
         places = {extension: (offset, size) for extension, offset, size in members}
         if self.member == "none":
@@ -77,14 +77,14 @@ class LabelReader:
     def read_member(self, member: str, field: str, offset: int, size: int, file: Any) -> str:
         is_json = member.endswith("json")
         if not is_json and size > MAX_BYTES:
-            raise LabelError(f"its {member} has {size} bytes: no label")
+            raise LabelError(f"its {member} has {size} bytes: not a label")
         file.seek(offset)
         content = file.read(size)
         if is_json:
             return self.read_json_field(member, field, content)
         text = content.decode("utf-8-sig", "surrogateescape").strip("\0 \t\r\n")
         if not text or "\n" in text:
-            raise LabelError(f"its {member} is {content[:20]!r}: no label")
+            raise LabelError(f"its {member} is {content[:20]!r}: not a label")
         return text
 
     def read_json_field(self, member: str, field: str, content: bytes) -> str:
@@ -93,7 +93,7 @@ class LabelReader:
         except (ValueError, RecursionError) as error:
             if not self.member:  # not asked for: it is copied unchanged like any other member
                 return NONE
-            raise LabelError(f"its {member} is no JSON ({error})") from error
+            raise LabelError(f"its {member} is not valid JSON ({error})") from error
         if isinstance(value, dict):
             fields = field.split(".") if field else [f for f in JSON_FIELDS if f in value][:1]
             if not fields:
@@ -111,7 +111,7 @@ class LabelReader:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).strip():
-            raise LabelError(f"its {member} holds {str(value)[:40]!r}: no single label")
+            raise LabelError(f"its {member} holds {str(value)[:40]!r}: not a single label")
         return str(value).strip()
 
 
@@ -148,22 +148,22 @@ def name_classes(
         names = sorted(distinct_labels)
         numbers |= {label: place for place, label in enumerate(names)}
         return numbers, names, {}
-    bad = {
-        label: f"its label is {label[:40]!r}, not digits as others are; --label-text takes all "
-        "labels for names"
+    invalid_labels = {
+        label: f"its label is {label[:40]!r}, not digits as others are; --label-text treats all "
+        "labels as class names"
         for label in distinct_labels - digits
     }
-    most = UNLABELED
+    largest = UNLABELED
     values = sorted({int(label) for label in digits})
     for count, value in enumerate(values, 1):
         if value < max(PLAIN_CLASSES, SPARSE * count):
-            most = value
+            largest = value
     for label in digits:
-        if int(label) > most:
-            bad[label] = (
+        if int(label) > largest:
+            invalid_labels[label] = (
                 f"its label {label} is far above the {len(values)} different ones: an identifier, "
-                "no number of a class; --label-text takes all labels for names"
+                "not a class number; --label-text treats all labels as class names"
             )
         else:
             numbers[label] = int(label)
-    return numbers, [str(label) for label in range(most + 1)], bad
+    return numbers, [str(label) for label in range(largest + 1)], invalid_labels

@@ -126,25 +126,25 @@ class Stl10(Arrays):
 
     def __init__(self, root: str, split: str, download: bool):
         check_split("stl10", split, ("train", "test", "unlabeled"))
-        facts = datasets.STL10
-        if download and not Path(root, facts.base_folder).exists():
+        stl10 = datasets.STL10
+        if download and not Path(root, stl10.base_folder).exists():
             open_torchvision(
                 "stl10",
                 root,
                 lambda: download_and_extract_archive(
-                    facts.url, root, filename=facts.filename, md5=facts.tgz_md5
+                    stl10.url, root, filename=stl10.filename, md5=stl10.tgz_md5
                 ),
             )
-        self.folder = Path(root, facts.base_folder)
+        self.folder = Path(root, stl10.base_folder)
         self.split = split
         needs = [f"{split}_X.bin"]
         if split != "unlabeled":
-            needs += [f"{split}_y.bin", facts.class_names_file]
-        needs = [f"{facts.base_folder}/{name}" for name in needs]
+            needs += [f"{split}_y.bin", stl10.class_names_file]
+        needs = [f"{stl10.base_folder}/{name}" for name in needs]
         self.count = len(open_torchvision("stl10", root, lambda: self.pixels, needs))
         if split == "unlabeled":
             return
-        self.classes = (self.folder / facts.class_names_file).read_text().split()
+        self.classes = (self.folder / stl10.class_names_file).read_text().split()
         self.labels = np.fromfile(self.folder / f"{split}_y.bin", np.uint8).astype(int) - 1
         if len(self.labels) != self.count:
             raise UserError(f"{self.folder}: {self.count} images but {len(self.labels)} labels")

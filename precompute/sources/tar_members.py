@@ -25,7 +25,7 @@ class TarMember(NamedTuple):
         name: path in the tar.
         offset: position of the content in the tar, in bytes.
         size: size of the content in bytes.
-        kind: kind of a member that is no plain file; empty for a plain file.
+        kind: kind of a member that is not a regular file; empty for a regular file.
     """
 
     name: str
@@ -71,19 +71,19 @@ class BlockReader(RangeReader):
         self.position = position
 
 
-def members_by_headers(archive: tarfile.TarFile) -> Iterator[TarMember]:
+def list_members_by_headers(archive: tarfile.TarFile) -> Iterator[TarMember]:
     """Yield the members of an open tar by reading its headers. Raises tarfile.TarError."""
     for info in archive:
         if info.isdir():
             continue
         kind = ""
         if not info.isreg() or info.issparse():
-            kind = "a link" if info.islnk() or info.issym() else "no plain file"
+            kind = "a link" if info.islnk() or info.issym() else "not a regular file"
         yield TarMember(info.name, info.offset_data, info.size, kind)
 
 
-def members_by_index(text: bytes, file: BlockReader) -> list[TarMember] | None:
-    """Return the plain files of a tar from its DALI index, in their order in the tar.
+def list_members_by_index(text: bytes, file: BlockReader) -> list[TarMember] | None:
+    """Return the regular files of a tar from its DALI index, in their order in the tar.
 
     Returns:
         None for an index of another version, or one that does not match the end of the tar; the
@@ -91,7 +91,7 @@ def members_by_index(text: bytes, file: BlockReader) -> list[TarMember] | None:
     """
     try:
         first, *lines = text.decode().splitlines()
-        members = [member for line in lines for member in members_of_line(line)]
+        members = [member for line in lines for member in parse_index_line(line)]
         if not first.startswith(INDEX) or not members:
             raise ValueError(f"it begins with {first[:20]!r}")
         last = max(members, key=lambda member: member.offset)
@@ -102,7 +102,7 @@ def members_by_index(text: bytes, file: BlockReader) -> list[TarMember] | None:
     return sorted(members, key=lambda member: member.offset)
 
 
-def members_of_line(line: str) -> Iterable[TarMember]:
+def parse_index_line(line: str) -> Iterable[TarMember]:
     """Parse a line of an index: `extension offset size name` per member. Raises ValueError."""
     words = line.split(" ")
     for start in range(0, len(words), 4):

@@ -30,7 +30,7 @@ IMAGENETTE_FOLDERS = ("imagenette2", "imagenette2-320", "imagenette2-160")
 class ClassFolders(PartedSource):
     """Images in one folder per class: `root/CLASS/**/image`, in the order of the given classes.
 
-    Every file that is not hidden is listed; a file that is no image is rejected when it is read.
+    Every file that is not hidden is listed; one that is not an image is rejected when it is read.
     """
 
     def __init__(self, store: Store, folders: Sequence[str]):
@@ -69,9 +69,9 @@ class Folder(ClassFolders):
     def __init__(self, root: str, split: str, download: bool):
         del split, download  # a tree is a single split; the split's name is only for the card
         if not root:
-            raise UserError("--root is missing: a folder with one folder a class")
+            raise UserError("--root is missing: a folder with one folder per class")
         store = Store(root)
-        folders = list_class_folders(store, "ROOT is a folder with one folder a class")
+        folders = list_class_folders(store, "ROOT is a folder with one folder per class")
         refuse_splits(store, folders)
         super().__init__(store, folders)
 
@@ -84,7 +84,7 @@ class Folder(ClassFolders):
             return
         for location in list_visible(self.store, "", below=not self.folders):
             if self.folders:
-                yield Reject(location, "no-class", "beside the class folders; move it into one")
+                yield Reject(location, "no-class", "next to the class folders; move it into one")
             else:
                 yield SourceImage(key_of(location), location, UNLABELED)
 
@@ -114,7 +114,7 @@ class Imagenette(ClassFolders):
 
 
 def refuse_splits(store: Store, folders: list[str]) -> None:
-    """Refuse a ROOT whose folders are splits of a dataset, which would be taken for classes."""
+    """Refuse a ROOT whose folders are splits of a dataset, which would be treated as classes."""
     below = ""
     if len(folders) == 1:
         below = f"{folders[0]}/"
@@ -122,7 +122,7 @@ def refuse_splits(store: Store, folders: list[str]) -> None:
     if len(folders) > 1 and SPLITS.issuperset(map(str.lower, folders)):
         raise UserError(
             f"{store.url}: holds {' and '.join(below + name for name in folders)}, which are "
-            f"splits and no classes; give one of them as ROOT: {store.url}/{below}{folders[0]}"
+            f"splits, not classes; give one of them as ROOT: {store.url}/{below}{folders[0]}"
         )
 
 
@@ -136,7 +136,7 @@ class Files(Source):
     def __init__(self, root: str, split: str, download: bool):
         del split, download
         if not root:
-            raise UserError("--root is missing: a glob, or a text file with one image a line")
+            raise UserError("--root is missing: a glob, or a text file with one image per line")
         self.root = root
         self.is_glob = is_pattern(root)
         fixed = re.split(r"[*?\[]", root, maxsplit=1)[0] if self.is_glob else root

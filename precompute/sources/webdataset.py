@@ -20,8 +20,8 @@ from precompute.sources.tar_members import (
     BLOCK,
     BlockReader,
     TarMember,
-    members_by_headers,
-    members_by_index,
+    list_members_by_headers,
+    list_members_by_index,
 )
 from schemas.errors import UserError
 from schemas.names import to_stored
@@ -51,7 +51,7 @@ class Group:
 
     Attributes:
         members: (extension, offset in the tar, size) of each member.
-        wrong: the problem with a member that is no plain file; empty if there is none.
+        wrong: the problem with a member that is not a regular file; empty if there is none.
     """
 
     members: list[tuple[str, int, int]] = field(default_factory=list)
@@ -106,7 +106,7 @@ class WebDatasetShards(PartedSource):
             names = self.store.names("") if self.store.is_folder("") else []
             self.tars = [name for name in names if name.endswith(".tar")]
         if not self.store.is_local:  # one listing replaces a request per tar
-            self.look_beside()
+            self.find_sizes_and_indices()
         if not self.tars:
             raise UserError(f"{root}: no tars; ROOT is a folder with tars, or a glob of them")
         self.image_member = image_member.lower().lstrip(".")
@@ -115,9 +115,9 @@ class WebDatasetShards(PartedSource):
         self.classes: list[str] = []
         self.copied_members: set[str] = set()
 
-    def look_beside(self) -> None:
-        """Find the sizes of the tars and the indices beside them, with one listing per folder."""
-        tars, indices = set(self.tars), set(map(index_name, self.tars))
+    def find_sizes_and_indices(self) -> None:
+        """Find the sizes of the tars and their indices, with one listing per folder."""
+        tars, indices = set(self.tars), set(map(name_index, self.tars))
         for folder in sorted({posixpath.dirname(tar) for tar in self.tars}):
             for name, size in self.store.sizes(folder).items():
                 location = posixpath.join(folder, name)
@@ -130,8 +130,8 @@ class WebDatasetShards(PartedSource):
         return self.tars
 
     def number_labels(self, texts: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
-        numbers, self.classes, bad = name_classes(texts, self.labels)
-        return numbers, bad
+        numbers, self.classes, invalid_labels = name_classes(texts, self.labels)
+        return numbers, invalid_labels
 
     def hint(self) -> str:
         names = sorted(self.copied_members)
@@ -167,16 +167,16 @@ class WebDatasetShards(PartedSource):
 
     def members_of(self, tar: str, file: BinaryIO | BlockReader) -> Iterator[TarMember]:
         """Yield the members of a tar, except folders. Raises tarfile.TarError."""
-        if isinstance(file, BlockReader) and (index := index_name(tar)) in self.indices:
+        if isinstance(file, BlockReader) and (index := name_index(tar)) in self.indices:
             with self.store.translate_read_errors(index):
                 content = self.store.read(index)
-            members = members_by_index(content, file)
+            members = list_members_by_index(content, file)
             if members is not None:
                 yield from members
                 return
         file.seek(0)
         with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:") as archive:
-            yield from members_by_headers(archive)
+            yield from list_members_by_headers(archive)
 
     def keep_labels(self, members: Iterable[TarMember], file: BlockReader) -> Iterator[TarMember]:
         """Yield the members; keep the content of labels in memory while their block is there."""
@@ -245,7 +245,7 @@ class WebDatasetShards(PartedSource):
             own = f"{RENAMED}{name}" if name in OWN_MEMBERS else name
             carried_names = {carried_name for carried_name, _, _ in carried}
             if not MEMBER_PATTERN.fullmatch(own) or own in carried_names:
-                detail = f"{name!r} cannot stand beside an image here"
+                detail = f"{name!r} cannot be the name of a member here"
                 return Reject(source, "bad-member", detail)
             carried.append((own, offset, size))
             self.copied_members.add(name)
@@ -294,6 +294,6 @@ class WebDatasetShards(PartedSource):
         return frozenset(self.tars)
 
 
-def index_name(tar: str) -> str:
-    """Return the name of the DALI index beside a tar."""
+def name_index(tar: str) -> str:
+    """Return the name of the DALI index that belongs to a tar."""
     return f"{tar.removesuffix('.tar')}.idx"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu_precompute
-from bench.gpu_precompute import Settings, measure, work
+from bench.gpu_precompute import Settings, measure, run_worker
 from tests.train.ranks import get_preloaded_context
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def test_a_worker_that_fails_says_why_and_frees_the_others(tmp_path: Path) -> No
     """Run the worker in this process: it is a function of a barrier and a queue."""
     settings = Settings("no-such-net", 2, 1, 8, 8, workers=(2,))
     warm, reports = threading.Barrier(2), queue.Queue()
-    work(settings, 1, tmp_path, warm, reports)  # type: ignore[arg-type]
+    run_worker(settings, 1, tmp_path, warm, reports)  # type: ignore[arg-type]
     assert "unknown backbone 'no-such-net'" in reports.get_nowait()
     assert warm.broken, "the other worker would wait for this one"
 

@@ -23,7 +23,7 @@ def test_verdicts_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> N
     assert report.verdicts == {
         "fine": PASS, "wrong": FAIL, "broken": FAIL, "absent": SKIP, "needs a GPU": SKIP,
     }  # fmt: skip
-    assert report.summary() == "PASS 1, FAIL 2 (wrong, broken), SKIP 2 (absent, needs a GPU)"
+    assert report.summarize() == "PASS 1, FAIL 2 (wrong, broken), SKIP 2 (absent, needs a GPU)"
     printed = capsys.readouterr().out
     assert "PASS fine: 3 batches (0 s)" in printed
     assert "FAIL wrong: 2 waits" in printed
@@ -54,6 +54,6 @@ def test_the_loader_needs_no_command_line_package(
 def test_the_step_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_session.main(["--parts", "step"]) == 0
     printed = capsys.readouterr().out
-    assert "ms a step alone" in printed
+    assert "ms per step alone" in printed
     assert "the 15 most expensive of" in printed
     assert printed.splitlines()[-1] == "PASS 2, FAIL 0, SKIP 0"

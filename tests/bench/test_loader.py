@@ -11,7 +11,7 @@ import torch
 
 from bench import __main__ as command
 from bench import usual
-from bench.loader import FILLS, bases
+from bench.loader import FILLS, choose_baselines
 from pipeline import RECIPES
 from schemas import write_dataset
 from tests.pipeline.conftest import picture, sample_of
@@ -42,12 +42,12 @@ def test_loops_mask_as_many_cells_as_the_method_says(name: str, hard: bool) -> N
 
 def test_ways_are_compared_with_their_own_fill() -> None:
     names = [f"usual {fill}, no saliency forward" for fill in FILLS]
-    found = bases([*names, "ours mean", "ours none", "webdataset hp"])
+    found = choose_baselines([*names, "ours mean", "ours none", "webdataset hp"])
     assert found["ours mean"] == "usual mean, no saliency forward"
     assert found["webdataset hp"] == "usual hp, no saliency forward"
     assert "ours none" not in found
     reading = ["read only, batch 32", "read only, batch 32, DALI's reader"]
-    assert bases(reading) == {reading[0]: reading[1]}
+    assert choose_baselines(reading) == {reading[0]: reading[1]}
 
 
 @pytest.mark.slow

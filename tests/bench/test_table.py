@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import table
-from bench.table import Row, Way, measure, show, write
+from bench.table import Row, Way, format_table, measure, write
 
 
 def test_ways_are_measured_in_turn_after_one_run_that_does_not_count(
@@ -30,7 +30,9 @@ def test_ways_are_measured_in_turn_after_one_run_that_does_not_count(
 
 
 def test_a_table_shows_median_spread_and_ratio() -> None:
-    text = show("T", [Row("slow", [10, 30, 20]), Row("fast", [40, 50, 60])], {"fast": "slow"})
+    text = format_table(
+        "T", [Row("slow", [10, 30, 20]), Row("fast", [40, 50, 60])], {"fast": "slow"}
+    )
     assert "| slow | 20.0 | 10.0 .. 30.0 |  |" in text
     assert "| fast | 50.0 | 40.0 .. 60.0 | 2.50 x slow |" in text
 

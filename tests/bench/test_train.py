@@ -37,7 +37,7 @@ def test_the_command_runs(
 
 def test_ratios_are_of_the_rows_that_they_name() -> None:
     rows = [Row(train.ALONE, [10.0]), Row(train.JOB, [9.0]), Row(train.SUPERVISED, [20.0])]
-    found = train.summary(rows, {train.JOB: 0.125})
+    found = train.summarize(rows, {train.JOB: 0.125})
     assert found[0].endswith(": 0.900")
     # A supervised step of 3 forwards at 20 images/s allows 12 pairs/s of 5 forwards.
     assert found[1].endswith(f": {10 / 12:.3f}")

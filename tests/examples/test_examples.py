@@ -58,7 +58,7 @@ def test_plain_webdataset(dataset):
 
 def test_plain_webdataset_cuts_image_and_map_alike():
     """Use images with one half that is white and salient."""
-    view = runpy.run_path(str(ROOT / "examples/plain_webdataset.py"))["view"]
+    view = runpy.run_path(str(ROOT / "examples/plain_webdataset.py"))["make_view"]
     pixels, checked = np.zeros((60, 80), np.uint8), 0
     pixels[:, 40:] = 255
     for side in ("left", "right"):
@@ -81,7 +81,7 @@ def test_questions(dataset):
     lines = run("questions.py", dataset)
     assert lines[0] == "40 images, 3 classes"
     assert lines[1] == "100.0% of the cells are foreground in b (13 images)"
-    assert lines[-1] == "0 images are at least twice as wide as high"  # they are 56 x 40
+    assert lines[-1] == "0 images are at least twice as wide as tall"  # they are 56 x 40
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_shards_are_fetched_in_order_several_at_a_time(
     wait_until(lambda: present(cache) == sorted(needed))
     assert not meet.broken
     assert sorted(order) == sorted(needed)
-    assert server.gets(".tar") == len(needed)
+    assert server.count_gets(".tar") == len(needed)
 
 
 def test_a_new_list_replaces_the_earlier_one(server: ObjectServer, open_cache: Open) -> None:
@@ -50,7 +50,7 @@ def test_a_new_list_replaces_the_earlier_one(server: ObjectServer, open_cache: O
     cache = open_cache()
     server.fault = lambda path, before: None if gate.wait(20) else "500"
     cache.prefetch(range(10))
-    wait_until(lambda: server.gets(".idx") == cache_module.CONCURRENT_FETCHES)
+    wait_until(lambda: server.count_gets(".idx") == cache_module.CONCURRENT_FETCHES)
     cache.prefetch([11])
     gate.set()
     wait_until(lambda: cache._threads == 0)
@@ -82,7 +82,7 @@ def test_what_is_there_is_not_fetched_again(server: ObjectServer, open_cache: Op
             content(cache, shard)
     assert cache.counts == {"found": SHARDS}
     dataset_reads = 2 + 1  # by `content`, and by the first cache
-    assert server.gets(".tar") == dataset_reads * SHARDS
+    assert server.count_gets(".tar") == dataset_reads * SHARDS
 
 
 def test_an_abandoned_cache_ends_its_threads(server: ObjectServer, open_cache: Open) -> None:

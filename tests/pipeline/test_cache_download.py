@@ -140,7 +140,7 @@ def test_what_stays_broken_is_named(
     message = rf"{server.url}/b/shards/000002.tar: shard 2 cannot .* 3 attempts .*{REASONS[fault]}"
     with pytest.raises(UserError, match=message):
         cache.open(2)
-    assert server.gets("000002.tar") == 3
+    assert server.count_gets("000002.tar") == 3
     assert 2 not in present(cache)
     content(cache, 4)  # other shards are not affected
     assert not list(cache.folder.folder.glob("*.part"))
@@ -158,7 +158,7 @@ def test_a_missing_shard_is_named_at_once(
     with pytest.raises(UserError, match=message):
         cache.open(5)
     assert cache.downloader.retries == 0
-    assert server.gets(f"000005.{suffix}") == 1
+    assert server.count_gets(f"000005.{suffix}") == 1
 
 
 def test_a_refusal_is_not_tried_again(server: ObjectServer, open_cache: Open) -> None:
@@ -166,7 +166,7 @@ def test_a_refusal_is_not_tried_again(server: ObjectServer, open_cache: Open) ->
     cache = open_cache()
     with pytest.raises(UserError, match="shard 5 is refused: 403"):
         cache.open(5)
-    assert server.gets("000005.tar") == 1
+    assert server.count_gets("000005.tar") == 1
 
 
 def test_waits_double_with_jitter_up_to_a_bound(server: ObjectServer, open_cache: Open) -> None:

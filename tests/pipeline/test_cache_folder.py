@@ -206,7 +206,7 @@ def test_a_killed_fetcher_leaves_nothing_that_harms(
     gate = threading.Event()
     server.fault = of_shard(0, block_first(gate))
     child = in_child(lambda: os.close(open_cache().open(0).tar))
-    wait_until(lambda: server.gets("000000.tar") == 1)
+    wait_until(lambda: server.count_gets("000000.tar") == 1)
     folder = tmp_path / "cache"
     assert [path.suffix for path in folder.glob("*.*")] == [".part"]
     os.kill(child, signal.SIGKILL)
@@ -225,7 +225,7 @@ def test_one_that_waits_takes_over_from_a_killed_fetcher(
     gate = threading.Event()
     server.fault = of_shard(0, block_first(gate))
     child = in_child(lambda: os.close(open_cache().open(0).tar))
-    wait_until(lambda: server.gets("000000.tar") == 1)
+    wait_until(lambda: server.count_gets("000000.tar") == 1)
     cache, lengths = open_cache(), []
     waiter = threading.Thread(target=lambda: lengths.append(len(content(cache, 0))))
     waiter.start()

@@ -22,8 +22,8 @@ IMAGES = [SourceImage(str(index), str(index), 0) for index in range(4)]
 class Builder:
     """Fake ShardBuilder: some of its images kill the process, others raise an exception."""
 
-    def __init__(self, deadly: set[str], raising: set[str]):
-        self.deadly, self.raising = deadly, raising
+    def __init__(self, deadly: set[str], raising: set[str], error: Exception | None = None):
+        self.deadly, self.raising, self.error = deadly, raising, error
 
     def __call__(self) -> "Builder":
         return self
@@ -31,7 +31,7 @@ class Builder:
     def make(self, images: list[SourceImage], refused: dict[str, str]) -> Iterator[None]:
         for image in images:
             if image.key in self.raising:
-                raise RuntimeError(f"CUDA cannot be used, image {image.key}")
+                raise self.error or RuntimeError(f"CUDA cannot be used, image {image.key}")
             if image.key in self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield
@@ -47,6 +47,11 @@ def test_an_exception_in_the_child_ends_the_search_with_its_text() -> None:
     """If it were suppressed, the result would be "no image kills a process", hiding later ones."""
     with pytest.raises(UserError, match="RuntimeError: CUDA cannot be used, image 1"):
         find_crashing_images(IMAGES, Builder({"3"}, {"1"}))  # type: ignore[arg-type]
+
+
+def test_an_error_without_a_text_does_not_count_as_survival() -> None:
+    with pytest.raises(UserError, match="the search for an image that kills its worker failed"):
+        find_crashing_images(IMAGES, Builder(set(), {"1"}, UserError("")))  # type: ignore[arg-type]
 
 
 def test_the_child_is_no_fork(monkeypatch: pytest.MonkeyPatch) -> None:

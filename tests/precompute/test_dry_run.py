@@ -8,12 +8,12 @@ import pytest
 from precompute import dry_run
 from precompute import job as module
 from precompute.__main__ import Options
-from precompute.demo import DemoScenes
-from precompute.dry_run import Machine, Sampled, estimate_job, speed_up
+from precompute.dry_run import Machine, Measurement, estimate_job, estimate_speedup
 from precompute.estimators import ScdaOptions, SpectralOptions
 from precompute.job import Job, Resources
 from precompute.plan import make_plan
 from precompute.sources import list_images
+from precompute.sources.demo import DemoScenes
 from schemas import UserError
 
 
@@ -23,7 +23,7 @@ class OnGpu:
     side, weights_sha256, device, network_on_gpu = 1, None, "cuda", True
 
     def __call__(self, images: object) -> np.ndarray:
-        raise AssertionError("make_batches stands for all work")
+        raise AssertionError("measure_batches replaces all work")
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,11 @@ def test_the_rate_of_one_worker_is_multiplied_by_what_workers_do_not_share(
     device: str, cores: int, devices: int, times: int
 ) -> None:
     workers, _, _ = Resources().split(cores, devices, shards=1000)
-    assert speed_up(device, workers, Machine(cores, devices))[0] == times
+    assert estimate_speedup(device, workers, Machine(cores, devices))[0] == times
 
 
 def test_workers_without_a_core_do_not_count() -> None:
-    assert speed_up("cpu", 64, Machine(cores=2, devices=0))[0] == 2
+    assert estimate_speedup("cpu", 64, Machine(cores=2, devices=0))[0] == 2
 
 
 def test_a_dry_run_does_not_speak_for_a_cluster() -> None:
@@ -54,10 +54,10 @@ def test_sixteen_cores_do_not_make_one_gpu_sixteen_times_as_fast(
     job = Job("d", "train", source, plan, [], ScdaOptions(), 0, str(tmp_path / "out"), 4)
     monkeypatch.setattr(ScdaOptions, "build", lambda self, device="auto": OnGpu())
     monkeypatch.setattr(
-        dry_run, "make_batches", lambda *given: Sampled(1000, 10, 0, seconds=10.0, timed=10)
+        dry_run, "measure_batches", lambda *given: Measurement(1000, 10, 0, seconds=10.0, timed=10)
     )
     text = estimate_job(job, Resources(), Machine(cores=16, devices=1))
-    assert "about 01:40 with 3 workers on 1 of 1 GPUs: 1.0 images/s of one worker" in text
+    assert "about 01:40 with 3 workers on 1 of 1 GPUs: 1.0 images/s per worker with" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from precompute import demo
+from precompute import demo_scenes
 from precompute.estimators import ESTIMATORS, FunctionOptions, ScdaOptions, SpectralOptions
 from precompute.estimators.scda import find_last_map
 from precompute.estimators.weights import compute_sha256, load_weights
@@ -63,7 +63,7 @@ def test_spectral_is_the_published_listing() -> None:
 
 def test_spectral_finds_the_objects_of_generated_scenes() -> None:
     """By chance, a peak hits the object in about 0.14 of the scenes, its share of the picture."""
-    scenes = [demo.draw_scene(index, "train") for index in range(64)]
+    scenes = [demo_scenes.draw_scene(index, "train") for index in range(64)]
     maps = SpectralOptions().build()(batch(*[scene.image for scene in scenes]))
     peaks, lifts = [], []
     for scene, grid in zip(scenes, maps, strict=True):
@@ -225,7 +225,7 @@ def test_weights_may_lack_the_classifier_but_nothing_else(tmp_path: Path) -> Non
         (ScdaOptions("vit_b_16", "random"), "choose a CNN"),
         (
             ScdaOptions("timm:test_vit", "random"),
-            r"layers of attention \(Attention\); choose a Con",
+            r"has attention layers \(Attention\); choose a Con",
         ),
         (ScdaOptions("timm:test_convnextt", "random"), "did you mean timm:test_convnext"),
         (ScdaOptions("timm:test_convnext", "IMAGENET1K_V1"), "give DEFAULT, random or the path"),

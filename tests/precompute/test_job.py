@@ -83,7 +83,7 @@ def test_interrupted_at_any_moment_it_ends_with_the_same_bytes(
     """Kill the driver before the first shard, then a worker, then Ray; then send SIGTERM.
 
     The jobs have one worker each, except the last, which ends. The first uses the Ray of other
-    tests, which goes on without it. The one that gets SIGTERM is the real command, with workers
+    tests, which continues without it. The one that gets SIGTERM is the real command, with workers
     that Ray starts as it does outside of tests.
     """
     monkeypatch.setenv("RAY_worker_niceness", "0")  # by default all other tests come first

@@ -9,7 +9,6 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from precompute.demo import DemoScenes
 from precompute.estimators import SpectralOptions
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
@@ -17,6 +16,7 @@ from precompute.progress_actor import ProgressActor
 from precompute.reencode import Resize
 from precompute.sources import SourceImage, list_images
 from precompute.sources.base import digest_key
+from precompute.sources.demo import DemoScenes
 from precompute.worker import BuilderFactory, ShardActor
 from schemas import ShardDataset, UserError
 from tests.conftest import encode, noise
@@ -104,7 +104,7 @@ def test_a_users_mistake_is_one_line_without_traceback(tmp_path: Path) -> None:
     result = precompute("--dataset", "folder", "--root", tmp_path / "absent", "--out", tmp_path)
     assert result.returncode == 2
     assert result.stderr == (
-        f"error: {tmp_path}/absent: no such folder; ROOT is a folder with one folder a class\n"
+        f"error: {tmp_path}/absent: no such folder; ROOT is a folder with one folder per class\n"
     )
 
 
@@ -175,7 +175,7 @@ def test_a_shard_that_fails_for_no_image_of_its_own_ends_the_job(tmp_path: Path)
     source = DemoScenes("", "train", False)
     factory = BuilderFactory(source, SpectralOptions(), str(tmp_path), 4, Resize(), {}, threads=1)
     error = ShardActor(factory, progress).build(0, list(source.images())[:4])
-    assert error == "its worker died 3 times, but none of its images kills one alone"
+    assert error == "its worker crashed 3 times, but no single image crashes it"
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ import wds2idx
 from bench.waiting_store import WaitingFileSystem, put
 from precompute.sources import Source, SourceImage, list_images, list_source, open_source
 from precompute.sources.base import LabeledText, PartedSource
-from precompute.sources.tar_members import BLOCK, BlockReader, members_by_index
+from precompute.sources.tar_members import BLOCK, BlockReader, list_members_by_index
 from precompute.sources.trees import Folder
 from schemas import UserError
 from schemas.storage import Store
@@ -163,7 +163,7 @@ def test_an_index_that_does_not_describe_the_tar_is_not_used(
     put("bucket/tars/0.tar", tar)
     put("bucket/tars/0.idx", index)
     assert (
-        members_by_index(index, BlockReader(Store("waiting://bucket/tars"), "0.tar", len(tar)))
+        list_members_by_index(index, BlockReader(Store("waiting://bucket/tars"), "0.tar", len(tar)))
         is None
     )
     assert "its index is not used" in caplog.text

@@ -176,8 +176,8 @@ def test_resized_datasets_and_what_a_run_says(
     assert not out.exists()
     assert f"6 images -> 2 shards in {out}" in text
     assert "missing: 2 shards, 6 images" in text
-    assert "images/s of one worker with" in text
-    assert "(6 images timed), times 1" in text
+    assert "images/s per worker with" in text
+    assert "(measured on 6 images), speedup 1x" in text
 
     run_here(*arguments(root, out), "--resize", 20, "--resize-quality", 80)
     dataset = ShardDataset.open(out)
@@ -209,7 +209,7 @@ def test_a_job_that_stands_still_says_which_shards(
     with progress.watch(actor, images=10, shards=2):
         time.sleep(1)
     captured = capsys.readouterr()
-    assert "begun and not finished: shards 3 (for" in captured.err
+    assert "started but not finished: shards 3 (for" in captured.err
     assert " 5 (for" not in captured.err
     assert "0/10 images" in captured.out
     assert "1/2 shards" in captured.out

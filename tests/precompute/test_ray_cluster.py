@@ -1,4 +1,4 @@
-"""Tests of Ray clusters: a job goes on while nodes come and go; workers fit on the nodes."""
+"""Tests of Ray clusters: a job continues while nodes come and go; workers fit on the nodes."""
 
 import contextlib
 import os
@@ -13,12 +13,12 @@ from ray import cloudpickle
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from precompute.demo import DemoScenes
 from precompute.estimators import SpectralOptions
 from precompute.job import Job, Resources, find_usable_resources, run_job
 from precompute.plan import make_plan
 from precompute.ray_cluster import UNUSED_SERVICES, disable_unused_services
 from precompute.sources import SourceImage
+from precompute.sources.demo import DemoScenes
 from schemas import ShardDataset, UserError
 from tests.precompute.conftest import without_ray
 from tests.ray_workers import forked_workers
@@ -141,7 +141,7 @@ def test_a_worker_cannot_have_more_than_there_is() -> None:
     assert Resources(gpus=0.5).split(cores=16, devices=4, shards=100) == (8, 2, 0.5)
     assert Resources(workers=4).split(cores=2, devices=0, shards=3) == (3, 2 / 3, 0)
     assert Resources(workers=8, gpus=1).split(cores=16, devices=4, shards=100) == (8, 2, 0.5)
-    with pytest.raises(UserError, match="0 CPUs and 2 GPUs, the cluster has 8 and 1"):
+    with pytest.raises(UserError, match="0 CPUs and 2 GPUs, but the cluster has 8 and 1"):
         Resources(gpus=2).split(cores=8, devices=1, shards=3)
 
 

@@ -153,7 +153,7 @@ def test_something_else_listens_there(home: Path, terminated: bool) -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         process = connect(address, environment(home), seconds)
         server.settimeout(100)
-        connection, _ = server.accept()  # first that of `reach`, then Ray's
+        connection, _ = server.accept()  # first that of `check_reachable`, then Ray's
         if terminated:
             time.sleep(1)
             process.send_signal(signal.SIGTERM)

@@ -8,13 +8,13 @@ import pytest
 from filelock import FileLock
 
 from precompute import output_lock
-from precompute.demo import DemoScenes
 from precompute.estimators import ScdaOptions, SpectralOptions
 from precompute.extend import select_new
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
 from precompute.resume import find_missing_shards
 from precompute.sources import list_images
+from precompute.sources.demo import DemoScenes
 from schemas import Sample, ShardDataset, UserError
 from schemas.shard import write_shard
 from schemas.storage import Store
@@ -72,7 +72,7 @@ def test_an_extension_is_merged_with_its_dataset_only(tmp_path: Path, make_sampl
     write(more, 2, make_sample)
     assert len(finish(more)) == 3
     write(replace(job, seed=1), 1, make_sample)
-    with pytest.raises(UserError, match=r"shard 1 was .*seed was 1, is 0.*anew in another OUT"):
+    with pytest.raises(UserError, match=r"shard 1 was .*seed was 1, is 0.*new dataset in another"):
         finish(more)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from precompute import demo
+from precompute import demo_scenes
 from precompute.sources import SourceImage, key_of, list_images
 from precompute.sources.base import digest_key
+from precompute.sources.demo import DemoScenes
 from precompute.sources.trees import Folder
 from schemas import UserError
 from schemas.sample import check_key
@@ -136,18 +137,18 @@ def test_a_root_may_be_a_url() -> None:
 
 def test_demo_scenes_follow_from_split_and_index() -> None:
     first, again, other = (
-        demo.draw_scene(3, "train"),
-        demo.draw_scene(3, "train"),
-        demo.draw_scene(3, "val"),
+        demo_scenes.draw_scene(3, "train"),
+        demo_scenes.draw_scene(3, "train"),
+        demo_scenes.draw_scene(3, "val"),
     )
     assert (first.image == again.image).all()
     assert first.image.shape != other.image.shape or (first.image != other.image).any()
-    assert first.label == other.label == demo.choose_label(3)
+    assert first.label == other.label == demo_scenes.choose_label(3)
 
 
 def test_demo_objects_are_where_the_mask_says() -> None:
-    for index in range(2 * len(demo.CLASSES)):
-        scene = demo.draw_scene(index, "train")
+    for index in range(2 * len(demo_scenes.CLASSES)):
+        scene = demo_scenes.draw_scene(index, "train")
         assert scene.mask.shape == scene.image.shape[:2]
         assert 0.01 < scene.mask.mean() < 0.5
         inside, outside = (scene.image[m].mean(axis=0) for m in (scene.mask, ~scene.mask))
@@ -156,8 +157,8 @@ def test_demo_objects_are_where_the_mask_says() -> None:
 
 
 def test_demo_source_lists_every_class_alike() -> None:
-    images, rejects = list_images(demo.DemoScenes("", "train", False).images())
-    assert len(images) == demo.SCENES
+    images, rejects = list_images(DemoScenes("", "train", False).images())
+    assert len(images) == demo_scenes.SCENES
     assert not rejects
     assert len(set(np.bincount([image.label for image in images]))) == 1
     assert all(re.fullmatch(r"scene-\d{5}", image.key) for image in images)

@@ -26,7 +26,6 @@ from precompute.sources.base import (
     REMOTE_READERS,
     LabeledText,
     PartedSource,
-    count_readers,
     digest_key,
 )
 from precompute.sources.trees import Folder
@@ -52,14 +51,17 @@ class LocalRunner:
         ]
         rows = pa.concat_tables(tables)
         rows = rows.take(np.random.default_rng(0).permutation(len(rows)))
-        texts: set[str] = set()
+        text_labels: set[str] = set()
         for bucket in rows.column("bucket").unique().to_pylist():
             written = stages.write_rows(rows.filter(pc.field("bucket") == bucket), place)
-            texts |= set(json.loads(written.column("texts")[0].as_py()))
-        return texts
+            text_labels |= set(json.loads(written.column("text_labels")[0].as_py()))
+        return text_labels
 
     def map(
-        self, function: Callable[..., Any], arguments: Iterable[tuple], most: int | None = None
+        self,
+        function: Callable[..., Any],
+        arguments: Iterable[tuple],
+        max_in_flight: int | None = None,
     ) -> Iterator[Any]:
         return (function(*argument) for argument in arguments)
 
@@ -100,7 +102,7 @@ def assert_equal(source: Source, place: Path, **options: Any) -> StoredPlan:
     assert list(found.plan.shards) == expected.shards
     assert found.rejects == rejects
     assert found.labels == Counter(image.label for image in images)
-    assert list(source.classes) == classes
+    assert list(found.classes) == classes
     assert found.plan.images == expected.images
     shards = range(len(expected.shards))
     assert [found.plan.size(shard) for shard in shards] == [expected.size(s) for s in shards]
@@ -206,7 +208,7 @@ def test_readers_that_listing_finds_reach_the_driver(tmp_path: Path) -> None:
         source, str(tmp_path / "plan"), OtherProcess(), seed=0, shard_samples=6, buckets=2
     )
     assert (listing.plan.images, len(listing.rejects)) == (2, 1)
-    assert count_readers(source) == REMOTE_READERS
+    assert listing.readers == REMOTE_READERS
 
 
 def test_a_worker_reads_its_shard_from_the_plan(tmp_path: Path) -> None:
@@ -250,12 +252,12 @@ def plan_without_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let `--plan cluster` plan in this process; return the list that the plans' folders go to."""
     places: list[str] = []
 
-    def plan_here(source: Source, place: str, **options: Any) -> StoredListing:
+    def plan_in_this_process(source: Source, place: str, **options: Any) -> StoredListing:
         places.append(place)
         return plan_in_buckets(source, place, LocalRunner(), buckets=4, **options)
 
     monkeypatch.setattr("precompute.ray_cluster.connect_to_ray", nullcontext)
-    monkeypatch.setattr("precompute.plan_job.plan_on_cluster", plan_here)
+    monkeypatch.setattr("precompute.plan_job.plan_on_cluster", plan_in_this_process)
     return places
 
 
@@ -276,7 +278,7 @@ def test_a_run_removes_its_own_plan_and_nothing_else(
     (out / "dataset.json").unlink()
     thesis, other_plan = out / "plan" / "thesis.txt", out / ".saliency-plan" / "other" / "0.parquet"
     write(thesis)
-    write(other_plan)  # of a run that goes on at the same time
+    write(other_plan)  # of another run, in progress at the same time
     assert run_here(*arguments) == 0
     assert thesis.exists()
     assert other_plan.exists()

@@ -7,13 +7,10 @@ independently of the class. A scene is a function of (split, index) alone.
 import io
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-
-from precompute.sources.base import Source, SourceImage
 
 CLASSES = [
     "striped disc",
@@ -36,6 +33,7 @@ class Scene:
     Attributes:
         image: (height, width, 3) uint8 RGB.
         mask: (height, width) bool, True on the object.
+        label: index of the class in `CLASSES`.
     """
 
     image: np.ndarray
@@ -147,20 +145,3 @@ def draw_texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Genera
             return rng.uniform(0, 1, u.shape).astype(np.float32)
         case _:
             return np.zeros(u.shape, np.float32)
-
-
-class DemoScenes(Source):
-    """Source of the generated scenes; `root` is not used."""
-
-    classes = CLASSES
-
-    def __init__(self, root: str, split: str, download: bool):
-        del root, download
-        self.split = split
-
-    def images(self) -> Iterator[SourceImage]:
-        for index in range(SCENES):
-            yield SourceImage(f"scene-{index:05d}", str(index), choose_label(index))
-
-    def read(self, image: SourceImage) -> bytes:
-        return to_jpeg(draw_scene(int(image.location), self.split).image)
