@@ -23,13 +23,11 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.shard_contents import DamagedShardError, parse_shard_contents
 from schemas import ShardRow
-from schemas.shard import INDEX_VERSION
 
 FILE_NAME = re.compile(r"[0-9a-f]{64}\.(tar|idx|parquet|[0-9]+\.part)")
 """Names of the files that a cache makes, and removes."""
-
-PARQUET_MAGIC = b"PAR1"
 
 
 class ShardFiles(NamedTuple):
@@ -283,11 +281,10 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 def find_damage(row: ShardRow, idx: bytes, parquet: bytes) -> str | None:
     """Return what is wrong with the index or the table of a shard, or None."""
-    head, *lines = idx.split(b"\n")
-    if head != f"{INDEX_VERSION} {row.samples}".encode() or len(lines) != row.samples + 1:
-        return f"its index is not one of {row.samples} samples"
-    if not (parquet.startswith(PARQUET_MAGIC) and parquet.endswith(PARQUET_MAGIC)):
-        return "its table is not a complete parquet file"
+    try:
+        parse_shard_contents(row, idx, parquet, f"{row.shard:06d}")
+    except DamagedShardError as error:
+        return str(error)
     return None
 
 

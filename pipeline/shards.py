@@ -21,24 +21,22 @@ from pipeline.buffers import BufferPool
 from pipeline.cache import Cache, ShardCache
 from pipeline.cache_folder import ShardFiles
 from pipeline.order import Order
-from schemas import FormatError, ShardDataset, ShardRow, UserError
-from schemas.sample import SALIENCY_MEMBER
-from schemas.shard import BLOCK, INDEX_VERSION
-from schemas.tables import SAMPLES_SCHEMA, from_parquet, shard_name
+from pipeline.shard_contents import (
+    COLUMNS,
+    DamagedShardError,
+    build_damage_error,
+    parse_shard_contents,
+)
+from schemas import ShardDataset, ShardRow, UserError
+from schemas.shard import BLOCK
+from schemas.tables import shard_name
 
 READERS = 2
 """Parts of a batch that are read concurrently (our choice; in bench/loader.py, 1 is 5-15 % slower,
 and 4 is slower too)."""
 
-COLUMNS = ("label", "height", "width", "image", "image_size", "saliency", "saliency_size")
-"""Rows of `OpenShard.table`: columns of the parquet file, then offset and size of both members."""
-
 WINDOWS_AHEAD = 3
 """Windows of shards that are announced to a cache: the one in use and those that follow."""
-
-
-class DamagedShardError(UserError):
-    """Files of a shard are missing or contradict each other or the tables of the dataset."""
 
 
 class ShardSource(Protocol):
@@ -129,9 +127,8 @@ class OpenShard:
     Attributes:
         tar: file descriptor of its tar.
         location: location of its files, without an extension.
-        keys: keys of its samples.
+        samples: its samples.
         names: first bytes of the tar header of each sample's image.
-        table: (len(COLUMNS), samples) int64.
 
     Raises:
         DamagedShardError: tar, index and parquet file contradict each other or `row`.
@@ -139,56 +136,11 @@ class OpenShard:
 
     def __init__(self, row: ShardRow, files: ShardFiles, location: str) -> None:
         self.row, self.tar, self.location = row, files.tar, location
-        try:
-            samples = from_parquet(files.parquet, SAMPLES_SCHEMA, f"{location}.parquet")
-        except FormatError as error:
-            raise DamagedShardError(f"shard {row.shard}: {error}") from error
-        self.keys: list[str] = samples["key"].to_pylist()
-        self.names = [f"{key}.".encode() for key in self.keys]
-        columns = [samples[name].to_numpy().astype(np.int64) for name in COLUMNS[:-4]]
-        self.table = np.stack([*columns, *self.parse_index(files.idx).T])
-
-    def parse_index(self, index: bytes) -> np.ndarray:
-        """Parse offset and size of each image and of each map: (samples, 4) int64."""
-        size, row = os.fstat(self.tar).st_size, self.row
+        size = os.fstat(self.tar).st_size
         if size != row.bytes:
-            raise self.build_error("tar", f"it has {size} bytes, the table says {row.bytes}")
-        head, *lines = index.decode("ascii", "replace").splitlines() or [""]
-        if head != f"{INDEX_VERSION} {row.samples}":
-            raise self.build_error(
-                "idx", f"line 1 is {head!r}, not '{INDEX_VERSION} {row.samples}'"
-            )
-        if not len(lines) == len(self.keys) == row.samples:
-            raise self.build_error(
-                "idx",
-                f"{len(lines)} samples are listed, {len(self.keys)} in the parquet file and "
-                f"{row.samples} in the table",
-            )
-        extents = np.empty((row.samples, 4), np.int64)
-        for number, (line, key) in enumerate(zip(lines, self.keys, strict=True)):
-            # extension, offset, size and name of each member: first the image, then the map
-            words = line.split()
-            names = words[3:8:4]
-            if (
-                len(words) < 8
-                or names[0] != f"{key}.{words[0]}"
-                or names[1:] != [f"{key}.{SALIENCY_MEMBER}"]
-            ):
-                raise self.build_error(
-                    "idx", f"line {number + 2} does not list image and map of {key}"
-                )
-            try:
-                extents[number] = [int(words[at]) for at in (1, 2, 5, 6)]
-            except ValueError as error:
-                raise self.build_error(
-                    "idx", f"line {number + 2} lacks a number for an offset or a size"
-                ) from error
-        end = extents[:, 2] + extents[:, 3]
-        if (
-            (extents[:, 0] < BLOCK) | (extents[:, 2] < extents[:, 0] + extents[:, 1]) | (end > size)
-        ).any():
-            raise self.build_error("idx", f"a member lies outside the tar's {size} bytes")
-        return extents
+            raise self.build_error(f"it has {size} bytes, the table says {row.bytes}")
+        self.samples = parse_shard_contents(row, files.idx, files.parquet, location)
+        self.names = [f"{key}.".encode() for key in self.samples.keys]
 
     def read(self, index: int, offset: int, content: np.ndarray) -> None:
         """Read `content`, (bytes,) uint8, which begins with the tar header of sample `index`.
@@ -199,20 +151,22 @@ class OpenShard:
         try:
             count = os.preadv(self.tar, (content.data,), offset)
         except OSError as error:
-            raise self.build_error("tar", f"sample {self.keys[index]}: {error.strerror}") from error
+            raise self.build_error(
+                f"sample {self.samples.keys[index]}: {error.strerror}"
+            ) from error
         name = self.names[index]
         if count < len(content):
             raise self.build_error(
-                "tar", f"sample {self.keys[index]} is cut short at byte {offset + count}"
+                f"sample {self.samples.keys[index]} is cut short at byte {offset + count}"
             )
         if content[: len(name)].tobytes() != name:
             raise self.build_error(
-                "tar", f"sample {self.keys[index]} is not at byte {offset} any more"
+                f"sample {self.samples.keys[index]} is not at byte {offset} any more"
             )
 
-    def build_error(self, extension: str, reason: str) -> DamagedShardError:
-        """Return an error about one of the shard's files."""
-        return DamagedShardError(f"{self.location}.{extension}: shard {self.row.shard}: {reason}")
+    def build_error(self, reason: str) -> DamagedShardError:
+        """Return an error about the shard's tar."""
+        return build_damage_error(self.row, self.location, "tar", reason)
 
     def close(self) -> None:
         os.close(self.tar)
@@ -277,7 +231,7 @@ class ShardReader:
         table = np.empty((len(COLUMNS), len(samples)), np.int64)
         for number, shard in dict(zip(numbers.tolist(), shards, strict=True)).items():
             rows = numbers == number
-            table[:, rows] = shard.table[:, indices[rows]]
+            table[:, rows] = shard.samples.values[:, indices[rows]]
         label, height, width, image, image_size, saliency, saliency_size = table
         # the image's tar header is read too: its name shows that the file has not changed
         start = image - BLOCK
@@ -314,7 +268,10 @@ class ShardReader:
             labels=label,
             height=height,
             width=width,
-            keys=[shard.keys[index] for shard, index in zip(shards, indices.tolist(), strict=True)],
+            keys=[
+                shard.samples.keys[index]
+                for shard, index in zip(shards, indices.tolist(), strict=True)
+            ],
             shards=[shard.location for shard in shards],
         )
 

@@ -164,6 +164,8 @@ class SampleTable:
         place = 0
         for batch in self.batches(["shard"]):
             shards = batch.column(0).to_numpy()
+            if not len(shards):  # in a damaged file
+                continue
             cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
             for begin, end in itertools.pairwise(cuts):
                 shard = int(shards[begin])

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.storage import Store
+from schemas.tables import PARQUET_OPTIONS
 
 ROW_GROUP = 1024 * 1024
 """Rows per row group: the number that `pyarrow.parquet.write_table` uses for a whole table, so that
@@ -42,7 +43,7 @@ class TableWriter:
         self.small_tables = 0
         self.groups = 0
         self.stream = store.write_stream(name)
-        self.parquet = pq.ParquetWriter(self.stream, schema, compression="zstd")
+        self.parquet = pq.ParquetWriter(self.stream, schema, **PARQUET_OPTIONS)
 
     def add(self, table: pa.Table) -> None:
         """Append the rows of a table that has this schema."""

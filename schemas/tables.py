@@ -97,13 +97,21 @@ def shard_name(shard: int, suffix: str) -> str:
     return f"{SHARD_FOLDER}/{shard:06d}.{suffix}"
 
 
+PARQUET_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+"""Options of all tables. A damaged page without a checksum may be read as other values."""
+
+
+DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises for a damaged file: OSError is also its own, for bad metadata."""
+
+
 def build_table(rows: list[ShardRow] | list[Reject], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist([row._asdict() for row in rows], schema=schema)
 
 
 def to_parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, **PARQUET_OPTIONS)
     return sink.getvalue()
 
 
@@ -126,8 +134,8 @@ def open_parquet(source: Any, location: str) -> pq.ParquetFile:
     try:
         # Without pre_buffer: Arrow would read a Python file in a separate thread, which aborts
         # the process (apache/arrow#34314) if it releases the file while Python exits.
-        return pq.ParquetFile(source, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:  # OSError is also Arrow's own, for bad metadata
+        return pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+    except DAMAGE as error:
         raise FormatError(f"{location}: not a readable parquet file ({error})") from error
 
 
@@ -146,7 +154,7 @@ def read_columns(
     groups = range(file.num_row_groups) if row_group is None else [row_group]
     try:
         table = file.read_row_groups(groups, columns=names, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGE as error:
         raise FormatError(f"{location}: not a readable parquet file ({error})") from error
     rows = sum(file.metadata.row_group(group).num_rows for group in groups)
     columns = []

@@ -12,6 +12,7 @@ import pytest
 from bench.object_store import ObjectServer
 from pipeline.cache import Cache, ShardCache
 from schemas import ShardDataset, UserError
+from schemas.tables import shard_name
 from tests.pipeline.conftest import ROOM, SHARDS, Open, content, of_shard, present, wait_until
 
 pytestmark = pytest.mark.usefixtures("small_reserve")
@@ -117,6 +118,30 @@ def test_a_fault_of_index_or_table_is_tried_again(
     server.fault = lambda path, before: fault if path.endswith(name) and before == 0 else None
     content(cache := open_cache(), 2)
     assert cache.downloader.retries == 1
+
+
+@pytest.mark.parametrize("suffix", ["idx", "parquet"])
+def test_wrong_bytes_of_index_or_table_are_replaced(
+    suffix: str, server: ObjectServer, open_cache: Open
+) -> None:
+    """Damage both what is received at first and, later, what the cache holds."""
+    cache = open_cache()
+    good = cache.dataset.store.read(shard_name(2, suffix))
+    damaged = good.replace(b"key-", b"kex-", 1)
+    assert damaged != good
+    cat_file, received = cache.downloader.fs.cat_file, []
+
+    def cat_damaged_once(path: str) -> bytes:
+        received.append(cat_file(path))
+        return damaged if received.count(good) == 1 and received[-1] == good else received[-1]
+
+    cache.downloader.fs.cat_file = cat_damaged_once
+    content(cache, 2)
+    assert cache.downloader.retries == 1
+    cached = cache.folder.path(cache.dataset.shards[2].sha256, suffix)
+    cached.write_bytes(damaged)
+    content(cache, 2)
+    assert cached.read_bytes() == good
 
 
 REASONS = {

@@ -26,7 +26,14 @@ from schemas import sample_table as sample_table_module
 from schemas.shard import read_marker
 from schemas.storage import Store
 from schemas.table_writer import KeyHashes, TableWriter
-from schemas.tables import REJECTS_SCHEMA, SAMPLES, SAMPLES_SCHEMA, build_table, to_parquet
+from schemas.tables import (
+    PARQUET_OPTIONS,
+    REJECTS_SCHEMA,
+    SAMPLES,
+    SAMPLES_SCHEMA,
+    build_table,
+    to_parquet,
+)
 
 Make = Callable[..., Sample]
 COUNT = 25
@@ -186,7 +193,7 @@ def test_the_bytes_are_those_of_one_whole_table(
             assert parts.waiting_rows < 7
     buffer = io.BytesIO()
     table = build_table(rejects, REJECTS_SCHEMA)
-    pq.write_table(table, buffer, compression="zstd", row_group_size=7)
+    pq.write_table(table, buffer, row_group_size=7, **PARQUET_OPTIONS)
     assert store.read("t.parquet") == buffer.getvalue()
     if rows <= 7:
         assert buffer.getvalue() == to_parquet(table)
