@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.object_store import ObjectServer
 from pipeline import Batch, MaskedViews
 from pipeline.order import SampleOrder
 from schemas import ShardDataset
@@ -136,14 +137,20 @@ def test_a_run_resumes_with_one_and_with_four_ranks(
 ) -> None:
     """Run two ranks for 2 steps, one up to step 4, four to the end; an epoch has three steps.
 
-    The two read the shards directly, the four through a cache, as for remote shards.
+    The two and the one read the shards from the disk, the four from a server.
     """
     out, cache = tmp_path / "run", ("--cache", str(tmp_path / "cache"))
-    for size, stop, options in ((2, 2, ()), (1, 4, ()), (4, 0, cache)):
-        process = start(
-            shards, out, stop, "--standalone", "--nproc-per-node", str(size), options=options
-        )
-        assert (process.wait() == 0) == (stop == 0), process.said
+    with ObjectServer(Path(shards).parent) as server:
+        remote = f"{server.url}/{Path(shards).name}"
+        for data, size, stop, options in (
+            (shards, 2, 2, ()),
+            (shards, 1, 4, ()),
+            (remote, 4, 0, cache),
+        ):
+            process = start(
+                data, out, stop, "--standalone", "--nproc-per-node", str(size), options=options
+            )
+            assert (process.wait() == 0) == (stop == 0), process.said
     assert "resumes after step 4 of 9, 1 -> 4 processes" in process.said
     assert assert_every_batch_was_whole(shards, out) == {1, 2, 4}
     assert len(list((tmp_path / "cache").glob("*.tar"))) == len(ShardDataset.open(shards).shards)
