@@ -109,7 +109,12 @@ def evaluate_arguments(out: Path, arm: Arm) -> list[object]:
 def latest_accuracy(out: Path, arm: Arm) -> dict[str, float]:
     """Return the last accuracy of the `trained` and of the `untrained` weights of an arm."""
     results = read_json_lines(out / arm.folder / "results.jsonl")
-    return {row["weights"]: row["accuracy"][str(NEIGHBORS)] for row in results}
+    # an evaluation by hand, or by an earlier version of this file, may have used other numbers
+    return {
+        row["weights"]: row["accuracy"][str(NEIGHBORS)]
+        for row in results
+        if str(NEIGHBORS) in row["accuracy"]
+    }
 
 
 def collect_rows(out: Path) -> list[Row]:

@@ -97,10 +97,14 @@ class EvalViews:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         reader = ShardReader(self.dataset, self._source, self.order, self.rank, self.world_size)
-        batches, spec = self._prepare(reader), ViewSpec(self.crop_size)
-        with closing(
-            Decoder(batches, spec, self.device, self.batch_size, self.dataset.url)
-        ) as decoder:
+        decoder = Decoder(
+            self._prepare(reader),
+            ViewSpec(self.crop_size),
+            self.device,
+            self.batch_size,
+            self.dataset.url,
+        )
+        with closing(decoder):
             for decoded in decoder:
                 labels = torch.from_numpy(decoded.prepared.encoded.labels)
                 yield EvalBatch(

@@ -115,7 +115,6 @@ class Decoder:
         stage_for_gpu: bool = False,
     ) -> None:
         self.spec, self.device, self.url, self.stage_for_gpu = spec, device, url, stage_for_gpu
-        self._ahead = ReadAhead(add_inputs(batches, spec), BATCHES_AHEAD)
         self._in_flight: deque[PreparedBatch] = deque()
         self._started: deque[StartedBatch | Exception] = deque()
         self._pipeline = build_view_graph(
@@ -129,6 +128,8 @@ class Decoder:
         )
         with translate_dali_errors(url):
             self._pipeline.build()
+        # last, because nobody could end its thread if building failed
+        self._ahead = ReadAhead(add_inputs(batches, spec), BATCHES_AHEAD)
 
     def _feed(self) -> tuple[Any, ...]:
         """Pass the next batch to DALI, which does not copy it, so it is kept until its output."""

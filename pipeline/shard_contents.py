@@ -57,13 +57,16 @@ def parse_shard_contents(
     """
     try:
         samples = from_parquet(parquet, SCHEMA, f"{location}.parquet")
-    except FormatError as error:
+        keys: list[str] = samples["key"].to_pylist()
+    except (FormatError, UnicodeDecodeError) as error:
         raise DamagedShardError(f"shard {row.shard}: {error}") from error
+    for name, column in zip(samples.column_names, samples.columns, strict=True):
+        if column.null_count:
+            raise build_damage_error(row, location, "parquet", f"a value of {name} is missing")
 
     def fail(reason: str) -> NoReturn:
         raise build_damage_error(row, location, "idx", reason)
 
-    keys: list[str] = samples["key"].to_pylist()
     head, *lines = index.decode("ascii", "replace").splitlines() or [""]
     if head != f"{INDEX_VERSION} {row.samples}":
         fail(f"line 1 is {head!r}, not '{INDEX_VERSION} {row.samples}'")
