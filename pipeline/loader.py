@@ -42,6 +42,7 @@ from schemas.settings import fields_of, find_differences, format_differences, to
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 2
+STATE_KEYS = {"version", "fingerprint", "epoch", "step"}
 
 DecodeOn = Literal["gpu", "cpu"]
 
@@ -192,9 +193,11 @@ class MaskedViews:
         differ only if the state is at the end of an epoch.
 
         Raises:
-            UserError: the state has a later version or other settings; the message names those that
-                differ.
+            UserError: it is not a state of a loader, or has a later version or other settings; the
+                message names those that differ.
         """
+        if missing := STATE_KEYS - state.keys():
+            raise UserError(f"not a state of a loader: it has no {', '.join(sorted(missing))}")
         if state["version"] > STATE_VERSION:
             raise UserError(
                 f"loader state of version {state['version']}, this code reads up to {STATE_VERSION}"
@@ -208,6 +211,11 @@ class MaskedViews:
             where = " inside an epoch" if is_batch_size_only else ""
             found = format_differences(changes)
             raise UserError(f"the loader cannot resume{where} under other settings: {found}")
+        if state["epoch"] < 0 or not 0 <= state["step"] < len(self):
+            raise UserError(
+                f"loader state of epoch {state['epoch']}, step {state['step']}: an epoch has steps "
+                f"0 to {len(self) - 1}"
+            )
         self.close()
         self.epoch, self.step = state["epoch"], state["step"]
         if state["version"] == 1 and self.step and self.rank == 0:

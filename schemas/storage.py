@@ -4,17 +4,20 @@ import errno
 import os
 import posixpath
 import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import UserError, summarize_error
 from schemas.streams import RangeReader, StoreWriter, sync_folder
+
+T = TypeVar("T")
 
 TEMPORARY_SUFFIX = ".tmp"
 STORE_ADVICE = "look at its address, your keys and the network"
@@ -27,6 +30,14 @@ IRREGULAR = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+RETRY_DELAYS = (0.5, 2.0)
+"""Seconds to wait before a request over HTTP is repeated (our choice). The drivers of object stores
+repeat requests themselves."""
+
+TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)}
+"""HTTP status of an error that may not recur."""
 
 
 class NotAFileError(OSError):
@@ -122,7 +133,7 @@ class Store:
     def size(self, name: str) -> int:
         """Return the size of a file in bytes. Raises OSError."""
         with self.translate_driver_errors():
-            return self.fs.info(self.path(name))["size"]
+            return retry(lambda: self.fs.info(self.path(name)))["size"]
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """Return the whole file, or its bytes from `start` up to `end`.
@@ -139,7 +150,7 @@ class Store:
                 return Path(self.path(name)).read_bytes()
         with self.translate_driver_errors():
             # Keyword arguments: the second positional argument of s3fs is a version.
-            return self.fs.cat_file(self.path(name), start=start, end=end)
+            return retry(lambda: self.fs.cat_file(self.path(name), start=start, end=end))
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises OSError, as `read` does."""
@@ -273,6 +284,21 @@ class Store:
         for name in names:
             self.fs.rm_file(self.path(posixpath.join(folder, name)))
         return len(names)
+
+
+def retry(request: Callable[[], T]) -> T:
+    """Return the result of a request, repeating it after HTTP errors that may not recur."""
+    for delay in RETRY_DELAYS:
+        try:
+            return request()
+        except Exception as error:
+            # a connection that breaks has no status; its class belongs to aiohttp, as of fsspec
+            status = getattr(error, "status", None)
+            has_broken = status is None and type(error).__module__.startswith("aiohttp")
+            if status not in TRANSIENT_STATUS and not has_broken:
+                raise
+            time.sleep(delay)
+    return request()
 
 
 def check_regular(path: str) -> None:

@@ -50,6 +50,26 @@ def test_a_state_of_another_dataset_or_version_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 10**6}, "epoch 0, step 1000000: an epoch has steps 0 to"),
+        ({"step": -1}, "epoch 0, step -1"),
+        ({"epoch": -1}, "epoch -1, step 0"),
+    ],
+)
+def test_a_state_of_no_step_is_refused(
+    dataset: ShardDataset, changes: dict[str, int], message: str
+) -> None:
+    views = views_of(dataset, batch_size=3)
+    state = views.state_dict()
+    with pytest.raises(UserError, match=message):
+        views.load_state_dict({**state, **changes})
+    assert views.state_dict() == state
+    with pytest.raises(UserError, match="not a state of a loader: it has no fingerprint, step"):
+        views.load_state_dict({"version": 2, "epoch": 0})
+
+
+@pytest.mark.parametrize(
     "damage",
     [
         "stale",

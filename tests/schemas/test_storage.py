@@ -2,12 +2,14 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from s3fs import S3FileSystem
 
-from schemas import UserError
+from bench.object_store import ObjectServer
+from schemas import Sample, ShardDataset, UserError, storage, write_dataset
 from schemas.storage import Store
 from schemas.streams import RangeReader
 
@@ -159,3 +161,31 @@ def globbed(store: Store) -> list[str]:
 
 def walked(store: Store) -> list[str]:
     return list(store.walk())
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "cut"])
+def test_a_dataset_is_opened_although_a_server_fails_once(
+    fault: str, tmp_path: Path, make_sample: Callable[..., Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "RETRY_DELAYS", (0.01, 0.01))
+    samples = [make_sample(index) for index in range(4)]
+    write_dataset(tmp_path / "d", samples, name="t", classes=["a", "b", "c"])
+    with ObjectServer(tmp_path) as server:
+        server.fault = lambda path, before: fault if before == 0 else None
+        assert len(ShardDataset.open(f"{server.url}/d")) == 4
+        server.fault = lambda path, before: fault
+        with pytest.raises(UserError, match=r"dataset\.json|does not answer"):
+            ShardDataset.open(f"{server.url}/d")
+
+
+def test_what_a_server_refuses_is_asked_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    asked = []
+
+    def refuse(path: str, before: int) -> str:
+        asked.append(path)
+        return "403"
+
+    with ObjectServer(tmp_path, fault=refuse) as server, pytest.raises(UserError):
+        Store(server.url).read("file")
+    assert len(asked) == 1
