@@ -194,7 +194,7 @@ def describe_mask(batch: Batch, name: str, row: int) -> str:
         return "not masked"
     filled = f"{float(mask[row].float().mean()):.0%} filled"
     if getattr(batch, f"{name}_focal")[row]:
-        return f"window; {filled}"
+        return f"focal window; {filled}"
     return f"ratio {float(getattr(batch, f'{name}_ratio')[row]):.2f}; {filled}"
 
 

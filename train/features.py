@@ -27,7 +27,7 @@ def open_labeled(url: str) -> ShardDataset:
             "labels (DATASET=folder takes the names of the subfolders)"
         )
     if len(set(labels)) == 1:
-        raise UserError(f"{url}: all images have the same class; an accuracy on it says nothing")
+        raise UserError(f"{url}: all images have the same class; evaluate on a dataset with labels")
     return dataset
 
 
