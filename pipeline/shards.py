@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from hashlib import file_digest
 from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
@@ -129,16 +130,25 @@ class OpenShard:
         location: location of its files, without an extension.
         samples: its samples.
         names: first bytes of the tar header of each sample's image.
+        modified: time in ns of its tar's last change when it was opened; None if changes do not
+            matter.
+
+    Args:
+        is_watched: True if `check_unchanged` looks for changes. In a cache they do not matter:
+            nobody else writes there, and the time is that of the last use.
 
     Raises:
         DamagedShardError: tar, index and parquet file contradict each other or `row`.
     """
 
-    def __init__(self, row: ShardRow, files: ShardFiles, location: str) -> None:
+    def __init__(
+        self, row: ShardRow, files: ShardFiles, location: str, is_watched: bool = False
+    ) -> None:
         self.row, self.tar, self.location = row, files.tar, location
-        size = os.fstat(self.tar).st_size
-        if size != row.bytes:
-            raise self.build_error(f"it has {size} bytes, the table says {row.bytes}")
+        status = os.fstat(self.tar)
+        if status.st_size != row.bytes:
+            raise self.build_error(f"it has {status.st_size} bytes, the table says {row.bytes}")
+        self.modified = status.st_mtime_ns if is_watched else None
         self.samples = parse_shard_contents(row, files.idx, files.parquet, location)
         self.names = [f"{key}.".encode() for key in self.samples.keys]
 
@@ -163,6 +173,20 @@ class OpenShard:
             raise self.build_error(
                 f"sample {self.samples.keys[index]} is not at byte {offset} any more"
             )
+
+    def check_unchanged(self) -> None:
+        """Compare the tar with its sha256 when it has another time than when it was opened.
+
+        Raises:
+            DamagedShardError: it has changed, perhaps within images that still decode.
+        """
+        if self.modified is None or os.fstat(self.tar).st_mtime_ns == self.modified:
+            return
+        self.modified = None  # after a change of the time alone, and where times are not stable
+        with os.fdopen(os.dup(self.tar), "rb") as file:
+            file.seek(0)
+            if file_digest(file, "sha256").hexdigest() != self.row.sha256:
+                raise self.build_error("it has changed since it was opened")
 
     def build_error(self, reason: str) -> DamagedShardError:
         """Return an error about the shard's tar."""
@@ -215,6 +239,8 @@ class ShardReader:
         try:
             shards = [self._open.get(number) or self.open(number) for number in numbers.tolist()]
             batch = self._read_batch(samples, shards, numbers, indices)
+            for shard in set(shards):
+                shard.check_unchanged()
         except DamagedShardError as error:
             raise DamagedShardError(
                 f"{error}; `python -m schemas verify {self.dataset.url}` shows all that has "
@@ -293,7 +319,8 @@ class ShardReader:
             location = self.dataset.store.location(shard_name(row.shard, "")).removesuffix(".")
             files = self.source.open(row.shard)
             try:
-                self._open[number] = OpenShard(row, files, location)
+                is_watched = isinstance(self.source, LocalShards)
+                self._open[number] = OpenShard(row, files, location, is_watched)
             except UserError:
                 os.close(files.tar)
                 raise
