@@ -6,6 +6,7 @@ the program of a worker.
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -75,7 +76,7 @@ def serve(address: str, owner: Connection, other_end: Connection) -> None:
         server.bind(address)
         server.listen(32)
         owner.send("ready")
-        while True:
+        for number in itertools.count():
             ready, _, _ = select.select([server, owner], [], [])
             if owner in ready:
                 return
@@ -89,7 +90,7 @@ def serve(address: str, owner: Connection, other_end: Connection) -> None:
                     owner.close()
                     server.close()
                     connection.close()
-                    run_worker(descriptors, **request)
+                    run_worker(number, descriptors, **request)
             for descriptor in descriptors:
                 os.close(descriptor)
 
@@ -112,14 +113,23 @@ def receive(connection: socket.socket) -> tuple[list[int], dict[str, Any] | None
 
 
 def run_worker(
-    descriptors: list[int], arguments: list[str], environment: dict[str, str], folder: str
+    number: int,
+    descriptors: list[int],
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: str,
 ) -> None:
-    """Run Ray's program in this process, which becomes one of its workers, and end."""
+    """Run Ray's program in this process, which becomes one of its workers, and end.
+
+    Args:
+        number: a different one for each worker.
+    """
     status = 1
     try:
+        skip_random_ids(1000 * number)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for number, descriptor in enumerate(descriptors):
-            os.dup2(descriptor, number)
+        for standard, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, standard)
             os.close(descriptor)
         os.chdir(folder)
         os.environ.clear()
@@ -133,6 +143,17 @@ def run_worker(
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def skip_random_ids(count: int) -> None:
+    """Draw ids from Ray's generator, whose state a fork copies.
+
+    Two workers that drew the same id for the first object in their common store would end or hang.
+    """
+    from ray import ObjectRef  # a fork has imported it already
+
+    for _ in range(count):
+        ObjectRef.from_random()
 
 
 class ForkedJob(ForkedProcess):

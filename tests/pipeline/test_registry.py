@@ -140,10 +140,10 @@ def test_a_mask_of_a_wrong_shape_is_named(dataset: ShardDataset, shape: tuple) -
 def test_the_documented_command_works(dataset: ShardDataset, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(blocks("python")[0])
     command = blocks("sh")[0].replace("out/photos", dataset.url).replace("\\\n", " ")
-    assert command.startswith("python -m pipeline preview")
+    assert command.startswith("saliency-pipeline preview")
     out = tmp_path / "sheet.png"
-    module, *arguments = shlex.split(command)[2:]
-    program = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    arguments = shlex.split(command)[1:]
+    program = "import runpy; runpy.run_module('pipeline', run_name='__main__', alter_sys=True)"
     more = ["--out", str(out), "--crop-size", "56"]
     done = run_forked(program, [*arguments, *more], tmp_path)
     assert done.returncode == 0, done.stderr
