@@ -23,12 +23,10 @@ from pipeline.rng import BatchRng
 from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
 from schemas.sample import IMAGE_EXTENSIONS
+from train.config import TrainConfig
 
 Rows = Literal["usual", "tensors", "webdataset", "ours", "ceilings"]
 FILLS = ("hp", "blur", "mean")
-TRAINING_BATCH = 256
-"""Default batch of a training. Reading is also measured with it, because what Python does once a
-batch is a large part of so short a time."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +223,12 @@ def make_ceilings(options: Options) -> dict[str, Way]:
 
 
 def make_reading_ways(options: Options, device: torch.device) -> dict[str, Way]:
-    """Return the rows that only read, with the given batch and with that of a training."""
+    """Return the rows that only read, with the given batch and with the default of `train`.
+
+    The work that Python does once per batch is a large part of so short a time.
+    """
     rows = {}
-    largest = min(TRAINING_BATCH, len(ShardDataset.open(options.data)))
+    largest = min(TrainConfig.batch_size, len(ShardDataset.open(options.data)))
     for batch_size in sorted({options.batch_size, largest}):
         sized = replace(options, batch_size=batch_size)
         for name, read in (

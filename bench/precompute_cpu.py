@@ -8,7 +8,7 @@ pixels, a window has one pixel, and the maps of windows are constant. The CPU ti
 counted, because other work on the machine disturbs it less than a rate.
 
 DALI's operator that cuts windows on a CPU wakes a thread for each window and waits for it in a loop
-(`sched_yield`), which takes half of all the time; on a GPU it launches one kernel for all windows.
+(`sched_yield`); on a GPU it launches one kernel for all windows.
 So a second figure leaves this operator out; with a GPU, the host's time lies between the two.
 """
 

@@ -13,7 +13,7 @@ from fsspec.callbacks import Callback
 from pipeline.cache_folder import find_damage
 from schemas import ShardDataset, ShardRow, UserError
 from schemas.errors import summarize_error
-from schemas.storage import Store
+from schemas.storage import TRANSIENT_STATUS, Store
 from schemas.tables import shard_name
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,6 @@ LONGEST_WAIT = 30.0
 """Seconds before the second attempt, doubled for each further one, and the maximum (our choice)."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-TRANSIENT_4XX = (408, 425, 429)
-"""HTTP client errors that may not recur: timeout, too early, too many requests."""
 
 SILENCE_SECONDS = 60.0
 """Seconds without a byte after which an HTTP request counts as broken."""
@@ -179,4 +176,4 @@ def is_transient(error: Exception) -> bool:
     """Return whether a retry may help; it does not if the store refuses the request itself."""
     status = getattr(error, "status", None)
     is_refused = isinstance(status, int) and 400 <= status < 500
-    return not isinstance(error, PermissionError) and (not is_refused or status in TRANSIENT_4XX)
+    return not isinstance(error, PermissionError) and (not is_refused or status in TRANSIENT_STATUS)

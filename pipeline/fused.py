@@ -39,7 +39,7 @@ Planes = tuple[Tensor, Tensor, Tensor]
 
 
 class FusedMasking(NamedTuple):
-    """What the compiled function needs of a `pixels.Masking`: the masks and the noise.
+    """Masks and noise of a `pixels.Masking`, as the compiled function takes them.
 
     Attributes:
         cells: (N, C, h, w) bool, C 1 or 3.

@@ -78,9 +78,11 @@ def parse_shard_contents(
     words = [line.split(maxsplit=WORDS)[:WORDS] for line in lines]
     if (bad := find_foreign_line(words, keys)) is not None:
         fail(f"line {bad + 2} does not list image and map of {keys[bad]}")
-    extents = parse_extents(words)
-    if isinstance(extents, int):
-        fail(f"line {extents + 2} lacks a number for an offset or a size")
+    try:
+        extents = parse_extents(words)
+    except (ValueError, OverflowError):
+        bad = next(n for n, line in enumerate(words) if not has_numbers(line))
+        fail(f"line {bad + 2} lacks a number for an offset or a size")
     image, image_size, saliency, saliency_size = extents
     if (
         (image < BLOCK)
@@ -109,25 +111,21 @@ def find_foreign_line(words: Sequence[list[str]], keys: Sequence[str]) -> int | 
     return None
 
 
-def parse_extents(words: Sequence[list[str]]) -> np.ndarray | int:
+def parse_extents(words: Sequence[list[str]]) -> np.ndarray:
     """Return offset and size of each image and of each map: (4, samples) int64.
 
-    If a line lacks one of these numbers, return the first such line.
+    Raises:
+        ValueError, OverflowError: a line lacks one of these numbers (`has_numbers`).
     """
     extents = np.empty((len(NUMBERS), len(words)), np.int64)
-    try:
-        for column, word in enumerate(NUMBERS):
-            extents[column] = [int(line[word]) for line in words]
-    except (ValueError, OverflowError):
-        return next(
-            n for n, line in enumerate(words) if not all(is_number(line[word]) for word in NUMBERS)
-        )
+    for column, word in enumerate(NUMBERS):
+        extents[column] = [int(line[word]) for line in words]
     return extents
 
 
-def is_number(word: str) -> bool:
-    """Return whether a word of the index is a number of bytes (at most 18 digits fit an int64)."""
-    return word.isdigit() and len(word) <= 18
+def has_numbers(line: list[str]) -> bool:
+    """Return whether offsets and sizes are numbers (of at most 18 digits, which fit an int64)."""
+    return all(line[word].isdigit() and len(line[word]) <= 18 for word in NUMBERS)
 
 
 def build_damage_error(

@@ -185,8 +185,13 @@ class OpenShard:
         self.modified = None  # after a change of the time alone, and where times are not stable
         with os.fdopen(os.dup(self.tar), "rb") as file:
             file.seek(0)
-            if file_digest(file, "sha256").hexdigest() != self.row.sha256:
-                raise self.build_error("it has changed since it was opened")
+            if file_digest(file, "sha256").hexdigest() == self.row.sha256:
+                return
+        image, _, saliency, saliency_size = self.samples.values[-4:]
+        starts, ends = (image - BLOCK).tolist(), (saliency + saliency_size).tolist()
+        for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            self.read(index, start, np.empty(end - start, np.uint8))  # names a sample at fault
+        raise self.build_error("it has changed since it was opened")
 
     def build_error(self, reason: str) -> DamagedShardError:
         """Return an error about the shard's tar."""

@@ -37,7 +37,8 @@ RETRY_DELAYS = (0.5, 2.0)
 repeat requests themselves."""
 
 TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)}
-"""HTTP status of an error that may not recur."""
+"""HTTP status of an error that may not recur: timeout, too early, too many requests, and all
+errors of the server."""
 
 
 class NotAFileError(OSError):

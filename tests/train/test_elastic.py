@@ -190,6 +190,6 @@ def test_torchrun_continues_when_a_node_is_lost_and_when_one_joins(
     assert first.wait() == 0, first.said
     assert third.wait() == 0, third.said
     assert "2 -> 4 processes" in first.said + third.said
-    assert 4 in assert_every_batch_was_whole(shards, out)
+    assert {2, 4} <= assert_every_batch_was_whole(shards, out)
     losses = [row["loss"] for row in metrics(out)]
     np.testing.assert_allclose(losses, undisturbed, rtol=2e-4)
