@@ -37,6 +37,13 @@ def time_call(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, time.perf_counter() - start, time.process_time() - cpu
 
 
+def read_cpu_seconds(process: int) -> float:
+    """Return the CPU seconds that a process has used so far, given its ID."""
+    stat = Path(f"/proc/{process}/stat").read_text()
+    user, system = stat.rpartition(")")[2].split()[11:13]  # the name before ")" may have spaces
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def print_timing(name: str, work: Callable[[], Any]) -> Any:
     """Print the time of `work` and the peak memory of this process; return the result of `work`."""
     result, seconds, cpu = time_call(work)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from typing import Any
 
 import tyro
 
+from bench.process import read_cpu_seconds, time_call
 from bench.table import describe_machine
 from pipeline import Cache, MaskedViews, get_recipe
 from schemas import ShardDataset, UserError
@@ -58,8 +60,12 @@ class Options:
 
 
 @contextmanager
-def serve_s3(folder: Path, options: Options) -> Iterator[str]:
-    """Serve a folder as S3 from another process, and set this process's environment to use it."""
+def serve_s3(folder: Path, options: Options) -> Iterator[tuple[str, int]]:
+    """Serve a folder as S3 from another process, and set this process's environment to use it.
+
+    Yields:
+        The URL of the server and its process ID.
+    """
     command = [
         sys.executable, "-m", "bench.object_store", str(folder),
         "--latency", str(options.latency), "--bandwidth", str(options.bandwidth),
@@ -77,7 +83,7 @@ def serve_s3(folder: Path, options: Options) -> Iterator[str]:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        yield url
+        yield url, server.pid
     finally:
         server.terminate()
         server.wait()
@@ -90,8 +96,25 @@ def count_requests(url: str) -> int:
     return sum(count for name, count in counts.items() if "/shards/0" in name)
 
 
-def time_views(url: str, options: Options, cache: Cache | None) -> tuple[float, float]:
-    """Return the seconds from the start to the first batch, and images/s of the epochs after it."""
+@dataclass(frozen=True)
+class Timing:
+    """Time that the views of a dataset take.
+
+    Attributes:
+        first: seconds from the start to the first batch.
+        rate: images/s of the epochs after it.
+        cpu: CPU milliseconds per image of this process in these epochs.
+        server_cpu: the same for the server.
+    """
+
+    first: float
+    rate: float
+    cpu: float
+    server_cpu: float
+
+
+def time_views(url: str, options: Options, cache: Cache | None, server: int) -> Timing:
+    """Time the views of the dataset at `url`; `server` is the process ID of the server."""
     recipe = replace(get_recipe(options.recipe), crop_size=options.crop_size)
     start = time.perf_counter()
     views = MaskedViews(
@@ -105,12 +128,13 @@ def time_views(url: str, options: Options, cache: Cache | None) -> tuple[float, 
     batches = itertools.chain.from_iterable(itertools.repeat(views))
     next(batches)
     first = time.perf_counter() - start
-    start, count = time.perf_counter(), options.epochs * len(views)
-    for _ in itertools.islice(batches, count):
-        pass
-    rate = count * options.batch_size / (time.perf_counter() - start)
+    count = options.epochs * len(views)
+    images = count * options.batch_size
+    server_before = read_cpu_seconds(server)
+    _, seconds, cpu = time_call(lambda: deque(itertools.islice(batches, count), maxlen=0))
+    server_cpu = read_cpu_seconds(server) - server_before
     views.close()
-    return first, rate
+    return Timing(first, images / seconds, 1e3 * cpu / images, 1e3 * server_cpu / images)
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
@@ -127,19 +151,22 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     sizes = sorted((row.bytes for row in dataset.shards), reverse=True)
     limit = int(options.cache_share * sum(sizes))
     rows: list[dict[str, float]] = []
-    with serve_s3(folder / "store", options) as url:
+    with serve_s3(folder / "store", options) as (url, server):
         for repeat in range(options.repeats):
             before = count_requests(url)
             cache = Cache(folder / f"cache-{repeat}", limit)
-            first_local, local = time_views(dataset.url, options, None)
-            first, remote = time_views(f"s3://{BUCKET}", options, cache)
+            local = time_views(dataset.url, options, None, server)
+            remote = time_views(f"s3://{BUCKET}", options, cache, server)
             rows.append(
                 {
-                    "first_local": first_local,
-                    "first": first,
-                    "local": local,
-                    "remote": remote,
-                    "share": remote / local,
+                    "first_local": local.first,
+                    "first": remote.first,
+                    "local": local.rate,
+                    "remote": remote.rate,
+                    "share": remote.rate / local.rate,
+                    "cpu_local": local.cpu,
+                    "cpu": remote.cpu,
+                    "cpu_server": remote.server_cpu,
                     "requests": count_requests(url) - before,
                 }
             )
@@ -169,6 +196,8 @@ def report(figures: dict[str, Any], options: Options) -> str:
             "| --- | ---: | ---: |",
             f"| first batch, s | {median['first_local']:.2f} | {median['first']:.2f} |",
             f"| images/s | {median['local']:.0f} | {median['remote']:.0f} |",
+            f"| CPU ms per image | {median['cpu_local']:.2f} | {median['cpu']:.2f} |",
+            f"| of the server | | {median['cpu_server']:.2f} |",
             "",
             f"Rate: {median['share']:.1%} of local. Download of one window "
             f"({figures['window_bytes'] / 1e6:.0f} MB): {figures['window_download_seconds']:.2f} s"

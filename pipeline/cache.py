@@ -134,6 +134,8 @@ class ShardCache:
         UserError: the folder cannot be used.
     """
 
+    is_private = True
+
     def __init__(
         self,
         dataset: ShardDataset,

@@ -10,7 +10,7 @@ from typing import Any
 
 from fsspec.callbacks import Callback
 
-from pipeline.cache_folder import find_damage
+from pipeline.shard_contents import DamagedShardError, parse_shard_contents
 from schemas import ShardDataset, ShardRow, UserError
 from schemas.errors import summarize_error
 from schemas.storage import TRANSIENT_STATUS, Store
@@ -110,8 +110,10 @@ class Downloader:
                 raise
             raise UserError(f"{store.location(name)}: shard {row.shard} is missing") from error
         idx, parquet = side_files
-        if damage := find_damage(row, idx, parquet):
-            raise WrongBytes(damage)
+        try:
+            parse_shard_contents(row, idx, parquet, f"{row.shard:06d}")
+        except DamagedShardError as error:
+            raise WrongBytes(str(error)) from error
         size = target.stat().st_size
         if size != row.bytes:
             raise WrongBytes(f"received {size} bytes, the table says {row.bytes}")

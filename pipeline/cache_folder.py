@@ -23,7 +23,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.shard_contents import DamagedShardError, parse_shard_contents
+from pipeline.shard_contents import DamagedShardError, ShardContents, parse_shard_contents
 from schemas import ShardRow
 
 FILE_NAME = re.compile(r"[0-9a-f]{64}\.(tar|idx|parquet|[0-9]+\.part)")
@@ -31,16 +31,15 @@ FILE_NAME = re.compile(r"[0-9a-f]{64}\.(tar|idx|parquet|[0-9]+\.part)")
 
 
 class ShardFiles(NamedTuple):
-    """The three files of a shard.
+    """The files of a shard, opened.
 
     Attributes:
         tar: open read-only file descriptor of the tar; the caller closes it.
-        idx, parquet: contents of the DALI index and of the shard's table.
+        contents: samples of the shard, from its index and its parquet file.
     """
 
     tar: int
-    idx: bytes
-    parquet: bytes
+    contents: ShardContents
 
 
 class Refusal(Enum):
@@ -124,9 +123,14 @@ class CacheFolder:
                 fcntl.flock(tar, fcntl.LOCK_SH)
                 side_files = (self.path(row.sha256, suffix) for suffix in ("idx", "parquet"))
                 idx, parquet = (p.read_bytes() if p.exists() else b"" for p in side_files)
-                if find_damage(row, idx, parquet) is None and is_intact(tar, row):
+                location = os.fspath(self.folder / row.sha256)
+                try:
+                    contents = parse_shard_contents(row, idx, parquet, location)
+                except DamagedShardError:
+                    contents = None  # it is fetched again
+                if contents is not None and is_intact(tar, row):
                     os.utime(tar)
-                    return ShardFiles(tar, idx, parquet)
+                    return ShardFiles(tar, contents)
                 with self.lock():
                     self._remove(row.sha256)
         except BaseException:
@@ -277,15 +281,6 @@ def try_lock(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def find_damage(row: ShardRow, idx: bytes, parquet: bytes) -> str | None:
-    """Return what is wrong with the index or the table of a shard, or None."""
-    try:
-        parse_shard_contents(row, idx, parquet, f"{row.shard:06d}")
-    except DamagedShardError as error:
-        return str(error)
-    return None
 
 
 def is_intact(tar: int, row: ShardRow) -> bool:

@@ -45,7 +45,11 @@ class ShardSource(Protocol):
 
     Attributes:
         description: one line for the user about where shards are kept; empty for a local dataset.
+        is_private: True if nobody else writes the tars, so that no change of them has to be looked
+            for.
     """
+
+    is_private: bool
 
     @property
     def description(self) -> str: ...
@@ -61,9 +65,11 @@ class LocalShards:
     """The shards of a dataset in a local folder."""
 
     description = ""
+    is_private = False
 
     def __init__(self, dataset: ShardDataset) -> None:
         self.folder = Path(dataset.store.root)
+        self._rows = {row.shard: row for row in dataset.shards}
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Do nothing, because `open` asks the kernel to read ahead."""
@@ -71,14 +77,21 @@ class LocalShards:
     def open(self, shard: int) -> ShardFiles:
         index, table, tar = (self.folder / shard_name(shard, e) for e in ("idx", "parquet", "tar"))
         try:
-            contents = index.read_bytes(), table.read_bytes()
+            idx, parquet = index.read_bytes(), table.read_bytes()
             descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
             raise DamagedShardError(f"{error.filename}: shard {shard}: {reason}") from error
         # samples are read in random order, but a disk is faster from start to end
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        return ShardFiles(descriptor, *contents)
+        try:
+            contents = parse_shard_contents(
+                self._rows[shard], idx, parquet, str(tar.with_suffix(""))
+            )
+        except DamagedShardError:
+            os.close(descriptor)
+            raise
+        return ShardFiles(descriptor, contents)
 
 
 def open_source(dataset: ShardDataset, cache: Cache | None, open_shards: int = 1) -> ShardSource:
@@ -134,22 +147,20 @@ class OpenShard:
             matter.
 
     Args:
-        is_watched: True if `check_unchanged` looks for changes. In a cache they do not matter:
-            nobody else writes there, and the time is that of the last use.
+        is_private: True if `check_unchanged` need not look for changes. The time of a tar in a
+            cache is that of its last use.
 
     Raises:
-        DamagedShardError: tar, index and parquet file contradict each other or `row`.
+        DamagedShardError: the tar does not have the size that `row` says.
     """
 
-    def __init__(
-        self, row: ShardRow, files: ShardFiles, location: str, is_watched: bool = False
-    ) -> None:
+    def __init__(self, row: ShardRow, files: ShardFiles, location: str, is_private: bool) -> None:
         self.row, self.tar, self.location = row, files.tar, location
         status = os.fstat(self.tar)
         if status.st_size != row.bytes:
             raise self.build_error(f"it has {status.st_size} bytes, the table says {row.bytes}")
-        self.modified = status.st_mtime_ns if is_watched else None
-        self.samples = parse_shard_contents(row, files.idx, files.parquet, location)
+        self.modified = None if is_private else status.st_mtime_ns
+        self.samples = files.contents
         self.names = [f"{key}.".encode() for key in self.samples.keys]
 
     def read(self, index: int, offset: int, content: np.ndarray) -> None:
@@ -324,8 +335,7 @@ class ShardReader:
             location = self.dataset.store.location(shard_name(row.shard, "")).removesuffix(".")
             files = self.source.open(row.shard)
             try:
-                is_watched = isinstance(self.source, LocalShards)
-                self._open[number] = OpenShard(row, files, location, is_watched)
+                self._open[number] = OpenShard(row, files, location, self.source.is_private)
             except UserError:
                 os.close(files.tar)
                 raise

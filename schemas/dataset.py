@@ -35,6 +35,8 @@ from schemas.verify import VerifyOptions, VerifyReport, verify_dataset
 UNNAMED = ("folder", "files", "webdataset")
 """Names of datasets that were given none: those of kinds of sources."""
 
+COMPLETION_ADVICE = "run the same precompute command again to complete it"
+
 
 class ShardDataset:
     """Images with their saliency maps, in WebDataset shards. Needs neither torch nor DALI nor Ray.
@@ -66,8 +68,7 @@ class ShardDataset:
         if (card.shards, card.samples) != (len(shards), samples):
             raise UserError(
                 f"{dataset.url}: not finished: its {CARD} counts {card.samples} samples in "
-                f"{card.shards} shards, {SHARDS} {samples} in {len(shards)}; run the same "
-                "precompute command again to complete it"
+                f"{card.shards} shards, {SHARDS} {samples} in {len(shards)}; {COMPLETION_ADVICE}"
             )
         return dataset
 
@@ -87,8 +88,7 @@ class ShardDataset:
         except FileNotFoundError as error:
             if store.sizes(SHARD_FOLDER):
                 raise UserError(
-                    f"{store.url}: not finished: it has shards but no {CARD}; "
-                    "run the same precompute command again to complete it"
+                    f"{store.url}: not finished: it has shards but no {CARD}; {COMPLETION_ADVICE}"
                 ) from error
             raise UserError(
                 f"{store.url}: no dataset here (no {CARD}); write one with `saliency-precompute`"
@@ -135,6 +135,21 @@ class ShardDataset:
 
         Raises:
             FormatError: samples.parquet is missing, damaged or of another format.
+            UserError: an extension was interrupted after it wrote samples.parquet.
+        """
+        if len(self.samples_unchecked) != self.card.samples:
+            raise UserError(
+                f"{self.url}: not finished: its {CARD} counts {self.card.samples} samples, "
+                f"{SAMPLES} {len(self.samples_unchecked)}; {COMPLETION_ADVICE}"
+            )
+        return self.samples_unchecked
+
+    @cached_property
+    def samples_unchecked(self) -> SampleTable:
+        """The same table, even if its length and the card disagree (`open_unchecked`).
+
+        Raises:
+            FormatError: see `samples`.
         """
         return SampleTable(self.store, self.card.samples, self.shards)
 

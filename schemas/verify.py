@@ -169,7 +169,7 @@ def check_tables(
     problems: list[Problem] = []
     ranges: dict[int, tuple[int, int]] = {}
     with list_errors(problems, SAMPLES):
-        samples = len(dataset.samples)
+        samples = len(dataset.samples_unchecked)
         if card.samples != samples:
             problems.append(
                 Problem(CARD, f"counts {card.samples} samples, {SAMPLES} has {samples}")
@@ -190,7 +190,7 @@ def check_tables(
         with list_errors(problems, SAMPLES):
             problems += check_columns(dataset)
     with list_errors(problems, SAMPLES):
-        ranges = dataset.samples.ranges()
+        ranges = dataset.samples_unchecked.ranges()
     if unknown := ranges.keys() - shards:
         problems.append(
             Problem(SAMPLES, f"has samples of shards {sorted(unknown)}, which {SHARDS} lacks")
@@ -211,12 +211,12 @@ def check_folder(store: Store, shards: set[int]) -> Iterator[Problem]:
 def check_columns(dataset: ShardDataset) -> Iterator[Problem]:
     """Find repeated keys and labels without a class, one part of the table at a time."""
     hashes, labels = KeyHashes(), set()
-    for batch in dataset.samples.batches(["key", "label"]):
+    for batch in dataset.samples_unchecked.batches(["key", "label"]):
         hashes.add(batch["key"].to_pylist())
         labels |= set(batch["label"].unique().to_pylist())
     if repeated := hashes.repeated():
         counts: Counter[str] = Counter()
-        for batch in dataset.samples.batches(["key"]):
+        for batch in dataset.samples_unchecked.batches(["key"]):
             counts.update(key for key in batch["key"].to_pylist() if hash(key) in repeated)
         for key in sorted(key for key, count in counts.items() if count > 1):
             yield Problem(SAMPLES, f"has the key {key} more than once")
@@ -233,7 +233,7 @@ def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) ->
     """
     store, name = dataset.store, shard_name(row.shard, "tar")
     try:
-        expected = dataset.samples.rows(*place).to_pylist()
+        expected = dataset.samples_unchecked.rows(*place).to_pylist()
     except (OSError, UserError) as error:
         yield Problem(name, f"not checked: {summarize_error(error)}")
         return

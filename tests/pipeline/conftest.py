@@ -20,6 +20,7 @@ from pipeline import RECIPES, MaskedViews, Recipe
 from pipeline import cache as cache_module
 from pipeline.cache import Cache, ShardCache
 from pipeline.rng import Purpose, Rng
+from pipeline.shard_contents import parse_shard_contents
 from schemas import Sample, ShardDataset, write_dataset
 from schemas.tables import shard_name
 
@@ -185,15 +186,19 @@ def open_cache(server: ObjectServer, tmp_path: Path) -> Iterator[Open]:
 
 
 def content(cache: ShardCache, shard: int) -> bytes:
-    """Open a shard, compare its three files with the dataset's and close it; return the tar."""
+    """Open a shard, compare it with the dataset's files and close it; return the tar."""
     files = cache.open(shard)
     try:
         tar = os.pread(files.tar, ROOM, 0)
     finally:
         os.close(files.tar)
     read = cache.dataset.store.read
-    actual = (tar, files.idx, files.parquet)
-    assert actual == tuple(read(shard_name(shard, name)) for name in ("tar", "idx", "parquet"))
+    row = next(row for row in cache.dataset.shards if row.shard == shard)
+    their_tar, *side_files = (read(shard_name(shard, name)) for name in ("tar", "idx", "parquet"))
+    contents = parse_shard_contents(row, *side_files, "")
+    assert tar == their_tar
+    assert files.contents.keys == contents.keys
+    np.testing.assert_array_equal(files.contents.values, contents.values)
     return tar
 
 

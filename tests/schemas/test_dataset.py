@@ -220,6 +220,20 @@ def test_opening_a_dataset_whose_extension_stopped_before_the_card_says_so(
         ShardDataset.open(tmp_path / "set")
 
 
+def test_a_longer_table_of_samples_is_refused_where_it_is_read(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    write(tmp_path / "set", samples[:20])
+    write(tmp_path / "after", samples)
+    # an extension stopped before it wrote shards.parquet
+    shutil.copy(tmp_path / "after" / "samples.parquet", tmp_path / "set")
+    dataset = ShardDataset.open(tmp_path / "set")
+    with pytest.raises(
+        UserError, match=r"not finished.* counts 20 samples, samples\.parquet 25; run the same"
+    ):
+        list(dataset)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
