@@ -9,6 +9,7 @@ from schemas import UserError
 
 NO_GPU_MESSAGES = ("Found no NVIDIA driver", "No CUDA GPUs are available", "not compiled with CUDA")
 """PyTorch's messages on a machine without a GPU; any other message means that the GPU is broken."""
+CHOOSE_CPU = 'choose device "cpu" (in a command: --device cpu)'
 
 
 def parse_device(name: str) -> torch.device:
@@ -27,7 +28,7 @@ def parse_device(name: str) -> torch.device:
         elif any(message in reason for message in NO_GPU_MESSAGES):
             name = "cpu"
         else:
-            raise UserError(f"device auto: {reason}; fix that, or choose --device cpu")
+            raise UserError(f"device auto: {reason}; fix that, or {CHOOSE_CPU}")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -37,7 +38,7 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cpu":
         return device
     if reason := explain_missing_gpu():
-        raise UserError(f"device {name!r}: PyTorch sees no GPU here: {reason}; choose --device cpu")
+        raise UserError(f"device {name!r}: PyTorch sees no GPU here: {reason}; {CHOOSE_CPU}")
     if device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     count = torch.cuda.device_count()

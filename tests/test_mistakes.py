@@ -144,7 +144,7 @@ def test_a_driver_too_old_is_named_and_no_cpu_takes_its_place(place, monkeypatch
     monkeypatch.setattr(torch.cuda, "init", refuse)
     message = said(monkeypatch, place, f"{ANY} --device {device}")
     assert "driver on your system is too old (found version 12020); " in message
-    assert "choose --device cpu" in message
+    assert 'choose device "cpu" (in a command: --device cpu)' in message
 
 
 @pytest.mark.parametrize(

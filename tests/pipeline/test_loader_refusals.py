@@ -124,7 +124,7 @@ def test_too_few_samples_are_refused_with_the_numbers(dataset: ShardDataset) -> 
 
 def test_a_missing_gpu_is_refused(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"PyTorch sees no GPU here: .*; choose --device cpu"):
+    with pytest.raises(UserError, match=r'PyTorch sees no GPU here: .*; choose device "cpu" \('):
         views_of(dataset, device="cuda")
 
 
