@@ -1,18 +1,14 @@
 """Keep a second job out of the output folder of a running one."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from schemas.errors import UserError
+from schemas.folder_lock import LOCK, lock_folder
 from schemas.storage import Store
 
-LOCK = ".lock"
 LOCK_SECONDS = 10
 """Seconds to wait for another job that is just ending in the same folder."""
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -29,19 +25,15 @@ def lock_output(store: Store) -> Iterator[None]:
         yield
         return
     store.make_folder("")
-    lock = FileLock(store.path(LOCK))
     with store.translate_write_errors(LOCK):
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout as error:
-            raise UserError(
-                f"{store.url}: another precompute job is writing here; wait for it, or choose "
-                "another OUT"
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        lock = lock_folder(
+            Path(store.path("")),
+            LOCK_SECONDS,
+            f"{store.url}: another precompute job is writing here; wait for it, or choose another "
+            "OUT",
+        )
     try:
         yield
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()

@@ -1,6 +1,5 @@
 """The trainer: build what one rank trains with, run its steps, save, log and evaluate."""
 
-import errno
 import math
 import random
 from collections.abc import Callable
@@ -9,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from pipeline import MaskedViews
 from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
+from schemas.folder_lock import lock_folder
 from schemas.storage import Store
 from train.checkpoint import Checkpoints, Restored
 from train.config import (
@@ -162,7 +162,7 @@ def train_job(job: TrainingJob, evaluation: Evaluation | None = None) -> Path:
     lock = None
     with raise_on_all_ranks():
         if is_main():
-            lock = lock_folder(job.out)
+            lock = lock_run(job.out)
     try:
         return train_in_locked_folder(job, evaluation)
     finally:
@@ -170,27 +170,23 @@ def train_job(job: TrainingJob, evaluation: Evaluation | None = None) -> Path:
             lock.release()
 
 
-def lock_folder(out: Path) -> FileLock:
+def lock_run(out: Path) -> FileLock:
     """Keep other runs out of this folder until this process ends, however it ends.
 
     Raises:
         UserError: another run holds the lock, or the file system does not support locks.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise UserError(
-            f"{out}: another run is writing here; wait for it, or choose another --out"
-        ) from error
-    except OSError as error:
-        if error.errno != errno.ENOLCK:
-            raise
+    lock = lock_folder(
+        out,
+        LOCK_SECONDS,
+        f"{out}: another run is writing here; wait for it, or choose another --out",
+    )
+    if lock is None:
         raise UserError(
             f"{out}: the file system does not support locks, as NFS without its lock service; "
             "mount it with locks, or choose another --out"
-        ) from error
+        )
     return lock
 
 
