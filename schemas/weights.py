@@ -78,6 +78,21 @@ class Fit:
     note: str
 
 
+class MisfitError(UserError):
+    """The content of a file does not fit a network.
+
+    Attributes:
+        fitting: share of the network's tensors that the nearest match in the file has with the same
+            names and shapes, 0 to 1.
+        problem: what is wrong with the nearest match; empty if there is none.
+        names: the first names of tensors in the file; empty if it is not a state_dict.
+    """
+
+    def __init__(self, message: str, fitting: float = 0.0, problem: str = "", names: str = ""):
+        super().__init__(message)
+        self.fitting, self.problem, self.names = fitting, problem, names
+
+
 def read_weights(
     path: Path,
     load_pickle: Callable[[Path, Sequence[Stub]], Any],
@@ -132,12 +147,12 @@ def fit_weights(
         children: names of the network's parts in order, to recognize them in a Sequential.
 
     Raises:
-        UserError: nothing fits; the message has the first names of both, and what is wrong with the
-            nearest match.
+        MisfitError: nothing fits; the message has the first names of both, and what is wrong with
+            the nearest match.
     """
     candidates = list(find_state_dicts(content))
     if not candidates:
-        raise UserError(f"{where}: not a state_dict: it must map names to tensors")
+        raise MisfitError(f"{where}: not a state_dict: it must map names to tensors")
     nearest: tuple[int, str] = (-1, "")
     fits: list[tuple[bool, str, dict[str, Any]]] = []
     for path, tensors in candidates:
@@ -151,10 +166,14 @@ def fit_weights(
                 elif right > nearest[0]:
                     nearest = right, problem
     if not fits:
+        right, problem = nearest
         first = ", ".join(list(candidates[0][1])[:SHOWN])
-        raise UserError(
-            f"{where}: not weights of {network}: it {nearest[1] or 'has other names'}. It has "
-            f"{first} ..., the network {', '.join(list(wanted)[:SHOWN])} ..."
+        raise MisfitError(
+            f"{where}: not weights of {network}: it {problem or 'has other names'}. It has "
+            f"{first} ..., the network {', '.join(list(wanted)[:SHOWN])} ...",
+            max(right, 0) / len(wanted),
+            problem,
+            first,
         )
     _, place, matching = min(fits, key=lambda fit: fit[0])
     other_places = [other_place for _, other_place, _ in fits if other_place != place]

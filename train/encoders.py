@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from schemas import UserError
 from schemas.cli import lookup
 from schemas.storage import write_atomically
-from schemas.weights import fit_weights, get_shapes, read_weights
+from schemas.weights import SHOWN, MisfitError, fit_weights, get_shapes, read_weights
 from train.distributed import is_main
 from train.timm_encoders import build_timm_encoder, is_timm, is_timm_encoder
 
@@ -153,6 +153,8 @@ def load_encoder(
     return *build_foreign_encoder(content, path, notes_images), path
 
 
+NEARLY = 0.5
+"""Share of a network's tensors that a file must have for messages to name that network."""
 FOREIGN_CROP: dict[Stem, int] = {"imagenet": 224, "small": 32}
 """Side in pixels of the images on which an encoder that `train` did not write is evaluated."""
 
@@ -165,14 +167,14 @@ def build_foreign_encoder(
     Raises:
         UserError: the file holds no ResNet of torchvision's.
     """
-    problem: UserError | None = None
+    misfits: dict[str, MisfitError] = {}
     for stem in get_args(Stem):
         for name in RESNETS:
             shapes, children = list_shapes(name, stem)
             try:
                 fitted = fit_weights(content, shapes, str(path), f"a {name}", children)
-            except UserError as error:
-                problem = pick_clearer_error(problem, error)
+            except MisfitError as error:
+                misfits[name if stem == "imagenet" else f"{name} with the small stem"] = error
                 continue
             encoder = build_encoder(name, stem)[0]
             encoder.load_state_dict({**encoder.state_dict(), **fitted.tensors})
@@ -181,12 +183,11 @@ def build_foreign_encoder(
                 if notes_images:
                     print_once(f"{path}: evaluated on plain images of {FOREIGN_CROP[stem]} pixels")
             return encoder, make_foreign_metadata(name, stem, path)
-    assert problem is not None
-    raise problem
+    raise explain_misfits(path, misfits)
 
 
 @functools.cache
-def list_shapes(name: str, stem: Stem) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def list_shapes(name: str, stem: Stem = "imagenet") -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Return the shapes of a ResNet's weights by name, and its children; allocates nothing."""
     with torch.device("meta"):
         encoder = build_encoder(name, stem)[0]
@@ -209,13 +210,24 @@ def make_foreign_metadata(name: str, stem: Stem, path: Path) -> dict[str, str]:
     }
 
 
-def pick_clearer_error(previous: UserError | None, error: UserError) -> UserError:
-    """Return the error about a single shape or layer rather than the one about all names."""
-    if previous is None or (
-        "lacks conv1.weight" in str(previous) and "lacks conv1.weight" not in str(error)
-    ):
-        return error
-    return previous
+def explain_misfits(path: Path, misfits: dict[str, MisfitError]) -> UserError:
+    """Return the error for a file that holds none of the known encoders.
+
+    Args:
+        misfits: why each encoder does not fit, by its name.
+    """
+    nearest, misfit = max(misfits.items(), key=lambda item: item[1].fitting)
+    if not misfit.names:
+        return misfit
+    if misfit.fitting > NEARLY:
+        problem = f"the nearest is {nearest}, but the file {misfit.problem}"
+    else:
+        own_names = ", ".join(list(list_shapes("resnet18")[0])[:SHOWN])
+        problem = f"it has {misfit.names} ..., a ResNet {own_names} ..."
+    return UserError(
+        f"{path}: fits none of the known encoders ({', '.join(RESNETS)}): {problem}; give a file "
+        "of one of them, or the encoder.safetensors of a run, which names its encoder"
+    )
 
 
 @functools.cache

@@ -192,7 +192,10 @@ def test_a_larger_network_is_not_taken_for_a_smaller_one_with_the_same_names(tmp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a.b": torch.zeros(3)}, r"It has a\.b \.\.\., the network conv1\.weight, bn1\.weight"),
+        (
+            {"a.b": torch.zeros(3)},
+            r"t has a\.b \.\.\., (the network|a ResNet) conv1\.weight",
+        ),
         ({"model": {"epoch": 3}}, "must map names to tensors"),
         ([1, 2], "must map names to tensors"),
         ({}, "must map names to tensors"),
@@ -205,6 +208,27 @@ def test_weights_that_do_not_fit_are_refused_with_the_names_of_both(content, mes
         with pytest.raises(UserError, match=message) as raised:
             load(path)
         assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_another_network_is_not_blamed_on_one_encoder(tmp_path):
+    path = tmp_path / "mobilenet.pth"
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), path)
+    with pytest.raises(UserError) as raised:
+        load_encoder(str(path))
+    message = str(raised.value)
+    assert message.startswith(f"{path}: fits none of the known encoders (resnet")
+    assert "it has features.0.0.weight, " in message
+    assert "nearest" not in message
+    assert message.endswith("or the encoder.safetensors of a run, which names its encoder")
+
+
+def test_the_nearest_encoder_is_named(trunk, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(trunk | {"bn1.weight": torch.zeros(7)}, path)
+    with pytest.raises(
+        UserError, match=r"nearest is resnet18, but the file has other shapes: bn1\.weight \(7,\)"
+    ):
+        load_encoder(str(path))
 
 
 @pytest.mark.parametrize(
