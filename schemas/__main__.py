@@ -1,53 +1,66 @@
-"""Check or describe a dataset: python -m schemas verify|info URL."""
+"""Check or describe a dataset: python -m schemas verify|info URL.
 
+verify compares every byte with the tables; info prints counts, classes, bytes and rejects.
+`python -m schemas verify --help` lists its options.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from schemas.cli import get_program_name, run
+from schemas.cli import parse, run, run_subcommand
 from schemas.dataset import ShardDataset
 from schemas.info import describe
 from schemas.verify import VerifyOptions, verify_dataset
 
 
-def verify(
-    url: tyro.conf.Positional[str],
-    /,
-    workers: int = 4,
-    shards: int | None = None,
-    seed: int = 0,
-    record: Path | None = None,
-) -> int:
-    """Compare every byte of a dataset with its tables. The exit status is 1 if anything is wrong.
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compare every byte of a dataset with its tables.
 
-    Args:
-        url: Folder of the dataset, a plain path or any fsspec URL.
-        workers: Number of shards read in parallel; each is held in memory as a whole.
-        shards: Number of shards to verify, drawn at random; by default all of them.
-        seed: Random seed that draws the --shards; another seed draws other shards.
-        record: File that records the shards verified without a problem; with it, the same command
-            resumes an interrupted verification.
+    The exit status is 1 if anything is wrong.
     """
-    dataset = ShardDataset.open_unchecked(url)
-    report = verify_dataset(dataset, VerifyOptions(workers, shards, seed, record))
+
+    url: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    """Folder of the dataset, a plain path or any fsspec URL."""
+    workers: int = 4
+    """Number of shards read in parallel; each is held in memory as a whole."""
+    shards: int | None = None
+    """Number of shards to verify, drawn at random; by default all of them."""
+    seed: int = 0
+    """Random seed that draws the --shards; another seed draws other shards."""
+    record: Path | None = None
+    """File that records the shards verified without a problem; with it, the same command resumes an
+    interrupted verification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Print the content of a dataset: counts, classes, bytes, rejects, samples per shard."""
+
+    url: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    """Folder of the dataset, a plain path or any fsspec URL."""
+
+
+def verify(argv: list[str]) -> int:
+    options = parse(Verify, argv)
+    dataset = ShardDataset.open_unchecked(options.url)
+    report = verify_dataset(
+        dataset, VerifyOptions(options.workers, options.shards, options.seed, options.record)
+    )
     print(report)
     return 0 if report.clean else 1
 
 
-def info(url: tyro.conf.Positional[str], /) -> int:
-    """Print the content of a dataset: counts, classes, bytes, rejects, samples per shard.
-
-    Args:
-        url: Folder of the dataset, a plain path or any fsspec URL.
-    """
-    print(describe(ShardDataset.open(url)))
+def info(argv: list[str]) -> int:
+    print(describe(ShardDataset.open(parse(Info, argv).url)))
     return 0
 
 
-def main() -> int:
-    return tyro.extras.subcommand_cli_from_dict(
-        {"verify": verify, "info": info}, prog=get_program_name()
-    )
+def main() -> int | None:
+    return run_subcommand({"verify": verify, "info": info}, __doc__)
 
 
 def start() -> None:

@@ -260,6 +260,7 @@ def parse(
     named: Mapping[str, Mapping[str, Any]] | None = None,
     by_path: Mapping[str, Callable[[str], Any]] | None = None,
     start: Callable[..., Config] | None = None,
+    shown: Mapping[str, tuple[str, str]] | None = None,
 ) -> Config:
     """Parse a command line into a frozen dataclass of options.
 
@@ -272,38 +273,33 @@ def parse(
         by_path: those of the `named` fields that also accept `module:name` or `FILE.py:name`, and
             the function that turns such a string into a choice.
         start: builds the defaults from the choices made by name; by default `config` itself.
+        shown: options that the caller has already taken from the arguments: their names -> metavar
+            and help text.
 
     Raises:
-        UserError: a name that is not in `named`.
+        UserError: a name that is not in `named`; an unknown option, or a required one is missing.
     """
-    import tyro  # imported here: the rest of this module works without tyro
+    from schemas.parser import parse_options  # the rest of this module works without tyro
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--version" in arguments:
         print(f"saliency-shards {version_of('saliency-shards')}")
         sys.exit(0)
-    description = [inspect.cleandoc(config.__doc__ or "")]
-    chosen = {}
+    chosen, texts = {}, dict(shown or {})
     for field, choices in (named or {}).items():
-        option = f"--{field.replace('_', '-')}"
-        description.append(f"{option} NAME chooses one of: {', '.join(choices)}.")
-        if (name := take(arguments, option)) is not None:
-            make = (by_path or {}).get(field)
+        make = (by_path or {}).get(field)
+        own = ", or one of your own as FILE.py:NAME" if make else ""
+        texts[field] = "NAME", f"Name of the {field}: {', '.join(choices)}{own}."
+        if (name := take(arguments, f"--{field.replace('_', '-')}")) is not None:
             chosen[field] = make(name) if make and ":" in name else lookup(field, name, choices)
-    return tyro.cli(
-        config,
-        prog=get_program_name(subcommand=argv is not None),
-        args=arguments,
-        default=(start or config)(**chosen),
-        description="\n".join(description),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    program = get_program_name(subcommand=argv is not None)
+    return parse_options(program, arguments, config, (start or config)(**chosen), texts)
 
 
 def run_subcommand(
-    commands: Mapping[str, Callable[[list[str]], None]], description: str | None
-) -> None:
-    """Call the command that the first argument names with the other arguments.
+    commands: Mapping[str, Callable[[list[str]], int | None]], description: str | None
+) -> int | None:
+    """Call the command that the first argument names with the other arguments; return its status.
 
     Each command parses its own options, so that it imports only what it needs. Without arguments,
     or with `--help`, the description is printed.
@@ -314,8 +310,8 @@ def run_subcommand(
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(inspect.cleandoc(description or ""))
-        return
-    lookup("command", name, commands)(arguments)
+        return None
+    return lookup("command", name, commands)(arguments)
 
 
 def get_program_name(subcommand: bool = False) -> str:

@@ -102,6 +102,10 @@ MISTAKES = [
     ("precompute --dataset folder --root {p} --out {p}/o", "/o", "lies inside", "inputs"),
     ("pipeline preview --data {p}/d --recipe.fill nose", "nose", "unknown fill", "did you mean no"),
     ("schemas verify {p}/nowhere", "nowhere", "no dataset here", "saliency-precompute"),
+    ("schemas verify {p}/d --shard 1", "unknown option --shard", "did you mean --shards", "--help"),
+    ("schemas verfy {p}/d", "verfy", "unknown command", "did you mean verify"),
+    ("train --recpie hp", "unknown option --recpie", "did you mean --recipe", "--data, --out"),
+    ("evaluate knn --bogus", "unknown option --bogus", "missing --encoder, --data", "--help"),
 ]
 
 

@@ -55,6 +55,9 @@ def parse_options(arguments: list[str], path: str | None) -> TrainConfig:
         named=named,
         by_path={"method": find_method},
         start=partial(choose_defaults, file=file),
+        shown={
+            "config": ("FILE", "YAML file of options; those on the command line override them.")
+        },
     )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline import EvalViews
 from schemas import UserError
+from schemas.cli import run as run_command
 from tests.train.runs import scores, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder
 from train.evaluate import export, linear, results
@@ -265,11 +266,11 @@ def test_only_rank_0_reports_what_is_wrong_on_the_command_line(options, monkeypa
     monkeypatch.setattr(sys, "argv", ["evaluate", *options])
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
-        main()
+        run_command(main)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit):
-        main()
+        run_command(main)
     assert any(capsys.readouterr())
 
 

@@ -1,0 +1,136 @@
+"""Parse options by tyro; report unknown and missing options in one line."""
+
+import dataclasses
+import difflib
+import inspect
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+from schemas.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def parse_options(
+    program: str,
+    arguments: Sequence[str],
+    config: type[Config],
+    defaults: Config,
+    shown: Mapping[str, tuple[str, str]],
+) -> Config:
+    """Parse arguments into a dataclass of options, or print help and exit.
+
+    A value of the wrong type is reported by tyro itself, which exits with status 2.
+
+    Args:
+        program: the command as messages name it.
+        defaults: the values of options that are not given; a required option is `tyro.MISSING`.
+        shown: options that only the help shows, because they are not in the arguments any more:
+            their names -> metavar and help text.
+
+    Raises:
+        UserError: an unknown option or argument, or a required one is missing.
+    """
+    if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in arguments):
+        return call_tyro(program, arguments, config, defaults, shown)[0]
+    stand_ins = {name: make_stand_in(hint) for name, hint in list_required(defaults).items()}
+    filled = dataclasses.replace(defaults, **stand_ins)  # type: ignore[type-var]
+    options, unknown = call_tyro(program, arguments, config, filled, shown)
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    problems = []
+    if unknown:
+        names = read_option_names(program, config, defaults, shown)
+        problems.append(describe_unknown(unknown, names))
+    missing = [
+        get_usage(name, hint)
+        for name, hint in list_required(defaults).items()
+        if getattr(options, name) == stand_ins[name] and get_usage(name, hint) not in given
+    ]
+    if missing:
+        problems.append(f"missing {', '.join(missing)}")
+    if problems:
+        raise UserError(f"{program}: {'; '.join(problems)}; see {program} --help")
+    return options
+
+
+def call_tyro(
+    program: str,
+    arguments: Sequence[str],
+    config: type[Config],
+    defaults: Config,
+    shown: Mapping[str, tuple[str, str]],
+) -> tuple[Config, list[str]]:
+    """Return the options, and the arguments that tyro does not know."""
+    extra = [
+        (f"shown_{number}", Annotated[str | None, build_argument(name, metavar, text)], None)
+        for number, (name, (metavar, text)) in enumerate(shown.items())
+    ]
+    parts: Any = dataclasses.make_dataclass(
+        config.__name__, [("options", Annotated[config, tyro.conf.arg(name="")]), *extra]
+    )
+    parsed, unknown = tyro.cli(
+        parts,
+        prog=program,
+        args=arguments,
+        default=parts(options=defaults),
+        description=inspect.cleandoc(config.__doc__ or ""),
+        config=(tyro.conf.AvoidSubcommands,),
+        return_unknown_args=True,
+    )
+    return parsed.options, unknown
+
+
+def build_argument(name: str, metavar: str, text: str) -> Any:
+    """Return the description of an option that only the help shows."""
+    return tyro.conf.arg(name=name, metavar=metavar, help=text, help_behavior_hint="")
+
+
+def list_required(defaults: Any) -> dict[str, Any]:
+    """Return the type hints of options without a default, by name."""
+    hints = get_type_hints(type(defaults), include_extras=True)
+    return {name: hint for name, hint in hints.items() if is_missing(getattr(defaults, name))}
+
+
+def is_missing(value: Any) -> bool:
+    return value is tyro.MISSING
+
+
+def make_stand_in(hint: Any) -> Any:
+    """Return a value that stands in for a required option while the others are parsed."""
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(kind) is Literal:
+        return get_args(kind)[0]
+    return (get_origin(kind) or kind)()
+
+
+def get_usage(name: str, hint: Any) -> str:
+    """Return how a user gives an option: `--test-data`, or `RUNS` for a positional argument."""
+    if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
+        return name.upper()
+    return f"--{name.replace('_', '-')}"
+
+
+def read_option_names(
+    program: str, config: type[Config], defaults: Config, shown: Mapping[str, tuple[str, str]]
+) -> list[str]:
+    """Return the names of all options, without dashes, from the help."""
+    with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
+        call_tyro(program, ["--help"], config, defaults, shown)
+    return re.findall(r"--([a-z][\w.-]*)", text.getvalue())
+
+
+def describe_unknown(unknown: Sequence[str], names: Sequence[str]) -> str:
+    """Describe the arguments that are not known; name the nearest option of each."""
+    options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if not options:
+        return f"unexpected argument {' '.join(unknown)}"
+    parts = []
+    for option in options:
+        near = difflib.get_close_matches(option.lstrip("-"), names, n=1)
+        parts.append(f"unknown option {option}{f' (did you mean --{near[0]}?)' if near else ''}")
+    return ", ".join(parts)

@@ -1,0 +1,137 @@
+"""Test what a wrong command line prints: one line with every mistake and the nearest option."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from schemas import UserError
+from schemas.cli import parse, run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe."""
+
+    fill: str = "none"
+    """Fill of masked cells."""
+    ratio: tuple[float, float] = (0.1, 0.3)
+    """Range of the masked share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """An optimizer."""
+
+    milestones: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--drop-epochs",))] = (60, 80)
+    """Epochs after which the learning rate drops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options with required ones of three kinds."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = tyro.MISSING
+    """Folders."""
+    test_data: str = tyro.MISSING
+    """Data."""
+    dataset: Literal["voc", "coco"] = tyro.MISSING
+    """Dataset."""
+    epochs: int = 3
+    """Epochs."""
+    recipe: Recipe = field(default_factory=Recipe)
+    optim: Annotated[Optim, tyro.conf.arg(name="")] = field(default_factory=Optim)
+
+
+RECIPES = {"mean": Recipe("mean"), "blur": Recipe("blur")}
+
+
+def parse_line(line: str) -> Options:
+    shown = {"config": ("FILE", "YAML file of options.")}
+    return parse(Options, line.split(), named={"recipe": RECIPES}, shown=shown)
+
+
+@pytest.fixture(autouse=True)
+def command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("schemas.cli.get_program_name", lambda subcommand: "a-command")
+
+
+def test_options_are_parsed() -> None:
+    options = parse_line("a b --test_data d --dataset=voc --recipe mean --recipe.ratio 0 1")
+    assert options == Options(
+        runs=("a", "b"), test_data="d", dataset="voc", recipe=Recipe("mean", (0.0, 1.0))
+    )
+    assert parse_line("a --test-data d --dataset coco --drop-epochs 5").optim.milestones == (5,)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "missing RUNS, --test-data, --dataset"),
+        ("a --dataset voc", "missing --test-data"),
+        (
+            "a --dataset voc --test-data d --recpie hp",
+            "unknown option --recpie (did you mean --recipe?)",
+        ),
+        (
+            "a --dataset voc --test-data d --recipe.fil=x --epoch 3",
+            "unknown option --recipe.fil (did you mean --recipe.fill?), unknown option --epoch "
+            "(did you mean --epochs?)",
+        ),
+        (
+            "a --dataset voc --test-data d --drop-epoch 1",
+            "--drop-epoch (did you mean --drop-epochs?)",
+        ),
+        ("a --dataset voc --bogus", "unknown option --bogus; missing --test-data"),
+        ("a --dataset voc --bogus=3 --test-data d", "unknown option --bogus"),
+    ],
+)
+def test_a_mistake_is_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        parse_line(line)
+    assert str(raised.value).startswith("a-command: ")
+    assert str(raised.value).endswith(f"{message}; see a-command --help")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_unexpected_argument_is_named() -> None:
+    @dataclass(frozen=True)
+    class Plain:
+        """Options."""
+
+        seed: int = 0
+
+    with pytest.raises(UserError, match=r"^a-command: unexpected argument x y; see a-command --h"):
+        parse(Plain, ["x", "y"])
+
+
+def test_the_exit_status_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: parse_line("--bogus") and None)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", ["--help", "--recipe mean --help"])
+def test_help_lists_the_options_that_choose_by_name(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_line(line)
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--config FILE YAML file of options." in text
+    assert "--recipe NAME Name of the recipe: mean, blur." in text
+    assert (
+        f"--recipe.fill STR Fill of masked cells. (default: {'mean' if 'mean' in line else 'none'})"
+        in text
+    )
+    assert "--test-data STR Data. (required)" in text
+
+
+def test_an_option_without_its_value_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_line("a --dataset voc --test-data d --recipe")
+    assert stop.value.code == 2
+    assert "--recipe" in capsys.readouterr().err
