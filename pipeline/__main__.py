@@ -17,6 +17,7 @@ from pipeline.recipes import RECIPES, Recipe
 from pipeline.shuffle_quality import describe_shuffle
 from schemas import ShardDataset
 from schemas.cli import parse, run, run_subcommand
+from schemas.counts import format_count
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def preview(argv: list[str]) -> None:
     rows = write_preview(
         options.data, recipe, options.out, options.samples, options.seed, options.device
     )
-    print(f"{options.out}, {options.out.with_suffix('.html').name}: {rows} samples")
+    print(f"{options.out}, {options.out.with_suffix('.html').name}: {format_count(rows, 'sample')}")
 
 
 def order(argv: list[str]) -> None:

@@ -37,6 +37,7 @@ from pipeline.rng import BatchRng
 from pipeline.shards import ShardReader, open_source
 from schemas import ShardDataset, UserError
 from schemas.cli import digest_source
+from schemas.counts import format_count
 from schemas.settings import fields_of, find_differences, format_differences, to_plain
 
 log = logging.getLogger(__name__)
@@ -147,10 +148,11 @@ class MaskedViews:
         self._source = open_source(self.dataset, cache, streams_per_rank * shuffle_shards)
         self.cache_description = self._source.description
         if rank == 0:
+            steps = format_count(len(self), "step")
             log.info(
-                f"{url}: {self.samples} samples, {len(self)} steps per epoch of {world_size} x "
-                f"{batch_size}; {self.dropped} samples per epoch (different ones each epoch) are "
-                "dropped"
+                f"{url}: {format_count(self.samples, 'sample')}, {steps} per epoch of "
+                f"{world_size} x {batch_size}; dropped per epoch (different ones each epoch): "
+                f"{format_count(self.dropped, 'sample')}"
             )
         self.epoch = self.step = 0
         self._batches: Decoder | None = None

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 from schemas import ShardDataset, UserError
+from schemas.counts import format_count
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def describe_shuffle(
         "the order on disk": np.arange(len(order)),
     }
     lines = [
-        f"  shuffle, over {len(order)} samples, batches of {batch_size}, "
-        f"windows of {shuffle_shards} shards:"
+        f"  shuffle, over {format_count(len(order), 'sample')}, batches of {batch_size}, "
+        f"windows of {format_count(shuffle_shards, 'shard')}:"
     ]
     for name, rows_in_order in rows.items():
         quality = measure_quality(rows_in_order, labels, batch_size)

@@ -28,6 +28,7 @@ from precompute.sources import (
     open_source,
 )
 from schemas.cli import parse, run
+from schemas.counts import format_count
 from schemas.errors import UserError
 from schemas.info import count_rejects
 from schemas.names import to_stored
@@ -155,7 +156,7 @@ def run_command(options: Options, stack: contextlib.ExitStack) -> int:
     if not job.plan.images:
         print(f"nothing to do: {options.out} contains every image of the source")
         return 0
-    print(f"{job.plan.images} images -> {len(job.plan.shards)} shards in {job.out}", flush=True)
+    print(f"{job.plan.describe()} in {job.out}", flush=True)
     summary = run_job(job, resources)
     print(report(summary))
     if len(summary.dataset) == 0:
@@ -305,15 +306,15 @@ def count_classes(labels: Counter[int], source: Source) -> str:
     Args:
         labels: number of images of each label.
     """
-    images, classes = labels.total(), source.classes
+    images, classes = format_count(labels.total(), "image"), source.classes
     if not classes:
-        return f"{images} images without classes{source.hint()}"
+        return f"{images} without classes{source.hint()}"
+    count = format_count(len(classes), "class", "classes")
     if labels.keys() <= {UNLABELED}:
-        return f"{images} images without a label; their annotations name {len(classes)} classes"
+        return f"{images} without a label; the annotations name {count}"
     empty = [to_stored(name) for label, name in enumerate(classes) if label not in labels]
     names = f" ({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''})" if empty else ""
-    count = f"{len(classes)} class{'' if len(classes) == 1 else 'es'}"
-    return f"{images} images in {count}, {len(empty)} without images{names}"
+    return f"{images} in {count}, {len(empty)} without images{names}"
 
 
 def explain_no_images(root: str, rejects: list[Reject]) -> str:
@@ -333,16 +334,17 @@ def report(summary: "Summary") -> str:
     """Return a summary of a run as text for the terminal."""
     dataset = summary.dataset
     if not summary.shards:
-        return f"nothing to do: {dataset.url} is complete, {len(dataset)} samples"
+        return f"nothing to do: {dataset.url} is complete, {format_count(len(dataset), 'sample')}"
     stats = summary.stats()
     share = stats["dataset"]["foreground"]
     return "\n".join(
         [
-            f"{summary.images} images in {summary.seconds:.1f} s, "
+            f"{format_count(summary.images, 'image')} in {summary.seconds:.1f} s, "
             f"{stats['run']['images_per_second_at_work']:.1f} images/s excluding startup",
             f"rejects: {count_rejects(dataset)}",
             f"foreground: {share:.0%} of the cells" if share is not None else "foreground: none",
-            f"{dataset.url}: {len(dataset)} samples in {len(dataset.shards)} shards",
+            f"{dataset.url}: {format_count(len(dataset), 'sample')} in "
+            f"{format_count(len(dataset.shards), 'shard')}",
             f"tables: {SAMPLES}, {SHARDS}, {REJECTS}, stats.json there",
         ]
     )

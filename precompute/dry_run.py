@@ -15,6 +15,7 @@ from precompute.resume import find_missing_shards
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import SourceImage
 from precompute.threads import limit_torch_threads, use_threads
+from schemas.counts import format_count
 from schemas.saliency import SaliencyMap
 from schemas.storage import Store
 
@@ -68,9 +69,9 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
     plan_indices = [shard - job.first_shard for shard in missing]
     images = sum(map(job.plan.size, plan_indices))
     lines = [
-        f"{job.plan.images} images -> {len(job.plan.shards)} shards in {job.out}; "
-        f"{len(job.rejects)} inputs were already rejected",
-        f"missing: {len(missing)} shards, {images} images",
+        f"{job.plan.describe()} in {job.out}; already rejected: "
+        f"{format_count(len(job.rejects), 'input')}",
+        f"missing: {format_count(len(missing), 'shard')}, {format_count(images, 'image')}",
     ]
     if not images:
         return "\n".join(lines)
@@ -86,9 +87,11 @@ def estimate_job(job: Job, resources: Resources, machine: Machine) -> str:
     speedup, hardware = estimate_speedup(estimator.device, workers, machine)
     duration = tqdm.format_interval(images / rate / speedup)
     lines += [
-        f"about {size / 1e9:.2f} GB to write, estimated from {measurement.written} images",
-        f"about {duration} with {workers} workers on {hardware}: {rate:.1f} images/s per worker "
-        f"with {threads} threads (measured on {measurement.timed} images), speedup {speedup}x",
+        f"about {size / 1e9:.2f} GB to write, estimated from "
+        f"{format_count(measurement.written, 'image')}",
+        f"about {duration} with {format_count(workers, 'worker')} on {hardware}: {rate:.1f} "
+        f"images/s per worker with {format_count(threads, 'thread')} (measured on "
+        f"{format_count(measurement.timed, 'image')}), speedup {speedup}x",
     ]
     return "\n".join(lines)
 
@@ -121,5 +124,5 @@ def estimate_speedup(device: str, workers: int, machine: Machine) -> tuple[int, 
     """
     if device == "cuda" and machine.devices:
         speedup = min(workers, machine.devices)
-        return speedup, f"{speedup} of {machine.devices} GPUs"
-    return min(workers, machine.cores), f"{machine.cores} CPU cores"
+        return speedup, f"{speedup} of {format_count(machine.devices, 'GPU')}"
+    return min(workers, machine.cores), format_count(machine.cores, "CPU core")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from precompute.sources import SourceImage
+from schemas.counts import format_count
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Plan:
     def size(self, shard: int) -> int:
         """Return the number of images in a shard."""
         return len(self.shards[shard])
+
+    def describe(self) -> str:
+        """Return the numbers of images and shards as text."""
+        images = format_count(self.images, "image")
+        return f"{images} -> {format_count(len(self.shards), 'shard')}"
 
     def message(self, shard: int) -> str:
         """Return a shard's images as text for a worker; "" if workers read the plan themselves."""

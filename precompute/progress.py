@@ -11,6 +11,7 @@ import ray
 from tqdm import tqdm
 
 from precompute.background import run_in_background
+from schemas.counts import format_count
 
 T = TypeVar("T")
 
@@ -95,13 +96,14 @@ def show(actor: Any, images: int, shards: int, stop: threading.Event) -> None:
             if done != counted:
                 moved, counted = now, done
             bar.update(done - bar.n)
-            bar.set_postfix_str(f"{finished}/{shards} shards, {rejected} rejected", refresh=False)
+            state = f"{finished}/{format_count(shards, 'shard')}, {rejected} rejected"
+            bar.set_postfix_str(state, refresh=False)
             if not terminal and (last or now - reported >= LINE_SECONDS):
                 reported = now
                 left = tqdm.format_interval((images - done) * (now - start) / done) if done else "?"
                 print(
-                    f"{done}/{images} images, {done / (now - start):.1f} images/s, "
-                    f"{finished}/{shards} shards, {rejected} rejected, {left} left",
+                    f"{done}/{format_count(images, 'image')}, {done / (now - start):.1f} images/s, "
+                    f"{state}, {left} left",
                     flush=True,
                 )
             if now - moved >= STALL_SECONDS:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from schemas.counts import format_count
 from schemas.errors import FormatError, UserError
 from schemas.saliency import SaliencyMap
 from schemas.sample import LABEL_MEMBER, SALIENCY_MEMBER, Sample
@@ -67,8 +68,9 @@ class ShardDataset:
         samples = sum(row.samples for row in shards)
         if (card.shards, card.samples) != (len(shards), samples):
             raise UserError(
-                f"{dataset.url}: not finished: its {CARD} counts {card.samples} samples in "
-                f"{card.shards} shards, {SHARDS} {samples} in {len(shards)}; {COMPLETION_ADVICE}"
+                f"{dataset.url}: not finished: its {CARD} counts "
+                f"{format_count(card.samples, 'sample')} in {format_count(card.shards, 'shard')}, "
+                f"{SHARDS} {samples} in {len(shards)}; {COMPLETION_ADVICE}"
             )
         return dataset
 
@@ -139,8 +141,9 @@ class ShardDataset:
         """
         if len(self.samples_unchecked) != self.card.samples:
             raise UserError(
-                f"{self.url}: not finished: its {CARD} counts {self.card.samples} samples, "
-                f"{SAMPLES} {len(self.samples_unchecked)}; {COMPLETION_ADVICE}"
+                f"{self.url}: not finished: its {CARD} counts "
+                f"{format_count(self.card.samples, 'sample')}, {SAMPLES} "
+                f"{len(self.samples_unchecked)}; {COMPLETION_ADVICE}"
             )
         return self.samples_unchecked
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from schemas.counts import format_count
 from schemas.dataset import ShardDataset
 
 SUMMARIZED = ("image_bytes", "height", "width", "reencoded", "label")
@@ -46,13 +47,14 @@ def describe(dataset: ShardDataset) -> str:
         totals.add(batch)
     lines = [
         f"{dataset.url}: {card.name} {card.split}, format version {card.format_version}",
-        f"  samples    {len(dataset.samples)} in {len(dataset.shards)} shards, "
+        f"  samples    {len(dataset.samples)} in {format_count(len(dataset.shards), 'shard')}, "
         f"{describe_shard_sizes(dataset)}",
         f"  bytes      {sum(row.bytes for row in dataset.shards):,} in tars, "
         f"{totals.image_bytes:,} of them images",
         f"  images     {describe_image_sizes(totals)}",
         f"  saliency   {side} x {side} by {describe_estimator(dataset)}",
-        f"  labels     {len(card.classes)} classes, {totals.labels[-1]} samples without a label",
+        f"  labels     {format_count(len(card.classes), 'class', 'classes')}, "
+        f"{format_count(totals.labels[-1], 'sample')} without a label",
         f"  rejects    {count_rejects(dataset)}",
         f"  plan       seed {card.seed}, digest {card.plan[:16] or 'none'}",
         f"  written by {', '.join(f'{name} {version}' for name, version in card.versions.items())}",
@@ -72,13 +74,17 @@ def count_values(column: pa.ChunkedArray) -> dict:
 
 def describe_shard_sizes(dataset: ShardDataset) -> str:
     sizes = [row.samples for row in dataset.shards]
-    return f"{min(sizes)} to {max(sizes)} a shard" if sizes else "none"
+    return f"{format_range(min(sizes), max(sizes))} a shard" if sizes else "none"
+
+
+def format_range(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def describe_image_sizes(totals: Totals) -> str:
     if not totals.heights:
         return "none"
-    heights, widths = (f"{low} to {high}" for low, high in (totals.heights, totals.widths))
+    heights, widths = (format_range(*limits) for limits in (totals.heights, totals.widths))
     return f"{heights} high, {widths} wide, {totals.reencoded} re-encoded"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from schemas.counts import format_count
 from schemas.errors import FormatError, UserError, summarize_error
 from schemas.parallel import map_ahead
 from schemas.saliency import SaliencyMap
@@ -54,18 +55,21 @@ class VerifyReport:
         return not self.problems
 
     def __str__(self) -> str:
-        shards = f"{self.shards} shards"
+        shards = format_count(self.shards, "shard")
         if self.shards + self.skipped < self.total:
-            shards = f"{self.shards} of {self.total} shards (the others were not looked at)"
+            total = format_count(self.total, "shard")
+            shards = f"{self.shards} of {total} (the others were not looked at)"
         if self.skipped:
             shards += f", {self.skipped} more by earlier runs"
-        read = f"{self.samples} samples, {shards}, {self.bytes / 1e6:.1f} MB read"
+        samples = format_count(self.samples, "sample")
+        read = f"{samples}, {shards}, {self.bytes / 1e6:.1f} MB read"
         if self.clean:
             return f"{self.url}: clean: {read}"
         lines = [f"  {problem.where}: {problem.what}" for problem in self.problems[:SHOWN]]
         if len(self.problems) > SHOWN:
             lines.append(f"  ... and {len(self.problems) - SHOWN} more")
-        return "\n".join([f"{self.url}: {len(self.problems)} problems: {read}", *lines])
+        problems = format_count(len(self.problems), "problem")
+        return "\n".join([f"{self.url}: {problems}: {read}", *lines])
 
 
 @dataclass(frozen=True)
@@ -172,17 +176,24 @@ def check_tables(
         samples = len(dataset.samples_unchecked)
         if card.samples != samples:
             problems.append(
-                Problem(CARD, f"counts {card.samples} samples, {SAMPLES} has {samples}")
+                Problem(
+                    CARD, f"counts {format_count(card.samples, 'sample')}, {SAMPLES} has {samples}"
+                )
             )
     if card.shards != len(dataset.shards):
         problems.append(
-            Problem(CARD, f"counts {card.shards} shards, {SHARDS} has {len(dataset.shards)}")
+            Problem(
+                CARD,
+                f"counts {format_count(card.shards, 'shard')}, {SHARDS} has {len(dataset.shards)}",
+            )
         )
     with list_errors(problems, REJECTS):
         rejects = len(dataset.rejects)
         if card.rejects != rejects:
             problems.append(
-                Problem(CARD, f"counts {card.rejects} rejects, the table has {rejects}")
+                Problem(
+                    CARD, f"counts {format_count(card.rejects, 'reject')}, the table has {rejects}"
+                )
             )
     with list_errors(problems, SHARD_FOLDER):
         problems += check_folder(dataset.store, shards)
@@ -222,7 +233,8 @@ def check_columns(dataset: ShardDataset) -> Iterator[Problem]:
             yield Problem(SAMPLES, f"has the key {key} more than once")
     classes = len(dataset.card.classes)
     if wrong := {label for label in labels if label >= classes}:
-        yield Problem(SAMPLES, f"has labels {sorted(wrong)} of {classes} classes")
+        count = format_count(classes, "class", "classes")
+        yield Problem(SAMPLES, f"has labels {sorted(wrong)} of {count}")
 
 
 def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) -> Iterator[Problem]:
@@ -238,7 +250,10 @@ def check_shard(dataset: ShardDataset, row: ShardRow, place: tuple[int, int]) ->
         yield Problem(name, f"not checked: {summarize_error(error)}")
         return
     if row.samples != len(expected):
-        yield Problem(SHARDS, f"{name} has {row.samples} samples, {SAMPLES} {len(expected)}")
+        yield Problem(
+            SHARDS,
+            f"{name} has {format_count(row.samples, 'sample')}, {SAMPLES} {len(expected)}",
+        )
     yield from check_marker(dataset, row, expected)
     tar = read_file(store, name)
     if isinstance(tar, Problem):

@@ -16,6 +16,7 @@ import tyro
 
 from schemas import UserError
 from schemas.cli import parse, run
+from schemas.counts import format_count
 from schemas.json_lines import read_json_lines
 from train.metrics_logger import is_step
 from train.run_info import RESULTS
@@ -102,7 +103,8 @@ def render_page(folder: Path, rows: list[dict[str, Any]]) -> str:
     """Render the HTML of the page."""
     rows = number_steps(rows)
     steps = [row for row in rows if is_step(row)]
-    title = f"{folder.name}: {len(steps)} steps, {steps[-1]['epoch']} epochs"
+    title = f"{folder.name}: {format_count(len(steps), 'step')}, "
+    title += format_count(steps[-1]["epoch"], "epoch")
     parts = [f"<h1>{html.escape(title)}</h1>", '<div class="curves">']
     for name, (label, names) in CURVES.items():
         logged = {n: line for n, line in names.items() if any(n in row for row in steps)}

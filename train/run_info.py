@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cache import find_network_mount
+from schemas.counts import format_count
 from schemas.json_lines import append_json_line
 from schemas.settings import fields_of
 from schemas.versions import version_of
@@ -93,16 +94,18 @@ def describe_run(
     images = config.method.describe_images() or (
         f"recipe {find_recipe_name(config.recipe)}, {config.recipe.crop_size} px"
     )
-    schedule = f"{count(config.epochs, epoch)} of {count(len(views), 'step')}"
+    total = format_count(views.samples, "image")
+    schedule = f"{format_count(config.epochs, epoch)} of {format_count(len(views), 'step')}"
     return [
         f"{config.method.name}, {config.encoder}, {images}, batch {config.batch_size} on "
         f"{world_size()} x {device.type}, {config.precision}",
         f"{optim.optimizer}, lr {optim.peak(config.batch_size):g}, {optim.schedule}, "
-        f"{count(optim.warmup_epochs, epoch)} of warm-up, weight decay {optim.weight_decay:g}",
-        f"{schedule}; each drops {views.dropped} of {views.samples} images (different ones each "
-        f"{epoch}) that do not fill a batch"
+        f"{format_count(optim.warmup_epochs, epoch)} of warm-up, "
+        f"weight decay {optim.weight_decay:g}",
+        f"{schedule}; each drops {views.dropped} of {total} (different ones each {epoch}) that do "
+        "not fill a batch"
         if views.dropped
-        else f"{schedule}; {views.samples} images",
+        else f"{schedule}; {total}",
         *filter(None, [views.cache_description]),
         *(
             f"note: {note}"
@@ -115,10 +118,6 @@ def describe_run(
     ]
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
     """Return notes on options that the user may not have intended, one line each."""
     notes = []
@@ -126,7 +125,7 @@ def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
     if config.optim.schedule == "steps" and late:
         notes.append(
             f"the learning rate is to drop at epoch {', '.join(map(str, late))}, but there are "
-            f"only {count(config.epochs, 'epoch')}; see --milestones"
+            f"only {format_count(config.epochs, 'epoch')}; see --milestones"
         )
     notes += [
         f"{flag} is not at its default, but has no effect with {choice}"

@@ -13,6 +13,7 @@ from filelock import FileLock
 from pipeline import MaskedViews
 from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
+from schemas.counts import format_count
 from schemas.folder_lock import lock_folder
 from schemas.storage import Store
 from train.checkpoint import Checkpoints, Restored
@@ -253,7 +254,9 @@ def describe_resumption(job: TrainingJob, restored: Restored) -> str:
     """Return a line that says where the run resumes, and what is different from before."""
     parts = [f"resumes after step {restored.step} of {job.total_steps}"]
     if restored.world_size != world_size():
-        parts.append(f"{restored.world_size} -> {world_size()} processes")
+        parts.append(
+            f"{restored.world_size} -> {format_count(world_size(), 'process', 'processes')}"
+        )
     if restored.batch_size != job.config.batch_size:
         parts.append(f"batch {restored.batch_size} -> {job.config.batch_size}")
     return ", ".join(parts)

@@ -82,7 +82,7 @@ def test_an_epoch_has_no_sample_twice_and_counts_what_it_leaves_out(
         views = views_of(dataset, "none")
     assert len(views) == SAMPLES // BATCH == 5
     assert views.dropped == SAMPLES - 40 == 5
-    assert "5 samples per epoch (different ones each epoch) are dropped" in caplog.text
+    assert "dropped per epoch (different ones each epoch): 5 samples" in caplog.text
     epochs = [keys(list(views)) for _ in range(4)]
     assert all(len(epoch) == len(set(epoch)) == 40 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4, "the order repeats"

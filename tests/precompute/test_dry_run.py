@@ -57,7 +57,7 @@ def test_sixteen_cores_do_not_make_one_gpu_sixteen_times_as_fast(
         dry_run, "measure_batches", lambda *given: Measurement(1000, 10, 0, seconds=10.0, timed=10)
     )
     text = estimate_job(job, Resources(), Machine(cores=16, devices=1))
-    assert "about 01:40 with 3 workers on 1 of 1 GPUs: 1.0 images/s per worker with" in text
+    assert "about 01:40 with 3 workers on 1 of 1 GPU: 1.0 images/s per worker with" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -176,9 +176,7 @@ def test_what_was_listed_is_said(tmp_path: Path) -> None:
     source = Folder(str(tmp_path), "train", False)
     images, _ = list_images(source.images())
     labels = Counter(image.label for image in images)
-    assert (
-        count_classes(labels, source) == "1 images in 4 classes, 3 without images (ant, cat, dog)"
-    )
+    assert count_classes(labels, source) == "1 image in 4 classes, 3 without images (ant, cat, dog)"
 
 
 WNIDS = [f"n{n:08d}" for n in range(CLASSES)]
@@ -337,7 +335,9 @@ def test_an_extension_that_stopped_before_the_card_is_completed(tmp_path: Path) 
     builder.build(1, job.plan.shards[0], lambda written, rejected: None)
     digest = job.finish(store, settings, saliency_side=28).digest
     store.write(CARD, before.to_json())
-    with pytest.raises(UserError, match=r"not finished: its dataset\.json counts 1 samples in 1"):
+    with pytest.raises(
+        UserError, match=r"not finished: its dataset\.json counts 1 sample in 1 shard,"
+    ):
         ShardDataset.open(out)
     run_job(extend(), Resources())  # starts no Ray, because no shard is missing
     dataset = ShardDataset.open(out)

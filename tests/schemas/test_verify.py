@@ -146,7 +146,7 @@ def test_a_label_without_a_class(folder: Path) -> None:
     card["classes"] = ["a"]
     (folder / "dataset.json").write_text(json.dumps(card))
     [problem] = problems(folder)
-    assert problem.what == "has labels [1, 2] of 1 classes"
+    assert problem.what == "has labels [1, 2] of 1 class"
 
 
 @pytest.mark.parametrize("field", ["samples", "shards", "rejects"])
@@ -284,7 +284,7 @@ def test_an_interrupted_verification_resumes(folder: Path, tmp_path: Path) -> No
         dataset.verify(1, interrupt, record=record)
     report = dataset.verify(progress=counted.append, record=record)
     assert (report.clean, report.shards, report.skipped, counted) == (True, 1, 2, [3, 3, 3])
-    assert "1 shards, 2 more by earlier runs" in str(report)
+    assert "1 shard, 2 more by earlier runs" in str(report)
     assert dataset.verify(record=record).shards == 0
 
 

@@ -7,6 +7,7 @@ import torch
 import tyro
 from torch import nn
 
+from schemas.counts import format_count
 from train.config import NEIGHBORS, make_cache
 from train.distributed import is_main, raise_on_all_ranks
 from train.encoders import build_untrained_encoder, load_encoder
@@ -115,7 +116,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     names = list(first["accuracy"])
     lines = [
-        f"kNN top-1 of {first['encoder']}, {first['test_images']} images, {first['split']}, "
+        f"kNN top-1 of {first['encoder']}, {format_count(first['test_images'], 'image')}, "
+        f"{first['split']}, "
         f"{'high-pass' if first['high_pass'] else 'plain'} {first['crop_size']} px",
         "weights    " + "".join(f"{'k=' + k:>9}" for k in names),
     ]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import tyro
 
 from pipeline import Cache, Recipe
+from schemas.counts import format_count
 from schemas.json_lines import read_json_lines
 from schemas.precision import Precision, autocast
 from train.config import TrainConfig, make_cache
@@ -209,7 +210,9 @@ def format_result(row: dict[str, Any]) -> str:
     """Format the row as one line for the terminal."""
     accuracy = row["accuracy"]
     return (
-        f"linear probe of {row['encoder']} on {row['data']}, {row['test_images']} images: "
-        f"top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%} after {row['epochs']} epochs "
+        f"linear probe of {row['encoder']} on {row['data']}, "
+        f"{format_count(row['test_images'], 'image')}: "
+        f"top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%} after "
+        f"{format_count(row['epochs'], 'epoch')} "
         f"(best top-1 {accuracy['best_top1']:.2%}, epoch {row['best_epoch']})"
     )

@@ -12,6 +12,7 @@ import tyro
 
 from pipeline.recipes import RECIPES
 from schemas import UserError
+from schemas.counts import format_count
 from schemas.settings import fields_of, to_plain
 from train.config import TrainConfig, resolve_config
 from train.distributed import is_main, raise_on_all_ranks, rank, world_size
@@ -275,10 +276,12 @@ def check_sets(train_set: DetectionDataset, test_set: DetectionDataset) -> None:
 def format_result(row: dict[str, Any]) -> str:
     """Format the row as one line for the terminal."""
     scores = ", ".join(f"{name} {value:.2%}" for name, value in row["accuracy"].items())
-    return f"trained on {row['data']}, tested on {row['test_images']} images: {scores}"
+    return (
+        f"trained on {row['data']}, tested on {format_count(row['test_images'], 'image')}: {scores}"
+    )
 
 
 def describe_set(data: DetectionDataset, *notes: str) -> str:
     """Describe the size of a set, and what was left out or changed when it was read."""
     changes = [f"{count} {change}" for change, count in data.odd.items()]
-    return f"{data.name}: {', '.join([f'{len(data.images)} images', *notes, *changes])}"
+    return f"{data.name}: {', '.join([format_count(len(data.images), 'image'), *notes, *changes])}"
