@@ -252,6 +252,9 @@ class ShardReader:
         needed = dict.fromkeys(numbers.tolist())
         if epoch != self._epoch or not self._current.issuperset(needed):
             self._announce(needed, epoch, step)
+            # those that a later window needs again are closed too: open ones are not evicted
+            for number in self._open.keys() - self._current:
+                self._open.pop(number).close()
         try:
             shards = [self._open.get(number) or self.open(number) for number in numbers.tolist()]
             batch = self._read_batch(samples, shards, numbers, indices)
@@ -262,8 +265,6 @@ class ShardReader:
                 f"{error}; `python -m schemas verify {self.dataset.url}` shows all that has "
                 "changed since it was written"
             ) from error
-        for number in self._open.keys() - self._coming:
-            self._open.pop(number).close()
         return batch
 
     def _read_batch(

@@ -15,6 +15,8 @@ from bench.object_store import ObjectServer
 from pipeline import cache as cache_module
 from pipeline import cache_folder
 from pipeline.cache import ShardCache
+from pipeline.order import SampleOrder
+from pipeline.shards import ShardReader
 from tests.pipeline.conftest import (
     ROOM,
     SHARDS,
@@ -101,6 +103,19 @@ def test_a_dataset_ten_times_the_cache_is_read_to_its_end(open_cache: Open) -> N
         for shard in order:
             content(cache, shard)
     assert cache.folder.evicted > 0
+
+
+def test_a_reader_never_holds_more_than_its_windows(open_cache: Open) -> None:
+    """Shards that the next epoch needs first are closed meanwhile, so that they can be evicted."""
+    cache = open_cache(4 * max(sizes(open_cache())))
+    order = SampleOrder([1] * SHARDS, batch_size=3, shuffle_shards=3)
+    reader = ShardReader(cache.dataset, cache, order)
+    for epoch in range(4):
+        for step in range(order.steps):
+            assert len(reader.read(epoch, step).keys) == 3
+    reader.close()
+    assert cache.folder.evicted > 0
+    assert cache.folder.evicted_in_use == 0
 
 
 def test_the_limit_is_never_exceeded(open_cache: Open, server: ObjectServer) -> None:
