@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline import MaskedViews, get_recipe
+from pipeline import MaskedViews, get_recipe, graph
 from pipeline.compiling import find_compile_obstacle
 from train.config import TrainConfig, resolve_config
 from train.data import SyntheticViews, split_batch
@@ -22,6 +23,12 @@ from train.methods import MoCoConfig, Setup
 from train.training_step import TrainingStep, prepare_model_
 
 MOST_EXPENSIVE = 15
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "the GPU's JPEG decoder alone": {},
+    "the CPU": {"decode_on": "cpu"},
+}
+"""Options of the loader with which decoding leaves the GPU's multiprocessors to the step."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,7 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
             f"{alone / fed:.3f}, {1e3 * size / fed:.0f} images/s{format_peak_memory(device)}"
         )
         if device.type == "cuda":
-            on_cpu = MaskedViews(url, config.recipe, size, device="cuda", decode_on="cpu")
-            decoded_on_cpu = itertools.chain.from_iterable(itertools.repeat(on_cpu))
-            fed = time_steps(step, decoded_on_cpu, device, settings)
-            on_cpu.close()
-            lines.append(
-                f"batch {size}: {fed:.1f} ms fed by views decoded on the CPU, alone/fed "
-                f"{alone / fed:.3f}"
-            )
+            lines += compare_decoders(url, step, config, alone, settings)
         loading, in_calls = time_loader(fed_batches, device, settings)
         lines.append(
             f"batch {size}: {loading:.1f} ms per batch of the loader alone; {in_calls:.1f} of them "
@@ -84,6 +84,29 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
                 lines.append(f"batch {size}: {took:.1f} ms per step alone with --compile")
         views.close()
     return lines, problems
+
+
+def compare_decoders(
+    url: str, step: TrainingStep, config: TrainConfig, alone: float, settings: Settings
+) -> list[str]:
+    """Time a step fed by views that do not use the GPU's multiprocessors to decode.
+
+    Args:
+        alone: milliseconds of a step that no loader feeds.
+    """
+    size, device = config.batch_size, torch.device("cuda")
+    lines = []
+    for decoder, options in DECODERS.items():
+        views = MaskedViews(url, config.recipe, size, device="cuda", **options)
+        batches = itertools.chain.from_iterable(itertools.repeat(views))
+        with patch.object(graph, "HARDWARE_DECODER_LOAD", 1.0):
+            took = time_steps(step, batches, device, settings)
+        views.close()
+        lines.append(
+            f"batch {size}: {took:.1f} ms fed by views decoded by {decoder}, alone/fed "
+            f"{alone / took:.3f}"
+        )
+    return lines
 
 
 def build(
