@@ -182,7 +182,7 @@ def note_hard_negative_weight(
         f"a hard negative as similar as its key weighs exp(rho / tau) = exp({exponent:.3g}), "
         f"{format_number(share)} times {where} of {negatives:,}, where the published setting has "
         f"{PUBLISHED_SHARE:.2g}; --rho {compute_balanced_rho(temperature, negatives):.3g} gives "
-        "the published ratio"
+        "the published ratio (docs/results.md compares both)"
     ]
 
 
