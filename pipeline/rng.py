@@ -10,7 +10,7 @@ fill is changed.
 """
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -55,10 +55,8 @@ class Rng:
         words: np.ndarray | None = None,
     ) -> None:
         self.samples, self.device = samples, torch.device(device)
-        self._bits = Philox(
-            key=np.array([seed, 0], np.uint64),
-            counter=np.array([0, copy, PURPOSES.index(purpose), epoch], np.uint64),
-        )
+        self._seed = seed
+        self._counter = [0, copy, PURPOSES.index(purpose), epoch]
         self._words = np.empty((len(samples), 0), np.uint64) if words is None else words
         self._block = self._words.shape[1] // 4  # number of the next block of four words
 
@@ -80,13 +78,16 @@ class Rng:
         """
         blocks = -(-count // 4)
         words = np.empty((len(self.samples), 4 * blocks), np.uint64)
-        # one generator is moved from stream to stream: creating one takes ten times as long
-        state = self._bits.state
-        state["state"]["counter"][0] = self._block
-        for row, sample in zip(words, self.samples, strict=True):
-            state["state"]["key"][1] = sample
-            self._bits.state = state
-            row[:] = self._bits.random_raw(len(row))
+        # one generator is moved from stream to stream: creating one takes ten times as long, and
+        # NumPy reads the numbers of a state faster from lists than from arrays
+        bits: Any = Philox(key=0)
+        key = [self._seed, 0]
+        counter = [self._block, *self._counter[1:]]
+        state = bits.state | {"state": {"counter": counter, "key": key}, "buffer": [0] * 4}
+        for row, sample in enumerate(self.samples.tolist()):
+            key[1] = sample
+            bits.state = state
+            words[row] = bits.random_raw(4 * blocks)
         self._block += blocks
         return words
 
