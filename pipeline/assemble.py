@@ -1,6 +1,7 @@
 """Turn crops into the encoder's input: jitter, normalization, high-pass, masks and fills."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,7 +12,7 @@ from torch import Tensor
 from pipeline import photometric, regions
 from pipeline.batch import Extra
 from pipeline.fills import FILLS
-from pipeline.fused import FUSED_FILLS
+from pipeline.fused import FUSED_FILLS, pack_parameters
 from pipeline.host_threads import get_threads, split_rows
 from pipeline.masks import Masks, Role, draw_masks
 from pipeline.pixels import Masking, make_views
@@ -38,6 +39,19 @@ class View:
     image: Tensor
     saliency: Tensor | None
     window: Tensor
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """The photometric parameters of one view of N samples, on the host.
+
+    Attributes:
+        photometric: the parameters.
+        table: the same, packed for the compiled function (`fused.pack_parameters`); None on a CPU.
+    """
+
+    photometric: photometric.Photometric
+    table: Tensor | None
 
 
 class Copy(NamedTuple):
@@ -67,7 +81,7 @@ class ImageInputs:
     """
 
     crops: dict[str, View]
-    parameters: dict[str, photometric.Photometric]
+    parameters: dict[str, ViewParameters]
     masks: dict[Copy, Masks]
     recipe: Recipe
     rng: BatchRng
@@ -98,18 +112,17 @@ def assemble(
     recipe: Recipe,
     rng: BatchRng,
     report: frozenset[Extra],
+    parameters: Sequence[ViewParameters] | None = None,
 ) -> dict[str, Any]:
     """Return the images of a `Batch` and the extras named in `report`, by field name.
 
     Args:
         key: None if and only if the recipe makes no pairs.
+        parameters: result of `draw_parameters`, if it was called ahead.
     """
     crops = {"query": query} if key is None else {"query": query, "key": key}
-    photometric_rng = rng.stream("photometric")
-    parameters = {
-        name: photometric.draw_photometric(len(view.image), recipe, photometric_rng)
-        for name, view in crops.items()
-    }
+    if parameters is None:
+        parameters = draw_parameters(recipe, rng)
     boxes = None
     if key is not None and recipe.regions:
         region_rng = rng.stream("regions")
@@ -124,7 +137,8 @@ def assemble(
             role: Role = "hard_negative" if copy.kind == "hard_negative" else "query"
             masks[copy] = draw_masks(saliency, recipe, role, rng.stream(copy.kind, copy.number))
 
-    inputs = ImageInputs(crops, parameters, masks, recipe, rng)
+    by_crop = dict(zip(crops, parameters, strict=True))
+    inputs = ImageInputs(crops, by_crop, masks, recipe, rng)
     is_on_cpu = rng.device.type == "cpu"
     images = make_images_on_cpu(inputs) if is_on_cpu else make_images_on_gpu(inputs)
     region_fields: dict[str, Any] = {}
@@ -133,6 +147,18 @@ def assemble(
             query_regions=boxes.query, key_regions=boxes.key, region_valid=boxes.valid
         )
     return images | region_fields | collect_extras(inputs, report)
+
+
+def draw_parameters(recipe: Recipe, rng: BatchRng) -> list[ViewParameters]:
+    """Draw the photometric parameters of a batch, the query's first.
+
+    The loader calls this in the thread that reads ahead: it takes the host as long as launching
+    hundreds of kernels.
+    """
+    stream, size = rng.stream("photometric"), len(rng.samples)
+    drawn = [photometric.draw_photometric(size, recipe, stream) for _ in range(1 + recipe.pair)]
+    on_cpu = rng.device.type == "cpu"
+    return [ViewParameters(one, None if on_cpu else pack_parameters(one, recipe)) for one in drawn]
 
 
 def count_words(recipe: Recipe) -> dict[tuple[Purpose, int], int]:
@@ -195,12 +221,14 @@ def make_copies(
     Args:
         out: see `make_views`.
     """
+    parameters = inputs.parameters[crop]
     return make_views(
         inputs.crops[crop].image[rows],
-        inputs.parameters[crop].select(rows),
+        parameters.photometric.select(rows),
         [build_masking(inputs, copy, rows) for copy in list_copies(crop, inputs.recipe)],
         inputs.recipe,
         out,
+        None if parameters.table is None else parameters.table[rows],
     )
 
 
@@ -255,5 +283,5 @@ def collect_extras(inputs: ImageInputs, report: frozenset[Extra]) -> dict[str, A
         if "crops" in report:
             extras[f"{name}_crop"] = view.image.permute(0, 3, 1, 2).clone()
         if "photometric" in report:
-            extras[f"{name}_photometric"] = inputs.parameters[name]
+            extras[f"{name}_photometric"] = inputs.parameters[name].photometric
     return extras

@@ -16,6 +16,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from torch import Tensor
 
+from pipeline.assemble import ViewParameters
 from pipeline.crop import HostCrops
 from pipeline.devices import count_cpu_threads
 from pipeline.failures import translate_dali_errors
@@ -63,11 +64,13 @@ class PreparedBatch:
         windows: one (N, 4) float32 array per view, y0 x0 y1 x1 as fractions of the image; x0 > x1
             if flipped.
         rng: the random streams of the batch, for all that follows; None if nothing is random.
+        parameters: the photometric parameters of each view, drawn from them; empty without `rng`.
     """
 
     encoded: EncodedBatch
     windows: list[np.ndarray]
     rng: BatchRng | None = None
+    parameters: Sequence[ViewParameters] = ()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from pipeline import devices
-from pipeline.assemble import View, assemble, count_words
+from pipeline.assemble import View, assemble, count_words, draw_parameters
 from pipeline.batch import EXTRAS, Batch, Extra
 from pipeline.cache import Cache
 from pipeline.crop import draw_windows
@@ -272,7 +272,8 @@ class MaskedViews:
             self._view(decoded, number) for number in range(len(decoded.prepared.windows))
         )
         key = key_views[0] if key_views else None
-        fields = assemble(query, key, self.recipe, rng, self.report)
+        parameters = decoded.prepared.parameters
+        fields = assemble(query, key, self.recipe, rng, self.report, parameters)
         if "keys" in self.report:
             fields["sample_keys"] = encoded.keys
         labels = devices.to_device(torch.from_numpy(encoded.labels), self.device)
@@ -344,7 +345,7 @@ def prepare_batches(
                 draw_windows(encoded.height, encoded.width, recipe, crop_rng)
                 for _ in range(1 + recipe.pair)
             ]
-            yield PreparedBatch(encoded, windows, rng)
+            yield PreparedBatch(encoded, windows, rng, draw_parameters(recipe, rng))
             step += 1
             if step == order.steps:
                 epoch, step = epoch + 1, 0

@@ -62,6 +62,7 @@ def make_views(
     maskings: Sequence[Masking | None],
     recipe: Recipe,
     out: Sequence[Tensor] | None = None,
+    table: Tensor | None = None,
 ) -> list[Tensor]:
     """Make all copies of N views for the encoder; the work before masking is done only once.
 
@@ -71,6 +72,7 @@ def make_views(
         maskings: one per copy; None for a copy without a mask.
         recipe: determines the high-pass filter and the fill.
         out: tensors for the copies, on a CPU only; new ones are allocated if None.
+        table: `fused.pack_parameters` of the parameters, if it was called before; for a GPU only.
 
     Returns:
         One tensor per copy: (N, 3, H, W) float32, normalized, channels_last.
@@ -82,7 +84,9 @@ def make_views(
             image, parameters, maskings, recipe, allocated if out is None else list(out)
         )
     assert out is None, "`out` is for a CPU only"
-    return make_on_gpu(image, parameters, maskings, recipe)
+    if table is None:
+        table = fused.pack_parameters(parameters, recipe)
+    return make_on_gpu(image, parameters, to_device(table, image.device), maskings, recipe)
 
 
 def make_on_cpu(
@@ -159,12 +163,19 @@ def make_plain_views(image: Tensor, recipe: Recipe) -> Tensor:
 
 
 def make_on_gpu(
-    image: Tensor, parameters: Photometric, maskings: Sequence[Masking | None], recipe: Recipe
+    image: Tensor,
+    parameters: Photometric,
+    table: Tensor,
+    maskings: Sequence[Masking | None],
+    recipe: Recipe,
 ) -> list[Tensor]:
-    """Make the views of a batch with the compiled function if possible."""
+    """Make the views of a batch with the compiled function if possible.
+
+    Args:
+        table: the parameters, as `fused.pack_parameters` writes them, on the device.
+    """
     is_fused = recipe.fill in FUSED_FILLS
     fused_maskings = [to_fused(masking) for masking in maskings] if is_fused else [None]
-    table = to_device(fused.pack_parameters(parameters, recipe), image.device)
     views = get_compiled_chain(recipe).try_call(image, table, fused_maskings)
     if views is not None and is_fused:
         return views

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from bench.gpu_loader import take
-from pipeline import RECIPES, Batch, MaskedViews, assemble, crop, loader
+from pipeline import RECIPES, Batch, MaskedViews, assemble, crop, loader, photometric
 from pipeline.crop import HostCrops
+from pipeline.fused import pack_parameters
 from pipeline.graph import Decoder, StartedBatch, ViewSpec
-from pipeline.rng import Rng
+from pipeline.photometric import Photometric
+from pipeline.rng import BatchRng, Rng
 from schemas import ShardDataset, UserError
 from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, small, views_of
 
@@ -232,8 +234,42 @@ def test_every_random_number_is_drawn_ahead(
     ahead = take(views_of(dataset, name), 1)
     assert drawing == {"read-ahead"}
     monkeypatch.setattr(loader, "count_words", lambda recipe: {})
+    monkeypatch.setattr(loader, "draw_parameters", lambda recipe, rng: None)
     assert same(ahead, take(views_of(dataset, name), 1))
     assert len(drawing) > 1
+
+
+def test_photometric_parameters_are_drawn_ahead(
+    dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training thread does not draw them, and they are those that it would draw."""
+    drawing = set()
+    draw_photometric = photometric.draw_photometric
+
+    def noted(*arguments: Any) -> Photometric:
+        drawing.add(threading.current_thread().name)
+        return draw_photometric(*arguments)
+
+    monkeypatch.setattr(photometric, "draw_photometric", noted)
+    ahead = take(views_of(dataset), 2)
+    assert drawing == {"read-ahead"}
+    monkeypatch.setattr(loader, "draw_parameters", lambda recipe, rng: None)
+    assert same(ahead, take(views_of(dataset), 2))
+    assert len(drawing) > 1
+
+
+def test_parameters_for_a_gpu_are_packed_ahead() -> None:
+    recipe, samples = small("hp"), np.arange(5)
+    drawn = [
+        assemble.draw_parameters(recipe, BatchRng(0, 0, samples, device))
+        for device in ("cpu", "meta")
+    ]
+    for on_cpu, on_gpu in zip(*drawn, strict=True):
+        assert on_cpu.table is None
+        assert on_gpu.table is not None
+        assert torch.equal(on_gpu.table, pack_parameters(on_cpu.photometric, recipe))
+    assert len(drawn[0]) == 2
+    assert not torch.equal(*(one.photometric.hue for one in drawn[0]))
 
 
 def test_crops_that_are_made_a_batch_ahead_are_the_same(

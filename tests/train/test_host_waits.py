@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from pipeline.assemble import View, assemble, count_words
+from pipeline.assemble import View, assemble, count_words, draw_parameters
 from pipeline.batch import Batch
 from pipeline.recipes import RECIPES, Recipe
 from pipeline.rng import BatchRng
@@ -78,7 +78,7 @@ def made_batch(recipe: Recipe, waits: HostWaits) -> Batch:
 
     rng = BatchRng(0, 0, np.arange(IMAGES), GPU, count_words(recipe))
     key = view() if recipe.pair else None
-    fields = assemble(view(), key, recipe, rng, frozenset())
+    fields = assemble(view(), key, recipe, rng, frozenset(), draw_parameters(recipe, rng))
     label = to_device(torch.arange(IMAGES), GPU)
     return Batch(label=label, **{"key": None, "hard_negative": None, **fields})
 
