@@ -109,15 +109,18 @@ class TrainingStep:
     def backward(self, model: nn.Module, micro_batches: list[Any]) -> dict[str, Tensor]:
         """Accumulate the gradients of a group's mean loss; ranks exchange them once."""
         total: dict[str, Tensor] = {}
+        count = len(micro_batches)
         for number, batch in enumerate(micro_batches):
-            is_last = number == len(micro_batches) - 1
+            is_last = number == count - 1
             skips_sync = isinstance(model, DistributedDataParallel) and not is_last
             with model.no_sync() if skips_sync else nullcontext():  # type: ignore[operator]
                 with autocast(self.config.precision, self.device):
                     scalars = model(batch)
-                (scalars["loss"] / len(micro_batches)).backward()
+                # without a kernel for each scalar if there is nothing to average
+                (scalars["loss"] if count == 1 else scalars["loss"] / count).backward()
             for name, value in scalars.items():
-                total[name] = total.get(name, 0) + value.detach() / len(micro_batches)
+                part = value.detach() if count == 1 else value.detach() / count
+                total[name] = total[name] + part if name in total else part
         return total
 
     def state_dict(self) -> dict[str, Any]:
