@@ -1,10 +1,12 @@
 """Compile tensor functions for a GPU, and fall back to eager PyTorch where that is impossible."""
 
 import functools
+import inspect
 import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
@@ -72,10 +74,12 @@ class Compiled:
         """
         if self._failed or not is_compilable((args, kwargs)):
             return None
+        config, errors = torch._dynamo.config, torch._dynamo.exc
+        has_limit = takes_recompile_limit()
         try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            with nullcontext() if has_limit else config.patch(recompile_limit=RECOMPILE_LIMIT):
                 return self._compiled(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
             log.warning(
                 f"{self.function.__qualname__} could not be compiled and runs uncompiled: {error}"
             )
@@ -86,7 +90,22 @@ class Compiled:
     def _compiled(self) -> Callable[..., Any]:
         # not in __init__: importing TorchDynamo takes seconds, which a CPU run or --help should not
         # pay
-        return torch.compile(self.function, fullgraph=True, dynamic=False, options=self.options)
+        limit: dict[str, Any] = {}
+        if takes_recompile_limit():
+            limit["recompile_limit"] = RECOMPILE_LIMIT
+        return torch.compile(
+            self.function, fullgraph=True, dynamic=False, options=self.options, **limit
+        )
+
+
+@functools.cache
+def takes_recompile_limit() -> bool:
+    """Return whether `torch.compile` takes a limit of its own for each function.
+
+    Older versions have only a global one, and to set it in each call takes the host as long as
+    launching several kernels.
+    """
+    return "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
 def is_compilable(arguments: Any) -> bool:
