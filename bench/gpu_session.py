@@ -2,10 +2,11 @@
 
     python -m bench.gpu_session [--data URL]
 
-Parts: environment, loader, step, precompute. Each prints PASS, FAIL or SKIP and its figures. A part
-whose packages are not installed is skipped, and one line names them; the loader needs torch, DALI,
-OpenCV, numpy, pillow, pyarrow and fsspec. Without a GPU everything runs in a small version on the
-CPU.
+Parts: environment, loader, step, precompute, and only if asked for (`--parts compiled`) compiled,
+which takes minutes and needs a GPU. Each prints PASS, FAIL or SKIP and its figures. A part whose
+packages are not installed is skipped, and one line names them; the loader needs torch, DALI,
+OpenCV, numpy, pillow, pyarrow and fsspec. Without a GPU everything else runs in a small version on
+the CPU.
 """
 
 import argparse
@@ -122,6 +123,25 @@ def check_step(folder: Path, device: str, data: str | None) -> str:
     return lines[0]
 
 
+def check_compiled(folder: Path, device: str, data: str | None) -> str | None:
+    """Print each line when it is measured; compiling takes minutes. Return the first, if any."""
+    import torch
+
+    from bench import compiled_step, gpu_loader, gpu_train
+
+    if device != "cuda":
+        return None
+    settings = gpu_train.Settings()
+    url = data or gpu_loader.write_photos(
+        folder / "compiled", 2 * max(settings.batch_sizes), formats=("JPEG",)
+    )
+    lines = []
+    for line in compiled_step.measure(url, torch.device("cuda", 0), settings):
+        print(line, flush=True)
+        lines.append(line)
+    return lines[0] if lines else None
+
+
 def check_precompute(device: str) -> str:
     from bench import gpu_precompute
 
@@ -141,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         "--parts",
         nargs="+",
         default=["loader", "step", "precompute"],
-        choices=["loader", "step", "precompute"],
+        choices=["loader", "step", "compiled", "precompute"],
     )
     options = parser.parse_args(argv)
     report = Report()
@@ -157,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
             check_loader(report, folder, device, options.data)
         if "step" in options.parts:
             report.run("step", lambda: check_step(folder, device, options.data), STEP)
+        if "compiled" in options.parts:
+            report.run("compiled", lambda: check_compiled(folder, device, options.data), STEP)
         if "precompute" in options.parts:
             from bench.gpu_precompute import NEEDED
 

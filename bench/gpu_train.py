@@ -7,7 +7,7 @@ safetensors, which `train` imports.
 import itertools
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.fed_step import measure_fed_step
 from pipeline import MaskedViews, get_recipe, graph
-from pipeline.compiling import find_compile_obstacle
 from train.config import TrainConfig, resolve_config
 from train.data import SyntheticViews, split_batch
 from train.methods import MoCoConfig, Setup
@@ -82,10 +81,6 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
                 problems.append(f"batch {size}: the host waits: {'; '.join(sorted(set(waits)))}")
         if size == settings.batch_sizes[0]:
             lines += profile_kernels(step, fed_batches, device)
-            if device.type == "cuda" and find_compile_obstacle(device) is None:
-                compiled, _ = build(size, device, settings, compile=True)
-                took = time_steps(compiled, endless, device, settings)
-                lines.append(f"batch {size}: {took:.1f} ms per step alone with --compile")
         views.close()
     return lines, problems
 
@@ -129,10 +124,8 @@ def compare_decoders(
     return lines
 
 
-def build(
-    size: int, device: torch.device, settings: Settings, **options: Any
-) -> tuple[TrainingStep, TrainConfig]:
-    """Build the step of MoCo v2; `options` are further ones of `TrainConfig`."""
+def build(size: int, device: torch.device, settings: Settings) -> tuple[TrainingStep, TrainConfig]:
+    """Build the step of MoCo v2."""
     recipe = replace(get_recipe("hp"), crop_size=settings.crop_size)
     config = TrainConfig(
         data="",
@@ -143,7 +136,6 @@ def build(
         crop_size=settings.crop_size,
         batch_size=size,
         device="cuda" if device.type == "cuda" else "cpu",
-        **options,
     )
     config = resolve_config(config, device)
     setup = Setup(encoder=config.encoder, batch_size=size, crop_size=settings.crop_size)
@@ -153,7 +145,7 @@ def build(
 
 
 def time_steps(
-    step: TrainingStep, batches: Iterable, device: torch.device, settings: Settings
+    step: Callable[[Any, float], Any], batches: Iterable, device: torch.device, settings: Settings
 ) -> float:
     """Return the mean time of a step, after a warm-up."""
     stream = iter(batches)

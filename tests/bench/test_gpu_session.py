@@ -1,10 +1,14 @@
 """Test the command of the first GPU session, in its small version on a CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torchvision.models import ResNet
 
-from bench import gpu_loader, gpu_session
+from bench import compiled_step, gpu_loader, gpu_session, gpu_train
 from bench.gpu_session import FAIL, PASS, SKIP, Report
+from train.training_step import TrainingStep
 
 
 def test_verdicts_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,3 +61,28 @@ def test_the_step_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ms per step alone" in printed
     assert "the 15 most expensive of" in printed
     assert printed.splitlines()[-1] == "PASS 2, FAIL 0, SKIP 0"
+
+
+def test_the_compiled_step_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("compiling takes minutes")
+    assert gpu_session.main(["--parts", "compiled"]) == 0
+    assert "SKIP compiled: there is no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_with_compiled_encoders(tmp_path: Path) -> None:
+    """On a CPU PyTorch traces the encoders, but does not generate code for them."""
+    url = gpu_loader.write_photos(tmp_path, 8, formats=("JPEG",))
+    compiled = []
+
+    def compile_(step: TrainingStep) -> None:
+        compiled.append(step)
+        compiled_step.compile_encoders_(step, backend="eager")
+
+    cpu, settings = torch.device("cpu"), gpu_train.Settings.small()
+    times = compiled_step.time_compiled(url, 4, cpu, settings, compile_)
+    assert min(times) > 0
+    encoders = [module for module in compiled[0].method.modules() if isinstance(module, ResNet)]
+    assert len(encoders) == 2  # and the momentum encoder
+    assert all(encoder._compiled_call_impl is not None for encoder in encoders)
