@@ -41,10 +41,22 @@ class CrashProbe:
 
         Raises:
             UserError: the child survives but meets an exception. The images after it were not
-                tried, so the search cannot continue.
+                tried, so the search cannot continue. Or a new child dies before it has read any
+                image, for example because memory is too small for its network.
         """
-        if self.process is None or self.connection is None:
+        if self.process is None:
             self.process, self.connection = self.start()
+            if not self.answers([]):
+                raise UserError(
+                    "the search for an image that kills its worker failed: a process died before "
+                    f"it read any image ({self.cause}); no image is rejected for it"
+                )
+        return self.answers(images)
+
+    def answers(self, images: Sequence[SourceImage]) -> bool:
+        """Send images to the child; return False if it dies. Raises UserError as `survives`."""
+        assert self.process is not None
+        assert self.connection is not None
         try:
             self.connection.send([tuple(image) for image in images])
             error = self.connection.recv()

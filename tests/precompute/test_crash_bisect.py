@@ -71,3 +71,16 @@ def test_the_child_is_no_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         probe.close()
     assert methods == ["spawn"]
+
+
+class DyingBuilder(Builder):
+    """Dies while it is built, as in a worker with too little memory for its network."""
+
+    def __call__(self) -> Builder:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return self
+
+
+def test_no_image_is_at_fault_if_the_child_dies_before_it_reads_one() -> None:
+    with pytest.raises(UserError, match=r"before it read any image \(SIGKILL\); no image is rej"):
+        find_crashing_images(IMAGES, DyingBuilder(set(), set()))  # type: ignore[arg-type]
