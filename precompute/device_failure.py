@@ -37,7 +37,7 @@ def build_device_error(error: Exception, what: str) -> UserError:
         error: an error raised by DALI or PyTorch.
         what: what failed, the beginning of the message.
     """
-    reason = first_line(str(error))
+    reason = first_line(str(error) or type(error).__name__)
     if classify(error) == "memory":
         return UserError(
             f"{what}, out of memory ({reason}); no image is rejected for it: fewer workers at a "

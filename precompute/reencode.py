@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from precompute.device_failure import build_device_error
 from precompute.formats import name_format
 from precompute.pixels import to_rgb
 from precompute.sources import SourceImage
@@ -86,11 +87,17 @@ def translate_decoder_errors(image: SourceImage, name: str) -> Iterator[None]:
 
     Args:
         name: the format's name, for the reject.
+
+    Raises:
+        RejectedError: the image is at fault.
+        UserError: memory has run out; the message names the image, which may be valid.
     """
     try:
         yield
     except (RejectedError, KeyboardInterrupt, GeneratorExit):
         raise
+    except MemoryError as error:
+        raise build_device_error(error, f"{image.location}: Pillow does not decode it") from error
     except Image.DecompressionBombError as error:
         raise RejectedError(image, "too-large", str(error)) from error
     except BaseException as error:

@@ -264,3 +264,17 @@ def test_memory_that_runs_out_is_said_in_words_that_are_known() -> None:
     with pytest.raises((RuntimeError, MemoryError)) as by_dali:
         ndd.resize(one, size=[side, side]).evaluate()
     assert classify_error(str(by_dali.value)) == "memory" or by_dali.type is MemoryError
+
+
+@pytest.mark.parametrize(
+    ("resize", "content"), [(Resize(16), saved(IMAGE, "PNG")), (KEEP, saved(IMAGE, "GIF"))]
+)
+def test_memory_that_runs_out_in_pillow_rejects_no_image(
+    resize: Resize, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(picture: Image.Image) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(UserError, match=r"^a/b.jpg: Pillow does not decode it, out of memory \("):
+        check(SourceImage("key", "a/b.jpg", 0), content, resize)
