@@ -3,7 +3,7 @@
 import logging
 import tarfile
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from schemas.storage import Store
 from schemas.streams import RangeReader
@@ -71,8 +71,17 @@ class BlockReader(RangeReader):
         self.position = position
 
 
-def list_members_by_headers(archive: tarfile.TarFile) -> Iterator[TarMember]:
-    """Yield the members of an open tar by reading its headers. Raises tarfile.TarError."""
+def list_members_by_headers(
+    archive: tarfile.TarFile, file: BinaryIO | BlockReader
+) -> Iterator[TarMember]:
+    """Yield the members of an open tar by reading its headers.
+
+    Args:
+        file: the file of the archive.
+
+    Raises:
+        tarfile.TarError: it is no tar, or not a whole one.
+    """
     for info in archive:
         if info.isdir():
             continue
@@ -80,6 +89,34 @@ def list_members_by_headers(archive: tarfile.TarFile) -> Iterator[TarMember]:
         if not info.isreg() or info.issparse():
             kind = "a link" if info.islnk() or info.issym() else "not a regular file"
         yield TarMember(info.name, info.offset_data, info.size, kind)
+    check_end(file, archive.offset)
+
+
+def check_end(file: BinaryIO | BlockReader, offset: int) -> None:
+    """Check that a tar has its end mark at `offset`, and nothing after it.
+
+    tarfile takes a damaged header, and the place where a file was cut between two members, for the
+    end of the archive; all samples after it would be lost without notice.
+
+    Raises:
+        tarfile.ReadError: there is something else.
+    """
+    file.seek(offset)
+    content = file.read(tarfile.BLOCKSIZE)
+    if not content:
+        raise tarfile.ReadError(
+            f"its end mark, a block of zeros, is missing at byte {offset}, so it may be cut short; "
+            "if it is whole, `truncate -s +1024` adds the mark"
+        )
+    if len(content) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"cut short inside a header at byte {offset}")
+    while content:
+        if content.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"after byte {offset} are no more members, but other content: a header is damaged, "
+                "or several tars are joined"
+            )
+        content = file.read(BLOCK)
 
 
 def list_members_by_index(text: bytes, file: BlockReader) -> list[TarMember] | None:

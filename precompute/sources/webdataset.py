@@ -52,10 +52,12 @@ class Group:
     Attributes:
         members: (extension, offset in the tar, size) of each member.
         wrong: the problem with a member that is not a regular file; empty if there is none.
+        extensions: the extensions of the members.
     """
 
     members: list[tuple[str, int, int]] = field(default_factory=list)
     wrong: str = ""
+    extensions: set[str] = field(default_factory=set)
 
     def names(self) -> str:
         names = [extension for extension, _, _ in self.members]
@@ -176,7 +178,7 @@ class WebDatasetShards(PartedSource):
                 return
         file.seek(0)
         with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:") as archive:
-            yield from list_members_by_headers(archive)
+            yield from list_members_by_headers(archive, file)
 
     def keep_labels(self, members: Iterable[TarMember], file: BlockReader) -> Iterator[TarMember]:
         """Yield the members; keep the content of labels in memory while their block is there."""
@@ -201,6 +203,7 @@ class WebDatasetShards(PartedSource):
         """
         groups: dict[str, Group] = {}
         current: dict[str, str] = {}
+        numbers: dict[str, int] = {}
         for member in members:
             folder, name = posixpath.split(member.name)
             if name.startswith("."):
@@ -208,10 +211,13 @@ class WebDatasetShards(PartedSource):
             stem, extension = self.split_name(name)
             key = posixpath.join(folder, stem)
             group = groups.setdefault(current.setdefault(key, key), Group())
-            if any(extension == earlier for earlier, _, _ in group.members):
-                same_name = [own for own in groups if own == key or own.startswith(f"{key} (")]
-                current[key] = f"{key} ({len(same_name) + 1})"
+            if extension in group.extensions:
+                number = numbers.get(key, 1) + 1
+                while f"{key} ({number})" in groups:
+                    number += 1
+                numbers[key], current[key] = number, f"{key} ({number})"
                 group = groups.setdefault(current[key], Group())
+            group.extensions.add(extension)
             group.members.append((extension, member.offset, member.size))
             if member.kind:
                 group.wrong = group.wrong or f"its {name} is {member.kind} in the tar"
@@ -238,19 +244,18 @@ class WebDatasetShards(PartedSource):
             label, label_name = self.labels.read(group.members, file)
         except LabelError as error:
             return Reject(source, "bad-label", str(error))
-        carried: list[tuple[str, int, int]] = []
+        carried: dict[str, tuple[str, int, int]] = {}
         for name, offset, size in group.members:
             if name in (image[0], SALIENCY_MEMBER) or (name == LABEL_MEMBER == label_name):
                 continue
             own = f"{RENAMED}{name}" if name in OWN_MEMBERS else name
-            carried_names = {carried_name for carried_name, _, _ in carried}
-            if not MEMBER_PATTERN.fullmatch(own) or own in carried_names:
+            if not MEMBER_PATTERN.fullmatch(own) or own in carried:
                 detail = f"{name!r} cannot be the name of a member here"
                 return Reject(source, "bad-member", detail)
-            carried.append((own, offset, size))
+            carried[own] = (own, offset, size)
             self.copied_members.add(name)
         name = key_of(f"{tar.removesuffix('.tar')}/{key}.image")
-        annotation = json.dumps([image, *carried])
+        annotation = json.dumps([image, *carried.values()])
         return LabeledText(SourceImage(name, source, UNLABELED, annotation), label)
 
     def candidates(self, group: Group) -> list[tuple[str, int, int]]:

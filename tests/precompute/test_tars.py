@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from precompute.__main__ import explain_no_images
 from precompute.sources import SourceImage, list_images, open_source
 from precompute.sources.labels import LabelReader, name_classes
+from precompute.sources.tar_members import TarMember
+from precompute.sources.webdataset import WebDatasetShards
 from schemas import UserError
 from schemas.storage import Store
 from schemas.tables import Reject
@@ -265,3 +268,71 @@ def test_what_is_rejected_while_listing_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--image-member is an option of DATASET=webdataset"):
         run_here("--dataset", "demo", "--out", tmp_path / "out", "--image-member", "jpg")
     assert "no images in it" in explain_no_images("root", [])
+
+
+def test_many_members_of_one_name_are_grouped_in_linear_time() -> None:
+    """Comparing each with all others took minutes for a tar of this many."""
+    source = object.__new__(WebDatasetShards)
+    source.keys_with_dots = False
+    numbers = range(100_000)
+    start = time.process_time()
+    [group] = source.groups(TarMember(f"photo.{i}.jpg", i, 1) for i in numbers).values()
+    assert len(group.members) == len(numbers)
+    groups = source.groups(TarMember("photo.jpg", i, 1) for i in numbers)
+    assert list(groups)[:3] == ["photo", "photo (2)", "photo (3)"]
+    assert len(groups) == len(numbers)
+    assert time.process_time() - start < 20
+
+
+def test_a_repeated_name_gets_a_number_that_no_other_name_has(tmp_path: Path) -> None:
+    names = ["a (2).jpg", "a (4).jpg", *["a.jpg"] * 4]
+    images, rejects, _ = listed(tmp_path, [(name, JPEG) for name in names])
+    assert not rejects
+    assert labels(images).keys() == {"a", "a (2)", "a (3)", "a (4)", "a (5)", "a (6)"}
+
+
+def build_tar() -> bytearray:
+    """Return a tar of six images of one block, so that a member begins at every 1024th byte."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for number in range(6):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = 512
+            archive.addfile(info, io.BytesIO(bytes(512)))
+    return bytearray(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("flip", "after byte 3072 are no more members, but other content"),
+        ("zeros", "after byte 3072 are no more members, but other content"),
+        ("joined", "after byte 6144 .* several tars are joined"),
+        ("cut at 3072", r"its end mark, .* is missing at byte 3072, .* `truncate -s \+1024`"),
+        ("cut at 3172", "cut short inside a header at byte 3072"),
+        ("cut at 3672", "unexpected end of data"),
+    ],
+)
+def test_no_sample_behind_a_damaged_header_is_lost_silently(
+    tmp_path: Path, damage: str, message: str
+) -> None:
+    tar = build_tar()
+    if damage == "flip":
+        tar[3072 + 10] ^= 0xFF
+    elif damage == "zeros":
+        tar[3072:3584] = bytes(512)
+    elif damage == "joined":
+        tar *= 2
+    else:
+        del tar[int(damage.removeprefix("cut at ")) :]
+    (tmp_path / "0.tar").write_bytes(tar)
+    source = open_source("webdataset", str(tmp_path), "train", False)
+    with pytest.raises(UserError, match=f"0.tar: not a whole, uncompressed tar .*{message}"):
+        list(source.images())
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 10240])
+def test_a_tar_may_end_with_any_number_of_zero_blocks(tmp_path: Path, zeros: int) -> None:
+    (tmp_path / "0.tar").write_bytes(build_tar()[: 6 * 1024] + bytes(zeros))
+    source = open_source("webdataset", str(tmp_path), "train", False)
+    assert len(list(source.images())) == 6
