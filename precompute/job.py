@@ -29,7 +29,17 @@ from schemas.dataset import ShardDataset, read_card
 from schemas.errors import UserError
 from schemas.settings import defaults_of
 from schemas.storage import Store
-from schemas.tables import CARD, SHARD_FOLDER, DatasetCard, Reject, shard_name
+from schemas.tables import (
+    CARD,
+    MERGED_SAMPLES,
+    REJECTS,
+    SAMPLES,
+    SHARD_FOLDER,
+    SHARDS,
+    DatasetCard,
+    Reject,
+    shard_name,
+)
 from schemas.writer import PACKAGES, finish_dataset
 
 STATS = "stats.json"
@@ -313,13 +323,19 @@ def build_dataset(job: Job, resources: Resources, estimator: Estimator, start: f
     at_work = 0.0
     if missing:
         at_work = build_shards(job, settings, missing, resources)
-    elif card and card.plan == job.plan_digest:
+    elif card and card.plan == job.plan_digest and has_tables(store, card):
         return Summary(ShardDataset.open(job.out), 0, 0, time.monotonic() - start, at_work)
     dataset = job.finish(store, settings, estimator.side)
     images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
     summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
     store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
     return summary
+
+
+def has_tables(store: Store, card: DatasetCard) -> bool:
+    """Return whether all tables of a dataset exist; one may have been lost."""
+    names = [SHARDS, REJECTS, *([SAMPLES] if card.samples <= MERGED_SAMPLES else [])]
+    return all(map(store.exists, names))
 
 
 def build_shards(

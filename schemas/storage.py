@@ -3,6 +3,7 @@
 import errno
 import os
 import posixpath
+import re
 import stat
 import time
 import uuid
@@ -20,6 +21,7 @@ from schemas.streams import RangeReader, StoreWriter, sync_folder
 T = TypeVar("T")
 
 TEMPORARY_SUFFIX = ".tmp"
+TEMPORARY_NAME = re.compile(rf".+\.[0-9a-f]{{8}}\{TEMPORARY_SUFFIX}")
 STORE_ADVICE = "look at its address, your keys and the network"
 DISK_ADVICE = "look at its permissions and at the disk"
 OPEN_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
@@ -280,8 +282,13 @@ class Store:
                     self.fs.rmdir(self.path(name))
 
     def remove_temporaries(self, folder: str) -> int:
-        """Delete the unfinished files of killed writers; return their number."""
-        names = [name for name in self.sizes(folder) if name.endswith(TEMPORARY_SUFFIX)]
+        """Delete the unfinished files of killed writers; return their number.
+
+        Only a local folder has any, see `write` and `StoreWriter`.
+        """
+        if not self.is_local:
+            return 0
+        names = [name for name in self.sizes(folder) if TEMPORARY_NAME.fullmatch(name)]
         for name in names:
             self.fs.rm_file(self.path(posixpath.join(folder, name)))
         return len(names)

@@ -80,7 +80,8 @@ def finish_dataset(
         seed=seed,
         versions={package: version_of(package) for package in packages},
     )
-    store.remove_temporaries(SHARD_FOLDER)
+    for folder in (SHARD_FOLDER, ""):  # a job that was killed while it merged leaves tables
+        store.remove_temporaries(folder)
     store.write(CARD, card.to_json())
     return ShardDataset.open(store.url)
 

@@ -158,3 +158,30 @@ def test_a_missing_marker_is_named_with_the_command_that_rebuilds_it(
         path.unlink()
     with pytest.raises(UserError, match=r"000000\.parquet: missing \(and 2 others\); to rebuild"):
         select_new(str(tmp_path), IMAGES[:9], [], list(SOURCE.classes))
+
+
+@pytest.mark.parametrize("name", ["samples.parquet", "shards.parquet", "rejects.parquet"])
+def test_the_same_command_writes_a_lost_table_again(
+    name: str, tmp_path: Path, make_sample: Make
+) -> None:
+    job = job_of(tmp_path)
+    for shard in range(2):
+        write(job, shard, make_sample)
+    finish(job)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    summary = run_job(job, Resources())
+    assert (tmp_path / name).read_bytes() == content
+    assert (summary.shards, len(summary.dataset)) == (0, 2)
+
+
+def test_the_remains_of_a_job_that_was_killed_while_it_merged_are_removed(
+    tmp_path: Path, make_sample: Make
+) -> None:
+    job = job_of(tmp_path)
+    for shard in range(2):
+        write(job, shard, make_sample)
+    for name in ("samples.parquet.0123abcd.tmp", "shards/000000.tar.0123abcd.tmp", "my.tmp"):
+        (tmp_path / name).write_bytes(b"half of it")
+    finish(job)
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == ["my.tmp"]
