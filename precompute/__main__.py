@@ -305,7 +305,17 @@ def count_classes(labels: Counter[int], source: Source) -> str:
 
     Args:
         labels: number of images of each label.
+
+    Raises:
+        UserError: a custom source gave a label that is no number of a class.
     """
+    for label in labels:
+        if not isinstance(label, int) or not UNLABELED <= label < len(source.classes):
+            count = format_count(len(source.classes), "class", "classes")
+            raise UserError(
+                f"the source gives images the label {label!r}, but has {count}: labels are "
+                "Python's int, -1 for none, otherwise below the number of classes"
+            )
     images, classes = format_count(labels.total(), "image"), source.classes
     if not classes:
         return f"{images} without classes{source.hint()}"

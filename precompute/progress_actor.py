@@ -39,7 +39,7 @@ class ProgressActor:
 
     def finish(self, shard: int) -> None:
         self.reads.pop(shard, None)
-        del self.begun[shard]
+        self.begun.pop(shard, None)  # absent if another attempt finished it, after a lost network
         self.last = time.monotonic()
 
     def at_work(self) -> float:

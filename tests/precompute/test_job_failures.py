@@ -203,3 +203,13 @@ def test_an_output_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="a file is in the way of a folder"):
         run_job(job(FullDisk(out), out), Resources(workers=1))
+
+
+def test_a_shard_that_two_attempts_finish_ends_no_job() -> None:
+    """A worker that was cut off from its cluster may finish after its successor has begun."""
+    progress = ProgressActor()
+    assert [progress.begin(0), progress.begin(0)] == [1, 2]
+    progress.advance(0, 3, 0)
+    progress.finish(0)
+    progress.finish(0)
+    assert (progress.totals(), progress.pending()) == ((3, 0, 1), {})

@@ -1,12 +1,15 @@
 """Tests of OUT among the inputs, unusual trees, hanging reads and keys that clash on --extend."""
 
 import os
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from precompute import guard, progress
@@ -177,6 +180,16 @@ def test_what_was_listed_is_said(tmp_path: Path) -> None:
     images, _ = list_images(source.images())
     labels = Counter(image.label for image in images)
     assert count_classes(labels, source) == "1 image in 4 classes, 3 without images (ant, cat, dog)"
+
+
+@pytest.mark.parametrize("label", [4, -2, np.int64(1), "1"])
+def test_a_label_that_is_no_class_is_refused_before_the_work(label: Any, tmp_path: Path) -> None:
+    """A custom source may give it; `verify` calls it damage, and a loss on a GPU fails on it."""
+    (tmp_path / "ant").mkdir()
+    source = Folder(str(tmp_path), "train", False)
+    count_classes(Counter([0, -1]), source)
+    with pytest.raises(UserError, match=f"the label {re.escape(repr(label))}, but has 1 class: "):
+        count_classes(Counter([0, label]), source)
 
 
 WNIDS = [f"n{n:08d}" for n in range(CLASSES)]
