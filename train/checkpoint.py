@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -33,11 +34,19 @@ from schemas import UserError
 from schemas.settings import find_differences, format_differences
 from train.config import use_current_names
 from train.distributed import gather_objects, is_main, raise_on_all_ranks, rank, world_size
+from train.process_group import HOST_FULL
 
 VERSION = 2
 """In version 1 each rank's file held the state of its loader."""
 
 PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}([0-9]{{8,}})")
+
+DAMAGE = (
+    *(RuntimeError, EOFError, UnpicklingError),
+    *(ValueError, LookupError, AttributeError, TypeError),
+)
+"""What torch.load raises for a damaged file (the second line: if its pickle is damaged)."""
 
 SECONDS_UNTIL_VISIBLE = 75.0
 """Seconds to wait for a folder that rank 0 sees: NFS caches listings for up to 60 s (acdirmax)."""
@@ -87,10 +96,9 @@ class Checkpoints:
     changeable: frozenset[str] = frozenset()
 
     def steps(self) -> list[int]:
-        """Return the steps of all complete checkpoints, ascending."""
-        return sorted(
-            int(path.name.removeprefix(PREFIX)) for path in self.folder.glob(f"{PREFIX}*")
-        )
+        """Return the steps of all complete checkpoints, ascending; ignore copies of other names."""
+        matches = (NAME.fullmatch(path.name) for path in self.folder.glob(f"{PREFIX}*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def path(self, step: int) -> Path:
         return self.folder / f"{PREFIX}{step:08d}"
@@ -271,13 +279,29 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
+    """Read a file that `write_state` wrote.
+
+    Raises:
+        UserError: it is missing, damaged or cannot be read. Only for a file that is damaged or gone
+            does the message advise to remove the checkpoint.
+        RuntimeError: memory has run out, see `translate_out_of_memory`.
+    """
+    advice = f"remove {path.parent} to resume from the checkpoint before it, if there is one"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+    except FileNotFoundError as error:
         raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}); "
-            f"remove {path.parent} to resume from the checkpoint before it"
+            f"{path}: missing; if no machine that shares the folder sees it, {advice}"
         ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); look at its permissions and at "
+            "the disk, and run the same command again"
+        ) from error
+    except DAMAGE as error:
+        if HOST_FULL in str(error):
+            raise
+        raise UserError(f"{path}: damaged ({type(error).__name__}); {advice}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,7 +1,10 @@
 import pickle
 import random
+import shutil
+from contextlib import suppress
 from dataclasses import replace
 from threading import Timer
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -130,9 +133,56 @@ def test_damage_and_foreign_code_are_refused(tmp_path, capsys):
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b"", pickle.dumps(Payload(), protocol=2)):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=r"damaged .*; remove .*step-00000001 to resume"):
             restore(checkpoints(tmp_path), *state())
     assert "code ran" not in capsys.readouterr().out
+
+
+def test_every_error_of_a_damaged_pickle_is_explained(tmp_path):
+    checkpoints(tmp_path).save(1, *state())
+    file = tmp_path / "step-00000001" / "state.pt"
+    whole = bytearray(file.read_bytes())
+    begin = whole.index(b"settings") - 20
+    for place in range(begin, begin + 400, 7):
+        damaged = whole.copy()
+        damaged[place : place + 2] = b"\xc4\x00"
+        file.write_bytes(damaged)
+        with suppress(UserError):  # bytes of a number or a text may change without an error
+            checkpoint.read_state(file)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied"),
+            r"cannot be read \(Permission denied\); look",
+        ),
+        (OSError(5, "Input/output error"), "cannot be read .* run the same command again$"),
+        (FileNotFoundError(2, "gone"), "missing; if no machine that shares the folder sees it"),
+    ],
+)
+def test_a_checkpoint_that_may_be_intact_is_not_to_be_removed(
+    tmp_path, monkeypatch, error, message
+):
+    checkpoints(tmp_path).save(1, *state())
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with pytest.raises(UserError, match=message):
+        restore(checkpoints(tmp_path), *state())
+    full = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    monkeypatch.setattr(torch, "load", Mock(side_effect=RuntimeError(full)))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        restore(checkpoints(tmp_path), *state())
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_ignored(tmp_path):
+    checkpoints(tmp_path).save(1, *state())
+    for name in ("step-00000001-backup", "step-00000002 (copy)", "step-", "step-7"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
+    assert restore(checkpoints(tmp_path, keep=1), *state()) == (1, 1, 8)
+    checkpoints(tmp_path, keep=1).save(3, *state())
+    assert checkpoints(tmp_path).steps() == [3]
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path):
