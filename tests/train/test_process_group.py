@@ -2,11 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
 
-from train.process_group import agree_on_start
+from schemas import UserError
+from train import process_group
+from train.process_group import agree_on_start, exit_naming_silent_ranks, rendezvous
 
 WAITS = timedelta(seconds=30)
 
@@ -51,3 +54,46 @@ def test_an_absent_rank_is_named(server):
         pool.submit(join, server, 1, 4)
         with pytest.raises(dist.DistError, match="rank 2, 3 of 4 did not come"):
             join(server, 0, 4, timedelta(seconds=3))
+
+
+class CountingStore:
+    """The part of a store that `exit_naming_silent_ranks` uses; counts its requests."""
+
+    def __init__(self, alive: set[int]):
+        self.alive, self.requests = alive, 0
+
+    def set(self, key: str, value: str) -> None:
+        self.alive.add(int(key))
+
+    def check(self, keys: list[str]) -> bool:
+        self.requests += 1
+        return int(keys[0]) in self.alive
+
+
+def test_only_the_lowest_live_rank_asks_for_all_others(monkeypatch):
+    """With 1,000 ranks a million requests would keep the store busy for a minute."""
+    monkeypatch.setattr(process_group, "GRACE", 0.0)
+    alive = set(range(1000)) - {0, 7}
+    other, lowest = CountingStore(alive), CountingStore(alive)
+    with pytest.raises(SystemExit) as left:
+        exit_naming_silent_ranks(other, 500, 1000, 4, RuntimeError("gloo"))
+    assert left.value.code == 2
+    assert other.requests == 2
+    with pytest.raises(UserError, match=r"^rank 0, 7 of 1000 processes died or was silent for 4 s"):
+        exit_naming_silent_ranks(lowest, 1, 1000, 4, RuntimeError("gloo"))
+
+
+def test_a_store_that_died_with_its_machine_is_named(monkeypatch):
+    monkeypatch.setattr(process_group, "GRACE", 0.0)
+    store = Mock()
+    store.check.side_effect = dist.DistNetworkError("Broken pipe")
+    with pytest.raises(UserError, match=r"the machine of rank 0 or its torchrun, .* not answer"):
+        exit_naming_silent_ranks(store, 1, 2, 4, RuntimeError("gloo"))
+
+
+def test_a_rank_that_torchrun_has_not_started_is_told_so(monkeypatch):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"^RANK is set, .* WORLD_SIZE expected.* unset RANK"):
+        rendezvous(WAITS)
