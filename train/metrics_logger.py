@@ -217,7 +217,7 @@ def get_wandb_id(folder: Path) -> str:
     """Return the id of this folder's run at Weights & Biases; it is drawn once."""
     path = folder / "wandb-id"
     if not path.exists():
-        path.write_text(uuid4().hex[:8])
+        write_atomically(path, uuid4().hex[:8].encode())
     return path.read_text()
 
 

@@ -15,7 +15,7 @@ from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
 from schemas.counts import format_count
 from schemas.folder_lock import lock_folder
-from schemas.storage import Store
+from schemas.storage import Store, write_atomically
 from train.checkpoint import Checkpoints, Restored
 from train.config import (
     TrainConfig,
@@ -95,7 +95,7 @@ def prepare_job(user_config: TrainConfig) -> TrainingJob:
         grad_accum_steps=config.grad_accum_steps,
         crop_size=config.recipe.crop_size,
         classes=SYNTHETIC_CLASSES if dataset is None else len(dataset.classes),
-        unlabeled=0 if dataset is None else dataset.unlabeled,
+        count_unlabeled=lambda: 0 if dataset is None else dataset.unlabeled,
         seed=config.seed,
     )
     method = config.method.build(setup)
@@ -218,7 +218,9 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
             checkpoints.remove_unfinished()
             checkpoints.rename_last(done)
             Store(out).remove_temporaries("")  # of an encoder that a killed process was writing
-            (out / "config.yaml").write_text(dump_config(job.user_config, config))
+            write_atomically(
+                out / "config.yaml", dump_config(job.user_config, config).encode()
+            )  # a run may be resumed from this file alone
             append_start(out / "starts.jsonl", config, job.device, done, job.data_digest)
             logger = MetricsLogger(
                 out,

@@ -58,4 +58,4 @@ def test_supervised_refuses_shards_where_some_images_have_no_label():
     setup = Setup(encoder="tiny", batch_size=4, classes=3)
     assert SupervisedConfig().build(setup)
     with pytest.raises(UserError, match="supervised: 7 images of the shards have no label"):
-        SupervisedConfig().build(replace(setup, unlabeled=7))
+        SupervisedConfig().build(replace(setup, count_unlabeled=lambda: 7))

@@ -20,7 +20,7 @@ from torchvision.models import ResNet
 
 import train.trainer
 from pipeline import RECIPES
-from schemas import UserError
+from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
 from tests.train.runs import (
     StopError,
@@ -340,3 +340,28 @@ def test_weights_and_biases_gets_each_step_if_installed(shards, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train.trainer.train(config(shards, tmp_path / "other", wandb="project"))
+
+
+@pytest.mark.parametrize("method", [MoCoConfig(queue=20), SimCLRConfig()])
+def test_a_method_without_labels_does_not_read_them(shards, tmp_path, monkeypatch, method):
+    """A dataset of over 10^8 images has them in 100,000 files, and each rank would read all."""
+    monkeypatch.setattr(ShardDataset, "unlabeled", property(lambda dataset: pytest.fail("read")))
+    train.trainer.prepare_job(config(shards, tmp_path, method=method))
+
+
+def test_a_full_disk_leaves_the_options_of_a_run(shards, tmp_path, monkeypatch):
+    """They may be the only record of how to resume it: --config RUN/config.yaml."""
+    (tmp_path / "config.yaml").write_text("seed: 3")
+    full = OSError(28, "No space left on device")
+    fsync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if "config.yaml" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise full
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="No space left"):
+        train.trainer.train(config(shards, tmp_path))
+    assert (tmp_path / "config.yaml").read_text() == "seed: 3"
+    assert not list(tmp_path.glob("*.tmp"))

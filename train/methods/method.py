@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,12 +41,21 @@ class Setup:
     """Number of micro-batches of a step, processed one after the other."""
     classes: int = 0
     """Number of classes; 0 if the images have no labels."""
-    unlabeled: int = 0
-    """Number of images without a label."""
+    count_unlabeled: Callable[[], int] = lambda: 0
+    """Counts the images without a label, see `unlabeled`."""
     crop_size: int = 224
     """Side of a view in pixels."""
     seed: int = 0
     """Random seed for what a method draws itself. Weights come from torch's global generator."""
+
+    @property
+    def unlabeled(self) -> int:
+        """Number of images without a label.
+
+        To count them, all labels are read, from a dataset of over 10^8 images the table of each
+        shard. So only a method that needs labels should ask.
+        """
+        return self.count_unlabeled()
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ class Supervised(Method):
                 f"method supervised: the shards have {setup.classes} classes; it needs labels of "
                 "at least 2 (DATASET=folder takes the names of the subfolders)"
             )
-        if setup.unlabeled:
+        if unlabeled := setup.unlabeled:
             raise UserError(
-                f"method supervised: {setup.unlabeled} images of the shards have no label; make "
+                f"method supervised: {unlabeled} images of the shards have no label; make "
                 "shards of labeled images only, or take a method that reads no labels"
             )
         self.config = config
