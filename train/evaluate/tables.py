@@ -23,10 +23,14 @@ NEUTRAL_FIELDS = {"seed", "protocol", "data", "pretraining"} | OUTCOMES
 TRAINING_FIELDS = {"encoder", "method", "recipe", "high_pass", "crop_size", "weights"}
 """Fields of a row that describe the run of the encoder, not the protocol."""
 
+ARCHITECTURE = {"stem": "imagenet", "zero_init_residual": "False"}
+"""Fields of an encoder's metadata, besides its name, that an untrained one depends on, and the
+values that older files stand for."""
+
 
 def format_table(rows: Sequence[Row], protocol: str) -> str:
     """Format top-1 by run and dataset; mean ± standard deviation over several seeds."""
-    chosen = [row for row in rows if row["protocol"] == protocol]
+    chosen = drop_repetitions([row for row in rows if row["protocol"] == protocol])
     lines = label_rows(chosen, get_training_settings, name_run)
     columns = label_rows(chosen, get_protocol_settings, get_data)
     heads = list(dict.fromkeys(columns))
@@ -40,7 +44,7 @@ def format_table(rows: Sequence[Row], protocol: str) -> str:
             format_spread([get_headline(chosen[i]) for i in members if columns[i] == head])
             for head in heads
         ]
-        runs = {chosen[index]["pretraining"]["seed"] for index in members}
+        runs = {get_weights_seed(chosen[index]) for index in members}
         text.append(f"| {line} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(text)
 
@@ -96,6 +100,30 @@ def format_branch_table(rows: Sequence[Row], protocol: str, data: str) -> str:
     return "\n".join(text)
 
 
+def drop_repetitions(rows: Sequence[Row]) -> list[Row]:
+    """Drop repeated evaluations of an untrained encoder, which was evaluated beside several runs.
+
+    Their accuracies are equal, so a standard deviation over them would be 0.
+    """
+    distinct: dict[str, Row] = {}
+    for number, row in enumerate(rows):
+        name = str(number)
+        if is_untrained(row):
+            settings = [get_training_settings(row), get_protocol_settings(row)]
+            name = json.dumps([*settings, row["data"], get_weights_seed(row)], sort_keys=True)
+        distinct[name] = row
+    return list(distinct.values())
+
+
+def is_untrained(row: Row) -> bool:
+    return row.get("weights") == "untrained"
+
+
+def get_weights_seed(row: Row) -> str:
+    """Return the seed of a run, or that from which the weights of an untrained encoder come."""
+    return str(row["seed"] if is_untrained(row) else row["pretraining"]["seed"])
+
+
 def label_rows(
     rows: Sequence[Row], read_settings: Callable[[Row], dict[str, Any]], name: Callable[[Row], str]
 ) -> list[str]:
@@ -117,9 +145,17 @@ def format_value(value: Any) -> str:
 
 
 def get_training_settings(row: Row) -> dict[str, Any]:
-    """Return the settings of a run except its seed; an untrained encoder has only its name."""
-    if row.get("weights") == "untrained":
-        return {"encoder": row["encoder"]}
+    """Return the settings of a run except its seed; an untrained encoder has those of its images.
+
+    It shares nothing else with the run whose architecture it has.
+    """
+    if is_untrained(row):
+        run = row["pretraining"]
+        kernel = [run["high_pass_kernel"], run["high_pass_sigma"]] if row["high_pass"] else False
+        return {
+            **{"encoder": row["encoder"], "crop_size": row["crop_size"], "high_pass": kernel},
+            **{name: run.get(name, default) for name, default in ARCHITECTURE.items()},
+        }
     return {name: value for name, value in get_settings(row).items() if name != "seed"}
 
 
@@ -135,7 +171,7 @@ def get_protocol_settings(row: Row) -> dict[str, Any]:
 
 def name_run(row: Row, branch: bool = True) -> str:
     """Name a run by method, recipe, masked branch and hard negatives."""
-    if row.get("weights") == "untrained":
+    if is_untrained(row):
         return f"untrained {row['encoder']}"
     name = f"{name_method(row)}, {row['recipe']}"
     if get_fill(row) != "none":
