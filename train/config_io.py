@@ -63,7 +63,7 @@ def load_config(path: str) -> TrainConfig:
                 "on separate lines"
             )
     method = dict(content.pop("method", None) or {})
-    method_type = find_method(method.pop("name", "moco"))
+    method_type = find_method(take_name(method, "moco", f"{path}: method"))
     is_of_a_run = content.pop(DECIDED, None) is not None
     preset = PRESETS.get(method_type.name)
     if is_of_a_run or preset is None or type(preset.config.method) is not method_type:
@@ -71,8 +71,8 @@ def load_config(path: str) -> TrainConfig:
     else:
         method = fields_of(preset.config.method) | method
     recipe = dict(content.get("recipe") or {})
-    name = recipe.pop("name", None)
-    base = preset.config.recipe if name is None else get_recipe(name)
+    name = take_name(recipe, "", f"{path}: recipe")
+    base = get_recipe(name) if name else preset.config.recipe
     content["recipe"] = fields_of(base) | preset.views | recipe
     for part, kind in PARTS.items():
         values = fields_of(getattr(preset.config, part)) | (content.get(part) or {})
@@ -81,6 +81,14 @@ def load_config(path: str) -> TrainConfig:
     # a preset has neither data nor folder
     general = {name: x for name, x in fields_of(preset.config).items() if x is not tyro.MISSING}
     return build_options(TrainConfig, general | content, path)
+
+
+def take_name(options: dict[str, Any], default: str, where: str) -> str:
+    """Remove and return the name among the options of a file; `where` begins the message."""
+    name = options.pop("name", None)
+    if not isinstance(name, str | None):
+        raise UserError(f"{where}: name: is {name!r}, not a name")
+    return name or default
 
 
 def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Options:

@@ -18,6 +18,7 @@ from schemas import UserError
 from schemas.cli import parse, run
 from schemas.counts import format_count
 from schemas.json_lines import read_json_lines
+from schemas.storage import translate_os_errors, write_atomically
 from train.metrics_logger import is_step
 from train.run_info import RESULTS
 
@@ -76,7 +77,7 @@ def write_report(options: ReportOptions) -> Path:
     """Write the page and return its path.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or the page cannot be written.
     """
     folder = Path(options.run)
     metrics = folder / "metrics.jsonl"
@@ -86,7 +87,9 @@ def write_report(options: ReportOptions) -> Path:
     if not rows:
         raise UserError(f"{metrics}: no step is finished yet")
     out = Path(options.out or folder / "report.html")
-    out.write_text(render_page(folder, rows))
+    page = render_page(folder, rows)
+    with translate_os_errors(str(out)):
+        write_atomically(out, page.encode())
     return out
 
 

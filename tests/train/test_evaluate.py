@@ -1,6 +1,7 @@
 """Evaluations against independent references: accuracies by hand, torchvision, a list."""
 
 import json
+import os
 import pickle
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from schemas import UserError
 from schemas.cli import run as run_command
 from tests.train.runs import scores, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder
-from train.evaluate import export, linear, results
+from train.evaluate import export, linear, results, tables
 from train.evaluate.__main__ import main
 from train.evaluate.detection.command import DetectionOptions
 from train.evaluate.knn import KnnOptions, evaluate, format_table
@@ -186,6 +187,25 @@ def test_export_refuses_a_stem_that_the_format_does_not_have(tmp_path, form):
     assert not (tmp_path / "torchvision.pth").exists()
 
 
+def test_an_export_that_cannot_be_written_is_named_and_leaves_the_earlier_file(run, tmp_path):
+    (tmp_path / "file").touch()
+    options = export.ExportOptions(encoder=str(run), out=str(tmp_path / "file" / "e.pth"))
+    with pytest.raises(UserError, match=r"e.pth: a file is in the way of a folder"):
+        export.export(options)
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_a_folder_that_takes_no_results_is_refused_before_the_work(
+    shards, run, monkeypatch, protocol
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("train.features.EvalViews", None)  # not reached
+    monkeypatch.setattr("train.trainer.MaskedViews", None)
+    options = KnnOptions(encoder=str(run), data=shards, neighbors=(1,), device="cpu")
+    with pytest.raises(UserError, match=r"results.jsonl: no permission to write the result"):
+        evaluate(options) if protocol == "knn" else linear.evaluate(probe_options(shards, run))
+
+
 def written(
     folder, method, recipe, accuracy, *, data="IN-100", seed=0, branch="query", hard=1,
     epochs=100, probe=100,
@@ -246,6 +266,25 @@ def test_tables_average_only_over_seeds(tmp_path, capsys, monkeypatch):
     branches = lines[lines.index("| IN-100, linear, top-1 % | key | both | query |") :]
     assert "| moco, mean, 0 hard | | 30.00 | 15.00 ± 7.07 |".replace("| |", "|  |") in branches
     assert not any("simclr" in line for line in branches)
+
+
+def test_an_untrained_encoder_counts_once_for_each_seed_and_kind_of_images():
+    """It was evaluated beside three runs, on the images of each: twice high-pass ones."""
+
+    def build(high_pass, accuracy, seed=0, run_seed=0):
+        pretraining = {"seed": str(run_seed), "high_pass_kernel": "11", "high_pass_sigma": "5.0"}
+        return {
+            "protocol": "knn", "accuracy": {"20": accuracy}, "data": "d", "encoder": "resnet18",
+            "method": "moco", "recipe": "hp", "high_pass": high_pass, "crop_size": 56,
+            "weights": "untrained", "seed": seed, "pretraining": pretraining,
+        }  # fmt: skip
+
+    rows = [build(True, 0.4), build(True, 0.4, run_seed=1), build(False, 0.2)]
+    lines = tables.format_table(rows, "knn").splitlines()
+    assert "| untrained resnet18, high_pass 11 5.0 | 40.00 | 1 |" in lines
+    assert "| untrained resnet18, high_pass False | 20.00 | 1 |" in lines
+    rows = [build(False, 0.2), build(False, 0.3, seed=1)]
+    assert tables.format_table(rows, "knn").endswith("| untrained resnet18 | 25.00 ± 7.07 | 2 |")
 
 
 def test_commands_report_mistakes_in_one_line(tmp_path, monkeypatch):

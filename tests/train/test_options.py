@@ -51,6 +51,8 @@ def test_the_config_of_a_run_is_read_back_unchanged(shards, run, tmp_path, monke
         ("method: moco", "method: is 'moco', not options of the form"),
         ("recipe: hp", "recipe: is 'hp', not options of the form"),
         ("optim: [sgd]", "not options of the form"),
+        ("method: {name: 5}", "method: name: is 5, not a name"),
+        ("recipe: {name: [hp]}", r"recipe: name: is \['hp'\], not a name"),
         ("a: [", "cannot be read as YAML"),
     ],
 )

@@ -66,3 +66,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="no step is finished yet"):
         write_report(ReportOptions(run=str(tmp_path)))
+
+
+def test_a_page_that_cannot_be_written_is_named(run, tmp_path):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "report.html"
+    with pytest.raises(UserError, match=r"report.html: a file is in the way of a folder"):
+        write_report(ReportOptions(run=str(run), out=str(out)))

@@ -1,5 +1,6 @@
 """The command `export`: write an encoder in the format of another library."""
 
+import io
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Literal
 
 import torch
 import tyro
+from safetensors.torch import save
 from torch import Tensor
 
 from schemas import UserError
+from schemas.storage import translate_os_errors, write_atomically
 from train.encoders import get_stem, load_encoder
 from train.timm_encoders import is_timm
 
@@ -41,7 +44,8 @@ def export(options: ExportOptions) -> Path:
     """Write the file and return its path.
 
     Raises:
-        UserError: no such encoder, or the format does not suit its architecture.
+        UserError: no such encoder, the format does not suit its architecture, or the file cannot be
+            written.
     """
     encoder, metadata, path = load_encoder(options.encoder)
     state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
@@ -53,22 +57,25 @@ def export(options: ExportOptions) -> Path:
                 f"{path}: has the small stem, which {options.format}'s ResNets do not have; take "
                 "--format safetensors, with train.encoders.build_encoder(NAME, 'small') to load it"
             )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if options.format in ("torchvision", "timm"):
-        torch.save(state, out)
-    elif options.format == "safetensors":
-        from safetensors.torch import save_file
+    with translate_os_errors(str(out)):
+        write_atomically(out, encode_state(state, metadata, options.format))
+    return out
 
-        save_file(state, out, metadata)
-    else:
+
+def encode_state(state: dict[str, Tensor], metadata: dict[str, str], form: Format) -> bytes:
+    """Return the content of a file in the format."""
+    if form == "safetensors":
+        return save(state, metadata)
+    if form == "detectron2":
         content = {
             "model": {to_detectron2_name(name): to_numpy(x) for name, x in state.items()},
             "__author__": "saliency-shards",
             "matching_heuristics": True,
         }
-        with out.open("wb") as file:
-            pickle.dump(content, file)
-    return out
+        return pickle.dumps(content)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def check_family(form: Format, encoder: str, path: str) -> None:

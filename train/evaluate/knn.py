@@ -65,6 +65,8 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
         device = pick_device(options.device)
         torch.backends.cuda.matmul.allow_tf32 = False  # kNN compares close similarities
         encoder, metadata, path = load_encoder(options.encoder, notes_images=True)
+        if is_main():
+            results.check_writable(path.parent)
         train, test = open_labeled_pair(options.data, options.test_data)
         check_neighbors(options.neighbors, len(train) - (test is None))
 

@@ -94,6 +94,8 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
     with raise_on_all_ranks():
         device = pick_device(options.device)
         _, metadata, path = load_encoder(options.encoder, notes_images=True)
+        if is_main():
+            results.check_writable(path.parent)
         train_set, test_set = open_labeled_pair(options.data, options.test_data)
         assert test_set is not None
     recipe = build_eval_recipe(metadata)

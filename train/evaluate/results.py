@@ -6,6 +6,7 @@ what (data, its digest, numbers of images), how (protocol and its settings) and 
 """
 
 import json
+import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +58,20 @@ def build_row(
         **settings,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def check_writable(folder: Path) -> None:
+    """Check that results can be written to a folder, before the work that they cost is done.
+
+    Raises:
+        UserError: they cannot.
+    """
+    path = folder / RESULTS
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(
+            f"{path}: no permission to write the result there; copy the encoder to a folder that "
+            "you may write to"
+        )
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:

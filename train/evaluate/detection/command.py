@@ -173,6 +173,8 @@ def prepare_detection(
     """Return the encoder's metadata and path, the training and test sets, and the training job."""
     device = pick_device(options.device)
     _, metadata, path = load_encoder(options.encoder)
+    if is_main():
+        results.check_writable(path.parent)
     train_set, test_set = read_sets(options)
     check_sets(train_set, test_set)
     user_config = build_train_config(options, metadata["encoder"], path, train_set)
