@@ -19,6 +19,8 @@ import random
 import re
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +45,7 @@ PREFIX = "step-"
 NAME = re.compile(rf"{PREFIX}([0-9]{{8,}})")
 
 DAMAGE = (
-    *(RuntimeError, EOFError, UnpicklingError),
+    *(RuntimeError, EOFError, UnpicklingError, zipfile.BadZipFile, zlib.error),
     *(ValueError, LookupError, AttributeError, TypeError),
 )
 """What torch.load raises for a damaged file (the second line: if its pickle is damaged)."""
@@ -161,7 +163,7 @@ class Checkpoints:
             return Restored(0, world_size())
         path = self.path(last)
         wait_until_visible(path)
-        state = read_state(path / "state.pt")
+        state = read_state(path / "state.pt", checks=is_main())  # all ranks read the same file
         step = self.count_steps(path, state)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -278,8 +280,11 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, checks: bool = True) -> dict[str, Any]:
     """Read a file that `write_state` wrote.
+
+    Args:
+        checks: compare the checksums in the file, which torch.load does not; takes a second per GB.
 
     Raises:
         UserError: it is missing, damaged or cannot be read. Only for a file that is damaged or gone
@@ -288,6 +293,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     advice = f"remove {path.parent} to resume from the checkpoint before it, if there is one"
     try:
+        if checks:
+            with zipfile.ZipFile(path) as archive:
+                if (part := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"{part} has another checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(
