@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bench.object_store import ObjectServer
-from pipeline import RECIPES, MaskedViews, Recipe
+from pipeline import RECIPES, Batch, MaskedViews, Recipe
 from pipeline import cache as cache_module
 from pipeline.cache import Cache, ShardCache
 from pipeline.rng import Purpose, Rng
@@ -137,6 +138,19 @@ BATCH = 8
 def views_of(dataset: ShardDataset, name: str = "hp", **options: Any) -> MaskedViews:
     settings: dict[str, Any] = {"batch_size": BATCH, "device": "cpu", "report": ("keys",)}
     return MaskedViews(dataset.url, small(name), **{**settings, **options})
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    """Return whether two batches are equal bit for bit in every field."""
+
+    def equal(a: object, b: object) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b  # type: ignore[arg-type]
+
+    return len(one) == len(other) and all(
+        equal(getattr(a, field.name), getattr(b, field.name))
+        for a, b in zip(one, other, strict=True)
+        for field in dataclasses.fields(Batch)
+    )
 
 
 # --- a remote dataset and its cache ---------------------------------------------------------------
