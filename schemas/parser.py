@@ -1,12 +1,13 @@
-"""Parse options by tyro; report unknown and missing options in one line."""
+"""Parse options by tyro; report wrong, unknown and missing ones in one line."""
 
 import dataclasses
 import difflib
 import inspect
 import io
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -14,6 +15,12 @@ import tyro
 from schemas.errors import UserError
 
 Config = TypeVar("Config")
+
+BORDER = re.compile(r"\x1b\[[\d;]*m|[│╭╮╰╯]")
+WRONG_VALUE = re.compile(
+    r"(?:Error parsing|invalid choice|Missing value) .+?(?= Got errors:| [─-]{3}|$)"
+)
+"""The part of tyro's box of several lines that says what is wrong with a value."""
 
 
 def parse_options(
@@ -25,8 +32,6 @@ def parse_options(
 ) -> Config:
     """Parse arguments into a dataclass of options, or print help and exit.
 
-    A value of the wrong type is reported by tyro itself, which exits with status 2.
-
     Args:
         program: the command as messages name it.
         defaults: the values of options that are not given; a required option is `tyro.MISSING`.
@@ -34,13 +39,15 @@ def parse_options(
             their names -> metavar and help text.
 
     Raises:
-        UserError: an unknown option or argument, or a required one is missing.
+        UserError: a value that its option cannot have, an unknown option or argument, or a required
+            one is missing.
     """
     if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in arguments):
         return call_tyro(program, arguments, config, defaults, shown)[0]
     stand_ins = {name: make_stand_in(hint) for name, hint in list_required(defaults).items()}
     filled = dataclasses.replace(defaults, **stand_ins)  # type: ignore[type-var]
-    options, unknown = call_tyro(program, arguments, config, filled, shown)
+    with translate_wrong_values(program):
+        options, unknown = call_tyro(program, arguments, config, filled, shown)
     given = {word.partition("=")[0].replace("_", "-") for word in arguments}
     problems = []
     if unknown:
@@ -83,6 +90,30 @@ def call_tyro(
         return_unknown_args=True,
     )
     return parsed.options, unknown
+
+
+@contextmanager
+def translate_wrong_values(program: str) -> Iterator[None]:
+    """Turn tyro's box about a wrong value into a one-line error; pass everything else on.
+
+    Raises:
+        UserError: tyro refuses a value.
+    """
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            yield
+    except SystemExit as stop:
+        words = " ".join(BORDER.sub("", printed.getvalue()).split())
+        if problem := WRONG_VALUE.search(words):
+            printed = io.StringIO()
+            text = problem[0].removeprefix("Error parsing ").rstrip(" .")
+            text = text[0].lower() + text[1:]
+            raise UserError(f"{program}: {text}; see {program} --help") from stop
+        raise
+    finally:
+        if sys.stderr is not None:
+            sys.stderr.write(printed.getvalue())
 
 
 def build_argument(name: str, metavar: str, text: str) -> Any:

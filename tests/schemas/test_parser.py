@@ -1,5 +1,7 @@
 """Test what a wrong command line prints: one line with every mistake and the nearest option."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -40,6 +42,8 @@ class Options:
     """Dataset."""
     epochs: int = 3
     """Epochs."""
+    limit: int | None = None
+    """Limit."""
     recipe: Recipe = field(default_factory=Recipe)
     optim: Annotated[Optim, tyro.conf.arg(name="")] = field(default_factory=Optim)
 
@@ -130,8 +134,47 @@ def test_help_lists_the_options_that_choose_by_name(
     assert "--test-data STR Data. (required)" in text
 
 
-def test_an_option_without_its_value_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse_line("a --dataset voc --test-data d --recipe")
-    assert stop.value.code == 2
-    assert "--recipe" in capsys.readouterr().err
+@pytest.mark.parametrize("is_terminal", [False, True])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--epochs abc", "--epochs: invalid literal for int() with base 10: 'abc'"),
+        ("--limit 1.5", "--limit: no type matching {None}|INT could be instantiated from ['1.5']"),
+        (
+            "--recipe.ratio 0 x",
+            "--recipe.ratio: Could not parse arguments ['0', 'x'] into tuple type "
+            "typing.Tuple[float, float]",
+        ),
+        (
+            "--dataset vco",
+            "invalid choice 'vco' for argument '--dataset'. Expected one of ('voc', 'coco')",
+        ),
+        ("--recipe", "missing value for argument '--recipe'. Expected 1 values"),
+        ("--epochs --limit 3", "missing value for argument '--epochs'. Expected 1 values"),
+    ],
+)
+def test_a_wrong_value_is_one_line(
+    line: str,
+    message: str,
+    is_terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)  # tyro's box is colored then
+    with pytest.raises(UserError) as raised:
+        parse_line(f"a --test-data d {line}")
+    assert str(raised.value) == f"a-command: {message}; see a-command --help"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_another_complaint_of_the_parser_is_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Unsupported:
+        """Options, one of which cannot be given on a command line."""
+
+        thing: Iterator = field(default_factory=lambda: iter(()))
+
+    with pytest.raises(SystemExit):
+        parse(Unsupported, ["--thing", "3"])
+    assert "Fixed argument" in capsys.readouterr().err
