@@ -92,7 +92,7 @@ def resolve_quietly(options: "Options", stack: contextlib.ExitStack) -> "Job":
 
 
 def measure_extend(shards: int, shard_samples: int, new_images: int) -> None:
-    """Add new images to a dataset with many shards, as `python -m precompute --extend` does."""
+    """Add new images to a dataset with many shards, as `saliency-precompute --extend` does."""
     from precompute.job import Resources, run_job
     from precompute.ray_cluster import connect_to_ray
 

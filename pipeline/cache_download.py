@@ -121,8 +121,8 @@ class Downloader:
             sha256 = file_digest(file, "sha256").hexdigest()
         if sha256 != row.sha256:
             raise WrongBytes(
-                f"its sha256 is {sha256}, the table says {row.sha256}; `python -m schemas verify "
-                f"{self.dataset.url}` shows all that is wrong"
+                f"its sha256 is {sha256}, the table says {row.sha256}; `saliency-shards verify "
+                f"{self.dataset.url}` lists all that is wrong"
             )
         return idx, parquet
 

@@ -38,7 +38,7 @@ def explain(message: str, url: str, in_flight: Iterable[EncodedBatch]) -> str:
         )
     where = find_unreadable(in_flight) if "decoders.image" in message else None
     return (
-        f"{where or url}: {reason}; `python -m schemas verify {url}` lists damaged files; copy the "
+        f"{where or url}: {reason}; `saliency-shards verify {url}` lists damaged files; copy the "
         "damaged shard again, or rebuild the dataset without this sample"
     )
 

@@ -262,7 +262,7 @@ class ShardReader:
                 shard.check_unchanged()
         except DamagedShardError as error:
             raise DamagedShardError(
-                f"{error}; `python -m schemas verify {self.dataset.url}` shows all that has "
+                f"{error}; `saliency-shards verify {self.dataset.url}` lists all that has "
                 "changed since it was written"
             ) from error
         return batch

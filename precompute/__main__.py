@@ -330,7 +330,7 @@ def count_classes(labels: Counter[int], source: Source) -> str:
 def explain_no_images(root: str, rejects: list[Reject]) -> str:
     """Explain why a source has no usable image: each reason, its count and its first input."""
     if not rejects:
-        return f"{root}: no images in it; see `python -m precompute --help` for ROOT"
+        return f"{root}: no images in it; see `saliency-precompute --help` for ROOT"
     first = {reject.reason: reject for reject in reversed(rejects)}
     counts = Counter(reject.reason for reject in rejects)
     reasons = "; ".join(

@@ -1,6 +1,6 @@
 """python -m precompute.verify_job DATA --address HOST:6379
 
-Verify a dataset on a Ray cluster, as `python -m schemas verify` does on one machine.
+Verify a dataset on a Ray cluster, as `saliency-shards verify` does on one machine.
 """
 
 from collections import deque

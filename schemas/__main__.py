@@ -1,7 +1,9 @@
-"""Check or describe a dataset: python -m schemas verify|info URL.
+"""Check or describe a dataset.
 
-verify compares every byte with the tables; info prints counts, classes, bytes and rejects.
-`python -m schemas verify --help` lists its options.
+    saliency-shards verify URL   compare every byte with the tables
+    saliency-shards info URL     print counts, classes, bytes and rejects
+
+`--help` after a command lists its options. In a checkout `python -m schemas` is the same.
 """
 
 from dataclasses import dataclass

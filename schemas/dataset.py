@@ -223,24 +223,23 @@ class ShardDataset:
     def _read_shard(self, row: ShardRow, table: pa.Table) -> Iterator[Sample]:
         name = shard_name(row.shard, "tar")
         location = self.store.location(name)
+        advice = f"`saliency-shards verify {self.url}` lists all that is wrong"
         try:
             with self.store.translate_read_errors(name):
                 tar = self.store.read(name)
             bundles = bundle(list_members(tar))
         except FileNotFoundError as error:
-            raise FormatError(f"{location}: missing; `verify` lists all that is wrong") from error
+            raise FormatError(f"{location}: missing; {advice}") from error
         except FormatError as error:
-            raise FormatError(f"{location}: {error}; `verify` lists all that is wrong") from error
+            raise FormatError(f"{location}: {error}; {advice}") from error
         if [key for key, _ in bundles] != table["key"].to_pylist():
-            raise FormatError(f"{location}: other samples than in {SAMPLES}; see `verify`")
+            raise FormatError(f"{location}: other samples than in {SAMPLES}; {advice}")
         for (key, members), fields in zip(bundles, table.to_pylist(), strict=True):
             content = {m.extension: tar[m.offset : m.offset + m.size] for m in members}
             try:
                 sample = build_sample(content, fields)
             except ValueError as error:
-                raise FormatError(
-                    f"{location}: sample {key}: {error}; `verify` lists all that is wrong"
-                ) from error
+                raise FormatError(f"{location}: sample {key}: {error}; {advice}") from error
             yield sample
 
 

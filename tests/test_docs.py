@@ -152,6 +152,15 @@ def strings_of_the_code() -> list[str]:
     return texts
 
 
+def test_messages_name_installed_commands():
+    """Whoever installs by pip knows only these; `python -m` may find packages of the user."""
+    pages = [page.read_text() for page in PAGES]
+    for text in [*strings_of_the_code(), *pages]:
+        assert not re.search(
+            r"`python -m (?:schemas|precompute|pipeline|train|train\.evaluate|train\.report) ", text
+        ), text
+
+
 def quoted_as(message: str) -> re.Pattern[str]:
     """Return the pattern that a string of the code matches if it is this documented message."""
     parts = re.split(r"\.\.\.|\bHOST:PORT\b|\bFILE\b|\bN\b", message)

@@ -1,4 +1,4 @@
-"""Write one HTML page that shows a run: `python -m train.report RUN`.
+"""Write one HTML page that shows a run: `saliency-report RUN`.
 
 It holds curves, the views of the first and the last epoch, evaluations, the configuration and how
 the run was started, and needs no other file and no network.

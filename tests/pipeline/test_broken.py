@@ -28,7 +28,7 @@ def refused(dataset: ShardDataset) -> str:
     with pytest.raises(UserError) as refusal:
         list(views_of(dataset))
     assert "\n" not in str(refusal.value)
-    assert f"python -m schemas verify {dataset.url}" in str(refusal.value)
+    assert f"saliency-shards verify {dataset.url}" in str(refusal.value)
     return str(refusal.value)
 
 
@@ -80,7 +80,7 @@ def test_a_shard_that_breaks_while_training(
     for url in dataset.shard_urls:
         damage(Path(url))
     with pytest.raises(
-        UserError, match=rf"{tmp_path}/d/shards/0000\d\d.tar: shard \d+: .*schemas verify"
+        UserError, match=rf"{tmp_path}/d/shards/0000\d\d.tar: shard \d+: .*saliency-shards verify"
     ):
         list(steps)
 

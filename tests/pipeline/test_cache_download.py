@@ -149,7 +149,7 @@ REASONS = {
     "503": "Service Unavailable",
     "cut": "payload is not completed",
     "short": "bytes, the table says",
-    "wrong": r"its sha256 is \w{64}, the table says \w{64}; `python -m schemas verify",
+    "wrong": r"its sha256 is \w{64}, the table says \w{64}; `saliency-shards verify",
 }
 
 

@@ -112,7 +112,7 @@ def test_a_wrong_index_is_refused_by_its_shard(own_dataset: ShardDataset, damage
             tar.write_bytes(tar.read_bytes()[:-512])
         case "empty":
             index.write_text("")
-    with pytest.raises(UserError, match=r"shard 1: .*python -m schemas verify") as refusal:
+    with pytest.raises(UserError, match=r"shard 1: .*saliency-shards verify") as refusal:
         list(views_of(own_dataset, batch_size=2))
     assert "\n" not in str(refusal.value)
 

@@ -303,7 +303,9 @@ def test_iterating_refuses_a_sample_that_differs_from_its_row(
     content[member.offset + place] ^= 1
     tar.write_bytes(content)
     read = []
-    with pytest.raises(FormatError, match=rf"000001\.tar: {message}.*`verify` lists all"):
+    with pytest.raises(
+        FormatError, match=rf"000001\.tar: {message}.*`saliency-shards verify \S+` lists all"
+    ):
         read.extend(dataset)
     assert len(read) == 12
 
