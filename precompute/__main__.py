@@ -37,7 +37,8 @@ from schemas.storage import Store
 from schemas.tables import REJECTS, SAMPLES, SHARDS, DatasetCard, Reject
 
 if TYPE_CHECKING:
-    from precompute.job import Job, Summary
+    from precompute.job import Job
+    from precompute.summary import Summary
 
 T = TypeVar("T")
 

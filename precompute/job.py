@@ -4,12 +4,10 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import pyarrow.compute as pc
 import ray
 import ray.data
 from ray import cloudpickle
@@ -23,6 +21,7 @@ from precompute.ray_cluster import connect_to_ray, start_on_driver_node
 from precompute.reencode import Resize
 from precompute.resume import find_missing_shards, refuse_shard_of_other_job
 from precompute.sources import Source
+from precompute.summary import STATS, Summary, write_stats
 from precompute.worker import BuilderFactory, ShardActor
 from schemas.cli import TerminatedError, list_loaded_files
 from schemas.dataset import ShardDataset, read_card
@@ -41,8 +40,6 @@ from schemas.tables import (
     shard_name,
 )
 from schemas.writer import PACKAGES, finish_dataset
-
-STATS = "stats.json"
 
 
 @dataclass(frozen=True)
@@ -103,11 +100,18 @@ class Job:
             settings["first_shard"] = self.first_shard
         return json.loads(json.dumps(settings))  # as read from a marker: tuples become lists
 
-    def finish(self, store: Store, settings: dict[str, Any], saliency_side: int) -> ShardDataset:
+    def finish(
+        self,
+        store: Store,
+        settings: dict[str, Any],
+        saliency_side: int,
+        before_card: Callable[[ShardDataset], None] | None = None,
+    ) -> ShardDataset:
         """Write the tables and the card of a dataset whose shards are all written.
 
         Args:
             settings: what `settings` returns.
+            before_card: see `finish_dataset`.
 
         Raises:
             UserError: two samples have the same key, or another job has written some of the shards.
@@ -127,6 +131,7 @@ class Job:
             check_marker=lambda marker: refuse_shard_of_other_job(
                 store, marker, settings, self.default_settings
             ),
+            before_card=before_card,
         )
 
     @property
@@ -241,56 +246,6 @@ class Resources:
         return workers, self.cpus or min(cores / workers, node_cores), gpus
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Result of a run of the job.
-
-    Attributes:
-        dataset: the complete dataset.
-        shards, images: number of shards and images that were missing before this run.
-        seconds: duration of the run.
-        at_work: seconds from the start of the first shard to the end of the last one, which
-            excludes the start of Ray and of its workers.
-    """
-
-    dataset: ShardDataset
-    shards: int
-    images: int
-    seconds: float
-    at_work: float
-
-    def stats(self) -> dict[str, Any]:
-        """Return the content of `stats.json`: statistics of the run and of the dataset."""
-        dataset = self.dataset
-        share = compute_mean_foreground(dataset)
-        return {
-            "run": {
-                "images": self.images,
-                "shards": self.shards,
-                "seconds": round(self.seconds, 1),
-                "seconds_at_work": round(self.at_work, 1),
-                "images_per_second_at_work": round(self.images / max(self.at_work, 1e-9), 2),
-            },
-            "dataset": {
-                "samples": len(dataset),
-                "shards": len(dataset.shards),
-                "bytes": sum(row.bytes for row in dataset.shards),
-                "rejects": dict(Counter(dataset.rejects["reason"].to_pylist()).most_common()),
-                "foreground": None if share is None else round(share, 4),
-            },
-        }
-
-
-def compute_mean_foreground(dataset: ShardDataset) -> float | None:
-    """Return the mean share of foreground cells over all samples; None if no sample has one."""
-    total, count = 0.0, 0
-    for batch in dataset.samples.batches(["foreground"]):
-        shares = batch.column(0)
-        total += pc.sum(shares).as_py() or 0.0
-        count += len(shares) - shares.null_count
-    return total / count if count else None
-
-
 def run_job(job: Job, resources: Resources) -> Summary:
     """Build the missing shards of a job, then write the tables and the card.
 
@@ -323,13 +278,23 @@ def build_dataset(job: Job, resources: Resources, estimator: Estimator, start: f
     at_work = 0.0
     if missing:
         at_work = build_shards(job, settings, missing, resources)
-    elif card and card.plan == job.plan_digest and has_tables(store, card):
-        return Summary(ShardDataset.open(job.out), 0, 0, time.monotonic() - start, at_work)
-    dataset = job.finish(store, settings, estimator.side)
-    images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
-    summary = Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
-    store.write(STATS, (json.dumps(summary.stats(), indent=2) + "\n").encode())
-    return summary
+
+    def summarize(dataset: ShardDataset) -> Summary:
+        images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
+        return Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
+
+    if not missing and card and card.plan == job.plan_digest and has_tables(store, card):
+        summary = summarize(ShardDataset.open(job.out))
+        if not store.exists(STATS):
+            write_stats(store, summary)
+        return summary
+    dataset = job.finish(
+        store,
+        settings,
+        estimator.side,
+        before_card=lambda dataset: write_stats(store, summarize(dataset)),
+    )
+    return summarize(dataset)
 
 
 def has_tables(store: Store, card: DatasetCard) -> bool:

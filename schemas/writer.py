@@ -49,6 +49,7 @@ def finish_dataset(
     rejects: Sequence[Reject] = (),
     packages: Sequence[str] = PACKAGES,
     check_marker: Callable[[ShardMarker], None] | None = None,
+    before_card: Callable[[ShardDataset], None] | None = None,
 ) -> ShardDataset:
     """Merge the markers of shards 0 .. `shards` - 1 into the tables, then write the card.
 
@@ -59,6 +60,8 @@ def finish_dataset(
         rejects: inputs that belong to no shard; the rejects of the shards come after them.
         packages: packages whose versions the card records.
         check_marker: called with each marker; raises an exception for one that does not belong.
+        before_card: called with the dataset when all but its card is written; whatever it writes is
+            there if the card is.
 
     The other arguments are fields of `DatasetCard`.
 
@@ -82,6 +85,8 @@ def finish_dataset(
     )
     for folder in (SHARD_FOLDER, ""):  # a job that was killed while it merged leaves tables
         store.remove_temporaries(folder)
+    if before_card:
+        before_card(ShardDataset(store, card, merged.shards))
     store.write(CARD, card.to_json())
     return ShardDataset.open(store.url)
 

@@ -1,5 +1,6 @@
 """Tests of jobs in a folder that another job has written to: refusals and their advice."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from precompute.sources.demo import DemoScenes
 from schemas import Sample, ShardDataset, UserError
 from schemas.shard import write_shard
 from schemas.storage import Store
+from schemas.tables import CARD
 
 Make = Callable[..., Sample]
 SOURCE = DemoScenes("", "train", False)
@@ -74,6 +76,34 @@ def test_an_extension_is_merged_with_its_dataset_only(tmp_path: Path, make_sampl
     write(replace(job, seed=1), 1, make_sample)
     with pytest.raises(UserError, match=r"shard 1 was .*seed was 1, is 0.*new dataset in another"):
         finish(more)
+
+
+def test_a_complete_dataset_has_its_statistics(
+    tmp_path: Path, make_sample: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, stats, card = job_of(tmp_path), tmp_path / "stats.json", tmp_path / CARD
+    for shard in range(2):
+        write(job, shard, make_sample)
+    write_file = Store.write
+
+    def die_before_card(store: Store, name: str, content: bytes) -> None:
+        if name == CARD:
+            raise KeyboardInterrupt
+        write_file(store, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", die_before_card)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, Resources())
+    assert stats.exists()
+    assert not card.exists()
+    run_job(job, Resources())
+    content, written = json.loads(stats.read_text()), card.stat().st_mtime_ns
+    assert content["dataset"]["samples"] == json.loads(card.read_text())["samples"] == 2
+    stats.unlink()  # as a job of an earlier version left it that was killed behind the card
+    run_job(job, Resources())
+    assert json.loads(stats.read_text())["dataset"] == content["dataset"]
+    assert card.stat().st_mtime_ns == written
 
 
 def test_a_second_job_does_not_share_a_folder(
