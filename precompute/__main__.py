@@ -67,7 +67,7 @@ class Options:
     """Split of the dataset, by the dataset's own name for it (train, val, test; voc:
     07+12-trainval; caltech101: all)."""
     download: bool = False
-    """Let torchvision download the dataset into ROOT first."""
+    """Let torchvision download the dataset into ROOT first (not ImageNet, not COCO)."""
     image_member: str = ""
     """webdataset only: extension of the image, if a sample has several images (`input.jpg`)."""
     label_member: str = ""

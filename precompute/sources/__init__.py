@@ -54,6 +54,9 @@ SOURCES = {
 }
 """Import path of each source's class; importing them all here would always import torchvision."""
 
+NOT_DOWNLOADED = ("folder", "files", "webdataset", "demo")
+"""Sources that read what is there already; those of datasets decide about a download themselves."""
+
 
 def open_source(name: str, root: str, split: str, download: bool, **options: Any) -> Source:
     """Open a source by its name in `SOURCES` or as `FILE.py:Class`.
@@ -62,8 +65,11 @@ def open_source(name: str, root: str, split: str, download: bool, **options: Any
         options: options that only some sources have, such as `image_member` of tars.
 
     Raises:
-        UserError: there is no such source or root, or the source does not have an option.
+        UserError: there is no such source or root, the source does not have an option, or there is
+            nothing to download.
     """
+    if download and name in NOT_DOWNLOADED:
+        raise UserError(f"--download: {name} is no dataset of torchvision's to fetch; leave it out")
     path = name if ":" in name else lookup("dataset", name, SOURCES)
     make: Callable[..., Source] = import_object("dataset", path)
     if unknown := [option for option in options if option not in signature(make).parameters]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from precompute import demo_scenes
-from precompute.sources import SourceImage, key_of, list_images
+from precompute.sources import SourceImage, key_of, list_images, open_source
 from precompute.sources.base import digest_key
 from precompute.sources.demo import DemoScenes
 from precompute.sources.trees import Folder
@@ -37,6 +37,13 @@ def test_classes_are_the_sorted_folders(tmp_path: Path) -> None:
     ]
     assert not rejects
     assert source.read(images[1]) == b"ant/deep/3.png"
+
+
+@pytest.mark.parametrize("name", ["folder", "files", "webdataset", "demo"])
+def test_a_download_of_nothing_is_refused(name: str, tmp_path: Path) -> None:
+    tree(tmp_path, "cat/1.jpg")
+    with pytest.raises(UserError, match=f"--download: {name} is no dataset .* leave it out"):
+        open_source(name, str(tmp_path), "train", download=True)
 
 
 def test_a_folder_without_classes_is_unlabeled(tmp_path: Path) -> None:
