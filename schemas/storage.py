@@ -165,13 +165,23 @@ class Store:
     def sizes(self, folder: str) -> dict[str, int]:
         """Return the names and sizes in bytes of the files directly in `folder`, sorted by name.
 
-        The names are relative to `folder`.
+        The names are relative to `folder`. A link to a file counts as that file.
         """
         if not self.is_folder(folder):
             return {}
         with self.translate_read_errors(folder):
-            entries = self.fs.ls(self.path(folder), detail=True)
-        files = {posixpath.basename(e["name"]): e["size"] for e in entries if e["type"] == "file"}
+            if self.is_local:  # fsspec gives links a type of their own
+                with os.scandir(self.path(folder)) as entries:
+                    files = {
+                        entry.name: entry.stat().st_size for entry in entries if entry.is_file()
+                    }
+            else:
+                infos = self.fs.ls(self.path(folder), detail=True)
+                files = {
+                    posixpath.basename(info["name"]): info["size"]
+                    for info in infos
+                    if info["type"] == "file"
+                }
         return dict(sorted(files.items()))
 
     def names(self, folder: str) -> list[str]:

@@ -54,6 +54,16 @@ def test_left_over_temporaries_are_removed(tmp_path: Path) -> None:
     assert list(store.sizes("shards")) == ["000000.tar"]
 
 
+def test_links_to_files_are_files(tmp_path: Path) -> None:
+    """Data sets that annexes and caches of hubs manage consist of links."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "annexed").write_bytes(b"12345")
+    (tmp_path / "shards" / "000000.tar").symlink_to(tmp_path / "annexed")
+    (tmp_path / "shards" / "000001.tar").symlink_to(tmp_path / "lost")
+    (tmp_path / "shards" / "000002.tar").symlink_to(tmp_path)
+    assert Store(tmp_path).sizes("shards") == {"000000.tar": 5}
+
+
 def test_listing_a_missing_folder(tmp_path: Path) -> None:
     assert Store(tmp_path / "absent").sizes("shards") == {}
     assert Store("memory://absent").sizes("shards") == {}
