@@ -148,6 +148,8 @@ def list_members(tar: bytes) -> Iterator[Member]:
             info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             raise FormatError(f"damaged header at byte {position}, after {last}") from error
+        if info.size < 0:
+            raise FormatError(f"damaged header at byte {position}, after {last}")
         if info.type != tarfile.REGTYPE:
             raise FormatError(f"{info.name} at byte {position} is not a plain file")
         if position + BLOCK + info.size > len(tar):

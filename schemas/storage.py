@@ -104,14 +104,17 @@ class Store:
         """Turn the reason why a file or folder cannot be read into a one-line error.
 
         Raises:
-            FileNotFoundError, NotAFileError: there is no such file, or no file to be read.
-            UserError: no permission, keys that the store refuses, or a disk that fails.
+            FileNotFoundError: there is no such file.
+            UserError: a pipe or a device, no permission, keys that the store refuses, or a failing
+                disk.
         """
         try:
             with self.translate_driver_errors():
                 yield
-        except (FileNotFoundError, NotAFileError):
+        except FileNotFoundError:
             raise
+        except NotAFileError as error:
+            raise UserError(f"{self.location(name)}: {error}") from error
         except OSError as error:
             advice = DISK_ADVICE if self.is_local else STORE_ADVICE
             reason = summarize_error(error)

@@ -143,12 +143,12 @@ class WebDatasetShards(PartedSource):
 
     def list_part(self, part: str) -> Iterator[LabeledText | Reject]:
         """List the samples of a tar by its headers, or by its index if it is in an object store."""
-        try:
-            with self.store.translate_read_errors(part):
+        with self.store.translate_read_errors(part):
+            try:
                 file = self.open_tar(part)
-        except NotAFileError as error:
-            yield Reject(part, "not-a-file", str(error))
-            return
+            except NotAFileError as error:
+                yield Reject(part, "not-a-file", str(error))
+                return
         try:
             with file:
                 members = self.members_of(part, file)

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,17 @@ def test_a_file_that_may_not_be_read_is_named(
         UserError, match=rf"/{name}: cannot be read \(Permission denied\); .*{advice}"
     ):
         list(ShardDataset.open(url))
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "shards.parquet", "shards/000001.tar"])
+def test_a_pipe_in_place_of_a_file_is_named(
+    name: str, samples: list[Sample], tmp_path: Path
+) -> None:
+    write(tmp_path, samples)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: a named pipe; only files are read"):
+        list(ShardDataset.open(tmp_path))
 
 
 def test_opening_an_unfinished_dataset_says_so(samples: list[Sample], tmp_path: Path) -> None:
