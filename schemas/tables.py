@@ -207,6 +207,13 @@ def select_known_fields(names: Iterable[str], record: dict[str, Any]) -> dict[st
     return {name: record[name] for name in names if name in record}
 
 
+CARD_TYPES = {
+    **dict.fromkeys(("samples", "shards", "rejects", "saliency_side"), int),
+    **{"classes": list, "estimator": dict, "plan": str, "versions": dict},
+}
+"""Types of the fields of the card that are more than shown to the user."""
+
+
 @dataclass(frozen=True)
 class DatasetCard:
     """Content of `dataset.json`, which is written last: it marks the dataset as complete.
@@ -247,12 +254,12 @@ class DatasetCard:
         """Read a card; ignore fields that this version does not know.
 
         Raises:
-            FormatError: the content is not JSON, has another format version, or lacks a field that
-                has no default.
+            FormatError: the content is not JSON, has another format version, lacks a field that has
+                no default, or has a field of another type.
         """
         try:
             fields = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{location}: not JSON ({error})") from error
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if version != FORMAT_VERSION:
@@ -273,4 +280,9 @@ class DatasetCard:
         for entry in dataclasses.fields(cls):
             if entry.name not in fields:
                 warn_of_default(CARD, entry.name, repr(getattr(card, entry.name)))
+        for name, kind in CARD_TYPES.items():
+            if type(value := getattr(card, name)) is not kind:
+                raise FormatError(f"{location}: its {name} is {value!r}, not a {kind.__name__}")
+        if not all(isinstance(name, str) for name in card.classes):
+            raise FormatError(f"{location}: its classes are not all text")
         return card

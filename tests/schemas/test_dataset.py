@@ -252,6 +252,12 @@ def test_a_longer_table_of_samples_is_refused_where_it_is_read(
         ({"format_version": 2}, "format version 2.*newer version.*upgrade"),
         ({"format_version": None}, "not a card"),
         ({"samples": ...}, "missing 1 required positional argument: 'samples'"),
+        ({"samples": "25"}, "its samples is '25', not a int"),
+        ({"shards": True}, "its shards is True, not a"),
+        ({"classes": None}, "its classes is None, not a list"),
+        ({"classes": [["a"], "b", "c"]}, "its classes are not all text"),
+        ({"estimator": "scda"}, "its estimator is 'scda', not a"),
+        ({"versions": None}, "its versions is None, not a"),
     ],
 )
 def test_a_card_of_another_format_is_refused(
@@ -265,9 +271,12 @@ def test_a_card_of_another_format_is_refused(
         ShardDataset.open(tmp_path)
 
 
-def test_a_card_that_is_not_json_is_refused(samples: list[Sample], tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_a_card_that_is_not_json_is_refused(
+    content: str, samples: list[Sample], tmp_path: Path
+) -> None:
     write(tmp_path, samples)
-    (tmp_path / "dataset.json").write_text("{")
+    (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(FormatError, match="not JSON"):
         ShardDataset.open(tmp_path)
 
