@@ -54,6 +54,9 @@ class SampleTable:
         samples: number of samples according to the card.
         shards: the rows of shards.parquet.
 
+    Attributes:
+        stored: names of the columns that samples.parquet has; the others have their defaults here.
+
     Raises:
         FormatError: a file is missing, damaged, or of another format; also from every method.
     """
@@ -66,8 +69,9 @@ class SampleTable:
         self.columns: dict[str, pa.ChunkedArray] = {}
         self.recent: OrderedDict[int, pa.Table] = OrderedDict()
         self.lock = threading.Lock()
+        self.stored = SAMPLES_SCHEMA.names
         if self.is_merged:
-            find_columns(self.file, SAMPLES_SCHEMA, self.location)
+            self.stored = find_columns(self.file, SAMPLES_SCHEMA, self.location)
             groups = range(self.file.num_row_groups)
             sizes = [self.file.metadata.row_group(group).num_rows for group in groups]
         else:

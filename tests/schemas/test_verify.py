@@ -63,6 +63,12 @@ def test_a_whole_dataset_is_clean(folder: Path) -> None:
     assert "clean: 9 samples, 3 shards" in str(report)
 
 
+def test_tables_merged_by_a_version_that_knew_fewer_columns_are_clean(folder: Path) -> None:
+    table = pq.read_table(folder / "samples.parquet").drop_columns(["foreground", "source"])
+    pq.write_table(table, folder / "samples.parquet")
+    assert ShardDataset.open(folder).verify().clean
+
+
 @pytest.mark.parametrize("extension", ["jpg", "saliency.png", "cls"])
 def test_a_flipped_byte_is_named_by_its_member(folder: Path, extension: str) -> None:
     path, where = member(folder, 1, extension)
