@@ -95,7 +95,7 @@ def verify_on_cluster(options: Options) -> VerifyReport:
 
 def main() -> int:
     report = verify_on_cluster(parse(Options))
-    print(report)
+    print(report.describe())
     return 0 if report.clean else 1
 
 

@@ -52,7 +52,7 @@ def verify(argv: list[str]) -> int:
     report = verify_dataset(
         dataset, VerifyOptions(options.workers, options.shards, options.seed, options.record)
     )
-    print(report)
+    print(report.describe())
     return 0 if report.clean else 1
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from schemas.dataset import ShardDataset
 
 SHOWN = 20
+"""Number of problems in `str(report)`; the commands print all of them."""
 
 Placed = tuple[ShardRow, tuple[int, int]]
 """A shard, and the (start, stop) of its rows in the table of samples."""
@@ -55,6 +56,10 @@ class VerifyReport:
         return not self.problems
 
     def __str__(self) -> str:
+        return self.describe(SHOWN)
+
+    def describe(self, shown: int | None = None) -> str:
+        """Return a line for the amounts and one for each problem, or for the first `shown`."""
         shards = format_count(self.shards, "shard")
         if self.shards + self.skipped < self.total:
             total = format_count(self.total, "shard")
@@ -65,9 +70,9 @@ class VerifyReport:
         read = f"{samples}, {shards}, {self.bytes / 1e6:.1f} MB read"
         if self.clean:
             return f"{self.url}: clean: {read}"
-        lines = [f"  {problem.where}: {problem.what}" for problem in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            lines.append(f"  ... and {len(self.problems) - SHOWN} more")
+        lines = [f"  {problem.where}: {problem.what}" for problem in self.problems[:shown]]
+        if len(lines) < len(self.problems):
+            lines.append(f"  ... and {len(self.problems) - len(lines)} more")
         problems = format_count(len(self.problems), "problem")
         return "\n".join([f"{self.url}: {problems}: {read}", *lines])
 

@@ -368,6 +368,11 @@ def test_the_command_exits_with_1_and_names_the_problem(folder: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert f"{where.key}.jpg" in result.stdout
+    for shard in range(50):
+        (folder / "shards" / f"9{shard:05d}.tar").touch()
+    assert "\n  ... and 31 more" in str(ShardDataset.open(folder).verify())
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stdout.count("not a file of any shard") == 50
     (folder / "dataset.json").unlink()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
