@@ -79,7 +79,7 @@ class SaliencyMap:
             Image.open(io.BytesIO(png), formats=["PNG"]).verify()
             image = Image.open(io.BytesIO(png), formats=["PNG"])
             image.load()
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # Pillow raises IndexError and others for some damaged chunks
             raise ValueError(f"not a sound PNG: {error}") from error
         if not png.endswith(PNG_END):  # the only chunk that Pillow does not check
             raise ValueError("not a sound PNG: its end is damaged")

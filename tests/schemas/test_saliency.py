@@ -1,6 +1,8 @@
 """Test how much of a float map the 8 bits of a SaliencyMap keep."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -78,6 +80,17 @@ def test_every_flipped_byte_of_a_png_is_noticed() -> None:
         damaged = png[:place] + bytes([png[place] ^ 0x40]) + png[place + 1 :]
         with pytest.raises(ValueError, match="PNG"):
             SaliencyMap.from_png(damaged, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("side", [28, 2**24], ids=["no pixels", "a gigantic size"])
+def test_an_odd_png_with_right_checksums_is_refused(side: int) -> None:
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in [(b"IHDR", header), (b"IEND", b"")]:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        png += struct.pack(">I", len(content)) + kind + content + checksum
+    with pytest.raises(ValueError, match="not a sound PNG"):
+        SaliencyMap.from_png(png, 0.0, 1.0)
 
 
 def test_a_png_of_another_kind_is_refused() -> None:
