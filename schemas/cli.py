@@ -283,7 +283,7 @@ def parse(
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--version" in arguments:
-        print(f"saliency-shards {version_of('saliency-shards')}")
+        print_version()
         sys.exit(0)
     chosen, texts = {}, dict(shown or {})
     for field, choices in (named or {}).items():
@@ -302,7 +302,7 @@ def run_subcommand(
     """Call the command that the first argument names with the other arguments; return its status.
 
     Each command parses its own options, so that it imports only what it needs. Without arguments,
-    or with `--help`, the description is printed.
+    or with `--help`, the description is printed; with `--version`, the version.
 
     Raises:
         UserError: there is no such command.
@@ -311,7 +311,14 @@ def run_subcommand(
     if name in ("-h", "--help"):
         print(inspect.cleandoc(description or ""))
         return None
+    if name == "--version":
+        print_version()
+        return None
     return lookup("command", name, commands)(arguments)
+
+
+def print_version() -> None:
+    print(f"saliency-shards {version_of('saliency-shards')}")
 
 
 def get_program_name(subcommand: bool = False) -> str:

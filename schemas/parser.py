@@ -5,6 +5,7 @@ import difflib
 import inspect
 import io
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -159,7 +160,7 @@ def describe_unknown(unknown: Sequence[str], names: Sequence[str]) -> str:
     """Describe the arguments that are not known; name the nearest option of each."""
     options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if not options:
-        return f"unexpected argument {' '.join(unknown)}"
+        return f"unexpected argument {shlex.join(unknown)}"
     parts = []
     for option in options:
         near = difflib.get_close_matches(option.lstrip("-"), names, n=1)

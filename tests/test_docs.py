@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.recipes import RECIPES
-from schemas.cli import parse
+from schemas.cli import parse, run_subcommand
 from train.__main__ import parse_command_line
 from train.config import TrainConfig
 from train.methods import METHODS
@@ -200,4 +200,8 @@ def test_version_is_told(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Options)
     assert stop.value.code == 0
-    assert re.fullmatch(r"saliency-shards \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    line = capsys.readouterr().out
+    assert re.fullmatch(r"saliency-shards \d+\.\d+\.\d+\n", line)
+    monkeypatch.setattr(sys, "argv", ["pipeline", "--version"])
+    assert run_subcommand({}, "Commands.") is None
+    assert capsys.readouterr().out == line
