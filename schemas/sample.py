@@ -71,6 +71,8 @@ class Sample:
         check_key(self.key)
         if self.extension not in IMAGE_EXTENSIONS.values():
             raise ValueError(f"sample {self.key}: unknown image extension {self.extension!r}")
+        if not isinstance(self.label, int | np.integer) or isinstance(self.label, bool):
+            raise ValueError(f"sample {self.key}: label {self.label!r} is not an integer")
         if self.label < UNLABELED:
             raise ValueError(f"sample {self.key}: label {self.label} is below {UNLABELED}")
         if not self.image:

@@ -168,13 +168,15 @@ def write_dataset(
         url: an empty or new folder.
         samples: samples whose maps all have the same side.
         classes: names by label; may be empty if no sample has a label.
-        shard_samples: maximum number of samples per shard.
+        shard_samples: maximum number of samples per shard, at least 1.
         estimator: description of how the maps were made, for the card.
 
     Raises:
         UserError: the folder has a dataset already, there is no sample, a key is repeated, a label
-            has no class, or the maps are not of one side.
+            has no class, the maps are not of one side, or `shard_samples` is below 1.
     """
+    if shard_samples < 1:
+        raise UserError(f"shard_samples is {shard_samples}; it must be at least 1")
     store = Store(url)
     if store.exists(CARD) or store.sizes(SHARD_FOLDER):
         raise UserError(f"{store.url}: has shards already; choose another folder")

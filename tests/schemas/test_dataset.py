@@ -116,6 +116,8 @@ def test_other_libraries_read_the_shards(
         ({"key": ""}, "other characters"),
         ({"key": "k" * 65}, "longer than 64"),
         ({"label": -2}, "below -1"),
+        ({"label": 1.0}, r"label 1\.0 is not an integer"),
+        ({"label": True}, "label True is not an integer"),
         ({"extension": "exe"}, "unknown image extension"),
         ({"image": b""}, "no bytes"),
         ({"height": 0}, "0 x 56"),
@@ -162,6 +164,9 @@ def test_a_label_without_a_class_is_refused(make_sample: Make, tmp_path: Path) -
 
 
 def test_no_samples_are_refused(tmp_path: Path) -> None:
+    for shard_samples in (0, -1):
+        with pytest.raises(UserError, match=f"shard_samples is {shard_samples}; it must be at l"):
+            write_dataset(tmp_path, [], name="test", shard_samples=shard_samples)
     with pytest.raises(UserError, match="there is no sample to write"):
         write(tmp_path, [])
 
