@@ -60,9 +60,6 @@ def parse_shard_contents(
         keys: list[str] = samples["key"].to_pylist()
     except (FormatError, UnicodeDecodeError) as error:
         raise DamagedShardError(f"shard {row.shard}: {error}") from error
-    for name, column in zip(samples.column_names, samples.columns, strict=True):
-        if column.null_count:
-            raise build_damage_error(row, location, "parquet", f"a value of {name} is missing")
 
     def fail(reason: str) -> NoReturn:
         raise build_damage_error(row, location, "idx", reason)

@@ -64,6 +64,10 @@ OPTIONAL_COLUMNS: dict[str, Any] = {
     "detail": "",
 }
 """Columns that may be missing in a file, and the value that replaces each."""
+REQUIRED_COLUMNS = {
+    *(SAMPLES_SCHEMA.names + SHARDS_SCHEMA.names + REJECTS_SCHEMA.names)
+} - OPTIONAL_COLUMNS.keys()
+"""The other columns; each of their rows has a value."""
 
 
 class ShardRow(NamedTuple):
@@ -148,7 +152,8 @@ def read_columns(
     its default, which is logged. Types of other widths are converted if no value changes.
 
     Raises:
-        FormatError: the file is damaged, or a column is missing or of another type.
+        FormatError: the file is damaged, or a column is missing or of another type, or a value of a
+            column of REQUIRED_COLUMNS is missing.
     """
     names = find_columns(file, schema, location)
     groups = range(file.num_row_groups) if row_group is None else [row_group]
@@ -163,6 +168,8 @@ def read_columns(
             value = OPTIONAL_COLUMNS[wanted.name]
             columns.append(pa.array([value] * rows, wanted.type))
             continue
+        if wanted.name in REQUIRED_COLUMNS and table.column(wanted.name).null_count:
+            raise FormatError(f"{location}: a value of {wanted.name} is missing")
         try:
             columns.append(table.column(wanted.name).cast(wanted.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -69,6 +69,15 @@ def test_tables_merged_by_a_version_that_knew_fewer_columns_are_clean(folder: Pa
     assert ShardDataset.open(folder).verify().clean
 
 
+@pytest.mark.parametrize("column", ["shard", "label", "saliency_min"])
+def test_a_value_that_is_missing_is_a_problem(folder: Path, column: str) -> None:
+    """A join in another library, to give new labels, leaves some rows without one."""
+    rewrite_table(folder / "samples.parquet", lambda rows: [*rows[:-1], rows[-1] | {column: None}])
+    assert f"samples.parquet: a value of {column} is missing" in problems(folder)[0].what
+    with pytest.raises(UserError, match=f"a value of {column} is missing"):
+        list(ShardDataset.open(folder))
+
+
 @pytest.mark.parametrize("extension", ["jpg", "saliency.png", "cls"])
 def test_a_flipped_byte_is_named_by_its_member(folder: Path, extension: str) -> None:
     path, where = member(folder, 1, extension)
