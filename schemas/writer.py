@@ -71,8 +71,8 @@ def finish_dataset(
     merged = merge_markers(store, shards, rejects, check_marker)
     store.write(SHARDS, to_parquet(build_table(merged.shards, SHARDS_SCHEMA)))
     card = DatasetCard(
-        name=name,
-        split=split,
+        name=to_stored(name),
+        split=to_stored(split),
         samples=sum(row.samples for row in merged.shards),
         shards=shards,
         rejects=merged.rejects,
