@@ -4,6 +4,7 @@ import io
 import os
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -119,7 +120,8 @@ class StoreWriter(io.RawIOBase):
 
     def discard(self) -> None:
         """Remove the temporary file if it still exists."""
-        self.file.close()
+        with suppress(OSError):  # a full disk refuses what is still in the buffer once more
+            self.file.close()
         self.temporary.unlink(missing_ok=True)
         self.close()
 

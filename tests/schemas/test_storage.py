@@ -30,6 +30,20 @@ def test_a_failed_write_keeps_the_earlier_file(
     assert os.listdir(tmp_path / "folder") == ["file"]
 
 
+@pytest.mark.parametrize("pieces", [1, 2], ids=["noticed at the end", "noticed by a write"])
+def test_a_disk_that_is_full_for_a_stream_is_named(pieces: int, tmp_path: Path) -> None:
+    def write() -> None:
+        with Store(tmp_path).write_stream("file") as stream:
+            stream.file.close()
+            stream.file = open("/dev/full", "wb", buffering=1000)  # noqa: SIM115
+            for _ in range(pieces):
+                stream.write(b"x" * 600)
+
+    with pytest.raises(UserError, match=r"file: no space left.*run the command again"):
+        write()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     store.write("file", b"before")
