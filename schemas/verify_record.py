@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
@@ -67,7 +68,10 @@ class VerifyRecord:
         trace: TracebackType | None,
     ) -> None:
         if self.file:
-            self.file.close()
+            with suppress(
+                OSError
+            ):  # each line is flushed; `add` has reported one that does not fit
+                self.file.close()
 
     def add(self, row: ShardRow, problems: Iterable[Problem]) -> None:
         """Record a shard that was read, if it has no problem."""

@@ -370,6 +370,17 @@ def test_the_record_of_another_dataset_is_refused(
     assert record.read_text() == content
 
 
+def test_a_record_that_does_not_fit_on_the_disk_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Path("/dev/full").open("wb")  # noqa: SIM115
+    monkeypatch.setattr("schemas.verify_record.open_to_append", lambda path: full)
+    record = tmp_path / "record.jsonl"
+    record.write_text(json.dumps({"dataset": ShardDataset.open(folder).digest}) + "\n")
+    with pytest.raises(UserError, match=r"record\.jsonl: the record cannot be written .*No space"):
+        ShardDataset.open(folder).verify(record=record)
+
+
 def test_the_command_exits_with_1_and_names_the_problem(folder: Path) -> None:
     path, where = member(folder, 1, "jpg")
     flip(path, where.offset)
