@@ -172,19 +172,17 @@ class Store:
         """
         if not self.is_folder(folder):
             return {}
+        files = {}
         with self.translate_read_errors(folder):
             if self.is_local:  # fsspec gives links a type of their own
                 with os.scandir(self.path(folder)) as entries:
-                    files = {
-                        entry.name: entry.stat().st_size for entry in entries if entry.is_file()
-                    }
+                    for entry in filter(os.DirEntry.is_file, entries):
+                        with suppress(FileNotFoundError):  # a writer has renamed it meanwhile
+                            files[entry.name] = entry.stat().st_size
             else:
-                infos = self.fs.ls(self.path(folder), detail=True)
-                files = {
-                    posixpath.basename(info["name"]): info["size"]
-                    for info in infos
-                    if info["type"] == "file"
-                }
+                for info in self.fs.ls(self.path(folder), detail=True):
+                    if info["type"] == "file":
+                        files[posixpath.basename(info["name"])] = info["size"]
         return dict(sorted(files.items()))
 
     def names(self, folder: str) -> list[str]:

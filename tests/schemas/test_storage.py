@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,25 @@ def test_links_to_files_are_files(tmp_path: Path) -> None:
     (tmp_path / "shards" / "000001.tar").symlink_to(tmp_path / "lost")
     (tmp_path / "shards" / "000002.tar").symlink_to(tmp_path)
     assert Store(tmp_path).sizes("shards") == {"000000.tar": 5}
+
+
+def test_listing_while_others_write(tmp_path: Path) -> None:
+    """Temporary files are renamed between the listing and the look at their size."""
+    store, ended = Store(tmp_path), threading.Event()
+    store.write("shards/000000.tar", b"12345")
+
+    def write() -> None:
+        for number in range(2000):
+            path = tmp_path / "shards" / f"000001.tar.{number:08x}.tmp"
+            path.touch()
+            path.unlink()
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not ended.is_set():
+        assert store.sizes("shards")["000000.tar"] == 5
+    writer.join()
 
 
 def test_listing_a_missing_folder(tmp_path: Path) -> None:
