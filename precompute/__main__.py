@@ -6,9 +6,7 @@ identical to that of an uninterrupted run.
 """
 
 import contextlib
-import io
 import os
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -362,8 +360,6 @@ def report(summary: "Summary") -> str:
 
 
 def start() -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # folder names need not be valid UTF-8
     run(main, outlives_reader=True, decodes=True, resumes=True)
 
 

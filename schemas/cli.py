@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import io
 import os
 import re
 import sys
@@ -110,6 +111,8 @@ def run(
         resumes: True for a command that continues its earlier work when it is run again; an
             interruption (Ctrl-C) then says so.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be UTF-8
     with contextlib.ExitStack() as stack:
         if decodes:
             stack.enter_context(without_decoder_noise())
