@@ -49,7 +49,7 @@ class Photos:
     """Stand-in for a decoded batch: DALI tensors of a few pixels, with the photos' true shapes."""
 
     def __init__(self, decoded: Any, photos: list[Photo]):
-        self.tensors, self.photos = decoded.tensors, photos
+        self.decoded, self.photos = decoded, photos
 
     def __iter__(self) -> Iterator[Photo]:
         return iter(self.photos)
@@ -86,7 +86,7 @@ def replace_pixels(source: Source, images: list[SourceImage], cuts: bool) -> Ite
     def cut_few(images: Any, places: list[tuple[int, Window]], size: int) -> torch.Tensor:
         if not cuts:
             return torch.zeros(len(places), 1, 1, 3, dtype=torch.uint8)
-        return cut(images, [(index, Window(0, 0, SIDE, SIDE)) for index, _ in places], 1)
+        return cut(images.decoded, [(index, Window(0, 0, SIDE, SIDE)) for index, _ in places], 1)
 
     with (
         mock.patch.object(decode, "decode_batch", decode_few),

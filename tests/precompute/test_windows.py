@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from precompute.estimators import ScdaOptions
-from precompute.estimators.windows import Window, cut, list_windows, paste
+from precompute.estimators.windows import Window, cut, list_windows, paste, repeat_images
 from tests.conftest import noise
 from tests.precompute.conftest import batch
 
@@ -62,3 +62,13 @@ def test_a_window_is_what_pillow_cuts_out() -> None:
     box = (window.left, window.top, window.left + window.width, window.top + window.height)
     expected = Image.fromarray(pixels).resize((224, 224), Image.Resampling.BILINEAR, box=box)
     assert abs(found - np.asarray(expected, int)).max() <= 2
+
+
+def test_images_are_repeated_in_any_order_without_a_copy() -> None:
+    images = batch(noise(0, 3, 5), noise(1, 7, 2))
+    repeated = repeat_images(images, [1, 0, 1])
+    for tensor, index in zip(repeated.tensors.tolist(), [1, 0, 1], strict=True):
+        pixels = np.asarray(tensor)
+        assert np.array_equal(pixels, noise(index, *((7, 2) if index else (3, 5))))
+        assert pixels.ctypes.data == np.asarray(images.tensors[index]).ctypes.data
+    assert repeated.layout == images.layout
