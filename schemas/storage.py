@@ -153,7 +153,8 @@ class Store:
             check_regular(self.path(name))
             if start is None and end is None:
                 # fsspec takes several times as long as reading a small file directly.
-                return Path(self.path(name)).read_bytes()
+                with open(self.path(name), "rb", buffering=0) as file:
+                    return file.readall()
         with self.translate_driver_errors():
             # Keyword arguments: the second positional argument of s3fs is a version.
             return retry(lambda: self.fs.cat_file(self.path(name), start=start, end=end))

@@ -15,6 +15,8 @@ LARGEST = 8**11 - 1
 # TarInfo's defaults are fixed: no time, no owner, mode 0644.
 TEMPLATE = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 NAME, SIZE, CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
+# The sum of the bytes of a header with neither name nor size, its checksum counted as spaces.
+TEMPLATE_SUM = sum(TEMPLATE) - sum(TEMPLATE[SIZE]) - sum(TEMPLATE[CHECKSUM]) + 8 * ord(" ")
 
 
 def make_header(name: str, size: int) -> bytes:
@@ -27,11 +29,11 @@ def make_header(name: str, size: int) -> bytes:
     encoded = name.encode("ascii")
     if not 0 < len(encoded) <= LONGEST_NAME or not 0 <= size <= LARGEST:
         raise ValueError(f"{name!r} of {size} bytes cannot be a member of a USTAR archive")
+    digits = b"%011o\0" % size
     header = bytearray(TEMPLATE)
     header[NAME] = encoded.ljust(LONGEST_NAME, b"\0")
-    header[SIZE] = b"%011o\0" % size
-    header[CHECKSUM] = b" " * 8
-    header[CHECKSUM] = b"%06o\0 " % sum(header)
+    header[SIZE] = digits
+    header[CHECKSUM] = b"%06o\0 " % (TEMPLATE_SUM + sum(encoded) + sum(digits))
     return bytes(header)
 
 
