@@ -151,10 +151,10 @@ class Store:
         """
         if self.is_local:
             check_regular(self.path(name))
-            if start is None and end is None:
-                # fsspec takes several times as long as reading a small file directly.
-                with open(self.path(name), "rb", buffering=0) as file:
-                    return file.readall()
+            # fsspec takes several times as long for a small file, or a small part of one.
+            with open(self.path(name), "rb") as file:
+                file.seek(start or 0)
+                return file.read() if end is None else file.read(end - (start or 0))
         with self.translate_driver_errors():
             # Keyword arguments: the second positional argument of s3fs is a version.
             return retry(lambda: self.fs.cat_file(self.path(name), start=start, end=end))

@@ -55,6 +55,18 @@ def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert store.read("file") == b"after"
 
 
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [(None, None), (None, 3), (2, None), (0, 0), (2, 5), (3, 100), (8, 9), (99, 100)],
+)
+def test_a_part_of_a_local_file_is_read_as_one_in_a_store(
+    start: int | None, end: int | None, tmp_path: Path
+) -> None:
+    for store in Store(tmp_path), Store("memory://ranges"):
+        store.write("file", b"12345678")
+        assert store.read("file", start, end) == b"12345678"[start:end]
+
+
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "shards").write_text("")
     with pytest.raises(UserError, match="a file is in the way"):
