@@ -17,7 +17,9 @@ from precompute.sources import SourceImage
 from precompute.threads import limit_torch_threads, use_threads
 from schemas.counts import format_count
 from schemas.saliency import SaliencyMap
+from schemas.sample import Sample
 from schemas.storage import Store
+from schemas.ustar import BLOCK
 
 BATCHES = 3
 """Number of batches made to measure rate and size; the first one warms up and is not timed."""
@@ -40,7 +42,7 @@ class Measurement:
     """Size and time of a few batches.
 
     Attributes:
-        size: bytes of the images that would be written, with their maps.
+        size: bytes that their samples would take in the tars.
         written: number of these images.
         rejected: number of rejected images.
         seconds: time that the timed images took.
@@ -108,12 +110,17 @@ def measure_batches(job: Job, estimator: Estimator, sample: list[SourceImage]) -
             begin = time.monotonic()
             for samples, rejects in builder.make(batch, {}):
                 written, rejected = written + len(samples), rejected + len(rejects)
-                size += sum(
-                    len(s.image) + len(SaliencyMap.quantize(s.saliency).to_png()) for s in samples
-                )
+                size += sum(map(compute_tar_size, samples))
             if start or len(sample) <= job.batch_size:
                 seconds, timed = seconds + time.monotonic() - begin, timed + len(batch)
     return Measurement(size, written, rejected, seconds, timed)
+
+
+def compute_tar_size(sample: Sample) -> int:
+    """Return the bytes of a sample in a tar: its members, each with a header and padding."""
+    saliency = SaliencyMap.quantize(sample.saliency).to_png()
+    members = [sample.image, saliency, str(sample.label), *sample.members.values()]
+    return sum(BLOCK * (1 + -(-len(content) // BLOCK)) for content in members)
 
 
 def estimate_speedup(device: str, workers: int, machine: Machine) -> tuple[int, str]:

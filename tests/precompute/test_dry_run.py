@@ -1,6 +1,7 @@
 """Tests of --dry-run: its time depends on the hardware that the estimator uses."""
 
 from pathlib import Path
+from tarfile import RECORDSIZE
 
 import numpy as np
 import pytest
@@ -8,13 +9,20 @@ import pytest
 from precompute import dry_run
 from precompute import job as module
 from precompute.__main__ import Options
-from precompute.dry_run import Machine, Measurement, estimate_job, estimate_speedup
+from precompute.dry_run import (
+    Machine,
+    Measurement,
+    compute_tar_size,
+    estimate_job,
+    estimate_speedup,
+)
 from precompute.estimators import ScdaOptions, SpectralOptions
 from precompute.job import Job, Resources
 from precompute.plan import make_plan
 from precompute.sources import list_images
 from precompute.sources.demo import DemoScenes
-from schemas import UserError
+from schemas import Sample, UserError, write_dataset
+from schemas.ustar import BLOCK
 
 
 class OnGpu:
@@ -39,6 +47,16 @@ def test_the_rate_of_one_worker_is_multiplied_by_what_workers_do_not_share(
 
 def test_workers_without_a_core_do_not_count() -> None:
     assert estimate_speedup("cpu", 64, Machine(cores=2, devices=0))[0] == 2
+
+
+def test_the_size_is_that_of_the_tar_with_all_members_of_a_sample(tmp_path: Path) -> None:
+    samples = [
+        Sample(str(n), b"x" * 700 * n, "jpg", np.eye(28), -1, 8, 8, members={"npy": bytes(9000)})
+        for n in range(1, 20)
+    ]
+    dataset = write_dataset(tmp_path, samples, name="d")
+    end = 2 * BLOCK
+    assert 0 <= dataset.shards[0].bytes - sum(map(compute_tar_size, samples)) - end < RECORDSIZE
 
 
 def test_a_dry_run_does_not_speak_for_a_cluster() -> None:
