@@ -1,5 +1,6 @@
 """Sources that read folders or lists of image files."""
 
+import codecs
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -163,8 +164,10 @@ class Files(Source):
             yield from self.store.glob(self.root)
             return
         with self.store.open(posixpath.basename(self.root)) as lines:
-            for line in lines:
-                if location := line.decode("utf-8", "surrogateescape").strip():
+            for number, line in enumerate(lines):
+                # editors on Windows begin a file with this mark
+                name = line if number else line.removeprefix(codecs.BOM_UTF8)
+                if location := name.decode("utf-8", "surrogateescape").strip():
                     yield location
 
     def read(self, image: SourceImage) -> bytes:

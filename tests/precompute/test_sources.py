@@ -1,5 +1,6 @@
 """Tests of listing: every input occurs once, with a unique key or as a reject with a reason."""
 
+import codecs
 import random
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from precompute import demo_scenes
 from precompute.sources import SourceImage, key_of, list_images, open_source
 from precompute.sources.base import digest_key
 from precompute.sources.demo import DemoScenes
-from precompute.sources.trees import Folder
+from precompute.sources.trees import Files, Folder
 from schemas import UserError
 from schemas.sample import check_key
 from schemas.storage import Store
@@ -169,3 +170,9 @@ def test_demo_source_lists_every_class_alike() -> None:
     assert not rejects
     assert len(set(np.bincount([image.label for image in images]))) == 1
     assert all(re.fullmatch(r"scene-\d{5}", image.key) for image in images)
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(codecs.BOM_UTF8 + b"a.jpg\r\n\r\nb/c.jpg\r\n")
+    images = Files(str(tmp_path / "list.txt"), "train", False).images()
+    assert [image.location for image in images] == ["a.jpg", "b/c.jpg"]
