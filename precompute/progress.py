@@ -18,7 +18,14 @@ T = TypeVar("T")
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
 STALL_SECONDS = 300.0
+ANSWER_SECONDS = 10.0
+"""Seconds to wait for an actor's counts (our choice). An actor that hangs must hold up neither the
+messages about a stalled job nor its end."""
 SHOWN = 8
+SILENT = (
+    "no progress: Ray's process that counts it does not answer; if that does not change, stop this "
+    "command and run it again to resume"
+)
 
 
 def show_listing(entries: Iterable[T]) -> Iterator[T]:
@@ -67,7 +74,9 @@ def show_count(actor: Any, stop: threading.Event) -> None:
     ) as bar:
         while not stop.wait(POLL_SECONDS):
             try:
-                bar.update(ray.get(actor.total.remote()) - bar.n)
+                bar.update(ray.get(actor.total.remote(), timeout=ANSWER_SECONDS) - bar.n)
+            except ray.exceptions.GetTimeoutError:
+                continue
             except ray.exceptions.RayError:
                 return  # the job itself gets the error and reports it
 
@@ -87,9 +96,14 @@ def show(actor: Any, images: int, shards: int, stop: threading.Event) -> None:
         while True:
             last = stop.wait(POLL_SECONDS)
             try:
-                written, rejected, finished = ray.get(actor.totals.remote())
-                pending = ray.get(actor.pending.remote())
-                reads = ray.get(actor.slow_reads.remote())
+                (written, rejected, finished), pending, reads = get_counts(actor)
+            except ray.exceptions.GetTimeoutError:
+                if last:
+                    return
+                if time.monotonic() - moved >= STALL_SECONDS:
+                    moved = time.monotonic()
+                    bar.write(SILENT, file=sys.stderr)
+                continue
             except ray.exceptions.RayError:
                 return  # the job itself gets the error and reports it
             now, done = time.monotonic(), written + rejected
@@ -111,6 +125,16 @@ def show(actor: Any, images: int, shards: int, stop: threading.Event) -> None:
                 bar.write(describe_stall(pending, reads), file=sys.stderr)
             if last:
                 return
+
+
+def get_counts(actor: Any) -> list[Any]:
+    """Return the totals, the pending shards and the slow reads of a ProgressActor.
+
+    Raises:
+        RayError: it has ended; as a GetTimeoutError, it does not answer.
+    """
+    counts = [actor.totals.remote(), actor.pending.remote(), actor.slow_reads.remote()]
+    return ray.get(counts, timeout=ANSWER_SECONDS)
 
 
 def describe_stall(pending: dict[int, float], reads: Mapping[str, float] | None = None) -> str:

@@ -197,6 +197,32 @@ def test_resized_datasets_and_what_a_run_says(
         run_here(*arguments(root, out), "--resize-quality", 99)
 
 
+class HangingActor(ProgressActor):
+    """Never answers in the time that the tests give it."""
+
+    def totals(self) -> tuple[int, int, int]:
+        time.sleep(30)
+        return super().totals()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
+def test_an_actor_that_hangs_holds_up_neither_the_message_nor_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "ANSWER_SECONDS", 0.1)
+    actor = ray.remote(HangingActor).remote()
+    ray.get(actor.begin.remote(0))
+    with progress.watch(actor, images=10, shards=1):
+        time.sleep(2)
+    err = capsys.readouterr().err
+    assert "no progress: Ray's process that counts it does not answer" in err
+    with pytest.raises(ray.exceptions.GetTimeoutError):  # it still hangs
+        ray.get(actor.pending.remote(), timeout=0.1)
+    ray.kill(actor)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_a_job_that_stands_still_says_which_shards(
