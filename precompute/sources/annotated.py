@@ -133,17 +133,21 @@ class CocoInstances(Coco):
             )
 
     def images(self) -> Iterator[SourceImage | Reject]:
-        coco = open_torchvision(
-            "coco",
-            self.root,
-            lambda: datasets.CocoDetection(self.store.root, self.file),
-            [posixpath.relpath(self.file, self.root)],
-        ).coco
-        self.classes = [category["name"] for category in coco.dataset["categories"]]
-        for number, entry in sorted(coco.imgs.items()):
-            name = posixpath.basename(entry["file_name"])
-            instances = json.dumps(coco.imgToAnns.get(number, []), separators=(",", ":"))
+        needs = [posixpath.relpath(self.file, self.root)]
+        advice = "get it from cocodataset.org"
+        entries = open_torchvision("coco", self.root, self.read_file, needs, advice=advice)
+        for name, annotations in entries:
+            instances = json.dumps(annotations, separators=(",", ":"))
             yield SourceImage(key_of(name), name, UNLABELED, instances)
+
+    def read_file(self) -> list[tuple[str, list]]:
+        """Set the classes; return the name and the annotations of each image, in order of ids."""
+        coco = datasets.CocoDetection(self.store.root, self.file).coco
+        self.classes = [category["name"] for category in coco.dataset["categories"]]
+        return [
+            (posixpath.basename(entry["file_name"]), coco.imgToAnns.get(number, []))
+            for number, entry in sorted(coco.imgs.items())
+        ]
 
     def members(self, image: SourceImage) -> dict[str, bytes]:
         return {"instances.json": image.annotation.encode()}

@@ -234,6 +234,7 @@ def open_torchvision(
     make: Callable[[], T],
     needs: Sequence[str] = (),
     download: bool = False,
+    advice: str = "--download fetches it",
 ) -> T:
     """Open a dataset with torchvision, after checking that its files exist.
 
@@ -245,6 +246,7 @@ def open_torchvision(
         make: opens the dataset.
         needs: files and folders below ROOT that the dataset needs.
         download: whether torchvision downloads the dataset, so that nothing need exist.
+        advice: where to get the dataset.
 
     Raises:
         UserError: the dataset is missing, damaged or cannot be downloaded.
@@ -255,13 +257,13 @@ def open_torchvision(
     if not download:
         for name in needs:
             if not store.exists(name):
-                raise UserError(build_missing_error(dataset, root, f"{name} is missing"))
+                raise UserError(build_missing_error(dataset, root, f"{name} is missing", advice))
             if store.is_local and not store.is_folder(name):
                 try:
                     check_regular(store.path(name))
                 except OSError as error:
                     raise UserError(
-                        build_missing_error(dataset, root, f"{name} is {error}")
+                        build_missing_error(dataset, root, f"{name} is {error}", advice)
                     ) from error
     try:
         return make()
@@ -275,11 +277,11 @@ def open_torchvision(
             reason = f"{error.filename}: {error.strerror}"
         elif isinstance(error, RuntimeError):  # torchvision's error for wrong checksums
             reason = f"{', '.join(needs) or 'its files'}: not found or corrupted"
-        raise UserError(build_missing_error(dataset, root, reason)) from error
+        raise UserError(build_missing_error(dataset, root, reason, advice)) from error
 
 
-def build_missing_error(dataset: str, root: str, reason: str) -> str:
-    return f"{root}: no {dataset} as torchvision lays it out ({reason}); --download fetches it"
+def build_missing_error(dataset: str, root: str, reason: str, advice: str) -> str:
+    return f"{root}: no {dataset} as torchvision lays it out ({reason}); {advice}"
 
 
 def list_class_folders(store: Store, advice: str = "") -> list[str]:

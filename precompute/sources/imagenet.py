@@ -115,7 +115,9 @@ def find_split_folder(root: str, split: str, download: bool) -> Store:
 
         print(f"unpacking the archives in {root}", flush=True)
         make = partial(datasets.ImageNet, root, split)
-        open_torchvision("imagenet", root, make, [DEVKIT, archive])
+        open_torchvision(
+            "imagenet", root, make, [DEVKIT, archive], advice="get it at image-net.org"
+        )
     if not store.exists(""):
         raise UserError(
             f"{root}: no ImageNet in it: looked for {', '.join(f'{s.url}/' for s in stores)} and "

@@ -87,3 +87,20 @@ def test_real_coco_and_voc_pictures() -> None:
     assert (len(images), len(rejects)) == (128, 0)
     assert any(json.loads(source.members(image)["instances.json"]) for image in images)
     assert len(list_images(open_source("coco", str(root), "val", False).images())[0]) == 128
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []},
+        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1}]},
+        {"images": [{"id": 1}], "annotations": [], "categories": []},
+    ],
+)
+def test_a_file_that_is_not_cocos_is_refused_in_one_line(content: object, tmp_path: Path) -> None:
+    write(tmp_path / "val2017/a.jpg")
+    write(tmp_path / "annotations/instances_val2017.json", json.dumps(content).encode())
+    source = open_source("coco-instances", str(tmp_path), "val", False)
+    with pytest.raises(UserError, match=r"no coco as .*corrupted.*; get it from cocodataset\.org"):
+        list_images(source.images())

@@ -53,7 +53,7 @@ def test_imagenet(tmp_path: Path) -> None:
 def test_imagenet_is_unpacked_from_its_archives(tmp_path: Path) -> None:
     """torchvision checks the devkit's checksum, so a fake archive can only test the refusal."""
     write(tmp_path / "ILSVRC2012_img_train.tar", b"no tar")
-    with pytest.raises(UserError, match=r"no imagenet as torchvision lays it out .*devkit"):
+    with pytest.raises(UserError, match=r"no imagenet as .*devkit.*; get it at image-net\.org"):
         open_source("imagenet", str(tmp_path), "train", False)
 
 
