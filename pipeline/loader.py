@@ -256,7 +256,7 @@ class MaskedViews:
             )
         try:
             batch = self._assemble(next(self._batches))
-        except Exception:
+        except BaseException:  # including KeyboardInterrupt, after which a notebook may go on
             # so that a later call tries again; not `close`, which waits for a read that goes on
             self._batches = None
             raise

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.gpu_loader import take
-from pipeline import Batch, MaskedViews, assemble, crop
+from pipeline import Batch, MaskedViews, assemble, crop, loader
 from schemas import ShardDataset
 from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, same, small, views_of
 
@@ -131,6 +131,24 @@ def test_an_iteration_that_was_left_continues(dataset: ShardDataset) -> None:
     assert len(list(views)) == 4
     assert (views.epoch, views.step) == (1, 0)
     assert len(list(views)) == 5
+
+
+def test_an_interrupt_loses_no_batch(
+    dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = take(views_of(dataset), 4)
+    views = views_of(dataset)
+    before = take(views, 1)
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "assemble", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(views))
+    assert (views.epoch, views.step) == (0, 1)
+    assert same(expected, before + take(views, 3))
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 8), (3, 7), (4, 3), (5, 9)])
