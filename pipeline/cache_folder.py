@@ -140,9 +140,14 @@ class CacheFolder:
         return None
 
     def note_use(self, row: ShardRow) -> None:
-        """Mark a shard as just used, so that other processes evict it last."""
+        """Mark a shard as just used, so that other processes evict it last.
+
+        One that is older than the last boot keeps its times, by which `open` knows to verify it.
+        """
+        tar = self.path(row.sha256, "tar")
         with suppress(FileNotFoundError):  # evicted since; opening it fetches it again
-            os.utime(self.path(row.sha256, "tar"))
+            if not is_older_than_boot(tar.stat()):
+                os.utime(tar)
 
     def reserve(
         self, row: ShardRow, size: int, needed: Mapping[str, int], is_urgent: bool
@@ -286,8 +291,12 @@ def try_lock(path: Path) -> Iterator[bool]:
 def is_intact(tar: int, row: ShardRow) -> bool:
     """Return whether an open tar has its row's size, and its sha256 if older than the last boot."""
     status = os.fstat(tar)
-    boot_time = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    if status.st_size != row.bytes or status.st_ctime > boot_time:
+    if status.st_size != row.bytes or not is_older_than_boot(status):
         return status.st_size == row.bytes
     with os.fdopen(os.dup(tar), "rb") as file:
         return file_digest(file, "sha256").hexdigest() == row.sha256
+
+
+def is_older_than_boot(status: os.stat_result) -> bool:
+    """Return whether a file last changed (its times too) before the machine was booted."""
+    return status.st_ctime <= time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

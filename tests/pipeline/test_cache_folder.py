@@ -281,6 +281,25 @@ def test_a_damaged_copy_is_fetched_again(open_cache: Open, monkeypatch: pytest.M
     assert cache.counts["fetched"] == 6
 
 
+def test_prefetching_does_not_hide_what_a_power_failure_damaged(
+    open_cache: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache()
+    content(cache, 0)
+    tar = cache.folder.path(cache.dataset.shards[0].sha256, "tar")
+    with tar.open("r+b") as file:
+        file.write(b"\1")
+    status = tar.stat()
+    monkeypatch.setattr(  # the machine was booted after that
+        cache_folder, "is_older_than_boot", lambda now: now.st_ctime_ns <= status.st_ctime_ns
+    )
+    wait_until(lambda: time.time_ns() > status.st_ctime_ns + 20_000_000)  # a tick of its clock
+    cache.prefetch([0])
+    wait_until(lambda: cache._threads == 0)
+    content(cache, 0)
+    assert cache.counts["fetched"] == 2
+
+
 # --- files of others ------------------------------------------------------------------------------
 
 
