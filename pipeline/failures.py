@@ -48,8 +48,19 @@ def find_unreadable(in_flight: Iterable[EncodedBatch]) -> str | None:
     for batch in in_flight:
         for row, contents in enumerate(zip(batch.images, batch.maps, strict=True)):
             try:
-                for content in contents:
-                    Image.open(io.BytesIO(content.tobytes())).load()
+                with without_size_limit():
+                    for content in contents:
+                        Image.open(io.BytesIO(content.tobytes())).load()
             except Exception:  # decoders raise errors of many classes
                 return f"{batch.shards[row]}.tar: sample {batch.keys[row]}"
     return None
+
+
+@contextmanager
+def without_size_limit() -> Iterator[None]:
+    """Lift Pillow's size limit, because the loader decodes the dataset's pictures anyway."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -1,8 +1,8 @@
 """Contact sheets of the encoder's inputs: one row per sample, as PNG and HTML."""
 
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from pipeline.contact_sheet import (
     fit_letterbox,
     render_html,
 )
+from pipeline.failures import without_size_limit
 from pipeline.fused import MEAN, STD
 from pipeline.loader import MaskedViews
 from pipeline.recipes import Recipe
@@ -273,16 +274,6 @@ def decode_sample(
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255, not scale them
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         return image.convert("RGB"), saliency
-
-
-@contextmanager
-def without_size_limit() -> Iterator[None]:
-    """Lift Pillow's size limit, because the loader decodes the dataset's pictures anyway."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def shorten(text: str, length: int) -> str:
