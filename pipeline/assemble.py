@@ -32,8 +32,8 @@ class View:
     Attributes:
         image: (N, H, W, 3) uint8.
         saliency: (N, grid, grid) float32, 0 .. 255; None if it is not needed.
-        window: (N, 4) float32 on the CPU, y0 x0 y1 x1 as fractions of the image; x0 > x1 if
-            flipped.
+        window: crop windows, (N, 4) float32 on the CPU, y0 x0 y1 x1 as fractions of the image;
+            x0 > x1 if flipped.
     """
 
     image: Tensor

@@ -34,8 +34,8 @@ class Batch:
             window instead of grid cells. None if these views are not masked.
         query_saliency, key_saliency: extra "saliency": (N, grid, grid) float32 in 0 .. 255, from
             which the masks were drawn.
-        query_window, key_window: extra "windows": (N, 4) float32 on the CPU, y0 x0 y1 x1 as shares
-            of the image; x0 > x1 when flipped.
+        query_window, key_window: extra "windows": crop windows, (N, 4) float32 on the CPU, y0 x0 y1
+            x1 as fractions of the image; x0 > x1 if flipped.
         query_crop, key_crop: extra "crops": (N, 3, H, W) uint8, before any augmentation.
         query_photometric, key_photometric: extra "photometric": the parameters of color
             jitter, grayscale and blur.

@@ -43,7 +43,7 @@ class FusedMasking(NamedTuple):
 
     Attributes:
         cells: (N, C, h, w) bool, C 1 or 3.
-        windows: focal windows or None. focal: (N,) bool, True where the window replaces the cells.
+        windows: focal windows or None. focal: (N,) bool, True where they replace the cells.
         noise: (N, 3, cell, cell) float32, standard normal; None unless the fill is noise.
         std: standard deviation of the noise, in normalized units.
     """

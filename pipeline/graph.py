@@ -61,8 +61,8 @@ class PreparedBatch:
 
     Attributes:
         encoded: N samples.
-        windows: one (N, 4) float32 array per view, y0 x0 y1 x1 as fractions of the image; x0 > x1
-            if flipped.
+        windows: crop windows, one (N, 4) float32 array per view, y0 x0 y1 x1 as fractions of the
+            image; x0 > x1 if flipped.
         rng: the random streams of the batch, for all that follows; None if nothing is random.
         parameters: the photometric parameters of each view, drawn from them; empty without `rng`.
     """

@@ -2,7 +2,7 @@
 
     order       selects the samples of a batch from (seed, epoch, step)     }
     shards      reads their encoded bytes                                   } in a thread, ahead
-    crop        draws a window and a flip for each view                     }
+    crop        draws a crop window and a flip for each view                }
     rng         draws random numbers for the rest                           }
     graph       decodes and crops                                           } ahead
     assemble    applies color jitter, filters, masks and fills

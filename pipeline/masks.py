@@ -1,4 +1,4 @@
-"""Choose the masked pixels of a view: saliency -> foreground -> counts -> cells, or a window.
+"""Choose the masked pixels of a view: saliency -> foreground -> counts -> cells, or a focal window.
 
 Everything is a tensor operation on the batch: there are no Python loops over samples or cells, no
 sorting, and the host does not wait for the device. Relation to the released code (docs/method.md,
@@ -176,7 +176,7 @@ class Windows(NamedTuple):
     """The focal windows of N views.
 
     Attributes:
-        rows, columns: (N, crop) bool, the rows and the columns of each window.
+        rows, columns: (N, crop) bool, the rows and the columns of each focal window.
         is_kept: True if the pixels around the window are filled, False if those inside are.
     """
 

@@ -3,7 +3,7 @@
     shards of the dataset
       -> dealt to `streams` streams, once for the entire training
       -> permuted within their stream, differently in each epoch
-      -> windows of `shuffle_shards` shards; all samples of a window are permuted
+      -> shuffle windows of `shuffle_shards` shards; all samples of one are permuted
 
 A global batch of B samples takes the next B / streams samples of each stream, and rank r of n takes
 the r-th of n equal slices of it, so the global batches are the same for any n that divides B. With
@@ -25,7 +25,7 @@ from numpy.random import Philox
 from schemas import UserError
 
 SHUFFLE_SHARDS = 16
-"""Shards per window (our choice): 16,000 samples if shards have 1,000."""
+"""Shards per shuffle window (our choice): 16,000 samples if shards have 1,000."""
 
 ORDER_KEY = 2**64 - 1
 """Second word of the Philox key of all permutations; no sample number equals it."""
@@ -43,7 +43,7 @@ def permute(count: int, seed: int, *position_words: int) -> np.ndarray:
 
 
 class Window(NamedTuple):
-    """Shards whose samples are shuffled together.
+    """A shuffle window: shards whose samples are shuffled together.
 
     Attributes:
         epoch: the epoch that the window belongs to.
@@ -130,7 +130,7 @@ class SampleOrder(NumberedSamples):
         sizes: number of samples in each shard; shards may be empty.
         batch_size: samples per global batch, over all ranks.
         seed: random seed, 0 .. 2^64 - 1.
-        shuffle_shards: number of shards per window.
+        shuffle_shards: number of shards per shuffle window.
         streams: number of sequences that shards are dealt to; it must divide the batch size.
 
     Attributes:

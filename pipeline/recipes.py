@@ -131,10 +131,10 @@ class Recipe:
     channel_probability: float = 0.7
     """Probability of separate cells per channel, if grid cells are masked (random_mask_hp.py)."""
     focal_kept: int = 200
-    """Side of the window that is kept in a focal query, in pixels of a 224-pixel crop; it scales
+    """Side of the focal window that is kept in a query, in pixels of a 224-pixel crop; it scales
     with the crop."""
     focal_filled: int = 130
-    """Side of the window that is filled in a focal hard negative, in pixels of a 224-pixel crop; it
+    """Side of the focal window that is filled in a hard negative, in pixels of a 224-pixel crop; it
     scales with the crop (random_mask_hp.py)."""
 
     def __post_init__(self) -> None:

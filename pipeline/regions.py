@@ -1,6 +1,6 @@
 """Regions: boxes of an image that both of its views show, in the coordinates of each view.
 
-A region lies in the overlap of the two windows. Each of its sides is a random fraction of the
+A region lies in the overlap of the two crop windows. Each of its sides is a random fraction of the
 overlap's side, and at least one grid cell in both views. If the overlap is too small for that, the
 sample has no region: the box is the entire view, `valid` is False and nothing is masked.
 """

@@ -1,10 +1,10 @@
 """Read the encoded samples of a batch from local shards, or through the cache of remote ones.
 
 A shard's index has the byte offsets of its samples; its parquet file has labels, heights and
-widths. Both are read when a shard is opened, and a shard stays open for the duration of its window.
-Each sample is one `preadv` into its batch's buffer, because its image and its map are adjacent.
-Reads release the GIL and use no memory map, so truncating a file while it is read causes an
-exception, not a bus error.
+widths. Both are read when a shard is opened, and a shard stays open for the duration of its
+shuffle window. Each sample is one `preadv` into its batch's buffer, because its image and its map
+are adjacent. Reads release the GIL and use no memory map, so truncating a file while it is read
+causes an exception, not a bus error.
 """
 
 import os
@@ -37,7 +37,7 @@ READERS = 2
 and 4 is slower too)."""
 
 WINDOWS_AHEAD = 3
-"""Windows of shards that are announced to a cache: the one in use and those that follow."""
+"""Shuffle windows that are announced to a cache: the one in use and those that follow."""
 
 
 class ShardSource(Protocol):
@@ -232,7 +232,7 @@ class ShardReader:
         self.dataset, self.source, self.order = dataset, source, order
         self.rank, self.world_size = rank, world_size
         self._open: dict[int, OpenShard] = {}
-        # shards of the windows of the last batch, and the same plus those of the following windows
+        # shards of the last batch's shuffle windows, and the same plus those of the following ones
         self._current: set[int] = set()
         self._coming: set[int] = set()
         self._epoch = -1
