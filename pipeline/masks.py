@@ -35,7 +35,8 @@ Mask = Callable[[Tensor, Tensor, Recipe, Rng], Tensor]
 
 h and w divide the crop. saliency: (N, grid, grid) float32 of the views, at any scale. ratio: (N,)
 float64, the drawn mask ratios. rng: source of all randomness, so that a mask depends on its sample
-only. For channel-wise masks each view is passed three times in a row.
+only. For channel-wise masks each view is passed three times in a row. A user's mask may change
+saliency and ratio, which are copies, in place.
 """
 
 MASKS: dict[str, Mask] = {}
@@ -142,6 +143,10 @@ def mask_block(saliency: Tensor, ratio: Tensor, recipe: Recipe, rng: Rng) -> Ten
     height = (side * (ratio * aspect).sqrt()).round().clamp(max=side)
     width = (side * (ratio / aspect).sqrt()).round().clamp(max=side)
     return intersect(*place_rectangle(height, width, side, rng.uniform(len(ratio), 2)))
+
+
+BUILT_IN_MASKS = frozenset(MASKS)
+"""Masks that do not change their arguments."""
 
 
 @compile_on_gpu
@@ -274,7 +279,10 @@ def draw_masks(saliency: Tensor, recipe: Recipe, role: Role, rng: Rng) -> Masks:
         by_channel = rng.uniform(size, 1, 1, 1) < recipe.channel_probability
         cells = torch.where(by_channel, cells, cells[:, :1])
     else:
-        drawn = function(saliency, ratio, recipe, rng)
+        saliencies, ratios = saliency, ratio
+        if name not in BUILT_IN_MASKS:
+            saliencies, ratios = saliency.clone(), ratio.clone()
+        drawn = function(saliencies, ratios, recipe, rng)
         cells = check_cells(drawn, name, size, recipe).unsqueeze(1)
 
     focal, windows = torch.zeros_like(ratio, dtype=torch.bool), None

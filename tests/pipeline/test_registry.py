@@ -51,6 +51,22 @@ def registered(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registered")
+def test_a_mask_that_works_in_place_changes_no_other(dataset: ShardDataset) -> None:
+    @masks.mask("own")
+    def own(saliency, ratio, recipe, rng):
+        ratio.zero_()
+        return saliency.zero_().bool()
+
+    # the masks of a key and of its hard negative get the same saliency
+    usual, other = (
+        first(dataset, small("mean", branch="key", query_mask=name)) for name in ("spread", "own")
+    )
+    assert not other.key_mask.any()
+    assert torch.equal(usual.key_ratio, other.key_ratio)
+    assert torch.equal(usual.hard_negative_mask, other.hard_negative_mask)
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_fill_in_float64_that_works_in_place(dataset: ShardDataset) -> None:
     @fills.fill("own")
     def own(image, recipe, std, rng):
