@@ -6,6 +6,7 @@ in `pipeline.cache_download`.
 """
 
 import atexit
+import errno
 import logging
 import os
 import tempfile
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache_download import ATTEMPTS, BACKOFF, DISK_FULL, Downloader
-from pipeline.cache_folder import CacheFolder, Refusal, ShardFiles
+from pipeline.cache_folder import TOO_MANY_FILES, CacheFolder, Refusal, ShardFiles
 from schemas import ShardDataset, ShardRow, UserError
 
 log = logging.getLogger(__name__)
@@ -364,6 +365,8 @@ class ShardCache:
                 f"no space left on the disk; free some, lower --cache-gb (now "
                 f"{self.folder.limit / 1e9:g}) or choose another folder with --cache"
             )
+        elif error.errno == errno.EMFILE:
+            reason = TOO_MANY_FILES
         else:
             reason = f"{error.strerror or error}; choose another local folder with --cache"
         return UserError(f"cache {self.folder.folder}: shard {row.shard}: {reason}")

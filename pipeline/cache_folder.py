@@ -29,6 +29,11 @@ from schemas import ShardRow
 FILE_NAME = re.compile(r"[0-9a-f]{64}\.(tar|idx|parquet|[0-9]+\.part)")
 """Names of the files that a cache makes, and removes."""
 
+TOO_MANY_FILES = (
+    "too many open files; raise their limit (`ulimit -n`) or lower --shuffle-shards: a process has "
+    "up to twice as many shards open"
+)
+
 
 class ShardFiles(NamedTuple):
     """The files of a shard, opened.

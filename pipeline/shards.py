@@ -7,6 +7,7 @@ are adjacent. Reads release the GIL and use no memory map, so truncating a file 
 causes an exception, not a bus error.
 """
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,7 +21,7 @@ import numpy as np
 
 from pipeline.buffers import BufferPool
 from pipeline.cache import Cache, ShardCache
-from pipeline.cache_folder import ShardFiles
+from pipeline.cache_folder import TOO_MANY_FILES, ShardFiles
 from pipeline.order import Order
 from pipeline.shard_contents import (
     COLUMNS,
@@ -80,6 +81,8 @@ class LocalShards:
             idx, parquet = index.read_bytes(), table.read_bytes()
             descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise UserError(f"{error.filename}: shard {shard}: {TOO_MANY_FILES}") from error
             reason = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
             raise DamagedShardError(f"{error.filename}: shard {shard}: {reason}") from error
         # samples are read in random order, but a disk is faster from start to end

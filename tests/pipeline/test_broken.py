@@ -1,6 +1,7 @@
 """Shards that break before or during reading cause one line that names shard and sample."""
 
 import dataclasses
+import errno
 import io
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import EvalViews, MaskedViews
+from pipeline import Cache, EvalViews, MaskedViews
 from schemas import Sample, ShardDataset, UserError, write_dataset
 from schemas.tables import CARD, SHARDS, SHARDS_SCHEMA, build_table, to_parquet
 from tests.pipeline.conftest import picture, sample_of, small
@@ -30,6 +31,27 @@ def refused(dataset: ShardDataset) -> str:
     assert "\n" not in str(refusal.value)
     assert f"saliency-shards verify {dataset.url}" in str(refusal.value)
     return str(refusal.value)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_limit_of_open_files_does_not_blame_a_shard(
+    own_dataset: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    cache = Cache(tmp_path / "cache", 10**9) if is_cached else None
+    views = MaskedViews(own_dataset.url, small("mean"), 3, "cpu", cache=cache)
+    open_file = os.open
+
+    def open_few(path: str | Path, *arguments: int) -> int:
+        if str(path).endswith(".tar"):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(os, "open", open_few)
+    with pytest.raises(
+        UserError, match=r"shard \d: too many open files; raise .*ulimit"
+    ) as refusal:
+        next(iter(views))
+    assert "schemas verify" not in str(refusal.value)
 
 
 def jpeg_cut_short() -> bytes:
