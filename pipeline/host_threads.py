@@ -1,5 +1,6 @@
 """The pool of threads that make views on the host, each from a few rows of a batch."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -26,3 +27,7 @@ def get_threads() -> ThreadPoolExecutor:
     # for the whole process: OpenCV would start threads of its own for views above 256 pixels
     cv2.setNumThreads(1)
     return ThreadPoolExecutor(devices.count_cpu_threads(), "views", torch.set_num_threads, (1,))
+
+
+# a forked process has the pool without its threads, and would wait for them forever
+os.register_at_fork(after_in_child=get_threads.cache_clear)

@@ -15,6 +15,7 @@ import torch
 from bench.gpu_loader import take
 from pipeline import Batch, MaskedViews, assemble, crop, loader
 from schemas import ShardDataset
+from tests.forked import run_forked
 from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, same, small, views_of
 
 
@@ -320,3 +321,31 @@ assert torch.get_num_threads() == 3, torch.get_num_threads()
 def test_the_pool_of_the_views_does_not_change_the_callers_threads() -> None:
     """In a fresh process: torch applies the number only when a thread first asks for it."""
     subprocess.run([sys.executable, "-c", THREADS], check=True)
+
+
+FORK = """
+import os, signal, sys
+from pipeline import MaskedViews
+from tests.pipeline.conftest import small
+
+def print_sum():
+    batch = next(iter(MaskedViews(sys.argv[1], small("mean"), 8, "cpu")))
+    print(batch.query.double().sum().item(), flush=True)
+
+print_sum()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # ends it if it hangs
+    print_sum()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "it hangs"
+"""
+
+
+def test_a_process_that_is_forked_after_a_loader_was_used_has_its_own_pool(
+    dataset: ShardDataset, tmp_path: Path
+) -> None:
+    process = run_forked(FORK, [str(dataset.url)], tmp_path)
+    assert process.returncode == 0, process.stderr
+    first, second = process.stdout.split()
+    assert first == second
