@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from schemas import UserError
 from train.config import NEIGHBORS, TrainConfig, make_cache
-from train.distributed import world_size
+from train.distributed import rank, world_size
 from train.features import extract_features, open_eval_views, open_labeled_pair, remove_masks
 from train.methods import Method
 
@@ -43,6 +43,9 @@ def compute_knn_accuracy(
 ) -> dict[int, float]:
     """Compute the top-1 accuracy, 0 to 1, for each number of neighbors.
 
+    Ranks share the images to classify, in the chunks that a single process takes, so it returns the
+    same accuracies. All ranks must call it with the same images.
+
     Args:
         train: L2-normalized features (N, D) and labels (N,), 0 <= label < classes.
         test: the same for the images to classify; None for leave-one-out: each training image is
@@ -55,19 +58,22 @@ def compute_knn_accuracy(
     queries, targets = train if test is None else test
     check_neighbors(neighbors, len(features) - (test is None))
     most = max(neighbors)
-    correct = dict.fromkeys(neighbors, 0)
-    for start in range(0, len(queries), CHUNK):
+    correct = torch.zeros(len(neighbors), dtype=torch.long, device=queries.device)
+    for start in range(rank() * CHUNK, len(queries), world_size() * CHUNK):
         similarity = queries[start : start + CHUNK] @ features.T  # (chunk, N)
         if test is None:
             similarity.diagonal(offset=start).fill_(-torch.inf)  # an image is not its own neighbor
         similarity, nearest = similarity.topk(most, dim=1)  # (chunk, most), descending
         weights, votes = (similarity / temperature).exp(), labels[nearest]
-        for k in neighbors:
+        for number, k in enumerate(neighbors):
             score = weights.new_zeros(len(weights), classes)
             score.scatter_add_(1, votes[:, :k], weights[:, :k])
             hits = score.argmax(dim=1) == targets[start : start + CHUNK]
-            correct[k] += int(hits.sum())
-    return {k: count / len(queries) for k, count in correct.items()}
+            correct[number] += hits.sum()
+    if world_size() > 1:
+        dist.all_reduce(correct)
+    counts = correct.tolist()
+    return {k: count / len(queries) for k, count in zip(neighbors, counts, strict=True)}
 
 
 class OnlineKnn:

@@ -1,3 +1,5 @@
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -57,3 +59,39 @@ def test_more_neighbors_than_images_is_refused():
     with pytest.raises(UserError, match="5: each must be between 1 and 4"):
         compute_knn_accuracy(known, None, classes=5, neighbors=(5,))
     assert compute_knn_accuracy(known, known, classes=5, neighbors=(5,)) == {5: 1.0}
+
+
+def accuracy_of_shares(known, asked):
+    """Return the accuracies on this rank, and the number of images that it classified itself."""
+    classified, topk = [], torch.Tensor.topk
+
+    def counting(similarity, *args, **options):
+        classified.append(len(similarity))
+        return topk(similarity, *args, **options)
+
+    with patch("train.knn.CHUNK", 16), patch("torch.Tensor.topk", counting):
+        accuracy = compute_knn_accuracy(known, asked, classes=3, neighbors=(1, 5, 40))
+    return accuracy, sum(classified)
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_ranks_share_the_images_to_classify(leave_one_out, two_ranks):
+    generator = np.random.default_rng(0)
+    known, asked = (tuple(map(torch.tensor, clustered(generator, count))) for count in (70, 41))
+    test = None if leave_one_out else asked
+    expected, count = accuracy_of_shares(known, test)
+    (first, first_count), (second, second_count) = two_ranks(accuracy_of_shares, known, test)
+    assert first == second == expected
+    # chunks of 16 in turn: 16, 16, 16, 16, 6 or 16, 16, 9
+    assert (first_count, second_count) == ((38, 32) if leave_one_out else (25, 16))
+    assert first_count + second_count == count
+
+
+def test_a_rank_may_have_nothing_to_classify(two_ranks):
+    known = torch.eye(5), torch.arange(5)
+    one = two_ranks(accuracy_of_one_neighbor, known)
+    assert one == [{1: 1.0}, {1: 1.0}]
+
+
+def accuracy_of_one_neighbor(known):
+    return compute_knn_accuracy(known, known, classes=5, neighbors=(1,))
