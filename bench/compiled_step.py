@@ -17,9 +17,13 @@ from train.training_step import TrainingStep
 
 
 def measure(url: str, device: torch.device, settings: Settings) -> Iterator[str]:
-    """Yield a line for each batch size and way to compile; nothing if PyTorch cannot compile."""
-    if device.type != "cuda" or find_compile_obstacle(device) is not None:
-        return
+    """Yield a line for each batch size and way to compile, as soon as it is measured.
+
+    Raises:
+        AssertionError: PyTorch cannot compile for this device.
+    """
+    obstacle = find_compile_obstacle(device)
+    assert obstacle is None, f"PyTorch cannot compile: {obstacle}"
     for size in reversed(settings.batch_sizes):  # in the smallest, launching kernels takes most
         for name, compile_ in WAYS.items():
             try:

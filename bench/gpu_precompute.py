@@ -1,8 +1,8 @@
 """Measure how fast workers compute saliency: the network alone, then 1, 2 and 3 workers.
 
 Workers are plain processes, without Ray, so that this runs on a machine with a GPU and few
-packages: torch, torchvision, DALI, numpy, pyarrow, fsspec and pillow are enough. `measure` returns
-figures and a verdict; a small version of it runs on a CPU.
+packages: torch, torchvision, DALI, numpy, pyarrow, fsspec and pillow are enough. A small version of
+it runs on a CPU.
 """
 
 import io
@@ -64,33 +64,25 @@ class Settings:
         return options if self.areas is None else replace(options, areas=self.areas)
 
 
-@dataclass(frozen=True)
-class Result:
-    """Figures and the verdict on them.
-
-    Attributes:
-        passed: True if every worker wrote its shards, and more workers are not slower than fewer.
-        figures: name -> value; rates in images/s and windows/s, memory in MiB.
-        lines: lines to print, the verdict first.
-    """
-
-    passed: bool
-    figures: dict[str, float]
-    lines: list[str]
-
-
 def find_missing_packages() -> list[str]:
     """Return the required packages that are not installed here."""
     return [name for name in NEEDED if not is_installed(name)]
 
 
-def measure(settings: Settings) -> Result:
-    """Measure the network alone, then workers in parallel. Never raises for a missing package."""
-    if missing := find_missing_packages():
-        return Result(False, {}, [f"FAIL precompute: not installed here: {', '.join(missing)}"])
-    figures: dict[str, float] = {}
-    lines: list[str] = []
-    windows = measure_network(settings, figures)
+def measure(settings: Settings) -> Iterator[str]:
+    """Measure the network alone, then workers in parallel; yield each line as soon as it is known.
+
+    Raises:
+        AssertionError: before the first line if a package is missing; after the last one if a
+            worker failed, or more workers are slower than fewer.
+    """
+    missing = find_missing_packages()
+    assert not missing, f"not installed here: {', '.join(missing)}"
+    network, windows = measure_network(settings), count_windows(settings)
+    counted = f"{settings.backbone}, {windows} windows per image"
+    yield f"network alone: {network:.0f} windows/s ({counted})"
+    if line := measure_compiled_network(settings):
+        yield line
     best = 0.0
     problems = []
     for count in settings.workers:
@@ -99,64 +91,56 @@ def measure(settings: Settings) -> Result:
         except RuntimeError as error:
             problems.append(f"{count} workers: {error}")
             continue
-        figures[f"images_per_second_{count}_workers"] = rate
-        figures[f"cpu_milliseconds_per_image_{count}_workers"] = cpu
-        share = rate * windows / figures["windows_per_second_network_alone"]
-        lines.append(
-            f"{count} workers: {rate:.1f} images/s, {rate * windows:.0f} windows/s, {share:.0%} of "
-            f"the network alone, {cpu:.2f} CPU ms per image"
+        yield (
+            f"{count} workers: {rate:.1f} images/s, {rate * windows:.0f} windows/s, "
+            f"{rate * windows / network:.0%} of the network alone, {cpu:.2f} CPU ms per image"
         )
         if rate < GAIN * best:
             problems.append(f"{count} workers give {rate:.1f} images/s, fewer gave {best:.1f}")
         best = max(best, rate)
-    head = (
-        f"network alone: {figures['windows_per_second_network_alone']:.0f} windows/s "
-        f"({settings.backbone}, {windows:.2f} windows per image)"
-    )
-    if compiled := figures.get("windows_per_second_network_compiled"):
-        head += f", {compiled:.0f} compiled"
-    verdict = "FAIL" if problems else "PASS"
-    reasons = f": {'; '.join(problems)}" if problems else ""
-    return Result(not problems, figures, [f"{verdict} precompute{reasons}", head, *lines])
+    assert not problems, "; ".join(problems)
 
 
-def measure_network(settings: Settings, figures: dict[str, float]) -> float:
-    """Time the estimator's forward passes on windows that are already on the device.
+def count_windows(settings: Settings) -> int:
+    """Return the number of windows per image."""
+    from precompute.estimators.windows import list_windows
 
-    Returns:
-        Number of windows per image.
-    """
+    areas = settings.build_estimator_options().areas
+    return sum(len(list_windows(settings.height, settings.width, area)) for area in areas)
+
+
+def measure_network(settings: Settings, compile_: bool = False) -> float:
+    """Time forward passes on windows that are already on the device; return windows/s."""
+    import torch
+
+    from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
+
+    options = replace(settings.build_estimator_options(), compile=compile_)
+    estimator = ScdaEstimator(options)
+    shape = (WINDOWS_AT_ONCE[estimator.device], options.size, options.size, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=estimator.device)
+    with torch.inference_mode():
+        estimator.aggregate(pixels).sum().item()
+        start = time.perf_counter()
+        for _ in range(settings.forwards):
+            maps = estimator.aggregate(pixels)
+        maps.sum().item()  # waits for all of them
+        seconds = time.perf_counter() - start
+    return settings.forwards * len(pixels) / seconds
+
+
+def measure_compiled_network(settings: Settings) -> str | None:
+    """Return a line with the rate of the compiled network; None where it cannot be compiled."""
     import torch
 
     from pipeline.compiling import find_compile_obstacle
-    from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
-    from precompute.estimators.windows import list_windows
 
-    options = settings.build_estimator_options()
-
-    def measure_rate(estimator: ScdaEstimator) -> float:
-        shape = (WINDOWS_AT_ONCE[estimator.device], options.size, options.size, 3)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=estimator.device)
-        with torch.inference_mode():
-            estimator.aggregate(pixels).sum().item()
-            start = time.perf_counter()
-            for _ in range(settings.forwards):
-                maps = estimator.aggregate(pixels)
-            maps.sum().item()  # waits for all of them
-            seconds = time.perf_counter() - start
-        return settings.forwards * len(pixels) / seconds
-
-    estimator = ScdaEstimator(options)
-    figures["windows_per_second_network_alone"] = measure_rate(estimator)
-    if estimator.device == "cuda":
-        figures["peak_mib_network"] = torch.cuda.max_memory_allocated() / 2**20
-        if find_compile_obstacle(torch.device("cuda", 0)) is None:
-            compiled = ScdaEstimator(replace(options, compile=True))
-            try:
-                figures["windows_per_second_network_compiled"] = measure_rate(compiled)
-            except Exception as error:  # the workers are still worth measuring
-                print(f"the network could not be compiled: {error}", flush=True)
-    return float(sum(len(list_windows(settings.height, settings.width, a)) for a in options.areas))
+    if not torch.cuda.is_available() or find_compile_obstacle(torch.device("cuda", 0)):
+        return None
+    try:
+        return f"network compiled: {measure_network(settings, compile_=True):.0f} windows/s"
+    except Exception as error:  # the workers are still worth measuring
+        return f"the network could not be compiled: {error}"
 
 
 def run_workers(settings: Settings, count: int) -> tuple[float, float]:
@@ -283,6 +267,9 @@ def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:
 
 
 if __name__ == "__main__":
-    result = measure(Settings())
-    print("\n".join(result.lines))
-    raise SystemExit(0 if result.passed else 1)
+    try:
+        for line in measure(Settings()):
+            print(line, flush=True)
+    except AssertionError as error:
+        raise SystemExit(f"FAIL precompute: {error}") from None
+    print("PASS precompute")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,14 +117,23 @@ def check_step(folder: Path, device: str, data: str | None) -> str:
         folder / "step", 2 * max(settings.batch_sizes), formats=("JPEG",)
     )
     chosen = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    lines, problems = gpu_train.measure(url, chosen, settings)
-    print("\n".join(lines), flush=True)
-    assert not problems, "; ".join(problems)
-    return lines[0]
+    return print_lines(gpu_train.measure(url, chosen, settings))
+
+
+def print_lines(lines: Iterator[str]) -> str:
+    """Print each line as soon as it is measured, in case the session is cut off.
+
+    Returns:
+        The first line.
+    """
+    printed = []
+    for line in lines:
+        print(line, flush=True)
+        printed.append(line)
+    return printed[0]
 
 
 def check_compiled(folder: Path, device: str, data: str | None) -> str | None:
-    """Print each line when it is measured; compiling takes minutes. Return the first, if any."""
     import torch
 
     from bench import compiled_step, gpu_loader, gpu_train
@@ -135,11 +144,7 @@ def check_compiled(folder: Path, device: str, data: str | None) -> str | None:
     url = data or gpu_loader.write_photos(
         folder / "compiled", 2 * max(settings.batch_sizes), formats=("JPEG",)
     )
-    lines = []
-    for line in compiled_step.measure(url, torch.device("cuda", 0), settings):
-        print(line, flush=True)
-        lines.append(line)
-    return lines[0] if lines else None
+    return print_lines(compiled_step.measure(url, torch.device("cuda", 0), settings))
 
 
 def check_precompute(device: str) -> str:
@@ -148,10 +153,7 @@ def check_precompute(device: str) -> str:
     settings = gpu_precompute.Settings()
     if device != "cuda":
         settings = gpu_precompute.Settings.small()
-    result = gpu_precompute.measure(settings)
-    print("\n".join(result.lines[1:]), flush=True)
-    assert result.passed, result.lines[0].removeprefix("FAIL precompute: ")
-    return result.lines[1]
+    return print_lines(gpu_precompute.measure(settings))
 
 
 def main(argv: list[str] | None = None) -> int:

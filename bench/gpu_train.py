@@ -7,7 +7,8 @@ safetensors, which `train` imports.
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -47,9 +48,12 @@ class Settings:
         return cls("resnet18", (4,), 56, queue=64, warmup=1, steps=2)
 
 
-def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[str], list[str]]:
-    """Measure a step at each batch size; return the lines to print, and the problems found."""
-    lines: list[str] = []
+def measure(url: str, device: torch.device, settings: Settings) -> Iterator[str]:
+    """Measure a step at each batch size; yield each line to print as soon as it is measured.
+
+    Raises:
+        AssertionError: after the last line, if the host waits for the GPU.
+    """
     problems: list[str] = []
     for size in settings.batch_sizes:
         step, config = build(size, device, settings)
@@ -57,32 +61,32 @@ def measure(url: str, device: torch.device, settings: Settings) -> tuple[list[st
         endless = itertools.chain.from_iterable(itertools.repeat(synthetic))
         reset_memory(device)
         alone = time_steps(step, endless, device, settings)
-        views = MaskedViews(url, config.recipe, size, device=device.type)
-        fed_batches = itertools.chain.from_iterable(itertools.repeat(views))
-        fed = time_steps(step, fed_batches, device, settings)
-        lines.append(
-            f"batch {size}: {alone:.1f} ms per step alone, {fed:.1f} ms fed, alone/fed "
-            f"{alone / fed:.3f}, {1e3 * size / fed:.0f} images/s{format_peak_memory(device)}"
-        )
-        split = measure_fed_step(step, fed_batches, device, settings.warmup, settings.steps)
-        lines.append(f"batch {size}: {split.describe()}")
-        if device.type == "cuda":
-            lines.append(f"batch {size}: {time_on_urgent_stream(step, fed_batches, settings)}")
-            lines += compare_decoders(url, step, config, alone, settings)
-        loading, in_calls = time_loader(fed_batches, device, settings)
-        lines.append(
-            f"batch {size}: {loading:.1f} ms per batch of the loader alone; {in_calls:.1f} of them "
-            "the host spends in the call"
-        )
-        if device.type == "cuda":
-            waits = count_waits(step, fed_batches)
-            lines.append(f"batch {size}: {len(waits)} waits of the host in a fed step")
-            if waits:
-                problems.append(f"batch {size}: the host waits: {'; '.join(sorted(set(waits)))}")
-        if size == settings.batch_sizes[0]:
-            lines += profile_kernels(step, fed_batches, device)
-        views.close()
-    return lines, problems
+        with closing(MaskedViews(url, config.recipe, size, device=device.type)) as views:
+            fed_batches = itertools.chain.from_iterable(itertools.repeat(views))
+            fed = time_steps(step, fed_batches, device, settings)
+            yield (
+                f"batch {size}: {alone:.1f} ms per step alone, {fed:.1f} ms fed, alone/fed "
+                f"{alone / fed:.3f}, {1e3 * size / fed:.0f} images/s{format_peak_memory(device)}"
+            )
+            split = measure_fed_step(step, fed_batches, device, settings.warmup, settings.steps)
+            yield f"batch {size}: {split.describe()}"
+            if device.type == "cuda":
+                yield f"batch {size}: {time_on_urgent_stream(step, fed_batches, settings)}"
+                yield from compare_decoders(url, step, config, alone, settings)
+            loading, in_calls = time_loader(fed_batches, device, settings)
+            yield (
+                f"batch {size}: {loading:.1f} ms per batch of the loader alone; {in_calls:.1f} of "
+                "them the host spends in the call"
+            )
+            if device.type == "cuda":
+                waits = count_waits(step, fed_batches)
+                yield f"batch {size}: {len(waits)} waits of the host in a fed step"
+                if waits:
+                    places = "; ".join(sorted(set(waits)))
+                    problems.append(f"batch {size}: the host waits: {places}")
+            if size == settings.batch_sizes[0]:
+                yield from profile_kernels(step, fed_batches, device)
+    assert not problems, "; ".join(problems)
 
 
 def time_on_urgent_stream(step: TrainingStep, batches: Iterable, settings: Settings) -> str:
@@ -103,25 +107,24 @@ def time_on_urgent_stream(step: TrainingStep, batches: Iterable, settings: Setti
 
 def compare_decoders(
     url: str, step: TrainingStep, config: TrainConfig, alone: float, settings: Settings
-) -> list[str]:
-    """Time a step fed by views that do not use the GPU's multiprocessors to decode.
+) -> Iterator[str]:
+    """Yield the time of a step fed by views that do not use the GPU's multiprocessors to decode.
 
     Args:
         alone: milliseconds of a step that no loader feeds.
     """
     size, device = config.batch_size, torch.device("cuda")
-    lines = []
     for decoder, options in DECODERS.items():
-        views = MaskedViews(url, config.recipe, size, device="cuda", **options)
-        batches = itertools.chain.from_iterable(itertools.repeat(views))
-        with patch.object(graph, "HARDWARE_DECODER_LOAD", 1.0):
+        with (
+            patch.object(graph, "HARDWARE_DECODER_LOAD", 1.0),
+            closing(MaskedViews(url, config.recipe, size, device="cuda", **options)) as views,
+        ):
+            batches = itertools.chain.from_iterable(itertools.repeat(views))
             took = time_steps(step, batches, device, settings)
-        views.close()
-        lines.append(
+        yield (
             f"batch {size}: {took:.1f} ms fed by views decoded by {decoder}, alone/fed "
             f"{alone / took:.3f}"
         )
-    return lines
 
 
 def build(size: int, device: torch.device, settings: Settings) -> tuple[TrainingStep, TrainConfig]:

@@ -3,6 +3,7 @@
 import ast
 import multiprocessing
 import queue
+import re
 import threading
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -31,14 +32,20 @@ def test_workers_side_by_side_without_ray(monkeypatch: pytest.MonkeyPatch) -> No
 
     contexts = SimpleNamespace(get_context=remember)
     monkeypatch.setattr(gpu_precompute, "multiprocessing", contexts)
-    result = measure(Settings.small())
-    assert result.figures["windows_per_second_network_alone"] > 0
-    for count in (1, 2):
-        assert result.figures[f"images_per_second_{count}_workers"] > 0
-        assert result.figures[f"cpu_milliseconds_per_image_{count}_workers"] > 0
-    # Two workers may be slower than one on a busy CPU, and the verdict says so; nothing else may
-    # have failed.
-    assert result.passed or "2 workers give" in result.lines[0]
+    lines: list[str] = []
+    problem = ""
+    try:
+        lines.extend(measure(Settings.small()))
+    except AssertionError as error:
+        problem = str(error)
+    assert re.fullmatch(
+        r"network alone: [1-9]\d* windows/s \(squeezenet1_1, 1 windows per image\)", lines[0]
+    )
+    figures = r"[1-9]\S* images/s, \d+ windows/s, \d+% of the network alone, \S+ CPU ms per image"
+    assert re.fullmatch(f"1 workers: {figures}", lines[-2])
+    assert re.fullmatch(f"2 workers: {figures}", lines[-1])
+    # Two workers may be slower than one on a busy CPU; nothing else may have failed.
+    assert not problem or problem.startswith("2 workers give")
     assert methods == ["spawn", "spawn"], "a fork cannot use the CUDA of its parent"
 
 
@@ -53,9 +60,37 @@ def test_a_worker_that_fails_says_why_and_frees_the_others(tmp_path: Path) -> No
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_precompute, "NEEDED", ("torch", "absent_package", "absent.part"))
-    result = measure(Settings.small())
-    assert not result.passed
-    assert result.lines == ["FAIL precompute: not installed here: absent_package, absent.part"]
+    with pytest.raises(AssertionError, match=r"not installed here: absent_package, absent\.part"):
+        next(measure(Settings.small()))
+
+
+def test_each_line_is_there_before_the_next_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(settings: Settings, count: int) -> tuple[float, float]:
+        if count == 2:
+            raise KeyboardInterrupt
+        return 100.0 / count, 1.5
+
+    monkeypatch.setattr(gpu_precompute, "measure_network", lambda *args, **options: 1000.0)
+    monkeypatch.setattr(gpu_precompute, "run_workers", stop)
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        lines.extend(measure(Settings(workers=(1, 2))))
+    assert lines[-1] == (
+        "1 workers: 100.0 images/s, 900 windows/s, 90% of the network alone, 1.50 CPU ms per image"
+    )
+
+
+def test_workers_that_fail_or_slow_each_other_down_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(settings: Settings, count: int) -> tuple[float, float]:
+        if count == 2:
+            raise RuntimeError("out of memory")
+        return 100.0 / count, 1.5
+
+    monkeypatch.setattr(gpu_precompute, "measure_network", lambda *args, **options: 1000.0)
+    monkeypatch.setattr(gpu_precompute, "run_workers", fail)
+    message = r"2 workers: out of memory; 3 workers give 33\.3 images/s, fewer gave 100\.0"
+    with pytest.raises(AssertionError, match=message):
+        list(measure(Settings()))
 
 
 def imports_at_start(module: str, seen: set[str]) -> set[str]:
