@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from pipeline import RECIPES
 from schemas import UserError
 from tests.train import oracle
+from tests.train.operators import ListOperators
 from tests.train.ranks import random_batch
 from train.methods import MoCo, MoCoConfig, Setup, SimCLRConfig
 from train.methods.method import compute_balanced_rho
@@ -177,6 +178,45 @@ def test_momentum_branch_sees_whole_batches_and_has_no_gradient():
     assert all(
         p.grad is not None for p in [*method.encoder.parameters(), *method.head.parameters()]
     )
+
+
+def run_in_bf16(hard_negatives, cache_enabled):
+    torch.manual_seed(0)
+    method = MoCoConfig(queue=11).build(Setup(encoder="tiny_norm", batch_size=4))
+    with (
+        ListOperators() as operators,
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled),
+    ):
+        scalars = method(random_batch(4, hard_negatives))
+    scalars["loss"].backward()
+    method.end_step()
+    return method, scalars, operators.names.count("aten::_to_copy")
+
+
+def test_weights_of_the_momentum_branch_are_cast_once():
+    """A hard negative casts its images to bf16 and its embeddings back, but no weight again."""
+    casts = [run_in_bf16(hard_negatives, True)[2] for hard_negatives in (0, 1, 2)]
+    assert casts[2] - casts[1] == casts[1] - casts[0] == 2
+    method, scalars, _ = run_in_bf16(2, True)
+    expected, expected_scalars, more_casts = run_in_bf16(2, False)
+    modules = method.momentum_encoder.conv, method.momentum_head
+    weights = sum(len(list(module.parameters())) for module in modules)
+    assert more_casts - casts[2] == 2 * weights
+    assert scalars == expected_scalars
+    for name, value in expected.state_dict().items():
+        assert torch.equal(torch.as_tensor(method.state_dict()[name]), torch.as_tensor(value)), name
+    assert not any(weight.requires_grad for weight in method.momentum_encoder.parameters())
+
+
+def test_similarities_are_logged_in_float32():
+    """Also under autocast: bf16 has 8 bits, and this mean is near 0."""
+    method, batch = tiny_moco(), random_batch(64, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        scalars = method(batch)
+        q = method.project(method.encoder, method.head, batch.query)
+    expected = q.mean(dim=0).double() @ method.queue.mean(dim=0).double()
+    assert scalars["negatives_similarity"].dtype == torch.float32
+    assert scalars["negatives_similarity"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_state_dict_holds_queue_and_shuffling():

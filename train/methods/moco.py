@@ -28,7 +28,7 @@ from pipeline import Recipe
 from schemas import UserError
 from train.distributed import shuffle_across_ranks, world_size
 from train.methods.method import Setup, note_hard_negative_weight, require_keys
-from train.methods.momentum import MomentumConfig, MomentumMethod
+from train.methods.momentum import MomentumConfig, MomentumMethod, share_casts
 
 STRIDE = 32
 """Stride of a ResNet's last map in pixels of the crop."""
@@ -121,11 +121,12 @@ class MoCo(MomentumMethod):
     def compute_loss(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
         """Compute the loss and other scalars; return them and the keys (N, D)."""
         q = self.project(self.encoder, self.head, batch.query)  # (N, D)
-        with torch.no_grad():
+        with share_casts(self.momentum_encoder, self.momentum_head):
             key = self.momentum_project(batch.key)  # (N, D)
             hard = self.project_hard_negatives(batch.hard_negative, key)  # (N, H, D)
 
-        with torch.autocast(q.device.type, enabled=False):  # a softmax over K+1+H needs float32
+        # a softmax over K+1+H, and means over the queue, need float32
+        with torch.autocast(q.device.type, enabled=False):
             logits = contrastive_logits(
                 q,
                 key,
@@ -136,12 +137,12 @@ class MoCo(MomentumMethod):
             )
             target = torch.zeros(len(q), dtype=torch.long, device=q.device)
             loss = cross_entropy(logits, target)
-        scalars = contrast_scalars(logits.detach(), len(self.queue))
-        with torch.no_grad():
-            scalars["key_similarity"] = (q * key).sum(dim=1).mean()
-            scalars["negatives_similarity"] = q.mean(dim=0) @ self.queue.mean(dim=0)
-            if hard.shape[1]:
-                scalars["hard_similarity"] = torch.einsum("nd,nhd->nh", q, hard).mean()
+            scalars = contrast_scalars(logits.detach(), len(self.queue))
+            with torch.no_grad():
+                scalars["key_similarity"] = (q * key).sum(dim=1).mean()
+                scalars["negatives_similarity"] = q.mean(dim=0) @ self.queue.mean(dim=0)
+                if hard.shape[1]:
+                    scalars["hard_similarity"] = torch.einsum("nd,nhd->nh", q, hard).mean()
         return {"loss": loss, **scalars}, key
 
     def notes(self, samples: int) -> list[str]:

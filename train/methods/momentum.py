@@ -1,6 +1,8 @@
 """Momentum branch and queue of keys, shared by MoCo v2 and MaskCo."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +102,23 @@ class MomentumMethod(Method):
 
     def exported(self) -> nn.Module:
         return self.encoder
+
+
+@contextmanager
+def share_casts(*modules: nn.Module) -> Iterator[None]:
+    """Let several forward passes without gradient share the weights that autocast has cast.
+
+    Autocast keeps the cast of a weight, until it ends, only if the weight requires a gradient.
+    """
+    weights = [weight for module in modules for weight in module.parameters()]
+    with torch.no_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
 
 
 def replace_first_rows(rows: Tensor, keys: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
