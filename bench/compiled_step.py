@@ -46,6 +46,7 @@ def time_compiled(
 ) -> tuple[float, float]:
     """Return the milliseconds of a step alone and fed, with encoders compiled by `compile_`."""
     step, config = build(size, device, settings)
+    step.method.to(device)  # also the counters of batches, as `--compile` leaves them there
     compile_(step)
 
     def start_step(micro_batches: Any, lr: float) -> dict[str, Tensor]:

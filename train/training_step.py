@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torchvision.models import ResNet
@@ -33,7 +34,19 @@ def prepare_model_(method: Method, config: TrainConfig, device: torch.device) ->
         for module in method.modules():
             if isinstance(module, ResNet) or is_timm_encoder(module):
                 compile_encoder_(module)
+    else:
+        count_batches_on_host_(method)
     return method
+
+
+def count_batches_on_host_(module: nn.Module) -> None:
+    """Keep the norms' counters of batches in host memory, where counting launches no kernel.
+
+    A compiled norm counts in its other kernels; there a counter on the host would be one more.
+    """
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.cpu()
 
 
 def wrap_in_ddp(module: nn.Module, device: torch.device, has_unused: bool) -> nn.Module:
