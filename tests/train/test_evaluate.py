@@ -224,7 +224,7 @@ def written(
         "epochs": probe,
         "pretraining": {"seed": str(seed), "settings": json.dumps(settings)},
     }
-    out = folder / f"{method}-{recipe}-{branch}-{seed}"
+    out = folder / f"{method}-{recipe.replace(':', '-')}-{branch}-{seed}"
     out.mkdir(exist_ok=True)
     results.append(out, [row])
 
@@ -263,9 +263,42 @@ def test_tables_average_only_over_seeds(tmp_path, capsys, monkeypatch):
     assert "| moco, none, epochs 100 | 15.00 ± 7.07 | 50.00 | 2 |" in lines
     assert "| moco, none, epochs 200 | 40.00 |  | 1 |" in lines
     assert "| simclr, none | 70.00 |  | 1 |" in lines
-    branches = lines[lines.index("| IN-100, linear, top-1 % | key | both | query |") :]
+    branches = lines[lines.index("| IN-100, epochs 100, linear, top-1 % | key | both | query |") :]
     assert "| moco, mean, 0 hard | | 30.00 | 15.00 ± 7.07 |".replace("| |", "|  |") in branches
-    assert not any("simclr" in line for line in branches)
+    # the probe of 1 epoch is not averaged with those of 100, and has no second branch
+    assert "| moco, none, epochs 100 | 15.00 ± 7.07 |  |  |" in branches
+    assert not any("simclr" in line or "epochs 1," in line for line in branches)
+
+
+def test_settings_that_begin_alike_have_lines_of_their_own(tmp_path):
+    written(tmp_path, "moco", "my_fills.py:one", 0.2, seed=0)
+    written(tmp_path, "moco", "my_fills.py:two", 0.8, seed=1)
+    rows = [row | {"recipe": "custom"} for row in results.collect([str(tmp_path)])]
+    lines = tables.format_table(rows, "linear").splitlines()
+    name = "moco, custom, query masked, 1 hard, recipe.fill my_fills.py"
+    assert f"| {name}:one | 20.00 | 1 |" in lines
+    assert f"| {name}:two | 80.00 | 1 |" in lines
+    assert tables.format_value("0123456789abcdef" * 4) == "0123456789ab"
+
+
+def test_an_untrained_encoder_has_no_branch(tmp_path):
+    for branch in ("query", "key"):
+        written(tmp_path, "moco", "mean", 0.2, branch=branch)
+    rows = results.collect([str(tmp_path)])
+    kernel = {"high_pass_kernel": "11", "high_pass_sigma": "5.0"}
+    untrained = [
+        row
+        | {"weights": "untrained", "high_pass": False, "crop_size": 56, "seed": 0}
+        | {"pretraining": row["pretraining"] | kernel}
+        for row in rows
+    ]
+    tables_with, tables_without = (
+        list(tables.format_branch_tables(own, "linear")) for own in (rows + untrained, rows)
+    )
+    assert [table.splitlines()[2:] for table in tables_with] == [
+        ["| moco, mean, 1 hard | 20.00 |  | 20.00 |"]
+    ]
+    assert tables_with == tables_without
 
 
 def test_an_untrained_encoder_counts_once_for_each_seed_and_kind_of_images():

@@ -77,8 +77,8 @@ def show_table(argv: list[str]) -> None:
         return
     print(tables.format_table(rows, options.protocol))
     if len({tables.get_setting(row, "recipe.branch") for row in chosen}) > 1:
-        for data in dict.fromkeys(row["data"] for row in chosen):
-            print("\n" + tables.format_branch_table(rows, options.protocol, data))
+        for table in tables.format_branch_tables(rows, options.protocol):
+            print(f"\n{table}")
 
 
 COMMANDS = {

@@ -6,8 +6,9 @@ settings of the protocol.
 """
 
 import json
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from schemas.settings import fill_defaults
@@ -22,6 +23,8 @@ NEUTRAL_FIELDS = {"seed", "protocol", "data", "pretraining"} | OUTCOMES
 """Fields of a row that never tell columns apart: outcomes, or already part of the heading."""
 TRAINING_FIELDS = {"encoder", "method", "recipe", "high_pass", "crop_size", "weights"}
 """Fields of a row that describe the run of the encoder, not the protocol."""
+
+DIGEST = re.compile("[0-9a-f]{64}")
 
 ARCHITECTURE = {"stem": "imagenet", "zero_init_residual": "False"}
 """Fields of an encoder's metadata, besides its name, that an untrained one depends on, and the
@@ -70,34 +73,46 @@ def format_detection_table(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
-def format_branch_table(rows: Sequence[Row], protocol: str, data: str) -> str:
+def format_branch_tables(rows: Sequence[Row], protocol: str) -> Iterator[str]:
     """Format the ablation "manipulating variance": runs by the branch that they mask.
 
-    Lines are settings that were run with several branches and, in the first column as on the
-    poster, those of the same methods without any mask.
+    Yields a table for each column of `format_table` that has such runs. Lines are settings that
+    were run with several branches and, in the first column as on the poster, those of the same
+    methods without any mask. An untrained encoder has no branch.
     """
-    chosen = [row for row in rows if row["protocol"] == protocol and row["data"] == data]
-    lines = label_rows(chosen, get_settings_without_branch, lambda row: name_run(row, branch=False))
+    trained = [row for row in rows if row["protocol"] == protocol and not is_untrained(row)]
+    columns = label_rows(trained, get_protocol_settings, get_data)
+    for column in dict.fromkeys(columns):
+        chosen = [row for row, label in zip(trained, columns, strict=True) if label == column]
+        if lines := format_branch_lines(chosen):
+            head = [f"| {column}, {protocol}, top-1 % | {' | '.join(BRANCHES)} |"]
+            yield "\n".join([*head, "| --- | ---: | ---: | ---: |", *lines])
+
+
+def format_branch_lines(chosen: Sequence[Row]) -> list[str]:
+    """Format the lines of a branch table for rows that one protocol made on one dataset."""
+    labels = label_rows(
+        chosen, get_settings_without_branch, lambda row: name_run(row, branch=False)
+    )
     branches: dict[str, set[str]] = {}
-    for row, line in zip(chosen, lines, strict=True):
-        branches.setdefault(line, set()).add(get_branch(row))
+    for row, label in zip(chosen, labels, strict=True):
+        branches.setdefault(label, set()).add(get_branch(row))
     methods = {
-        name_method(row) for row, line in zip(chosen, lines, strict=True) if len(branches[line]) > 1
+        name_method(row)
+        for row, label in zip(chosen, labels, strict=True)
+        if len(branches[label]) > 1
     }
-    text = [
-        f"| {data}, {protocol}, top-1 % | {' | '.join(BRANCHES)} |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for line in dict.fromkeys(lines):
-        members = [row for row, label in zip(chosen, lines, strict=True) if label == line]
+    lines = []
+    for label, own_branches in branches.items():
+        members = [row for row, own in zip(chosen, labels, strict=True) if own == label]
         is_baseline = get_fill(members[0]) == "none" and name_method(members[0]) in methods
-        if len(branches[line]) > 1 or is_baseline:
+        if len(own_branches) > 1 or is_baseline:
             cells = [
                 format_spread([get_headline(row) for row in members if get_branch(row) == branch])
                 for branch in BRANCHES
             ]
-            text.append(f"| {line} | {' | '.join(cells)} |")
-    return "\n".join(text)
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
 
 
 def drop_repetitions(rows: Sequence[Row]) -> list[Row]:
@@ -141,7 +156,10 @@ def label_rows(
 
 
 def format_value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)[:12]
+    """Return a setting as text; a digest is shortened, as its first digits tell it from others."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)[:12] if DIGEST.fullmatch(str(value)) else str(value)
 
 
 def get_training_settings(row: Row) -> dict[str, Any]:
