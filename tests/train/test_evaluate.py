@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
+from torchvision.models import resnet18
 
 from pipeline import EvalViews
 from schemas import UserError
@@ -185,6 +186,18 @@ def test_export_refuses_a_stem_that_the_format_does_not_have(tmp_path, form):
     with pytest.raises(UserError, match=f"small stem, which {form}'s ResNets .* safetensors"):
         export.export(export.ExportOptions(encoder=str(tmp_path), format=form))
     assert not (tmp_path / "torchvision.pth").exists()
+
+
+def test_an_export_never_replaces_the_encoder(tmp_path):
+    """Foreign weights may have the name of an export, and hold more than an export does."""
+    path = tmp_path / "torchvision.pth"
+    torch.save(resnet18().state_dict(), path)
+    content = path.read_bytes()
+    for out in (None, str(tmp_path / "." / "torchvision.pth")):
+        options = export.ExportOptions(encoder=str(path), out=out)
+        with pytest.raises(UserError, match=r"torchvision\.pth: is the encoder itself; write to"):
+            export.export(options)
+    assert path.read_bytes() == content
 
 
 def test_an_export_that_cannot_be_written_is_named_and_leaves_the_earlier_file(run, tmp_path):

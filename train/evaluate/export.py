@@ -45,11 +45,13 @@ def export(options: ExportOptions) -> Path:
 
     Raises:
         UserError: no such encoder, the format does not suit its architecture, or the file cannot be
-            written.
+            written or is the encoder itself.
     """
     encoder, metadata, path = load_encoder(options.encoder)
     state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
     out = Path(options.out or path.with_name(f"{options.format}{SUFFIX[options.format]}"))
+    if out.resolve() == path.resolve():
+        raise UserError(f"{out}: is the encoder itself; write to another file with --out")
     if options.format != "safetensors":
         check_family(options.format, metadata["encoder"], str(path))
         if get_stem(metadata) != "imagenet":
