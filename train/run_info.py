@@ -53,14 +53,16 @@ def append_start(
 def reconstruct_command() -> str:
     """Return the command that repeats this run: the program and its options as given."""
     argv = sys.orig_argv
-    if "-m" not in argv:
-        return shlex.join(argv)
-    start = "python"
-    if world_size() > 1:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-        nodes = f"--nnodes {world_size() // local} " if world_size() > local else ""
-        start = f"torchrun {nodes}--nproc-per-node {local}"
-    return f"{start} {shlex.join(argv[argv.index('-m') :])}"
+    program = argv[argv.index("-m") :] if "-m" in argv else argv[1:]
+    if world_size() == 1:
+        return shlex.join(["python", *program] if "-m" in argv else argv)
+    if program[0] == "-u":  # torchrun adds it where it starts Python itself
+        program = program[1:]
+    elif program[0] != "-m":
+        program = ["--no-python", *program]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    nodes = f"--nnodes {world_size() // local} " if world_size() > local else ""
+    return f"torchrun {nodes}--nproc-per-node {local} {shlex.join(program)}"
 
 
 def read_git_revision() -> str | None:
