@@ -11,13 +11,16 @@ AT_LEAST_1 = (
     "knn.epochs", "knn.batch_size", "knn.neighbors",
     "method.queue", "method.projection", "method.hidden", "method.head_layers", "method.masks",
     "method.channels", "method.region_size", "method.prediction_depth",
+    "rois", "proposals", "short_sides", "test_side",
 )  # fmt: skip
 ABOVE_0 = (
     "cache_gb", "optim.lr", "optim.base_lr", "optim.clip_gradient", "optim.trust_coefficient",
     "method.temperature", "method.mask_rate",
 )  # fmt: skip
-AT_LEAST_0 = ("seed", "optim.weight_decay", "optim.milestones", "method.rho", "method.sparsity",
-              "method.entropy")  # fmt: skip
+AT_LEAST_0 = (
+    "seed", "workers", "optim.weight_decay", "optim.milestones", "method.rho", "method.sparsity",
+    "method.entropy",
+)  # fmt: skip
 BELOW_1 = ("optim.momentum",)
 UP_TO_1 = ("method.ema_momentum", "method.label_smoothing")
 
@@ -31,7 +34,7 @@ REQUIREMENTS = (
 
 
 def check_ranges(options: Mapping[str, Any]) -> None:
-    """Check the options of a run that have a range; None is always valid.
+    """Check the options of a run or an evaluation that have a range; None is always valid.
 
     Args:
         options: flat options, dotted name -> value, as from `schemas.settings.flatten`.

@@ -111,6 +111,21 @@ def changed(root: Path, split: str, **first) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": -1}, "--workers -1: must be at least 0"),
+        ({"rois": 0}, "--rois 0: must be at least 1"),
+        ({"proposals": 0}, "--proposals 0: must be at least 1"),
+        ({"test_side": 0}, "--test-side 0: must be at least 1"),
+        ({"short_sides": (64, 0)}, "--short-sides 0: must be at least 1"),
+    ],
+)
+def test_options_outside_their_range_are_refused_before_the_training(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        command.evaluate(options_of(tmp_path, tmp_path, **changes))
+
+
 def train_until_killed(options: command.DetectionOptions, step: int, threads: int) -> None:
     """Run in a separate process that gets SIGKILL after a step, before it is logged."""
     torch.set_num_threads(threads)

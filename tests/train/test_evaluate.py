@@ -333,6 +333,20 @@ def test_an_untrained_encoder_counts_once_for_each_seed_and_kind_of_images():
     assert tables.format_table(rows, "knn").endswith("| untrained resnet18 | 25.00 ± 7.07 | 2 |")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"cache_gb": 0.0}, r"--cache-gb 0\.0: must be above 0"),
+    ],
+)
+def test_options_of_knn_outside_their_range_are_refused(shards, run, changes, message):
+    options = KnnOptions(encoder=str(run), data=shards, device="cpu", neighbors=(1,), **changes)
+    with pytest.raises(UserError, match=message):
+        evaluate(options)
+
+
 def test_commands_report_mistakes_in_one_line(tmp_path, monkeypatch):
     for arguments, message in (
         (["linaer"], "did you mean linear"),

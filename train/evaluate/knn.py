@@ -8,6 +8,7 @@ import tyro
 from torch import nn
 
 from schemas.counts import format_count
+from schemas.settings import flatten
 from train.config import NEIGHBORS, make_cache
 from train.distributed import is_main, raise_on_all_ranks
 from train.encoders import build_untrained_encoder, load_encoder
@@ -19,6 +20,7 @@ from train.features import (
     pick_eval_precision,
 )
 from train.knn import TEMPERATURE, check_neighbors, compute_knn_accuracy
+from train.option_ranges import check_ranges
 from train.process_group import pick_device
 
 
@@ -62,6 +64,7 @@ def evaluate(options: KnnOptions) -> list[dict[str, Any]]:
         UserError: unsuitable encoder, data or options.
     """
     with raise_on_all_ranks():
+        check_ranges(flatten(options))
         device = pick_device(options.device)
         torch.backends.cuda.matmul.allow_tf32 = False  # kNN compares close similarities
         encoder, metadata, path = load_encoder(options.encoder, notes_images=True)

@@ -13,7 +13,7 @@ import tyro
 from pipeline.recipes import RECIPES
 from schemas import UserError
 from schemas.counts import format_count
-from schemas.settings import fields_of, to_plain
+from schemas.settings import fields_of, flatten, to_plain
 from train.config import TrainConfig, resolve_config
 from train.distributed import is_main, raise_on_all_ranks, rank, world_size
 from train.encoders import compute_digest, load_encoder
@@ -27,6 +27,7 @@ from train.evaluate.detection.model import Detector, DetectorConfig
 from train.evaluate.detection.voc import read_voc
 from train.methods import Method, MethodConfig, Setup
 from train.optim import OptimConfig
+from train.option_ranges import check_ranges
 from train.process_group import pick_device
 from train.trainer import TrainingJob, train_job
 from train.training_step import prepare_model_
@@ -171,6 +172,7 @@ def prepare_detection(
     options: DetectionOptions,
 ) -> tuple[dict[str, str], Path, DetectionDataset, DetectionDataset, TrainingJob]:
     """Return the encoder's metadata and path, the training and test sets, and the training job."""
+    check_ranges(flatten(options))
     device = pick_device(options.device)
     _, metadata, path = load_encoder(options.encoder)
     if is_main():
