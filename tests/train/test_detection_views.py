@@ -1,11 +1,18 @@
 """Detection: batches of the loader."""
 
+import os
+import signal
+from multiprocessing import set_start_method
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
 
 from schemas import UserError
 from tests.train.detection_data import odd_coco, shapes
+from tests.train.ranks import get_preloaded_context
 from train.evaluate.detection.data import DetectionDataset
 from train.evaluate.detection.loader import DetectionLoader, FlipDataset
 
@@ -69,3 +76,28 @@ def test_an_image_that_does_not_match_its_annotation_gives_a_one_line_error(tmp_
             list(views_of(data, size=5, workers=workers))
         assert str(caught.value).startswith(f"{path}: cannot be decoded ({why}")
         assert "\n" not in str(caught.value)
+
+
+def read_after_a_signal_to_the_group(folder: Path, batches: Any) -> None:
+    """Get SIGTERM with all processes of the group, as from `timeout`, and read on."""
+    set_start_method("fork", force=True)
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    views = views_of(odd_coco(folder), workers=1)
+    stream = iter(views)
+    keys = [next(stream).sample_keys]
+    os.killpg(0, signal.SIGTERM)
+    keys += [batch.sample_keys for batch in stream] + read_keys(views, epochs=3)
+    views.close()
+    batches.put(keys)
+
+
+def test_a_signal_to_the_process_group_leaves_the_workers_alive(tmp_path):
+    """The trainer saves after it, and still needs batches."""
+    context = get_preloaded_context()
+    batches = context.Queue()
+    process = context.Process(target=read_after_a_signal_to_the_group, args=(tmp_path, batches))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    assert len(batches.get(timeout=10)) == 16

@@ -1,5 +1,6 @@
 """Load batches of images for a detector, endlessly and exactly resumable."""
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,6 +111,15 @@ def collate(batch: list[Sample | UserError]) -> list[tuple[Any, ...]] | UserErro
     return list(zip(*samples, strict=True))
 
 
+def leave_process_group(_: int) -> None:
+    """Keep signals to the trainer's process group, as Ctrl-C and `timeout` send, from a worker.
+
+    The trainer saves the state after such a signal and needs further batches until then. A worker
+    ends with the trainer, as torch's workers watch their parent.
+    """
+    os.setpgid(0, 0)
+
+
 class DetectionLoader:
     """Loader for the trainer (see `train.data.Views`).
 
@@ -166,6 +176,7 @@ class DetectionLoader:
                 batch_sampler=order,
                 num_workers=self.workers,
                 collate_fn=collate,
+                worker_init_fn=leave_process_group,
                 generator=torch.Generator(),  # keeps torch's global generator untouched
             )
             self.batches = iter(loader)
