@@ -16,6 +16,7 @@ import torch
 import tyro
 from nvidia.dali import types
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.transforms import RandomResizedCrop, v2
 
 from pipeline.crop import crop_on_host
@@ -174,7 +175,13 @@ class Study:
             yield view.permute(1, 2, 0)
 
     def find_foreground_cells(self, maps: Tensor) -> Tensor:
-        return find_foreground(maps, self.recipe.foreground_margin).flatten(1)
+        """Return the foreground of maps (N, h, w) on the recipe's grid: (N, grid * grid) bool, on
+        the CPU.
+
+        A network whose stride is not 32, such as SqueezeNet, makes larger maps.
+        """
+        cells = adaptive_avg_pool2d(maps[:, None].float().cpu(), self.recipe.grid)[:, 0]
+        return find_foreground(cells, self.recipe.foreground_margin).flatten(1)
 
     def compare_maps(self, options: Options) -> Iterator[str]:
         """Yield the rows of the table."""
@@ -253,7 +260,7 @@ def compare_with_objects(options: Options) -> Iterator[str]:
             front = find_foreground(torch.from_numpy(maps), RECIPES["hp"].foreground_margin)
             for scene, cells in zip(part, front, strict=True):
                 mask = torch.from_numpy(scene.mask).float()[None, None]
-                share = torch.nn.functional.adaptive_avg_pool2d(mask, cells.shape)[0, 0]
+                share = adaptive_avg_pool2d(mask, cells.shape)[0, 0]
                 on.append((share * cells).sum() / cells.sum())
                 covered.append((share * cells).sum() / share.sum())
         yield f"| {name} | {np.mean(on):.3f} | {np.mean(covered):.3f} |"
