@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.process import read_peak_megabytes
+from bench.process import call_in_other_process, read_peak_megabytes
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
 
 
@@ -25,6 +25,23 @@ class Options:
     """Numbers of streams to measure."""
 
 
+def measure(options: Options, streams: int) -> str:
+    """Plan two batches in this process, which has a peak of memory of its own; return the row."""
+    before = read_peak_megabytes()
+    start = time.perf_counter()
+    sizes = np.full(options.shards, options.shard_samples)
+    order = SampleOrder(sizes, options.batch_size, 1, options.shuffle_shards, streams)
+    step = order.steps // 2
+    order.batch(57, step)
+    planned = time.perf_counter()
+    order.batch(57, step + 1)
+    end = time.perf_counter()
+    return (
+        f"| {streams} | {planned - start:.2f} | {1e3 * (end - planned):.2f} | "
+        f"{read_peak_megabytes() - before:.0f} |"
+    )
+
+
 def build_table(options: Options) -> str:
     """Plan one batch in the middle of epoch 57 for each number of streams; return the table."""
     samples = options.shards * options.shard_samples
@@ -35,18 +52,5 @@ def build_table(options: Options) -> str:
         "| streams | seconds | next step, ms | MB beyond the imported packages |",
         "| ---: | ---: | ---: | ---: |",
     ]
-    for streams in options.streams:
-        before = read_peak_megabytes()
-        start = time.perf_counter()
-        sizes = np.full(options.shards, options.shard_samples)
-        order = SampleOrder(sizes, options.batch_size, 1, options.shuffle_shards, streams)
-        step = order.steps // 2
-        order.batch(57, step)
-        planned = time.perf_counter()
-        order.batch(57, step + 1)
-        end = time.perf_counter()
-        lines.append(
-            f"| {streams} | {planned - start:.2f} | {1e3 * (end - planned):.2f} | "
-            f"{read_peak_megabytes() - before:.0f} |"
-        )
+    lines += [call_in_other_process(measure, options, streams) for streams in options.streams]
     return "\n".join(lines)

@@ -51,11 +51,11 @@ def print_timing(name: str, work: Callable[[], Any]) -> Any:
     return result
 
 
-def call_in_other_process(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function without adding to the peak memory of this process."""
+def call_in_other_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of a function called in a new process, whose peak memory is its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as executor:
-        executor.submit(function, *arguments).result()
+        return executor.submit(function, *arguments).result()
 
 
 class MemoryWatch:
