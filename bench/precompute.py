@@ -97,9 +97,10 @@ class EstimatorBench:
         if not isinstance(estimator, ScdaEstimator):
             raise TypeError(f"{self.estimator.name} has no backbone")
         builder = ShardBuilder(self.source, UnusedEstimator(), Store(self.folder), 32, Resize(), {})
+        images = self.images[:32]
         ready = [
             cut(group.pixels, part, estimator.options.size)
-            for group in builder.decode_batches(builder.read(self.images[:32], {}))
+            for group in builder.decode_batches(builder.read(images, {}))
             if group.images
             for part in split_windows(group.pixels, estimator.options)
         ]
@@ -108,7 +109,7 @@ class EstimatorBench:
             start = time.perf_counter()
             for pixels in ready:
                 estimator.aggregate(pixels)
-        return 32 / (time.perf_counter() - start)
+        return len(images) / (time.perf_counter() - start)
 
 
 class UnusedEstimator:
