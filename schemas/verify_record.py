@@ -68,9 +68,7 @@ class VerifyRecord:
         trace: TracebackType | None,
     ) -> None:
         if self.file:
-            with suppress(
-                OSError
-            ):  # each line is flushed; `add` has reported one that does not fit
+            with suppress(OSError):  # `add`, which flushes each line, has reported a full disk
                 self.file.close()
 
     def add(self, row: ShardRow, problems: Iterable[Problem]) -> None:
