@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import re
 import shlex
 import sys
@@ -19,9 +20,12 @@ Config = TypeVar("Config")
 
 BORDER = re.compile(r"\x1b\[[\d;]*m|[│╭╮╰╯]")
 WRONG_VALUE = re.compile(
-    r"(?:Error parsing|invalid choice|Missing value) .+?(?= Got errors:| [─-]{3}|$)"
+    r"(?:Error parsing|invalid choice|Missing value) .+?(?= Got errors:| [─-]{20}|$)"
 )
 """The part of tyro's box of several lines that says what is wrong with a value."""
+
+WIDE = "10000"
+"""Columns of a terminal in whose width tyro does not break such a line, or a long value in it."""
 
 
 def parse_options(
@@ -102,7 +106,7 @@ def translate_wrong_values(program: str) -> Iterator[None]:
     """
     printed = io.StringIO()
     try:
-        with redirect_stderr(printed):
+        with redirect_stderr(printed), override_columns(WIDE):
             yield
     except SystemExit as stop:
         words = " ".join(BORDER.sub("", printed.getvalue()).split())
@@ -115,6 +119,20 @@ def translate_wrong_values(program: str) -> Iterator[None]:
     finally:
         if sys.stderr is not None:
             sys.stderr.write(printed.getvalue())
+
+
+@contextmanager
+def override_columns(columns: str) -> Iterator[None]:
+    """Override the width of the terminal, which programs take from COLUMNS if that is set."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = columns
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def build_argument(name: str, metavar: str, text: str) -> Any:

@@ -1,5 +1,6 @@
 """Test what a wrong command line prints: one line with every mistake and the nearest option."""
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -166,6 +167,20 @@ def test_a_wrong_value_is_one_line(
         parse_line(f"a --test-data d {line}")
     assert str(raised.value) == f"a-command: {message}; see a-command --help"
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_a_long_wrong_value_is_quoted_as_it_is(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The box of the parser breaks it at the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", columns)
+    path = f"/scratch/{'long_name/' * 12}of---a---file"
+    for value in (path, f"{path} --- and more"):
+        with pytest.raises(UserError) as raised:
+            parse(Options, ["a", "--test-data", "d", "--dataset", "voc", "--epochs", value])
+        assert f"with base 10: '{value}'; see a-command --help" in str(raised.value)
+    assert os.environ["COLUMNS"] == columns
 
 
 def test_another_complaint_of_the_parser_is_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
