@@ -289,7 +289,9 @@ class DatasetCard:
                 warn_of_default(CARD, entry.name, repr(getattr(card, entry.name)))
         for name, kind in CARD_TYPES.items():
             if type(value := getattr(card, name)) is not kind:
-                raise FormatError(f"{location}: its {name} is {value!r}, not a {kind.__name__}")
+                raise FormatError(
+                    f"{location}: its {name} is {value!r}, not of type {kind.__name__}"
+                )
         if not all(isinstance(name, str) for name in card.classes):
             raise FormatError(f"{location}: its classes are not all text")
         return card

@@ -257,12 +257,12 @@ def test_a_longer_table_of_samples_is_refused_where_it_is_read(
         ({"format_version": 2}, "format version 2.*newer version.*upgrade"),
         ({"format_version": None}, "not a card"),
         ({"samples": ...}, "missing 1 required positional argument: 'samples'"),
-        ({"samples": "25"}, "its samples is '25', not a int"),
-        ({"shards": True}, "its shards is True, not a"),
-        ({"classes": None}, "its classes is None, not a list"),
+        ({"samples": "25"}, "its samples is '25', not of type int"),
+        ({"shards": True}, "its shards is True, not of type int"),
+        ({"classes": None}, "its classes is None, not of type list"),
         ({"classes": [["a"], "b", "c"]}, "its classes are not all text"),
-        ({"estimator": "scda"}, "its estimator is 'scda', not a"),
-        ({"versions": None}, "its versions is None, not a"),
+        ({"estimator": "scda"}, "its estimator is 'scda', not of type dict"),
+        ({"versions": None}, "its versions is None, not of type dict"),
     ],
 )
 def test_a_card_of_another_format_is_refused(
