@@ -74,11 +74,14 @@ class SaliencyMap:
 
         Raises:
             ValueError: not an intact 8-bit grayscale PNG (every chunk's checksum is tested).
+            MemoryError: memory has run out.
         """
         try:
             Image.open(io.BytesIO(png), formats=["PNG"]).verify()
             image = Image.open(io.BytesIO(png), formats=["PNG"])
             image.load()
+        except MemoryError:
+            raise  # says nothing about the PNG
         except Exception as error:  # Pillow raises IndexError and others for some damaged chunks
             raise ValueError(f"not a sound PNG: {error}") from error
         if not png.endswith(PNG_END):  # the only chunk that Pillow does not check

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from schemas import SaliencyMap
 
@@ -90,6 +90,16 @@ def test_an_odd_png_with_right_checksums_is_refused(side: int) -> None:
         checksum = struct.pack(">I", zlib.crc32(kind + content))
         png += struct.pack(">I", len(content)) + kind + content + checksum
     with pytest.raises(ValueError, match="not a sound PNG"):
+        SaliencyMap.from_png(png, 0.0, 1.0)
+
+
+def test_memory_that_runs_out_blames_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image.Image) -> None:
+        raise MemoryError
+
+    png = SaliencyMap.quantize(np.eye(28)).to_png()
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(MemoryError):
         SaliencyMap.from_png(png, 0.0, 1.0)
 
 
