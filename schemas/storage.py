@@ -151,8 +151,9 @@ class Store:
         """
         if self.is_local:
             check_regular(self.path(name))
-            # fsspec takes several times as long for a small file, or a small part of one.
-            with open(self.path(name), "rb") as file:
+            # fsspec takes several times as long for a small file, or a small part of one. A buffer
+            # gains nothing for a whole file; for a part it repeats reads that return too little.
+            with open(self.path(name), "rb", buffering=0 if end is None else -1) as file:
                 file.seek(start or 0)
                 return file.read() if end is None else file.read(end - (start or 0))
         with self.translate_driver_errors():
