@@ -169,7 +169,7 @@ def read_rows(store: Store, bucket: int) -> pa.Table:
             content = store.read(name)
     except FileNotFoundError:
         return ROWS_SCHEMA.empty_table()
-    return from_parquet(content, ROWS_SCHEMA, store.location(name))
+    return from_parquet(content, ROWS_SCHEMA, store.location(name), required=())
 
 
 def read_rejects(store: Store, buckets: int) -> list[Ordered]:

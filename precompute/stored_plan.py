@@ -101,7 +101,7 @@ def read_bucket(store: Store, bucket: int, start: int = 0, stop: int | None = No
         rows = file.metadata.row_group(group).num_rows
         end = begin + rows if stop is None else min(stop, begin + rows)
         if max(start, begin) < end:
-            table = read_columns(file, PLAN_SCHEMA, location, group)
+            table = read_columns(file, PLAN_SCHEMA, location, group, required=())
             table = table.replace_schema_metadata(None)
             first = max(start, begin)
             tables.append(table.slice(first - begin, end - first))

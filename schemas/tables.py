@@ -5,7 +5,7 @@ import functools
 import io
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ OPTIONAL_COLUMNS: dict[str, Any] = {
 REQUIRED_COLUMNS = {
     *(SAMPLES_SCHEMA.names + SHARDS_SCHEMA.names + REJECTS_SCHEMA.names)
 } - OPTIONAL_COLUMNS.keys()
-"""The other columns; each of their rows has a value."""
+"""The other columns of a dataset's tables; each of their rows has a value."""
 
 
 class ShardRow(NamedTuple):
@@ -119,13 +119,19 @@ def to_parquet(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def from_parquet(content: bytes, schema: pa.Schema, location: str) -> pa.Table:
+def from_parquet(
+    content: bytes,
+    schema: pa.Schema,
+    location: str,
+    required: Container[str] = REQUIRED_COLUMNS,
+) -> pa.Table:
     """Read the columns of `schema`, in its order, from the content of a parquet file.
 
     Raises:
         FormatError: see `read_columns`.
     """
-    return read_columns(open_parquet(pa.BufferReader(content), location), schema, location)
+    file = open_parquet(pa.BufferReader(content), location)
+    return read_columns(file, schema, location, required=required)
 
 
 def open_parquet(source: Any, location: str) -> pq.ParquetFile:
@@ -144,16 +150,23 @@ def open_parquet(source: Any, location: str) -> pq.ParquetFile:
 
 
 def read_columns(
-    file: pq.ParquetFile, schema: pa.Schema, location: str, row_group: int | None = None
+    file: pq.ParquetFile,
+    schema: pa.Schema,
+    location: str,
+    row_group: int | None = None,
+    required: Container[str] = REQUIRED_COLUMNS,
 ) -> pa.Table:
     """Read the columns of `schema`, in its order, from a row group or from the whole file.
 
     Columns that this version does not know are not read. A missing column of OPTIONAL_COLUMNS gets
     its default, which is logged. Types of other widths are converted if no value changes.
 
+    Args:
+        required: columns that must have a value in each row.
+
     Raises:
         FormatError: the file is damaged, or a column is missing or of another type, or a value of a
-            column of REQUIRED_COLUMNS is missing.
+            required column is missing.
     """
     names = find_columns(file, schema, location)
     groups = range(file.num_row_groups) if row_group is None else [row_group]
@@ -168,7 +181,7 @@ def read_columns(
             value = OPTIONAL_COLUMNS[wanted.name]
             columns.append(pa.array([value] * rows, wanted.type))
             continue
-        if wanted.name in REQUIRED_COLUMNS and table.column(wanted.name).null_count:
+        if wanted.name in required and table.column(wanted.name).null_count:
             raise FormatError(f"{location}: a value of {wanted.name} is missing")
         try:
             columns.append(table.column(wanted.name).cast(wanted.type))

@@ -150,6 +150,11 @@ def test_names_of_any_bytes_survive(tmp_path: Path) -> None:
     assert_equal(Given([images, [Reject(names[0], "why", names[4])]]), tmp_path)
 
 
+def test_a_label_that_is_none_reaches_the_driver_which_refuses_it(tmp_path: Path) -> None:
+    source = Given([[image("a.jpg", None), image("b.jpg")]], ("a",))  # type: ignore[arg-type]
+    assert assert_equal(source, tmp_path).images == 2
+
+
 def test_keys_that_meet_are_renamed_alike(tmp_path: Path) -> None:
     """A new key may already be taken by another image's name or by another renamed image."""
     images = [image(name) for name in ("a/b_c.jpg", "a_b/c.jpg", "a/b_c.png", "a/b/c.jpg", "x.jpg")]
