@@ -69,7 +69,7 @@ def open_source(name: str, root: str, split: str, download: bool, **options: Any
             nothing to download.
     """
     if download and name in NOT_DOWNLOADED:
-        raise UserError(f"--download: {name} is no dataset of torchvision's to fetch; leave it out")
+        raise UserError(f"--download fetches datasets of torchvision; {name} is none: leave it out")
     path = name if ":" in name else lookup("dataset", name, SOURCES)
     make: Callable[..., Source] = import_object("dataset", path)
     if unknown := [option for option in options if option not in signature(make).parameters]:

@@ -43,7 +43,7 @@ def test_classes_are_the_sorted_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["folder", "files", "webdataset", "demo"])
 def test_a_download_of_nothing_is_refused(name: str, tmp_path: Path) -> None:
     tree(tmp_path, "cat/1.jpg")
-    with pytest.raises(UserError, match=f"--download: {name} is no dataset .* leave it out"):
+    with pytest.raises(UserError, match=f"--download fetches .*; {name} is none: leave it out"):
         open_source(name, str(tmp_path), "train", download=True)
 
 
