@@ -147,8 +147,8 @@ def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
         The file of the trained encoder.
 
     Raises:
-        UserError: unsuitable data or options, an earlier run with other settings, a loss that is
-            not finite, or a full disk. On rank 0; the other ranks exit with status 2.
+        UserError: unsuitable data or options, an earlier run with other settings, a loss or
+            gradient that is not finite, or a full disk. On rank 0; the others exit with status 2.
         TerminatedError: SIGTERM, SIGUSR1 or SIGINT came, and the state is saved. On rank 0.
     """
     with raise_on_all_ranks():
