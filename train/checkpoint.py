@@ -51,7 +51,7 @@ DAMAGE = (
 """What torch.load raises for a damaged file (the second line: if its pickle is damaged)."""
 
 SECONDS_UNTIL_VISIBLE = 75.0
-"""Seconds to wait for a folder that rank 0 sees: NFS caches listings for up to 60 s (acdirmax)."""
+"""Seconds to wait for a path that rank 0 sees: NFS caches listings for up to 60 s (acdirmax)."""
 
 
 class Restored(NamedTuple):
@@ -253,7 +253,7 @@ def explain_failed_write(subject: str, hint: str = "") -> Iterator[None]:
 
 
 def wait_until_visible(path: Path) -> None:
-    """Wait for a checkpoint that rank 0 sees.
+    """Wait for a file or folder that rank 0 sees.
 
     Raises:
         UserError: it does not appear within SECONDS_UNTIL_VISIBLE.
@@ -262,7 +262,7 @@ def wait_until_visible(path: Path) -> None:
     while not path.exists():
         if time.monotonic() > deadline:
             raise UserError(
-                f"{path}: rank 0 sees this checkpoint, but {platform.node()} does not after "
+                f"{path}: rank 0 sees it, but {platform.node()} does not after "
                 f"{SECONDS_UNTIL_VISIBLE:g} s; mount the folder of --out on every machine, and run "
                 "the same command again"
             )

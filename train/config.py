@@ -14,8 +14,14 @@ from pipeline.order import SHUFFLE_SHARDS
 from pipeline.recipes import RECIPES, VIEW_FIELDS, Recipe
 from schemas import UserError
 from schemas.precision import pick_precision
-from schemas.settings import are_equal, defaults_of, flatten
-from train.distributed import world_size
+from schemas.settings import (
+    are_equal,
+    defaults_of,
+    find_differences,
+    flatten,
+    shorten_value,
+)
+from train.distributed import gather_objects, is_main, world_size
 from train.encoders import Stem
 from train.methods import METHODS, MethodConfig, MoCoConfig
 from train.optim import OptimConfig
@@ -27,6 +33,9 @@ FREE = {
     "data", "out", "device", "resume", "checkpoint_steps", "keep_checkpoints", "log_steps",
     "cache", "cache_gb", "knn", "wandb", "rank_timeout", "decode_on",
 }  # fmt: skip
+
+TOGETHER = {"checkpoint_steps", "log_steps", "knn"}
+"""Options among them that say when ranks save, log and evaluate, which they do together."""
 
 NEIGHBORS = (20, 200)
 """Numbers of voting neighbors of the kNN accuracies (k in tables)."""
@@ -197,6 +206,31 @@ def collect_settings(config: TrainConfig, dataset_digest: str) -> dict[str, Any]
     """
     settings = drop_free(flatten(config), type(config.method))
     return {"data": dataset_digest, "method": config.method.name, **settings}
+
+
+def refuse_different_options(config: TrainConfig, dataset_digest: str) -> None:
+    """Compare this rank's options and data with those of rank 0; every rank must call it.
+
+    With other options ranks would train different weights, or wait for each other.
+
+    Raises:
+        UserError: they differ; the message names each option that does.
+    """
+    options = collect_settings(config, dataset_digest) | {
+        name: value
+        for name, value in flatten(config).items()
+        if name.split(".", maxsplit=1)[0] in TOGETHER
+    }
+    first = gather_objects(options if is_main() else None)[0]
+    differences = [
+        f"{name} is {shorten_value(current)}, there {shorten_value(of_rank_0)}"
+        for name, of_rank_0, current in find_differences(first, options, {})
+    ]
+    if differences:
+        raise UserError(
+            f"started with other options or data than rank 0: {'; '.join(differences)}. Give "
+            "every machine the same command and data"
+        )
 
 
 def collect_default_settings(

@@ -14,14 +14,15 @@ from pipeline import MaskedViews
 from schemas import ShardDataset, UserError
 from schemas.cli import TerminatedError
 from schemas.counts import format_count
-from schemas.folder_lock import lock_folder
+from schemas.folder_lock import LOCK, lock_folder
 from schemas.storage import Store, write_atomically
-from train.checkpoint import Checkpoints, Restored
+from train.checkpoint import Checkpoints, Restored, wait_until_visible
 from train.config import (
     TrainConfig,
     collect_default_settings,
     collect_settings,
     make_cache,
+    refuse_different_options,
     resolve_config,
 )
 from train.config_io import dump_config
@@ -160,11 +161,15 @@ def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
 
 def train_job(job: TrainingJob, evaluation: Evaluation | None = None) -> Path:
     """Run `train` for a prepared job."""
+    with raise_on_all_ranks():
+        refuse_different_options(job.config, job.data_digest)
     lock = None
     with raise_on_all_ranks():
         if is_main():
             lock = lock_run(job.out)
     try:
+        with raise_on_all_ranks():
+            wait_until_visible(job.out / LOCK)
         return train_in_locked_folder(job, evaluation)
     finally:
         if lock is not None:

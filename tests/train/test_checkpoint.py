@@ -312,5 +312,5 @@ def test_a_checkpoint_that_appears_late_is_awaited(tmp_path, monkeypatch):
     checkpoint.wait_until_visible(late)
     timer.join()
     monkeypatch.setattr(checkpoint, "SECONDS_UNTIL_VISIBLE", 0.1)
-    with pytest.raises(UserError, match=r"step-00000005: rank 0 sees this checkpoint, but .* not"):
+    with pytest.raises(UserError, match=r"step-00000005: rank 0 sees it, but .* not"):
         checkpoint.wait_until_visible(tmp_path / "step-00000005")

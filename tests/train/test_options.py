@@ -183,6 +183,61 @@ def test_batch_that_does_not_divide_among_ranks_is_refused(two_ranks):
     }
 
 
+def compare_options(out, *changes):
+    """Return the outcome of a rank that starts with its own options."""
+    from train.config import refuse_different_options
+    from train.distributed import raise_on_all_ranks, rank
+
+    own = config("data", out / str(rank()), **changes[rank()])
+    try:
+        with raise_on_all_ranks():
+            refuse_different_options(own, "digest")
+    except (UserError, SystemExit) as error:
+        return str(error)
+    return "accepted"
+
+
+def test_ranks_with_other_options_than_rank_0_are_refused(two_ranks, tmp_path):
+    equal = (
+        {"cache": "a", "device": "cpu"},
+        {"cache": "b", "device": "auto", "keep_checkpoints": 3},
+    )
+    assert two_ranks(compare_options, tmp_path, *equal) == ["accepted", "accepted"]
+    knn = KnnConfig(data="photos")
+    for change, difference in (
+        ({"seed": 5}, "seed is 5, there 0"),
+        ({"log_steps": 1}, "log_steps is 1, there 2"),
+        ({"knn": knn}, "knn.data is photos, there None"),
+    ):
+        message, status = two_ranks(compare_options, tmp_path, {}, change)
+        assert message == (
+            f"rank 1: started with other options or data than rank 0: {difference}. Give every "
+            "machine the same command and data"
+        )
+        assert status == "2"
+
+
+def train_in_own_folder(data, out):
+    from train import checkpoint
+    from train.distributed import rank
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "SECONDS_UNTIL_VISIBLE", 0.1)
+        try:
+            train.trainer.train(config(data, out / str(rank())))
+        except (UserError, SystemExit) as error:
+            return str(error)
+    return "trained"
+
+
+def test_a_folder_that_not_all_machines_see_is_refused_at_once(two_ranks, shards, tmp_path):
+    message, status = two_ranks(train_in_own_folder, shards, tmp_path)
+    assert message.startswith(f"rank 1: {tmp_path}/1/.lock: rank 0 sees it, but ")
+    assert "mount the folder of --out on every machine" in message
+    assert status == "2"
+    assert [path.name for path in (tmp_path / "0").iterdir()] == [".lock"]
+
+
 @pytest.mark.slow
 def test_command_line_shows_one_line_and_no_traceback(tmp_path):
     arguments = command("/nowhere", tmp_path)
