@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def parse_command_line(argv: list[str]) -> TrainConfig:
-    """Parse the command line on every rank; only rank 0 prints help and errors."""
+    """Parse the command line on every rank; see `parse_on_all_ranks`."""
     arguments = list(argv)
     path = take(arguments, "--config")
     return parse_on_all_ranks(partial(parse_options, arguments, path))

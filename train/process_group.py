@@ -32,8 +32,11 @@ Options = TypeVar("Options")
 
 
 def parse_on_all_ranks(parse_options: Callable[[], Options]) -> Options:
-    """Parse the command line on every rank; only rank 0 prints help and errors."""
-    if os.environ.get("RANK", "0") == "0":
+    """Parse the command line on every rank; only the first of each machine prints help and errors.
+
+    A file that an option names may be missing on one machine alone.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         return parse_options()
     with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
         try:

@@ -361,13 +361,15 @@ def test_commands_report_mistakes_in_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options", [["knn", "--encodr", "run"], ["linear", "--help"], ["knn", "--encoder", "a"]]
 )
-def test_only_rank_0_reports_what_is_wrong_on_the_command_line(options, monkeypatch, capsys):
+def test_one_rank_of_a_machine_reports_what_is_wrong_there(options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", *options])
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         run_command(main)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(SystemExit):
         run_command(main)
     assert any(capsys.readouterr())
