@@ -51,7 +51,7 @@ def load_config(path: str) -> TrainConfig:
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:  # a date like 2026-13-45
         raise UserError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: contains no options of the form `name: value`")

@@ -1,5 +1,6 @@
 """The ranges of numeric options, checked before anything is built."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,16 +19,18 @@ ABOVE_0 = (
     "method.temperature", "method.mask_rate",
 )  # fmt: skip
 AT_LEAST_0 = (
-    "seed", "workers", "optim.weight_decay", "optim.milestones", "method.rho", "method.sparsity",
+    "workers", "optim.weight_decay", "optim.milestones", "method.rho", "method.sparsity",
     "method.entropy",
 )  # fmt: skip
+SEEDS = ("seed",)
 BELOW_1 = ("optim.momentum",)
 UP_TO_1 = ("method.ema_momentum", "method.label_smoothing")
 
 REQUIREMENTS = (
     ("at least 1", lambda value: value >= 1, AT_LEAST_1),
-    ("above 0", lambda value: value > 0, ABOVE_0),
-    ("at least 0", lambda value: value >= 0, AT_LEAST_0),
+    ("above 0 and finite", lambda value: 0 < value < math.inf, ABOVE_0),
+    ("at least 0 and finite", lambda value: 0 <= value < math.inf, AT_LEAST_0),
+    ("at least 0 and below 2^64", lambda value: 0 <= value < 2**64, SEEDS),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, BELOW_1),
     ("between 0 and 1", lambda value: 0 <= value <= 1, UP_TO_1),
 )

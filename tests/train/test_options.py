@@ -54,6 +54,7 @@ def test_the_config_of_a_run_is_read_back_unchanged(shards, run, tmp_path, monke
         ("method: {name: 5}", "method: name: is 5, not a name"),
         ("recipe: {name: [hp]}", r"recipe: name: is \['hp'\], not a name"),
         ("a: [", "cannot be read as YAML"),
+        ("wandb: 2026-13-45", r"cannot be read as YAML \(month must be in 1\.\.12"),
     ],
 )
 def test_unsuitable_files_are_refused(tmp_path, text, message):
@@ -137,6 +138,9 @@ def test_unsuitable_knn_data_is_refused_at_once(shards, tmp_path):
         ("--crop-size", "0", "crop_size is 0"),
         ("--knn.neighbors", "0", "--knn.neighbors 0: must be at least 1"),
         ("--cache-gb", "0", "--cache-gb 0.0: must be above 0"),
+        ("--cache-gb", "inf", "--cache-gb inf: must be above 0 and finite"),
+        ("--weight-decay", "inf", "--weight-decay inf: must be at least 0 and finite"),
+        ("--seed", str(2**64), f"--seed {2**64}: must be at least 0 and below 2\\^64"),
         ("--accumulate", "3", "does not divide among 1 processes x 3 micro-batches; the nearest"),
     ],
 )
