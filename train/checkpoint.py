@@ -50,6 +50,9 @@ DAMAGE = (
 )
 """What torch.load raises for a damaged file (the second line: if its pickle is damaged)."""
 
+MISFIT = re.compile(r"loading state_dict|loaded state dict")
+"""How torch's errors name a state of other weights, of a module and of an optimizer."""
+
 SECONDS_UNTIL_VISIBLE = 75.0
 """Seconds to wait for a path that rank 0 sees: NFS caches listings for up to 60 s (acdirmax)."""
 
@@ -156,8 +159,8 @@ class Checkpoints:
         """Load the checkpoint `last`, which `agree_on_last` returned, if there is one.
 
         Raises:
-            UserError: it was made with other settings; the message names each that differs. Or it
-                does not become visible on this machine.
+            UserError: it was made with other settings; the message names each that differs. Or its
+                weights do not fit, or it does not become visible on this machine.
         """
         if last is None:
             return Restored(0, world_size())
@@ -165,8 +168,9 @@ class Checkpoints:
         wait_until_visible(path)
         state = read_state(path / "state.pt", checks=is_main())  # all ranks read the same file
         step = self.count_steps(path, state)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        with explain_misfit(path):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
         # a rank that did not exist when the checkpoint was written keeps its seeded generators
         own = read_state(path / get_rank_file(rank())) if rank() < state["world_size"] else None
         loaders = state if state["version"] > 1 else own or read_state(path / get_rank_file(0))
@@ -250,6 +254,21 @@ def explain_failed_write(subject: str, hint: str = "") -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"{subject} could not be written ({error}){hint}") from error
+
+
+@contextmanager
+def explain_misfit(path: Path) -> Iterator[None]:
+    """Turn torch's error about a state of other weights into a UserError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not MISFIT.search(str(error)):  # out of memory, or a bug
+            raise
+        reason = " ".join(str(error).split("\n\t")[:2]).rstrip(" .")
+        raise UserError(
+            f"{path}: does not fit the networks, whose code has changed since ({reason}). Restore "
+            "that code, or choose another --out"
+        ) from error
 
 
 def wait_until_visible(path: Path) -> None:

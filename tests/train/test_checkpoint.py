@@ -110,6 +110,20 @@ def test_other_settings_are_refused_by_name(tmp_path):
         restore(checkpoints(tmp_path, epochs=3, **{"optim.lr": 0.1}), *state())
 
 
+@pytest.mark.parametrize(
+    "changed", [torch.nn.Linear(3, 5), torch.nn.Sequential(torch.nn.Linear(3, 2))]
+)
+def test_a_network_whose_code_has_changed_is_explained(tmp_path, changed):
+    model, optimizer, loader = state()
+    checkpoints(tmp_path).save(1, model, optimizer, loader)
+    with pytest.raises(UserError, match=r"step-00000001: does not fit the networks.*weight.*Rest"):
+        restore(checkpoints(tmp_path), changed, optimizer, loader)
+    two_groups = [{"params": [parameter]} for parameter in model.parameters()]
+    other = torch.optim.SGD(two_groups, lr=0.1)
+    with pytest.raises(UserError, match=r"networks, .* has changed .*parameter groups\)\. Restore"):
+        restore(checkpoints(tmp_path), model, other, loader)
+
+
 @pytest.mark.parametrize("step", [4, 5])  # at the end of an epoch and inside one
 def test_another_world_size_resumes_after_any_step(tmp_path, monkeypatch, step):
     saved = state(seed=3)
