@@ -180,8 +180,15 @@ def lock_run(out: Path) -> FileLock:
     """Keep other runs out of this folder until this process ends, however it ends.
 
     Raises:
-        UserError: another run holds the lock, or the file system does not support locks.
+        UserError: another run holds the lock, the file system does not support locks, or the name
+            of the folder is not UTF-8.
     """
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{out}: TensorBoard needs a name in UTF-8; choose another --out"
+        ) from error
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(
         out,

@@ -115,6 +115,7 @@ def test_unsuitable_knn_data_is_refused_at_once(shards, tmp_path):
         ("--encoder", "resnet81", "did you mean resnet18"),
         ("--data", "/nowhere/at/all", "no dataset here"),
         ("--out", "/proc/run", "/proc/run"),
+        ("--out", "/proc/\udcff", "TensorBoard needs a name in UTF-8; choose another --out"),
         ("--crop-size", "30", "a multiple of the grid"),
         ("--batch-size", "1", "one image at a time"),
         ("--batch-size", "0", "at least 1"),
