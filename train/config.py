@@ -208,15 +208,19 @@ def collect_settings(config: TrainConfig, dataset_digest: str) -> dict[str, Any]
     return {"data": dataset_digest, "method": config.method.name, **settings}
 
 
-def refuse_different_options(config: TrainConfig, dataset_digest: str) -> None:
-    """Compare this rank's options and data with those of rank 0; every rank must call it.
+def refuse_different_options(
+    config: TrainConfig, dataset_digest: str, device: torch.device
+) -> None:
+    """Compare this rank's options, data and device with rank 0's; every rank must call it.
 
-    With other options ranks would train different weights, or wait for each other.
+    With other options ranks would train different weights, or wait for each other. One rank on a
+    CPU, because its driver fails, would slow down all others.
 
     Raises:
         UserError: they differ; the message names each option that does.
     """
-    options = collect_settings(config, dataset_digest) | {
+    options = collect_settings(config, dataset_digest) | {"device": device.type}
+    options |= {
         name: value
         for name, value in flatten(config).items()
         if name.split(".", maxsplit=1)[0] in TOGETHER
@@ -229,7 +233,7 @@ def refuse_different_options(config: TrainConfig, dataset_digest: str) -> None:
     if differences:
         raise UserError(
             f"started with other options or data than rank 0: {'; '.join(differences)}. Give "
-            "every machine the same command and data"
+            "every machine the same command, data and kind of device"
         )
 
 

@@ -75,7 +75,10 @@ def join_process_group(timeout: int = 600, device: str = "auto") -> Iterator[Non
     waits = timedelta(seconds=timeout)
     store, number, size = rendezvous(waits)
     ranks_store = dist.PrefixStore("ranks", store)
-    init_process_group(ranks_store, number, size, waits, select_own_gpu(device))
+    gpu = select_own_gpu(device)
+    if not have_all_ranks(ranks_store, size, gpu is not None):
+        gpu = None  # NCCL would wait forever; `pick_device` reports the rank without a GPU
+    init_process_group(ranks_store, number, size, waits, gpu)
     try:
         with translate_out_of_memory():
             yield
@@ -96,6 +99,18 @@ def select_own_gpu(name: str) -> torch.device | None:
         return None
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def have_all_ranks(store: dist.Store, size: int, has: bool) -> bool:
+    """Return, on all `size` ranks, whether `has` is True on each; in an empty store of the ranks.
+
+    A rank makes five requests, however many ranks there are.
+    """
+    store.add("have", int(has))
+    if store.add("answered", 1) == size:
+        store.set("all answered", "")
+    store.wait(["all answered"])
+    return store.add("have", 0) == size
 
 
 def init_process_group(

@@ -162,7 +162,7 @@ def train(config: TrainConfig, evaluation: Evaluation | None = None) -> Path:
 def train_job(job: TrainingJob, evaluation: Evaluation | None = None) -> Path:
     """Run `train` for a prepared job."""
     with raise_on_all_ranks():
-        refuse_different_options(job.config, job.data_digest)
+        refuse_different_options(job.config, job.data_digest, job.device)
     lock = None
     with raise_on_all_ranks():
         if is_main():

@@ -193,10 +193,11 @@ def compare_options(out, *changes):
     from train.config import refuse_different_options
     from train.distributed import raise_on_all_ranks, rank
 
+    device = torch.device(changes[rank()].get("device", "cpu"))
     own = config("data", out / str(rank()), **changes[rank()])
     try:
         with raise_on_all_ranks():
-            refuse_different_options(own, "digest")
+            refuse_different_options(own, "digest", device)
     except (UserError, SystemExit) as error:
         return str(error)
     return "accepted"
@@ -204,20 +205,21 @@ def compare_options(out, *changes):
 
 def test_ranks_with_other_options_than_rank_0_are_refused(two_ranks, tmp_path):
     equal = (
-        {"cache": "a", "device": "cpu"},
-        {"cache": "b", "device": "auto", "keep_checkpoints": 3},
+        {"cache": "a", "wandb": "project"},
+        {"cache": "b", "decode_on": "cpu", "keep_checkpoints": 3},
     )
     assert two_ranks(compare_options, tmp_path, *equal) == ["accepted", "accepted"]
     knn = KnnConfig(data="photos")
     for change, difference in (
         ({"seed": 5}, "seed is 5, there 0"),
         ({"log_steps": 1}, "log_steps is 1, there 2"),
+        ({"device": "cuda"}, "device is cuda, there cpu"),
         ({"knn": knn}, "knn.data is photos, there None"),
     ):
         message, status = two_ranks(compare_options, tmp_path, {}, change)
         assert message == (
             f"rank 1: started with other options or data than rank 0: {difference}. Give every "
-            "machine the same command and data"
+            "machine the same command, data and kind of device"
         )
         assert status == "2"
 

@@ -1,15 +1,28 @@
 """How the ranks of one start find each other in a store that earlier starts have used."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from unittest.mock import Mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from schemas import UserError
+from tests.train.ranks import get_preloaded_context
+from tests.train.torchrun import find_free_endpoint
 from train import process_group
-from train.process_group import agree_on_start, exit_naming_silent_ranks, rendezvous
+from train.distributed import raise_on_all_ranks
+from train.process_group import (
+    agree_on_start,
+    exit_naming_silent_ranks,
+    have_all_ranks,
+    join_process_group,
+    pick_device,
+    rendezvous,
+)
 
 WAITS = timedelta(seconds=30)
 
@@ -35,6 +48,49 @@ def test_each_start_has_its_own_name_for_all_ranks(server):
     names = [join_all(server, size) for size in (4, 2, 2, 1, 3)]  # nodes leave and come
     assert all(len(of_start) == 1 for of_start in names)
     assert len(set.union(*names)) == len(names)
+
+
+@pytest.mark.parametrize("gpus", [(True, True, True), (True, False, True), (False,)])
+def test_ranks_agree_whether_each_has_a_gpu(server, gpus):
+    def answer(has: bool) -> bool:
+        store = dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False, timeout=WAITS)
+        return have_all_ranks(store, len(gpus), has)
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        assert set(pool.map(answer, gpus)) == {all(gpus)}
+
+
+def join_and_pick_device(rank: int, port: int, connection: Connection) -> None:
+    """Join as one of two ranks of a machine with one GPU; send the backend and the error."""
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = lambda device: None
+    process_group.parse_device = lambda name: torch.device("cpu")
+    process_group.exit_with_parent = lambda: None
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+        **{"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+    try:
+        with join_process_group(timeout=60), raise_on_all_ranks():
+            pick_device("auto")
+    except (UserError, SystemExit) as error:
+        connection.send((dist.get_backend(), str(error)))
+
+
+@pytest.mark.slow
+def test_a_process_too_many_for_the_gpus_is_named_and_none_waits_for_nccl():
+    context = get_preloaded_context()
+    pipes = [context.Pipe() for _ in range(2)]
+    port = int(find_free_endpoint().split(":")[1])
+    for rank, (_, theirs) in enumerate(pipes):
+        context.Process(target=join_and_pick_device, args=(rank, port, theirs)).start()
+        theirs.close()
+    answers = [ours.recv() for ours, _ in pipes]
+    refusal = (
+        "rank 1: local rank 1 has no GPU: this machine has 1; start no more processes than GPUs"
+    )
+    assert answers == [("gloo", refusal), ("gloo", "2")]
 
 
 @pytest.mark.slow
