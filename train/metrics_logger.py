@@ -225,6 +225,9 @@ def drop_lines_after(path: Path, step: int, epoch_steps: int) -> list[dict[str, 
     """Drop the lines after `step`, and a last line that a kill cut short; atomic. Return the rest.
 
     Lines of finished epochs stay whatever their step: it may have been counted with another batch.
+
+    Raises:
+        UserError: another line is damaged.
     """
     if not path.exists():
         return []
@@ -235,7 +238,13 @@ def drop_lines_after(path: Path, step: int, epoch_steps: int) -> list[dict[str, 
             inside > 0 and row["epoch"] == epochs + 1 and row["step"] <= step
         )
 
-    kept = [row for row in read_json_lines(path) if is_before(row)]
+    try:
+        kept = [row for row in read_json_lines(path) if is_before(row)]
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: a line is damaged, as by a power cut; remove it and run the same "
+            "command again"
+        ) from error
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     return kept
 

@@ -225,6 +225,16 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path):
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("line", ["\0\0\0", "[1]", '{"loss": 2.0}'])
+def test_metrics_with_a_damaged_line_are_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    content = f'{{"step": 1, "epoch": 1}}\n{line}\n{{"step": 2, "epoch": 1}}\n'
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: a line is damaged, .*; remove it and"):
+        drop_lines_after(path, 1, epoch_steps=3)
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize("epoch_steps", [1, 6])
 def test_metrics_of_another_batch_are_cut_to_the_checkpoint(tmp_path, epoch_steps):
     """Their epochs have three steps; the checkpoint is that of the end of the first."""
