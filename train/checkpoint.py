@@ -294,7 +294,13 @@ def get_rank_file(number: int) -> str:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     with path.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # torch closes its archive after a failed write too, which fails for another reason
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,3 +1,4 @@
+import io
 import pickle
 import random
 import shutil
@@ -102,6 +103,30 @@ def test_failed_save_leaves_earlier_checkpoints_intact(tmp_path, monkeypatch, er
         2, *state(seed=2)
     )  # a partly written checkpoint does no harm
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+class FailingFile(io.BytesIO):
+    """A file whose writes fail after the first."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error, self.writes = error, 0
+
+    def write(self, content) -> int:
+        self.writes += 1
+        if self.writes > 1:
+            raise self.error
+        return super().write(content)
+
+
+def test_a_failed_write_is_reported_for_its_own_reason():
+    """torch closes its archive after the failure and reports `unexpected pos`."""
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        path = Mock()
+        path.open.return_value = FailingFile(error)
+        with pytest.raises(type(error)) as raised:
+            checkpoint.write_state(path, {"weights": torch.zeros(100_000)})
+        assert raised.value is error
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
