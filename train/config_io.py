@@ -44,18 +44,24 @@ def load_config(path: str) -> TrainConfig:
 
     Options that a user's file leaves out are those of the method's preset, as on the command line.
     A run's own file holds all options of its version; options that were added later get their
-    defaults.
+    defaults. A method or a recipe may be its name alone, as on the command line.
 
     Raises:
         UserError: no such file, invalid YAML, an unknown name, a value of the wrong type.
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, ValueError) as error:  # a date like 2026-13-45
-        raise UserError(f"{path}: cannot be read as YAML ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date like 2026-13-45, or no UTF-8
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as YAML ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: contains no options of the form `name: value`")
     content = use_current_names(content)
+    for part in ("method", "recipe"):
+        if isinstance(content.get(part), str):
+            content[part] = {"name": content[part]}
     for part in ("method", *PARTS):
         if not isinstance(content.get(part) or {}, dict):
             raise UserError(

@@ -48,8 +48,9 @@ def test_the_config_of_a_run_is_read_back_unchanged(shards, run, tmp_path, monke
         ("epochs: many", "epochs: Input should be a valid integer"),
         ("recipe: {crop_size: 30}", "a multiple of the grid"),
         ("[1, 2]", "contains no options"),
-        ("method: moco", "method: is 'moco', not options of the form"),
-        ("recipe: hp", "recipe: is 'hp', not options of the form"),
+        ("method: mocco", "unknown method 'mocco': did you mean moco"),
+        ("method: [moco]", r"method: is \['moco'\], not options of the form"),
+        ("recipe: 5", "recipe: is 5, not options of the form"),
         ("optim: [sgd]", "not options of the form"),
         ("method: {name: 5}", "method: name: is 5, not a name"),
         ("recipe: {name: [hp]}", r"recipe: name: is \['hp'\], not a name"),
@@ -57,10 +58,24 @@ def test_the_config_of_a_run_is_read_back_unchanged(shards, run, tmp_path, monke
         ("wandb: 2026-13-45", r"cannot be read as YAML \(month must be in 1\.\.12"),
     ],
 )
-def test_unsuitable_files_are_refused(tmp_path, text, message):
+def test_unsuitable_files_are_refused_in_one_line(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refusal:
         parse_command_line(["--config", str(tmp_path / "c.yaml")])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    path = tmp_path / "absent.yaml"
+    with pytest.raises(UserError, match=r"absent.yaml: cannot be read: No such file"):
+        parse_command_line(["--config", str(path)])
+
+
+def test_a_file_may_give_a_method_and_a_recipe_by_their_names_alone(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: x\nout: y\nmethod: simclr\nrecipe: blur\n")
+    by_command = ["--data", "x", "--out", "y", "--method", "simclr", "--recipe", "blur"]
+    assert parse_command_line(["--config", str(path)]) == parse_command_line(by_command)
 
 
 def test_a_file_names_a_recipe_and_changes_it(tmp_path):
