@@ -174,7 +174,6 @@ def import_object(kind: str, path: str) -> Any:
     module, _, name = path.rpartition(":")
     try:
         loaded = load_file(module) if is_file_name(module) else import_module(module)
-        return getattr(loaded, name)
     except (ImportError, AttributeError, OSError, ValueError) as error:
         raise UserError(
             f"{kind} {path!r}: {error}; write FILE.py:name, or module:name with the module on "
@@ -183,6 +182,12 @@ def import_object(kind: str, path: str) -> Any:
     except SyntaxError as error:
         place = f"{error.filename}, line {error.lineno}"
         raise UserError(f"{kind} {path!r}: not valid Python ({place}: {error.msg})") from error
+    try:
+        return getattr(loaded, name)
+    except AttributeError:
+        near = difflib.get_close_matches(name, vars(loaded), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{kind} {path!r}: {module} defines no {name}{hint}") from None
 
 
 def digest_source(kind: str, path: str) -> str:

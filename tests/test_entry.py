@@ -229,6 +229,10 @@ def test_things_of_a_file_are_found_in_any_spelling(repository):
     (repository / "photos").mkdir()
     assert len({id(import_object("method", f"{path}:SimSiamConfig")) for path in kinds}) == 1
     assert find("mask", "./mine.py:edge", masks.MASKS) is masks.MASKS["edge_of_a_test"]
+    with pytest.raises(
+        UserError, match=r"'./mine.py:egde': ./mine.py defines no egde; did you mean edge"
+    ):
+        find("mask", "./mine.py:egde", masks.MASKS)
     assert find("fill", "mine.py:center", fills.FILLS)([1]).shape == (1, 7, 7)
     assert Recipe(query_mask="./mine.py:edge").query_mask == "./mine.py:edge"
     source = open_source("./mine.py:Listed", "photos", "train", False)

@@ -259,7 +259,7 @@ class OneImage(Source):
 
 def test_a_source_of_ones_own() -> None:
     assert listed(open_source(f"{__name__}:OneImage", "", "val", False)) == {"val": ("key", -1)}
-    with pytest.raises(UserError, match="has no attribute 'Absent'"):
+    with pytest.raises(UserError, match=f"{__name__} defines no Absent"):
         open_source(f"{__name__}:Absent", "", "val", False)
     with pytest.raises(UserError, match="did you mean imagenette"):
         open_source("imagenete", "", "val", False)
