@@ -19,7 +19,13 @@ from schemas.cli import lookup
 from schemas.storage import write_atomically
 from schemas.weights import SHOWN, MisfitError, fit_weights, get_shapes, read_weights
 from train.distributed import is_main
-from train.timm_encoders import build_timm_encoder, is_timm, is_timm_encoder
+from train.timm_encoders import (
+    PREFIX,
+    build_timm_encoder,
+    is_known_to_timm,
+    is_timm,
+    is_timm_encoder,
+)
 
 # resnet18 ... resnet152, resnext*, wide_resnet*: all torchvision models of the class ResNet.
 ENCODERS = {
@@ -51,6 +57,8 @@ def build_encoder(name: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
         if stem != "imagenet":
             raise UserError(f"--stem {stem}: is for torchvision's ResNets only, not for {name}")
         return build_timm_encoder(name)
+    if name not in ENCODERS and is_known_to_timm(name):
+        raise UserError(f"unknown encoder {name!r}: did you mean {PREFIX}{name}?")
     encoder = lookup("encoder", name, ENCODERS)(weights=None)
     features = encoder.fc.in_features
     encoder.fc = nn.Identity()

@@ -22,6 +22,13 @@ def is_timm(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
+def is_known_to_timm(name: str) -> bool:
+    """Return whether timm has a network of this name, which has no prefix."""
+    import timm
+
+    return bool(timm.is_model(name))
+
+
 def build_timm_encoder(name: str) -> tuple[nn.Module, int]:
     """Build a randomly initialized network (N, 3, H, W) -> (N, D) pooled features; return it and D.
 

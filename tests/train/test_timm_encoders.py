@@ -60,6 +60,11 @@ def test_networks_without_a_suitable_map_are_refused(name, message):
         build_encoder(f"timm:{name}")
 
 
+def test_a_network_of_timm_without_the_prefix_is_refused_with_it():
+    with pytest.raises(UserError, match="'convnext_tiny': did you mean timm:convnext_tiny"):
+        build_encoder("convnext_tiny")
+
+
 def test_options_only_for_torchvision_are_refused():
     with pytest.raises(UserError, match="--stem small: is for torchvision's ResNets only"):
         build_encoder(NAME, "small")
