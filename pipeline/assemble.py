@@ -19,6 +19,7 @@ from pipeline.pixels import Masking, make_views
 from pipeline.recipes import Recipe
 from pipeline.registry import find
 from pipeline.rng import WORDS_AHEAD, BatchRng, Purpose, Rng, count_normal_words
+from schemas import UserError
 
 ViewKind = Literal["query", "key", "hard_negative"]
 VIEW_KINDS: tuple[ViewKind, ...] = get_args(ViewKind)
@@ -246,12 +247,24 @@ def build_masking(inputs: ImageInputs, copy: Copy, rows: slice) -> Masking | Non
 
 
 def compute_content(recipe: Recipe, std: float, rng: Rng, image: Tensor) -> Tensor:
-    """Return the recipe's fill of unmasked (N, 3, H, W) images, float32, broadcastable to them."""
+    """Return the recipe's fill of unmasked (N, 3, H, W) images, float32, broadcastable to them.
+
+    Raises:
+        UserError: the content of a user's fill is not broadcastable to the images.
+    """
     function = find("fill", recipe.fill, FILLS)
     if recipe.fill in FUSED_FILLS:
         return function(image, recipe, std, rng)
     # a user's function may work in place or in float64
-    return function(image.clone(), recipe, std, rng).float()
+    content = function(image.clone(), recipe, std, rng)
+    try:
+        content.expand_as(image)
+    except RuntimeError as error:
+        raise UserError(
+            f"fill {recipe.fill!r}: it returned content of shape {tuple(content.shape)}, which is "
+            f"not broadcastable to the views {tuple(image.shape)}"
+        ) from error
+    return content.float()
 
 
 def require_saliency(view: View | None) -> Tensor:

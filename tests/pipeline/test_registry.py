@@ -152,6 +152,19 @@ def test_a_mask_of_a_wrong_shape_is_named(dataset: ShardDataset, shape: tuple) -
         first(dataset, small("mean", query_mask="own"))
 
 
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("shape", [(8, 3, 5, 5), (4, 3, 1, 1), (1, 8, 3, 1, 1)])
+def test_a_fill_of_a_wrong_shape_is_named(dataset: ShardDataset, shape: tuple) -> None:
+    @fills.fill("own")
+    def own(image, recipe, std, rng):
+        return torch.ones(shape)
+
+    with pytest.raises(
+        UserError, match=r"fill 'own': it returned content of shape .*broadcastable"
+    ):
+        first(dataset, small("mean", fill="own"))
+
+
 @pytest.mark.slow
 def test_the_documented_command_works(dataset: ShardDataset, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(blocks("python")[0])
