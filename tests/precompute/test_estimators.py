@@ -148,6 +148,13 @@ def brightness(images: list[np.ndarray]) -> np.ndarray:
     return np.array(quarters)
 
 
+def relative_brightness(images: list[np.ndarray]) -> np.ndarray:
+    """Custom estimator that fails on a black image."""
+    if any(image.max() == 0 for image in images):
+        raise ZeroDivisionError
+    return brightness(images)
+
+
 def no_maps(images: list[np.ndarray]) -> np.ndarray:
     return np.zeros(len(images))
 
@@ -172,8 +179,9 @@ def test_a_function_of_ones_own() -> None:
     assert estimator.side == 2
     assert np.allclose(estimator(batch(*images)), brightness(images))
     assert len(estimator.weights_sha256) == 64
+    assert FunctionOptions(f"{__name__}:relative_brightness").build().side == 2
     for path, message in {
-        f"{__name__}:absent": "has no attribute 'absent'",
+        f"{__name__}:absent": f"{__name__} defines no absent",
         "absent_module:f": "No module named 'absent_module'",
         f"{__name__}:no_maps": r"returned \(1,\) for 1 images",
     }.items():
