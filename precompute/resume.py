@@ -132,7 +132,13 @@ def describe_changes(
     changes = find_differences(old, new, defaults)
     if not changes:
         return None
-    return format_differences(difference for difference in changes if difference.name != "plan")
+    has_same_count = all(change.name != "images" for change in changes)
+    named = {"shards": "shards (from --shard-samples)"} if has_same_count else {}
+    return format_differences(
+        change._replace(name=named.get(change.name, change.name))
+        for change in changes
+        if change.name != "plan"
+    )
 
 
 def give_advice(store: Store, files: Container[str], first: int) -> str:

@@ -139,6 +139,16 @@ def test_extend_is_offered_only_for_a_whole_dataset(tmp_path: Path, make_sample:
     assert "--extend" not in str(refusal.value)
 
 
+def test_other_shards_of_the_same_images_are_told_by_their_option(
+    tmp_path: Path, make_sample: Make
+) -> None:
+    write(job_of(tmp_path), 0, make_sample)
+    with pytest.raises(UserError, match=r"settings: shards \(from --shard-samples\) was 2, is 3"):
+        missing(job_of(tmp_path, shard_samples=2))
+    with pytest.raises(UserError, match=r"images was 6, is 9; shards was 2, is 3"):
+        missing(job_of(tmp_path, images=9))
+
+
 def test_an_interrupted_extension_of_another_source_is_finished_or_deleted(
     tmp_path: Path, make_sample: Make
 ) -> None:
