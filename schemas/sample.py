@@ -57,15 +57,15 @@ class Sample:
     """
 
     key: str
-    image: bytes
+    image: bytes = field(repr=False)
     extension: str
-    saliency: np.ndarray
+    saliency: np.ndarray = field(repr=False)
     label: int
     height: int
     width: int
     source: str = ""
     reencoded: bool = False
-    members: Mapping[str, bytes] = field(default_factory=dict)
+    members: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_key(self.key)

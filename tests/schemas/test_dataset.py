@@ -391,3 +391,10 @@ def test_a_dataset_without_a_name_is_called_by_its_folder(
         url = f"{tmp_path / name / 'cats'}/"
         write_dataset(url, [make_sample(0)], name=name, classes=["a", "b", "c"])
         assert ShardDataset.open(url).title == title
+
+
+def test_a_printed_sample_leaves_out_its_bytes(make_sample: Make) -> None:
+    text = repr(make_sample(0))
+    assert "label=" in text
+    assert "image=" not in text
+    assert len(text) < 200
