@@ -34,6 +34,8 @@ def make_view(sample: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
 def build_loader(folder: str, batch_size: int = 32) -> webdataset.WebLoader:
     """Return a loader of batches of views, with a further shuffle in memory."""
     shards = sorted(glob.glob(f"{folder}/shards/*.tar"))
+    if not shards:
+        sys.exit(f"{folder}: has no shards/*.tar; give the folder of a dataset")
     data = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(500).map(make_view)
     return webdataset.WebLoader(data.batched(batch_size), batch_size=None)
 

@@ -56,6 +56,12 @@ def test_plain_webdataset(dataset):
     assert lines[1].startswith("(8, 3, 112, 112)")
 
 
+def test_plain_webdataset_names_a_folder_without_shards(tmp_path):
+    build_loader = runpy.run_path(str(ROOT / "examples/plain_webdataset.py"))["build_loader"]
+    with pytest.raises(SystemExit, match=r"absent: has no shards/\*.tar"):
+        build_loader(str(tmp_path / "absent"))
+
+
 def test_plain_webdataset_cuts_image_and_map_alike():
     """Use images with one half that is white and salient."""
     view = runpy.run_path(str(ROOT / "examples/plain_webdataset.py"))["make_view"]
