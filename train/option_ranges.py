@@ -1,4 +1,4 @@
-"""The ranges of numeric options, checked before anything is built."""
+"""The ranges of numeric options, and paths that must be local, checked before anything is built."""
 
 import math
 from collections.abc import Mapping
@@ -25,6 +25,8 @@ AT_LEAST_0 = (
 SEEDS = ("seed",)
 BELOW_1 = ("optim.momentum",)
 UP_TO_1 = ("method.ema_momentum", "method.label_smoothing")
+LOCAL = ("out", "cache", "encoder")
+"""Paths of which pathlib would make a folder `s3:` in the current one."""
 
 REQUIREMENTS = (
     ("at least 1", lambda value: value >= 1, AT_LEAST_1),
@@ -33,17 +35,21 @@ REQUIREMENTS = (
     ("at least 0 and below 2^64", lambda value: 0 <= value < 2**64, SEEDS),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, BELOW_1),
     ("between 0 and 1", lambda value: 0 <= value <= 1, UP_TO_1),
+    ("a path of this machine; only datasets may be URLs", lambda value: "://" not in value, LOCAL),
 )
 
 
 def check_ranges(options: Mapping[str, Any]) -> None:
-    """Check the options of a run or an evaluation that have a range; None is always valid.
+    """Check the options of a run or an evaluation that have a range or are local paths.
+
+    None is always valid.
 
     Args:
         options: flat options, dotted name -> value, as from `schemas.settings.flatten`.
 
     Raises:
-        UserError: a number is outside its range, or is not a number; the message names its flag.
+        UserError: a number is outside its range or is not a number, or a path is a URL; the message
+            names its flag.
     """
     for requirement, is_valid, names in REQUIREMENTS:
         for name in names:

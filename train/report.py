@@ -18,8 +18,10 @@ from schemas import UserError
 from schemas.cli import parse, run
 from schemas.counts import format_count
 from schemas.json_lines import read_json_lines
+from schemas.settings import flatten
 from schemas.storage import translate_os_errors, write_atomically
 from train.metrics_logger import is_step
+from train.option_ranges import check_ranges
 from train.run_info import RESULTS
 
 STYLE = """
@@ -79,6 +81,7 @@ def write_report(options: ReportOptions) -> Path:
     Raises:
         UserError: the folder holds no run, or the page cannot be written.
     """
+    check_ranges(flatten(options))
     folder = Path(options.run)
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():

@@ -16,7 +16,13 @@ from tests.train.runs import ARGUMENTS, command, config
 from train.__main__ import main, parse_command_line
 from train.config import KnnConfig, make_cache, resolve_config
 from train.config_io import dump_config, load_config
+from train.evaluate.export import ExportOptions, export
+from train.evaluate.knn import KnnOptions
+from train.evaluate.knn import evaluate as evaluate_knn
+from train.evaluate.linear import LinearOptions
+from train.evaluate.linear import evaluate as evaluate_linear
 from train.presets import PRESETS, SIMCLR_VIEWS
+from train.report import ReportOptions, write_report
 from train.run_info import collect_notes
 
 
@@ -122,6 +128,21 @@ def test_unsuitable_knn_data_is_refused_at_once(shards, tmp_path):
             train.trainer.train(config(shards, tmp_path, knn=knn))
 
 
+def test_evaluations_and_reports_write_no_urls(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run, url = str(tmp_path), "s3://b/x"
+    for refused in (
+        lambda: evaluate_linear(LinearOptions(encoder=run, data="d", test_data="d", out=url)),
+        lambda: evaluate_linear(LinearOptions(encoder=url, data="d", test_data="d")),
+        lambda: evaluate_knn(KnnOptions(encoder=url, data="d")),
+        lambda: export(ExportOptions(encoder=run, out=url)),
+        lambda: write_report(ReportOptions(run=run, out=url)),
+    ):
+        with pytest.raises(UserError, match=f"{url}: must be a path of this machine"):
+            refused()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -131,6 +152,8 @@ def test_unsuitable_knn_data_is_refused_at_once(shards, tmp_path):
         ("--data", "/nowhere/at/all", "no dataset here"),
         ("--out", "/proc/run", "/proc/run"),
         ("--out", "/proc/\udcff", "TensorBoard needs a name in UTF-8; choose another --out"),
+        ("--out", "s3://b/run", "--out s3://b/run: must be a path of this machine; only datasets"),
+        ("--cache", "s3://b/c", "--cache s3://b/c: must be a path of this machine"),
         ("--crop-size", "30", "a multiple of the grid"),
         ("--batch-size", "1", "one image at a time"),
         ("--batch-size", "0", "at least 1"),

@@ -12,8 +12,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from schemas import UserError
+from schemas.settings import flatten
 from schemas.storage import translate_os_errors, write_atomically
 from train.encoders import get_stem, load_encoder
+from train.option_ranges import check_ranges
 from train.timm_encoders import is_timm
 
 Format = Literal["torchvision", "timm", "safetensors", "detectron2"]
@@ -47,6 +49,7 @@ def export(options: ExportOptions) -> Path:
         UserError: no such encoder, the format does not suit its architecture, or the file cannot be
             written or is the encoder itself.
     """
+    check_ranges(flatten(options))
     encoder, metadata, path = load_encoder(options.encoder)
     state = {name: value.contiguous() for name, value in encoder.state_dict().items()}
     out = Path(options.out or path.with_name(f"{options.format}{SUFFIX[options.format]}"))

@@ -22,6 +22,7 @@ from pipeline import Cache, Recipe
 from schemas.counts import format_count
 from schemas.json_lines import read_json_lines
 from schemas.precision import Precision, autocast
+from schemas.settings import flatten
 from train.config import TrainConfig, make_cache
 from train.distributed import is_main, raise_on_all_ranks, world_size
 from train.encoders import compute_digest, load_encoder
@@ -34,6 +35,7 @@ from train.features import (
 )
 from train.methods import LinearProbe, LinearProbeConfig, Method
 from train.optim import OptimConfig
+from train.option_ranges import check_ranges
 from train.presets import SUPERVISED_VIEWS
 from train.process_group import pick_device
 from train.trainer import TrainingJob, prepare_job, train_job
@@ -92,6 +94,7 @@ def evaluate(options: LinearOptions) -> dict[str, Any]:
         UserError: unsuitable encoder, data or options.
     """
     with raise_on_all_ranks():
+        check_ranges(flatten(options))
         device = pick_device(options.device)
         _, metadata, path = load_encoder(options.encoder, notes_images=True)
         if is_main():
