@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 from pipeline import EvalViews
-from schemas import UserError
+from schemas import ShardDataset, UserError, write_dataset
 from schemas.cli import run as run_command
 from tests.train.runs import scores, write_images
 from train.encoders import build_encoder, load_encoder, save_encoder
@@ -39,6 +39,17 @@ def test_evaluation_appends_rows_and_prints_them(shards, run):
     assert written[2]["split"] == "test data"
     assert written[2]["accuracy"] == {"1": 1.0}  # each image is its own neighbor
     assert "leave-one-out" in format_table(rows)
+
+
+def test_a_dataset_without_a_name_is_told_by_its_folder(shards, run, tmp_path):
+    dataset = ShardDataset.open(shards)
+    for folder in ("cats", "dogs"):
+        write_dataset(str(tmp_path / folder), dataset, name="folder", classes=dataset.classes)
+    options = KnnOptions(
+        encoder=str(run), data=str(tmp_path / "cats"), neighbors=(1,), device="cpu"
+    )
+    rows = [*evaluate(options), *evaluate(replace(options, data=str(tmp_path / "dogs")))]
+    assert [row["data"] for row in rows] == ["cats", "dogs"]
 
 
 def test_evaluation_refuses_what_it_cannot_do(shards, run, tmp_path):

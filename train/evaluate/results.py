@@ -23,10 +23,10 @@ Row = dict[str, Any]
 
 
 class ImageSet(Protocol):
-    """A set of images with its name, digest and number of images."""
+    """A set of images with its title, digest and number of images."""
 
     @property
-    def name(self) -> str: ...
+    def title(self) -> str: ...
     @property
     def digest(self) -> str: ...
     def __len__(self) -> int: ...
@@ -44,7 +44,7 @@ def build_row(
     return {
         "protocol": protocol,
         "accuracy": {name: round(value, 6) for name, value in accuracy.items()},
-        "data": train.name,
+        "data": train.title,
         "data_digest": train.digest,
         "train_images": len(train),
         "test_digest": None if test is None else test.digest,

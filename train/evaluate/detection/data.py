@@ -72,6 +72,10 @@ class DetectionDataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def title(self) -> str:
+        return self.name
+
     @cached_property
     def digest(self) -> str:
         """sha256 of the annotations, file names and image sizes; pixels are not included."""
