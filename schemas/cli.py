@@ -185,6 +185,8 @@ def import_object(kind: str, path: str) -> Any:
     try:
         return getattr(loaded, name)
     except AttributeError:
+        if not name:
+            raise UserError(f"{kind} {path!r}: write {module}:NAME") from None
         near = difflib.get_close_matches(name, vars(loaded), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{kind} {path!r}: {module} defines no {name}{hint}") from None

@@ -288,8 +288,8 @@ def test_a_file_that_is_a_module_already_is_not_run_again(repository):
     ("name", "content", "message"),
     [
         ("./absent.py:X", None, "No such file"),
-        ("./mine.py:Absent", None, "has no attribute 'Absent'"),
-        ("./mine.py:", None, "write FILE.py:name"),
+        ("./mine.py:Absent", None, "mine.py defines no Absent"),
+        ("./mine.py:", None, "write ./mine.py:NAME"),
         ("./broken.py:X", "def f(:\n", r"not valid Python \(.*broken\.py, line 1: invalid syntax"),
         ("./zero.py:X", "\0", r"source code .*null bytes"),
         ("./folder.py:X", ..., "Is a directory"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from precompute import decode as decode_module
-from precompute.decode import decode, view_bytes
+from precompute.decode import decode
 from precompute.reencode import EncodedImage, RejectedError, Resize
 from precompute.reencode import check as check_whole
 from precompute.sources import SourceImage
@@ -278,11 +278,3 @@ def test_memory_that_runs_out_in_pillow_rejects_no_image(
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)
     with pytest.raises(UserError, match=r"^a/b.jpg: Pillow does not decode it, out of memory \("):
         check(SourceImage("key", "a/b.jpg", 0), content, resize)
-
-
-def test_dali_reads_encoded_images_in_place() -> None:
-    content = encode(noise(0))
-    view = view_bytes(content)
-    assert bytes(view) == content
-    wrapped = np.asarray(ndd.as_batch([view, view]).tensors[1])
-    assert wrapped.ctypes.data == view.ctypes.data == np.frombuffer(content, np.uint8).ctypes.data
