@@ -19,7 +19,7 @@ from schemas.counts import format_count
 from schemas.saliency import SaliencyMap
 from schemas.sample import Sample
 from schemas.storage import Store
-from schemas.ustar import BLOCK
+from schemas.ustar import compute_member_size
 
 BATCHES = 3
 """Number of batches made to measure rate and size; the first one warms up and is not timed."""
@@ -120,7 +120,7 @@ def compute_tar_size(sample: Sample) -> int:
     """Return the bytes of a sample in a tar: its members, each with a header and padding."""
     saliency = SaliencyMap.quantize(sample.saliency).to_png()
     members = [sample.image, saliency, str(sample.label), *sample.members.values()]
-    return sum(BLOCK * (1 + -(-len(content) // BLOCK)) for content in members)
+    return sum(compute_member_size(len(content)) for content in members)
 
 
 def estimate_speedup(device: str, workers: int, machine: Machine) -> tuple[int, str]:

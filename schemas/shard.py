@@ -30,7 +30,7 @@ from schemas.tables import (
     shard_name,
     to_parquet,
 )
-from schemas.ustar import BLOCK, UstarWriter
+from schemas.ustar import BLOCK, UstarWriter, compute_member_size
 
 INDEX_VERSION = "v1.2"
 MARKER_METADATA = b"saliency_shards"
@@ -157,7 +157,7 @@ def list_members(tar: bytes) -> Iterator[Member]:
         key, _, extension = info.name.partition(".")
         yield Member(key, extension, position + BLOCK, info.size)
         last = info.name
-        position += BLOCK * (1 + -(-info.size // BLOCK))
+        position += compute_member_size(info.size)
 
 
 def build_index(tar: bytes) -> bytes:

@@ -19,6 +19,11 @@ NAME, SIZE, CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
 TEMPLATE_SUM = sum(TEMPLATE) - sum(TEMPLATE[SIZE]) - sum(TEMPLATE[CHECKSUM]) + 8 * ord(" ")
 
 
+def compute_member_size(size: int) -> int:
+    """Return the bytes that a member of `size` bytes takes: its header, content and padding."""
+    return BLOCK * (1 + -(-size // BLOCK))
+
+
 def make_header(name: str, size: int) -> bytes:
     """Return the header of a plain file.
 
