@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import nvidia.dali.experimental.dynamic as ndd
 import torch
 import tyro
 
@@ -29,6 +28,7 @@ from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage, list_images
 from precompute.sources.trees import Folder
+from precompute.threads import use_threads
 from schemas import Sample
 from schemas.shard import write_shard
 from schemas.storage import Store
@@ -137,8 +137,7 @@ def split_windows(images: Any, options: ScdaOptions) -> Iterator[list]:
 def measure(options: Options, folder: Path) -> list[Row]:
     """Measure all rows in turn, `repeats` times."""
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
-    ndd.set_num_threads(cores)
+    use_threads(cores)
     scda, fp32 = (
         EstimatorBench(
             options, ScdaOptions(options.backbone, "random", precision=precision), folder

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import nvidia.dali.experimental.dynamic as ndd
 import torch
 from PIL import Image
 from torch import nn
@@ -31,6 +30,7 @@ from precompute.estimators.windows import Window, cut
 from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage
+from precompute.threads import use_threads
 from schemas.storage import Store
 
 SIDE = 8
@@ -106,8 +106,7 @@ def measure_cpu(
     PyTorch and DALI get one thread each: the waiting threads of a pool would count as work.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    ndd.set_num_threads(1)
+    use_threads(1)
     estimator = scda.ScdaEstimator(ScdaOptions("squeezenet1_1", "random"), "cpu")
     estimator.trunk = GivenMaps()
     builder = ShardBuilder(source, estimator, Store(folder), 32, Resize(), {})
@@ -119,6 +118,5 @@ def measure_cpu(
             milliseconds.append(1000 * (time.process_time() - start) / len(images))
             if len(marker.samples) != len(images):
                 raise ValueError(f"{len(marker.rejects)} of the photos were rejected")
-    torch.set_num_threads(threads)
-    ndd.set_num_threads(threads)
+    use_threads(threads)
     return milliseconds[1:]

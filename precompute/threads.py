@@ -7,9 +7,15 @@ from precompute.estimators import Estimator
 
 
 def use_threads(threads: int) -> None:
-    """Give DALI and PyTorch this many CPU threads each; call it before the estimator is built."""
+    """Give DALI and PyTorch this many CPU threads each; call it before the estimator is built.
+
+    DALI caches its operators, each built for the number of threads of its time. Run by fewer, its
+    decoder waits forever; run by more, it writes outside its memory (DALI 2.4). Therefore, the
+    operators that the calling thread has used so far are dropped.
+    """
     torch.set_num_threads(threads)
     ndd.set_num_threads(threads)
+    ndd.EvalContext.current()._purge_operator_cache()
 
 
 def limit_torch_threads(estimator: Estimator) -> None:
