@@ -187,7 +187,10 @@ def render_results(rows: list[dict[str, Any]]) -> str:
         (
             row["protocol"],
             row["data"],
-            ", ".join(f"{name} {100 * value:.2f} %" for name, value in row["accuracy"].items()),
+            ", ".join(
+                f"{f'k = {name}:' if row['protocol'] == 'knn' else name} {100 * value:.2f} %"
+                for name, value in row["accuracy"].items()
+            ),
             row.get("weights", "trained"),
             row["time"],
         )

@@ -7,7 +7,7 @@ import pytest
 
 from schemas import UserError
 from tests.browser import shown
-from train.report import ReportOptions, write_report
+from train.report import ReportOptions, render_results, write_report
 
 
 class Page(HTMLParser):
@@ -52,6 +52,18 @@ def test_curves_views_and_configuration_are_on_one_page_without_a_network(report
         )  # matplotlib writes the texts of a legend as comments
     assert "epoch-0002" in page.text
     assert "ema_momentum: 0.999" in page.text
+
+
+def test_accuracies_name_what_was_measured():
+    row = {"data": "photos", "time": "now"}
+    text = render_results(
+        [
+            row | {"protocol": "knn", "accuracy": {"20": 0.5, "200": 0.335}},
+            row | {"protocol": "linear", "accuracy": {"top-1": 0.25}},
+        ]
+    )
+    assert "k = 20: 50.00 %, k = 200: 33.50 %" in text
+    assert "top-1 25.00 %" in text
 
 
 @pytest.mark.slow
