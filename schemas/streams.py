@@ -139,7 +139,7 @@ class StoreWriter(io.RawIOBase):
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a local folder survive a loss of power."""
+    """Make renames in a local folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,6 +34,7 @@ from torch import nn
 
 from schemas import UserError
 from schemas.settings import find_differences, format_differences
+from schemas.streams import sync_folder
 from train.config import use_current_names
 from train.distributed import gather_objects, is_main, raise_on_all_ranks, rank, world_size
 from train.process_group import HOST_FULL
@@ -336,15 +337,6 @@ def read_state(path: Path, checks: bool = True) -> dict[str, Any]:
         if HOST_FULL in str(error):
             raise
         raise UserError(f"{path}: damaged ({type(error).__name__}); {advice}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the file names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def get_random_state() -> dict[str, Any]:
