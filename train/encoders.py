@@ -16,15 +16,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from schemas import UserError
 from schemas.cli import lookup
 from schemas.storage import write_atomically
+from schemas.timm_networks import PREFIX, is_timm
 from schemas.weights import SHOWN, MisfitError, fit_weights, get_shapes, read_weights
 from train.distributed import is_main
-from train.timm_encoders import (
-    PREFIX,
-    build_timm_encoder,
-    is_known_to_timm,
-    is_timm,
-    is_timm_encoder,
-)
+from train.timm_encoders import build_timm_encoder, is_known_to_timm, is_timm_encoder
 
 # resnet18 ... resnet152, resnext*, wide_resnet*: all torchvision models of the class ResNet.
 ENCODERS = {

@@ -3,23 +3,18 @@
 timm takes seconds to import, so it is imported only when such a name is given.
 """
 
-import difflib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from schemas import UserError
+from schemas.timm_networks import build_convnet
 
-PREFIX = "timm:"
 STRIDE = 32
 """Required stride of the last map, as in a ResNet: one cell of the mask grid at 224 pixels."""
 PROBE = 64
 """Side in pixels of the image on which a network is tried: two cells."""
-
-
-def is_timm(name: str) -> bool:
-    return name.startswith(PREFIX)
 
 
 def is_known_to_timm(name: str) -> bool:
@@ -41,19 +36,7 @@ def build_timm_encoder(name: str) -> tuple[nn.Module, int]:
         UserError: timm has no such network, it is not a ConvNet, or its last map is not at stride
             32.
     """
-    import timm
-
-    model_name = name.removeprefix(PREFIX)
-    if not timm.is_model(model_name):
-        near = difflib.get_close_matches(model_name, timm.list_models(), n=1)
-        hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
-        raise UserError(f"encoder {name!r}: {hint}timm has no such network")
-    encoder = timm.create_model(model_name, pretrained=False, num_classes=0)
-    attention = [type(m).__name__ for m in encoder.modules() if "Attention" in type(m).__name__]
-    if attention:
-        raise UserError(
-            f"encoder {name}: has attention layers ({attention[0]}); the method is for ConvNets"
-        )
+    encoder = build_convnet("encoder", name, num_classes=0)
     was_training = encoder.training
     encoder.eval()
     image = torch.zeros(1, 3, PROBE, PROBE)

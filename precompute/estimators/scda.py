@@ -19,12 +19,12 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from precompute.estimators.maps import standardize
 from precompute.estimators.options import ScdaOptions
-from precompute.estimators.timm_backbone import build_timm_backbone, is_timm
 from precompute.estimators.weights import compute_sha256, load_weights
 from precompute.estimators.windows import Window, cut, list_windows, paste
 from schemas.cli import lookup
 from schemas.errors import UserError
 from schemas.precision import autocast, pick_precision
+from schemas.timm_networks import build_convnet, is_timm
 
 # ImageNet's RGB mean and std on [0, 1], with which torchvision's weights were trained
 MEAN = (0.485, 0.456, 0.406)
@@ -151,7 +151,7 @@ def fold_batch_norms(trunk: fx.GraphModule) -> nn.Module:
 def build_backbone(name: str) -> nn.Module:
     """Build a torchvision network, or a timm network named `timm:NAME`. Raises UserError."""
     if is_timm(name):
-        return build_timm_backbone(name)
+        return build_convnet("backbone", name)
     choices = {name: name for name in torchvision.models.list_models(torchvision.models)}
     return torchvision.models.get_model(lookup("backbone", name, choices))
 

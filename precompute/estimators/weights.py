@@ -1,20 +1,22 @@
 """Load a backbone's weights by torchvision's name or by path, or leave them random."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torchvision
 from torch import nn
 
-from precompute.estimators.timm_backbone import PUBLISHED, download_timm, is_timm
 from schemas.cli import lookup
 from schemas.errors import UserError
+from schemas.timm_networks import PREFIX, import_timm, is_timm
 from schemas.weights import fit_weights, get_shapes, read_weights
 
 RANDOM = "random"
+TIMM_DEFAULT = "DEFAULT"
+"""Selects timm's default weights for a network's name; `name.tag` selects others."""
 
 
 def load_weights(trunk: nn.Module, model: nn.Module, backbone: str, weights: str) -> None:
@@ -45,11 +47,7 @@ def find_file(backbone: str, weights: str) -> Path | None:
 
     For the folder of a training run, the file is its encoder.
     """
-    if is_timm(backbone):
-        published = weights == PUBLISHED
-    else:
-        published = weights in torchvision.models.get_model_weights(backbone).__members__
-    if published:
+    if weights in list_published(backbone):
         return None
     path = Path(weights)
     if path.is_dir():
@@ -57,15 +55,29 @@ def find_file(backbone: str, weights: str) -> Path | None:
     return path if path.exists() or path.suffix or path.parent != Path() else None
 
 
+def list_published(backbone: str) -> dict[str, Callable[[], Mapping[str, torch.Tensor]]]:
+    """Return functions that load the weights published for a backbone, by the weights' name."""
+    if is_timm(backbone):
+        create = partial(import_timm("backbone", backbone).create_model, pretrained=True)
+        return {TIMM_DEFAULT: lambda: create(backbone.removeprefix(PREFIX)).state_dict()}
+    members = torchvision.models.get_model_weights(backbone).__members__
+    return {
+        name: partial(member.get_state_dict, check_hash=True) for name, member in members.items()
+    }
+
+
 def download(backbone: str, name: str) -> Mapping[str, torch.Tensor]:
     """Return weights that torchvision or timm publishes, cached or downloaded. Raises UserError."""
-    if is_timm(backbone):
-        return download_timm(backbone, name)
-    published = torchvision.models.get_model_weights(backbone).__members__
-    chosen = lookup(f"weights of {backbone}", name, {**published, RANDOM: None})
+    published = list_published(backbone)
+    if is_timm(backbone) and name not in published:
+        raise UserError(
+            f"weights {name!r} of {backbone}: give {TIMM_DEFAULT}, random or the path of a file; "
+            "timm's other weights have a tag in the name, timm:NAME.TAG"
+        )
+    load = lookup(f"weights of {backbone}", name, {**published, RANDOM: None})
     try:
-        return chosen.get_state_dict(check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+        return load()
+    except Exception as error:  # timm uses various clients: requests, httpx, huggingface_hub
         raise UserError(
             f"weights {name} of {backbone} could not be downloaded ({error}); give a file by "
             "--estimator.weights PATH, or use --estimator spectral, which needs none"

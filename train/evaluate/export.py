@@ -14,9 +14,9 @@ from torch import Tensor
 from schemas import UserError
 from schemas.settings import flatten
 from schemas.storage import translate_os_errors, write_atomically
+from schemas.timm_networks import is_timm
 from train.encoders import get_stem, load_encoder
 from train.option_ranges import check_ranges
-from train.timm_encoders import is_timm
 
 Format = Literal["torchvision", "timm", "safetensors", "detectron2"]
 SUFFIX: dict[Format, str] = {
