@@ -139,45 +139,53 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._freeze_lists()
+        self._check_fields()
+        self._check_combinations()
+
+    def _check_fields(self) -> None:
+        """Check each field by itself."""
+        require = self._require
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_probability"):
-                check(0 <= value <= 1, field.name, value, "a probability, between 0 and 1")
-            if field.name.endswith("_ratio") and field.name != "crop_ratio":
-                check(0 <= value[0] <= value[1] <= 1, field.name, value, "low and high, in 0 .. 1")
-            if field.name.endswith("_kernel"):
-                check(value > 0 and value % 2 == 1, field.name, value, "odd and above 0")
-            if field.name in ("noise_query", "noise_hard_negative", "hard_negatives"):
-                check(value >= 0, field.name, value, "0 or more")
-            if field.name in ("high_pass_sigma", "blur_sigma", "grid"):
-                check(value > 0, field.name, value, "above 0")
-            if field.name in ("brightness", "contrast", "saturation"):
-                check(0 <= value <= 1, field.name, value, "between 0 and 1")
-        check(self.branch in get_args(Branch), "branch", self.branch, "query, key or both")
-        check(
-            self.interpolation in get_args(Interpolation),
-            "interpolation",
-            self.interpolation,
-            "bilinear or bicubic",
-        )
-        check(
-            self.region_choice in get_args(RegionChoice),
-            "region_choice",
-            self.region_choice,
-            "random or salient",
-        )
-        check(
-            self.hard_negative_mask != "regions",
-            "hard_negative_mask",
-            self.hard_negative_mask,
-            "another mask: only a query can have `regions`",
-        )
-        check(self.crop_size > 0, "crop_size", self.crop_size, "above 0")
-        nearest = max(1, round(self.crop_size / self.grid)) * self.grid
-        check(
-            not self.masks_cells or nearest == self.crop_size,
+            name, value = field.name, getattr(self, field.name)
+            if name.endswith("_probability"):
+                require(0 <= value <= 1, name, "a probability, between 0 and 1")
+            if name.endswith("_ratio") and name != "crop_ratio":
+                require(0 <= value[0] <= value[1] <= 1, name, "low and high, in 0 .. 1")
+            if name.endswith("_kernel"):
+                require(value > 0 and value % 2 == 1, name, "odd and above 0")
+            if name in ("noise_query", "noise_hard_negative", "hard_negatives"):
+                require(value >= 0, name, "0 or more")
+            if name in ("high_pass_sigma", "blur_sigma", "grid", "crop_size"):
+                require(value > 0, name, "above 0")
+            if name in ("brightness", "contrast", "saturation"):
+                require(0 <= value <= 1, name, "between 0 and 1")
+            if name in ("focal_kept", "focal_filled"):
+                require(0 < value <= REFERENCE_CROP, name, f"between 1 and {REFERENCE_CROP}")
+            if name in ("crop_ratio", "soft_blur_sigma"):
+                require(0 < value[0] <= value[1], name, "low and high, above 0")
+        low, high = self.crop_area
+        require(0 < low <= high <= 1, "crop_area", "low and high, in 0 .. 1")
+        require(0 <= self.hue <= 0.5, "hue", "between 0 and 0.5")
+        require(self.branch in get_args(Branch), "branch", "query, key or both")
+        is_known = self.interpolation in get_args(Interpolation)
+        require(is_known, "interpolation", "bilinear or bicubic")
+        require(self.region_choice in get_args(RegionChoice), "region_choice", "random or salient")
+        if self.foreground_cap is not None:
+            limit, value = self.foreground_cap
+            is_valid = 0 <= value <= limit
+            require(is_valid, "foreground_cap", "(limit, value) with 0 <= value <= limit")
+        if self.regions:
+            low, high = self.region_extent
+            require(0 < low <= high <= 1, "region_extent", "low, high, in 0 .. 1")
+            require(self.region_candidates > 0, "region_candidates", "above 0")
+
+    def _check_combinations(self) -> None:
+        """Check fields whose valid values depend on other fields."""
+        require, side = self._require, self.crop_size
+        nearest = max(1, round(side / self.grid)) * self.grid
+        require(
+            not self.masks_cells or nearest == side,
             "crop_size",
-            self.crop_size,
             f"a multiple of the grid of {self.grid} cells a side (--recipe.grid), say {nearest}",
         )
         # a reflected border must lie inside the view
@@ -188,45 +196,30 @@ class Recipe:
             + [math.ceil(SOFT_BLUR_SIGMAS * self.soft_blur_sigma[1]) + 1]
             * (self.soft_blur_probability > 0)
         )
-        check(self.crop_size >= widest, "crop_size", self.crop_size, f"at least {widest}")
-        low, high = self.crop_area
-        check(0 < low <= high <= 1, "crop_area", self.crop_area, "low and high, in 0 .. 1")
-        low, high = self.crop_ratio
-        check(0 < low <= high, "crop_ratio", self.crop_ratio, "low and high, above 0")
-        low, high = self.soft_blur_sigma
-        check(0 < low <= high, "soft_blur_sigma", self.soft_blur_sigma, "low and high, above 0")
-        check(0 <= self.hue <= 0.5, "hue", self.hue, "between 0 and 0.5")
-        for name in ("focal_kept", "focal_filled"):
-            value = getattr(self, name)
-            check(0 < value <= REFERENCE_CROP, name, value, f"between 1 and {REFERENCE_CROP}")
-        if self.foreground_cap is not None:
-            limit, value = self.foreground_cap
-            is_valid = 0 <= value <= limit
-            requirement = "(limit, value) with 0 <= value <= limit"
-            check(is_valid, "foreground_cap", self.foreground_cap, requirement)
+        require(side >= widest, "crop_size", f"at least {widest}")
+        require(
+            self.hard_negative_mask != "regions",
+            "hard_negative_mask",
+            "another mask: only a query can have `regions`",
+        )
         if self.query_mask == "regions":
-            check(self.regions > 0, "regions", self.regions, "1 or more for the mask `regions`")
-            check(self.branch == "query", "branch", self.branch, "query for the mask `regions`")
+            require(self.regions > 0, "regions", "1 or more for the mask `regions`")
+            require(self.branch == "query", "branch", "query for the mask `regions`")
         if self.regions:
-            check(self.pair, "pair", self.pair, "true if there are regions")
-            low, high = self.region_extent
-            check(0 < low <= high <= 1, "region_extent", self.region_extent, "low, high, in 0 .. 1")
-            candidates = self.region_candidates
-            check(candidates > 0, "region_candidates", candidates, "above 0")
+            require(self.pair, "pair", "true if there are regions")
         if not self.pair:
-            check(self.branch == "query", "branch", self.branch, "query if there is no key")
-            check(
-                self.hard_negatives == 0,
-                "hard_negatives",
-                self.hard_negatives,
-                "0 without pairs",
-            )
-        check(
+            require(self.branch == "query", "branch", "query if there is no key")
+            require(self.hard_negatives == 0, "hard_negatives", "0 without pairs")
+        require(
             self.fill != "none" or self.hard_negatives == 0,
             "hard_negatives",
-            self.hard_negatives,
             "0 if the fill is none: an unmasked hard negative equals the key",
         )
+
+    def _require(self, is_valid: bool, name: str, requirement: str) -> None:
+        """Raise a UserError that names a field and its requirement, unless its value is valid."""
+        if not is_valid:
+            raise UserError(f"recipe: {name} is {getattr(self, name)}, it must be {requirement}")
 
     def _freeze_lists(self) -> None:
         """Turn lists into tuples: recipes are hashed, because each has its compiled functions."""
@@ -256,12 +249,6 @@ class Recipe:
     def focal_side(self, window: int) -> int:
         """Return the side of a focal window, scaled to this recipe's crop; at least one pixel."""
         return max(1, round(window * self.crop_size / REFERENCE_CROP))
-
-
-def check(is_valid: bool, name: str, value: object, requirement: str) -> None:
-    """Raise a UserError that names the field and the requirement, unless the value is valid."""
-    if not is_valid:
-        raise UserError(f"recipe: {name} is {value}, it must be {requirement}")
 
 
 HP = Recipe()
