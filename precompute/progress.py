@@ -11,7 +11,7 @@ import ray
 from tqdm import tqdm
 
 from precompute.background import run_in_background
-from schemas.counts import format_count
+from schemas.counts import format_count, join_first
 
 T = TypeVar("T")
 
@@ -145,14 +145,12 @@ def describe_stall(pending: dict[int, float], reads: Mapping[str, float] | None 
         reads: seconds that each slow read has taken so far, by input.
     """
     if reads:
-        shown = [f"{name} (for {seconds:.0f} s)" for name, seconds in reads.items()][:SHOWN]
-        more = f" and {len(reads) - SHOWN} more" if len(reads) > SHOWN else ""
+        slow = [f"{name} (for {seconds:.0f} s)" for name, seconds in reads.items()]
         return (
-            f"no progress: these reads do not end: {', '.join(shown)}{more}; is "
-            "the disk, the mount or the store still there?"
+            f"no progress: these reads do not end: {join_first(slow, SHOWN)}; is the disk, the "
+            "mount or the store still there?"
         )
     if not pending:
         return "no progress, and no shard has been started: does the cluster have free cores?"
-    shown = [f"{shard} (for {seconds:.0f} s)" for shard, seconds in pending.items()][:SHOWN]
-    more = f" and {len(pending) - SHOWN} more" if len(pending) > SHOWN else ""
-    return f"no progress; started but not finished: shards {', '.join(shown)}{more}"
+    started = [f"{shard} (for {seconds:.0f} s)" for shard, seconds in pending.items()]
+    return f"no progress; started but not finished: shards {join_first(started, SHOWN)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,28 +178,10 @@ def check_tables(
     problems: list[Problem] = []
     ranges: dict[int, tuple[int, int]] = {}
     with list_errors(problems, SAMPLES):
-        samples = len(dataset.samples_unchecked)
-        if card.samples != samples:
-            problems.append(
-                Problem(
-                    CARD, f"counts {format_count(card.samples, 'sample')}, {SAMPLES} has {samples}"
-                )
-            )
-    if card.shards != len(dataset.shards):
-        problems.append(
-            Problem(
-                CARD,
-                f"counts {format_count(card.shards, 'shard')}, {SHARDS} has {len(dataset.shards)}",
-            )
-        )
+        problems += compare_count(card.samples, "sample", SAMPLES, dataset.samples_unchecked)
+    problems += compare_count(card.shards, "shard", SHARDS, dataset.shards)
     with list_errors(problems, REJECTS):
-        rejects = len(dataset.rejects)
-        if card.rejects != rejects:
-            problems.append(
-                Problem(
-                    CARD, f"counts {format_count(card.rejects, 'reject')}, the table has {rejects}"
-                )
-            )
+        problems += compare_count(card.rejects, "reject", REJECTS, dataset.rejects)
     with list_errors(problems, SHARD_FOLDER):
         problems += check_folder(dataset.store, shards)
     if all_rows:
@@ -212,6 +194,12 @@ def check_tables(
             Problem(SAMPLES, f"has samples of shards {sorted(unknown)}, which {SHARDS} lacks")
         )
     return list(dict.fromkeys(problems)), ranges  # a damaged table gives an error in each check
+
+
+def compare_count(count: int, noun: str, name: str, table: Sized) -> Iterator[Problem]:
+    """Compare a count of the card with the rows of the table called `name`."""
+    if count != len(table):
+        yield Problem(CARD, f"counts {format_count(count, noun)}, {name} has {len(table)}")
 
 
 def check_folder(store: Store, shards: set[int]) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from schemas.counts import join_first
 from schemas.errors import UserError
 
 Tensors = Mapping[str, Tensor]
@@ -244,9 +245,8 @@ def describe_misfit(
     problems = {"lacks": missing, "has other shapes:": misshapen, "has unknown": unknown}
     for problem, keys in problems.items():
         if keys:
-            more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
             at = f" under {prefix.removesuffix('.')}" if prefix else ""
-            return f"{problem} {', '.join(keys[:SHOWN])}{more}{at}", right
+            return f"{problem} {join_first(keys, SHOWN)}{at}", right
     return "", right
 
 

@@ -17,6 +17,7 @@ from precompute.sources.base import (
     open_torchvision,
 )
 from precompute.sources.trees import ClassFolders
+from schemas.counts import join_first
 from schemas.errors import UserError
 from schemas.storage import Store
 from schemas.tables import Reject
@@ -90,7 +91,8 @@ class ImageNet100(ImageNet):
         classes = file.read_text().split()
         if missing := [name for name in classes if name not in wnids]:
             raise UserError(
-                f"{store.url}: lacks {len(missing)} of the 100 class folders: {shorten(missing)}"
+                f"{store.url}: lacks {len(missing)} of the 100 class folders: "
+                f"{join_first(missing, SHOWN)}"
             )
         self.other_folders = []
         return classes
@@ -165,10 +167,9 @@ def compare_splits(store: Store, wnids: list[str]) -> str:
         return ""
     other_wnids = set(filter(WNID.fullmatch, list_class_folders(other_store)))
     missing, extra = sorted(other_wnids - set(wnids)), sorted(set(wnids) - other_wnids)
-    lacks = f"; {other_split} also has {shorten(missing)}" if missing and other_wnids else ""
-    return lacks + (f"; {other_split} lacks {shorten(extra)}" if extra and other_wnids else "")
-
-
-def shorten(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    lacks = (
+        f"; {other_split} also has {join_first(missing, SHOWN)}" if missing and other_wnids else ""
+    )
+    return lacks + (
+        f"; {other_split} lacks {join_first(extra, SHOWN)}" if extra and other_wnids else ""
+    )

@@ -23,6 +23,7 @@ from precompute.sources.tar_members import (
     list_members_by_headers,
     list_members_by_index,
 )
+from schemas.counts import join_first
 from schemas.errors import UserError
 from schemas.names import to_stored
 from schemas.sample import (
@@ -60,9 +61,7 @@ class Group:
     extensions: set[str] = field(default_factory=set)
 
     def names(self) -> str:
-        names = [extension for extension, _, _ in self.members]
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        return ", ".join(names[:SHOWN]) + more
+        return join_first([extension for extension, _, _ in self.members], SHOWN)
 
 
 class WebDatasetShards(PartedSource):

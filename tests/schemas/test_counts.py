@@ -1,8 +1,8 @@
-"""Test numbers with their nouns."""
+"""Test numbers with their nouns, and lists of names."""
 
 import pytest
 
-from schemas.counts import format_count
+from schemas.counts import format_count, join_first
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,9 @@ from schemas.counts import format_count
 )
 def test_one_is_singular(count: str, text: str) -> None:
     assert count == text
+
+
+def test_only_the_first_names_are_listed() -> None:
+    assert join_first([], 2) == ""
+    assert join_first(["a", "b"], 2) == "a, b"
+    assert join_first(["a", "b", "c", "d"], 2) == "a, b and 2 more"
