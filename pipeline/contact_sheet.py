@@ -68,18 +68,18 @@ def draw_png(title: str, note: str, rows: list[list[Tile]]) -> Image.Image:
     """Draw all rows on one sheet, each column below its heading."""
     width = GAP + len(rows[0]) * (TILE + GAP)
     sheet = Image.new("RGB", (width, HEADER + len(rows) * (TILE + CAPTION + GAP)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 8), title, fill=INK, font=load_font(16))
-    draw.text((GAP, 29), note, fill=FAINT, font=load_font(13))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw.text((GAP, 8), title, fill=INK, font=ImageFont.load_default(16))
+    draw.text((GAP, 29), note, fill=FAINT, font=font)
     for column, tile in enumerate(rows[0]):
         color = {"query": QUERY, "key": KEY}.get(tile.branch, FAINT)
-        draw.text((GAP + column * (TILE + GAP), 50), tile.column, fill=color, font=load_font(13))
+        draw.text((GAP + column * (TILE + GAP), 50), tile.column, fill=color, font=font)
     for row, tiles in enumerate(rows):
         top = HEADER + row * (TILE + CAPTION + GAP)
         for column, tile in enumerate(tiles):
             left = GAP + column * (TILE + GAP)
             sheet.paste(tile.picture, (left, top))
-            draw.text((left, top + TILE + 3), tile.caption, fill=INK, font=load_font(13))
+            draw.text((left, top + TILE + 3), tile.caption, fill=INK, font=font)
     return sheet
 
 
@@ -110,8 +110,3 @@ def encode_png(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Load Pillow's default font."""
-    return ImageFont.load_default(size)

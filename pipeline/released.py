@@ -24,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.fills import fill
+from pipeline.fills import fill, repeat_tile
 from pipeline.masks import count_masked_foreground, find_foreground, mask, pick_cells
 from pipeline.recipes import RECIPES, Recipe
 from pipeline.rng import Rng
@@ -81,7 +81,7 @@ def fill_with_noise_as_released(image: Tensor, recipe: Recipe, std: float, rng: 
     and each part has its own tile.
     """
     tiles = rng.normal(len(image), 3, recipe.cell, recipe.cell)
-    return tiles[:1].mul_(std).repeat(1, 1, recipe.grid, recipe.grid)
+    return repeat_tile(tiles[:1] * std, recipe)
 
 
 def use_released_masks(name: str) -> Recipe:

@@ -124,7 +124,9 @@ class MetricsLogger:
         if self.bar is None:
             left = (time.monotonic() - self.started) * (self.total - last["step"])
             left /= max(1, last["step"] - self.first)
-            self.print(f"step {last['step']}/{self.total}, {text}, {format_duration(left)} left")
+            self.print(
+                f"step {last['step']}/{self.total}, {text}, {tqdm.format_interval(left)} left"
+            )
         else:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(last["step"] - self.bar.n)
@@ -247,9 +249,3 @@ def drop_lines_after(path: Path, step: int, epoch_steps: int) -> list[dict[str, 
         ) from error
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     return kept
-
-
-def format_duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
