@@ -209,21 +209,17 @@ def run_worker(settings: Settings, threads: int, out: Path, warm: Barrier, resul
         use_threads(threads)
         builder, plans = prepare(settings, out)
         limit_torch_threads(builder.estimator)
-        builder.build(0, plans[0][: 2 * settings.batch_size], count_nothing)
+        builder.build(0, plans[0][: 2 * settings.batch_size])
         warm.wait(settings.start_seconds)
         begin, cpu = time.monotonic(), time.process_time()
         for shard, images in enumerate(plans):
-            written = builder.build(shard, images, count_nothing)
+            written = builder.build(shard, images)
             if len(written.samples) != len(images):
                 raise ValueError(f"{len(written.rejects)} valid images were rejected")
         results.put((begin, time.monotonic(), time.process_time() - cpu))
     except Exception as error:  # the parent prints it
         warm.abort()
         results.put(f"{type(error).__name__}: {error}")
-
-
-def count_nothing(written: int, rejected: int) -> None:
-    """Do nothing, in place of the job's progress actor."""
 
 
 def prepare(settings: Settings, out: Path) -> tuple[Any, list[list[Any]]]:

@@ -206,7 +206,7 @@ def measure_memory(options: Options, folder: Path) -> tuple[float, float]:
     )
     megabytes = []
     for shard in range(24):
-        builder.build(shard, list(dict.fromkeys(bench.images)), lambda written, rejected: None)
+        builder.build(shard, list(dict.fromkeys(bench.images)))
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         megabytes.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
     return megabytes[3], megabytes[-1]

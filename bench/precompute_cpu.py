@@ -114,7 +114,7 @@ def measure_cpu(
     with replace_pixels(source, images, cuts):
         for shard in range(repeats + 1):
             start = time.process_time()
-            marker = builder.build(shard, images, lambda written, rejected: None)
+            marker = builder.build(shard, images)
             milliseconds.append(1000 * (time.process_time() - start) / len(images))
             if len(marker.samples) != len(images):
                 raise ValueError(f"{len(marker.rejects)} of the photos were rejected")

@@ -17,8 +17,10 @@ from schemas.versions import version_of
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "ray", "numpy", "pillow")
 
-
 QUIET_SECONDS = 0.2
+"""Seconds over which the CPU use is measured."""
+LONGEST_WAIT = 15.0
+"""Maximum number of seconds to wait for a quiet machine."""
 QUIET_SHARE = 0.1
 """Maximum CPU use of a quiet machine, as a share of all cores."""
 
@@ -67,13 +69,13 @@ def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
     return [Row(name, values) for name, values in rates.items()]
 
 
-def wait_until_quiet(limit: float = 15.0) -> None:
+def wait_until_quiet() -> None:
     """Wait until the worker processes of other ways have filled their queues and are idle.
 
     Otherwise a way would be slowed down by the one before it, whose workers continue after its last
     batch.
     """
-    for _ in range(round(limit / QUIET_SECONDS)):
+    for _ in range(round(LONGEST_WAIT / QUIET_SECONDS)):
         before = read_cpu_ticks()
         time.sleep(QUIET_SECONDS)
         busy, total = (now - then for now, then in zip(read_cpu_ticks(), before, strict=True))

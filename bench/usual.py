@@ -256,7 +256,5 @@ def make_views_vectorized(views: Views, recipe: Recipe, rng: BatchRng) -> list[T
         blur = views.get(f"{name}_blur")
         fill = rng.stream("fill", 0 if role == "query" else 2)
         content = fills.FILLS[recipe.fill](image, recipe, std, fill) if blur is None else blur
-        masked_views.append(
-            torch.lerp(image, content, drawn.to_pixels(slice(None), recipe.crop_size))
-        )
+        masked_views.append(torch.lerp(image, content, drawn.to_pixels(recipe.crop_size)))
     return [masked_views[0], views["key"], masked_views[1]]

@@ -281,7 +281,7 @@ def collect_extras(inputs: ImageInputs, report: frozenset[Extra]) -> dict[str, A
         kind_masks = [masks for copy, masks in inputs.masks.items() if copy.kind == kind]
         if kind_masks:
             masks = Masks.concatenate(kind_masks)
-            pixels = masks.to_pixels(slice(None), inputs.recipe.crop_size).bool()
+            pixels = masks.to_pixels(inputs.recipe.crop_size).bool()
             pixels = pixels.expand(-1, 3, -1, -1)
             extras |= {
                 f"{kind}_mask": pixels.contiguous(memory_format=torch.channels_last),

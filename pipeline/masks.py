@@ -236,14 +236,14 @@ class Masks:
         windows = None if self.windows is None else self.windows.select(rows)
         return Masks(self.cells[rows], windows, self.ratio[rows], self.focal[rows])
 
-    def to_pixels(self, rows: slice, side: int) -> Tensor:
-        """Return these rows as (n, C, side, side) float32, 1 where filled and 0 elsewhere."""
-        cells = self.cells[rows].float()
+    def to_pixels(self, side: int) -> Tensor:
+        """Return the masks as (N, C, side, side) float32, 1 where filled and 0 elsewhere."""
+        cells = self.cells.float()
         pixels = cells.repeat_interleave(side // cells.shape[3], 3)
         pixels = pixels.repeat_interleave(side // cells.shape[2], 2)
         if self.windows is not None:
-            window = self.windows.select(rows).to_pixels().unsqueeze(1).float()
-            pixels = torch.lerp(pixels, window, self.focal[rows].float().view(-1, 1, 1, 1))
+            window = self.windows.to_pixels().unsqueeze(1).float()
+            pixels = torch.lerp(pixels, window, self.focal.float().view(-1, 1, 1, 1))
         return pixels
 
 

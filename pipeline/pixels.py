@@ -227,7 +227,7 @@ def mask_copies(view: Tensor, maskings: Sequence[Masking | None], recipe: Recipe
             else:
                 assert masking.content is not None, f"the fill {recipe.fill} has no content"
                 content = masking.content(view)
-            pixels = masking.masks.to_pixels(slice(None), view.shape[-1])
+            pixels = masking.masks.to_pixels(view.shape[-1])
             torch.lerp(view, content, pixels, out=copy)  # a weight of 0 or 1 selects
         masked_views.append(copy)
     return masked_views

@@ -33,6 +33,8 @@ from schemas import ShardDataset, UserError
 FOREGROUND = (255, 214, 10)
 HIGH_PASS_CONTRAST = 0.5
 """Brightness (0 .. 1) per normalized unit of high-pass images, shown around middle gray."""
+BATCH_ROWS = 4
+"""Maximum number of rows of `draw_batch_sheet`."""
 
 
 def write_preview(
@@ -88,9 +90,7 @@ def write_preview(
     return views.batch_size
 
 
-def draw_batch_sheet(
-    batch: Batch, recipe: Recipe, pictures: Mapping[str, Tensor], samples: int = 4
-) -> Image.Image:
+def draw_batch_sheet(batch: Batch, recipe: Recipe, pictures: Mapping[str, Tensor]) -> Image.Image:
     """Draw the first views of a batch as the network receives them, one row per sample.
 
     Args:
@@ -98,7 +98,7 @@ def draw_batch_sheet(
     """
     names = [name for name in ("query", "key") if getattr(batch, name) is not None]
     rows = []
-    for row in range(min(samples, len(batch.query))):
+    for row in range(min(BATCH_ROWS, len(batch.query))):
         tiles = [
             Tile(name, draw_view(getattr(batch, name)[row], recipe), "", name) for name in names
         ]

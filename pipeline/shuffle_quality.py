@@ -51,13 +51,7 @@ def measure_quality(order: np.ndarray, labels: np.ndarray, batch_size: int) -> Q
     return Quality(float(np.mean(class_counts)), float(-(share * np.log2(share)).sum()) + 0.0)
 
 
-def describe_shuffle(
-    url: str | Path,
-    batch_size: int,
-    samples: int,
-    seed: int = 0,
-    shuffle_shards: int = SHUFFLE_SHARDS,
-) -> str:
+def describe_shuffle(url: str | Path, batch_size: int, samples: int, seed: int = 0) -> str:
     """Compare the first epoch with a perfect shuffle and with the order on disk, as text.
 
     Args:
@@ -71,7 +65,7 @@ def describe_shuffle(
     dataset = ShardDataset.open(url)
     labels = dataset.samples["label"].to_numpy()
     sizes = [row.samples for row in dataset.shards]
-    sample_order = SampleOrder(sizes, batch_size, seed, shuffle_shards)
+    sample_order = SampleOrder(sizes, batch_size, seed)
     if sample_order.steps == 0:
         raise UserError(f"{url}: {len(labels)} samples are too few for batch {batch_size}")
     steps = range(min(sample_order.steps, -(-samples // batch_size)))
@@ -83,7 +77,7 @@ def describe_shuffle(
     }
     lines = [
         f"  shuffle, over {format_count(len(order), 'sample')}, batches of {batch_size}, "
-        f"windows of {format_count(shuffle_shards, 'shard')}:"
+        f"windows of {format_count(SHUFFLE_SHARDS, 'shard')}:"
     ]
     for name, rows_in_order in rows.items():
         quality = measure_quality(rows_in_order, labels, batch_size)

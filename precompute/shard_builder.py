@@ -98,7 +98,7 @@ class ShardBuilder:
         self,
         shard: int,
         images: list[SourceImage],
-        advance: Advance,
+        advance: Advance = lambda written, rejected: None,
         refused: Mapping[str, str] | None = None,
     ) -> ShardMarker:
         """Write one shard.
@@ -106,7 +106,7 @@ class ShardBuilder:
         Args:
             shard: the number of the shard.
             images: the images of the shard, in order.
-            advance: called with the progress.
+            advance: called with the progress; by default nothing is.
             refused: reasons for images that must not be read, by key.
 
         Raises:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from schemas import UserError
-from train.config import NEIGHBORS, TrainConfig, make_cache
+from train.config import TrainConfig, make_cache
 from train.distributed import rank, world_size
 from train.features import extract_features, open_eval_views, open_labeled_pair, remove_masks
 from train.methods import Method
@@ -38,8 +38,7 @@ def compute_knn_accuracy(
     test: tuple[Tensor, Tensor] | None,
     *,
     classes: int,
-    neighbors: tuple[int, ...] = NEIGHBORS,
-    temperature: float = TEMPERATURE,
+    neighbors: tuple[int, ...],
 ) -> dict[int, float]:
     """Compute the top-1 accuracy, 0 to 1, for each number of neighbors.
 
@@ -64,7 +63,7 @@ def compute_knn_accuracy(
         if test is None:
             similarity.diagonal(offset=start).fill_(-torch.inf)  # an image is not its own neighbor
         similarity, nearest = similarity.topk(most, dim=1)  # (chunk, most), descending
-        weights, votes = (similarity / temperature).exp(), labels[nearest]
+        weights, votes = (similarity / TEMPERATURE).exp(), labels[nearest]
         for number, k in enumerate(neighbors):
             score = weights.new_zeros(len(weights), classes)
             score.scatter_add_(1, votes[:, :k], weights[:, :k])

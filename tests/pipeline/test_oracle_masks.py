@@ -47,7 +47,7 @@ def maps(size: int = VIEWS, seed: int = 0) -> torch.Tensor:
 
 def cells_of(masks: Masks, side: int) -> np.ndarray:
     """Return the cells, (N, C, 7, 7), after checking that all pixels of a cell are equal."""
-    pixels = masks.to_pixels(slice(None), side).numpy()
+    pixels = masks.to_pixels(side).numpy()
     assert set(np.unique(pixels)) <= {0.0, 1.0}
     size, channels = pixels.shape[:2]
     blocks = pixels.reshape(size, channels, 7, side // 7, 7, side // 7)
@@ -172,7 +172,7 @@ def test_focal_windows(crop: int, kept: int, filled: int) -> None:
     sides: tuple[tuple[Role, int], ...] = (("query", kept), ("hard_negative", filled))
     for role, side in sides:
         drawn = draw_masks(torch.rand(trials, 7, 7), recipe, role, rng_of(trials))
-        masked = drawn.to_pixels(slice(None), crop).bool()
+        masked = drawn.to_pixels(crop).bool()
         assert (masked == masked[:, :1]).all()
         window = masked[:, 0] if role == "hard_negative" else ~masked[:, 0]
         rows, columns = window.any(2), window.any(1)
@@ -206,7 +206,7 @@ def test_masks_for_other_experiments() -> None:
         drawn = draw_masks(saliency, recipe, "query", rng_of(len(saliency)))
         ratios = drawn.ratio.tolist()
         if name == "block":
-            for pixels, ratio in zip(drawn.to_pixels(slice(None), 112)[:, 0], ratios, strict=True):
+            for pixels, ratio in zip(drawn.to_pixels(112)[:, 0], ratios, strict=True):
                 rows, columns = pixels.any(1), pixels.any(0)
                 assert torch.equal(pixels.bool(), rows.unsqueeze(1) & columns)
                 # of the drawn size unless that is longer than the view

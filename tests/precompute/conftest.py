@@ -74,7 +74,7 @@ def without_ray(job: "Job") -> ShardDataset:
     builder = ShardBuilder(job.source, estimator, store, job.batch_size, job.resize, settings)
     assert find_missing_shards(store, settings, job.default_settings) == shards
     for shard, part in enumerate(job.plan.shards):
-        builder.build(shard, part, lambda written, rejected: None)
+        builder.build(shard, part)
     assert find_missing_shards(store, settings, job.default_settings) == []
     dataset = job.finish(store, settings, saliency_side=28)
     assert dataset.verify().clean

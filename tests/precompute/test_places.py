@@ -345,7 +345,7 @@ def test_an_extension_that_stopped_before_the_card_is_completed(tmp_path: Path) 
     job, store = extend(), Store(out)
     settings = job.settings(None)
     builder = ShardBuilder(source, SpectralOptions().build(), store, 32, Resize(), settings)
-    builder.build(1, job.plan.shards[0], lambda written, rejected: None)
+    builder.build(1, job.plan.shards[0])
     digest = job.finish(store, settings, saliency_side=28).digest
     store.write(CARD, before.to_json())
     with pytest.raises(

@@ -153,5 +153,5 @@ def test_a_source_that_refuses_rejects_nothing(s3: Flaky) -> None:
 
     s3.fail = refuse
     with pytest.raises(UserError, match=r"\w/\d+\.jpg: the source fails"):
-        builder.build(0, images, lambda written, rejected: None)
+        builder.build(0, images)
     assert not store.sizes(SHARD_FOLDER)

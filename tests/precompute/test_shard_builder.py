@@ -62,7 +62,7 @@ def build(
         source or InMemory(), estimator or Flat(), Store(out), 4, Resize(), settings={}
     )
     for shard in range(shards):
-        builder.build(shard, IMAGES, lambda written, rejected: None)
+        builder.build(shard, IMAGES)
     return builder
 
 
@@ -120,9 +120,9 @@ def test_an_estimator_that_fails_writes_nothing_and_the_next_shard_is_whole(
     estimator = Flat(ValueError("no map"), fails_at)
     builder = ShardBuilder(InMemory(), estimator, Store(tmp_path), 4, Resize(), {})
     with pytest.raises(ValueError, match="no map"):
-        builder.build(0, IMAGES, lambda written, rejected: None)
+        builder.build(0, IMAGES)
     assert not list(tmp_path.rglob("*.*"))
-    builder.build(1, IMAGES, lambda written, rejected: None)
+    builder.build(1, IMAGES)
     assert len(read_marker(Store(tmp_path), 1).samples) == len(IMAGES)
 
 
@@ -213,7 +213,7 @@ def test_a_packer_that_fails_ends_the_shard_at_once(tmp_path: Path) -> None:
     estimator = Flat()
     builder = ShardBuilder(InMemory(), estimator, Store(tmp_path), 4, Resize(), {})
     with pytest.raises(ValueError, match="twice in shard 0"):
-        builder.build(0, [IMAGES[0]] * 4 + IMAGES * 10, lambda written, rejected: None)
+        builder.build(0, [IMAGES[0]] * 4 + IMAGES * 10)
     assert estimator.calls < 50
 
 
