@@ -26,9 +26,8 @@ from precompute.sources.base import (
     Entry,
     LabeledText,
     compute_walk_key,
-    count_readers,
     digest_key,
-    list_part,
+    list_in_parallel,
     make_unique_key,
     number_label,
 )
@@ -41,7 +40,6 @@ from precompute.stored_plan import (
     write_bucket,
 )
 from schemas.names import to_bytes
-from schemas.parallel import map_ahead
 from schemas.storage import Store
 from schemas.tables import Reject, from_parquet, to_parquet
 
@@ -120,12 +118,7 @@ def list_rows(
 
 
 def order_entries(source: Source, first: int, parts: Sequence[str]) -> Iterator[tuple[int, Entry]]:
-    listed: Iterable[Iterable[Entry]]
-    if len(parts) == 1:  # may be of any length, so it is not gathered in memory
-        listed = [list_part(source, parts[0])]
-    else:
-        listed = map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
-    for number, entries in enumerate(listed, first):
+    for number, entries in enumerate(list_in_parallel(source, parts), first):
         yield from ((number << 32 | index, entry) for index, entry in enumerate(entries))
 
 

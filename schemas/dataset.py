@@ -28,7 +28,7 @@ from schemas.tables import (
     SHARDS_SCHEMA,
     DatasetCard,
     ShardRow,
-    from_parquet,
+    read_table,
     shard_name,
 )
 from schemas.verify import VerifyOptions, VerifyReport, verify_dataset
@@ -95,11 +95,8 @@ class ShardDataset:
             raise UserError(
                 f"{store.url}: no dataset here (no {CARD}); write one with `saliency-precompute`"
             ) from error
-        dataset = cls(store, card, [])
-        dataset.shards = [
-            ShardRow(**row) for row in dataset._table(SHARDS, SHARDS_SCHEMA).to_pylist()
-        ]
-        return dataset
+        table = read_table(store, SHARDS, SHARDS_SCHEMA)
+        return cls(store, card, [ShardRow(**row) for row in table.to_pylist()])
 
     @property
     def url(self) -> str:
@@ -165,7 +162,7 @@ class ShardDataset:
     @cached_property
     def rejects(self) -> pa.Table:
         """Table of rejects.parquet: one row for every input that was not written."""
-        return self._table(REJECTS, REJECTS_SCHEMA)
+        return read_table(self.store, REJECTS, REJECTS_SCHEMA)
 
     @cached_property
     def digest(self) -> str:
@@ -210,15 +207,6 @@ class ShardDataset:
             UserError: the record belongs to another dataset.
         """
         return verify_dataset(self, VerifyOptions(workers, shards, record=record), progress)
-
-    def _table(self, name: str, schema: pa.Schema) -> pa.Table:
-        location = self.store.location(name)
-        try:
-            with self.store.translate_read_errors(name):
-                content = self.store.read(name)
-            return from_parquet(content, schema, location)
-        except FileNotFoundError as error:
-            raise FormatError(f"{location}: missing; the dataset is damaged") from error
 
     def _read_shard(self, row: ShardRow, table: pa.Table) -> Iterator[Sample]:
         name = shard_name(row.shard, "tar")

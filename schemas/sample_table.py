@@ -20,9 +20,9 @@ from schemas.tables import (
     SAMPLES_SCHEMA,
     ShardRow,
     find_columns,
-    from_parquet,
     open_parquet,
     read_columns,
+    read_table,
     shard_name,
 )
 
@@ -198,17 +198,11 @@ class SampleTable:
         if self.is_merged:
             table = read_columns(self.file, schema, self.location, part.number)
             return table.replace_schema_metadata(None)
-        shard = self.shards[part.number].shard
-        name = shard_name(shard, "parquet")
-        location = self.store.location(name)
-        try:
-            with self.store.translate_read_errors(name):
-                content = self.store.read(name)
-            table = from_parquet(content, schema, location)
-        except FileNotFoundError as error:
-            raise FormatError(f"{location}: missing; the dataset is damaged") from error
+        name = shard_name(self.shards[part.number].shard, "parquet")
+        table = read_table(self.store, name, schema)
         if len(table) != part.rows:
             raise FormatError(
-                f"{location}: {len(table)} rows, the table of shards says {part.rows}"
+                f"{self.store.location(name)}: {len(table)} rows, the table of shards says "
+                f"{part.rows}"
             )
         return table.replace_schema_metadata(None)

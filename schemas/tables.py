@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import FormatError
 from schemas.names import to_bytes, to_stored
+from schemas.storage import Store
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,22 @@ def from_parquet(
     """
     file = open_parquet(pa.BufferReader(content), location)
     return read_columns(file, schema, location, required=required)
+
+
+def read_table(store: Store, name: str, schema: pa.Schema) -> pa.Table:
+    """Read the columns of `schema` from a table of a dataset.
+
+    Raises:
+        FormatError: the table is missing; or see `read_columns`.
+        UserError: the table cannot be read.
+    """
+    location = store.location(name)
+    try:
+        with store.translate_read_errors(name):
+            content = store.read(name)
+    except FileNotFoundError as error:
+        raise FormatError(f"{location}: missing; the dataset is damaged") from error
+    return from_parquet(content, schema, location)
 
 
 def open_parquet(source: Any, location: str) -> pq.ParquetFile:

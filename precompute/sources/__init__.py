@@ -14,16 +14,14 @@ from precompute.sources.base import (
     Source,
     SourceImage,
     compute_walk_key,
-    count_readers,
     join_parts,
     key_of,
-    list_part,
+    list_in_parallel,
     list_parts,
     make_unique_key,
 )
 from schemas.cli import import_object, lookup
 from schemas.errors import UserError
-from schemas.parallel import map_ahead
 from schemas.tables import Reject
 
 __all__ = [
@@ -80,11 +78,9 @@ def open_source(name: str, root: str, split: str, download: bool, **options: Any
 
 def list_source(source: Source) -> Iterator[SourceImage | Reject]:
     """List a source as `source.images()` does, but several of its parts in parallel."""
-    parts = list_parts(source)
-    if not isinstance(source, PartedSource) or len(parts) == 1:
+    if not isinstance(source, PartedSource):
         return source.images()
-    listed = map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
-    return join_parts(source, listed)
+    return join_parts(source, list_in_parallel(source, list_parts(source)))
 
 
 def list_images(entries: Iterable[SourceImage | Reject]) -> tuple[list[SourceImage], list[Reject]]:

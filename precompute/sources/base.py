@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from schemas.errors import UserError
 from schemas.names import to_bytes
+from schemas.parallel import map_ahead
 from schemas.sample import MAX_KEY_LENGTH
 from schemas.storage import Store, check_regular
 from schemas.tables import Reject
@@ -139,6 +140,19 @@ def list_part(source: Source, part: str) -> Iterable[Entry]:
     if isinstance(source, PartedSource) and type(source).images is PartedSource.images:
         return source.list_part(part)
     return source.images()
+
+
+def list_in_parallel(source: Source, parts: Sequence[str]) -> Iterable[Iterable[Entry]]:
+    """List several parts at a time, and yield the inputs of each part in order.
+
+    A single part may be of any length, so it is not gathered in memory.
+
+    Args:
+        parts: some of `list_parts(source)`.
+    """
+    if len(parts) == 1:
+        return [list_part(source, parts[0])]
+    return map_ahead(lambda part: list(list_part(source, part)), parts, count_readers(source))
 
 
 def join_parts(
