@@ -22,7 +22,7 @@ from train import trainer
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, resolve_config
 from train.data import BatchStream, SyntheticViews
-from train.methods import MoCoConfig, Setup
+from train.methods import MethodConfig, MoCoConfig, Setup
 from train.metrics_logger import MetricsLogger
 from train.presets import PRESETS
 from train.trainer import TrainingJob
@@ -74,7 +74,7 @@ class Trainer:
         batches: Callable[..., Any],
         *,
         preset: str = "moco",
-        method: Any = None,
+        method: MethodConfig | None = None,
         plain: bool = False,
         **changes: Any,
     ) -> None:
@@ -219,7 +219,9 @@ class OnlineViews:
 class ReleasedViews:
     """PIL in worker processes, fp32 saliency online, masks by loops (see `bench.usual`)."""
 
-    def __init__(self, folder: Path, options: Settings, config: TrainConfig, device: Any) -> None:
+    def __init__(
+        self, folder: Path, options: Settings, config: TrainConfig, device: torch.device
+    ) -> None:
         self.recipe, self.device = config.recipe, device
         self.localizer = usual.Localizer(device.type, config.recipe.grid)
         self.batches = usual.load_folder(

@@ -165,7 +165,7 @@ class Decoder:
         views = [view.wait() if isinstance(view, HostCrops) else view for view in batch.views]
         return DecodedBatch(batch.prepared, views, batch.saliency)
 
-    def _start(self) -> "StartedBatch":
+    def _start(self) -> StartedBatch:
         """Take the next batch from DALI, and start to crop its images if DALI does not."""
         streams = () if self.device.type == "cpu" else (torch.cuda.current_stream(self.device),)
         with translate_dali_errors(self.url, lambda: [batch.encoded for batch in self._in_flight]):

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ class PreemptionListener:
 
     def __init__(self) -> None:
         self.is_requested = False
-        self.pending: tuple[torch.Tensor, Any] | None = None
+        self.pending: tuple[torch.Tensor, dist.Work] | None = None
 
     @contextmanager
     def listen(self) -> Iterator[None]:

@@ -3,8 +3,9 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
+from precompute.sources.tar_members import BlockReader
 from schemas.sample import LABEL_MEMBER, UNLABELED
 
 NUMBER = re.compile(r"-1|[0-9]{1,9}")
@@ -50,7 +51,7 @@ class LabelReader:
             (f"{extension}:", f"{extension}.")
         )
 
-    def read(self, members: Members, file: Any) -> tuple[str, str]:
+    def read(self, members: Members, file: BinaryIO | BlockReader) -> tuple[str, str]:
         """Return the label (`-1` if there is none) and the extension of the member it comes from.
 
         Raises:
@@ -74,7 +75,9 @@ class LabelReader:
             raise LabelError(f"it has no member {member!r} but {', '.join(list(places)[:8])}")
         return self.read_member(member, field, *places[member], file), member
 
-    def read_member(self, member: str, field: str, offset: int, size: int, file: Any) -> str:
+    def read_member(
+        self, member: str, field: str, offset: int, size: int, file: BinaryIO | BlockReader
+    ) -> str:
         is_json = member.endswith("json")
         if not is_json and size > MAX_BYTES:
             raise LabelError(f"its {member} has {size} bytes: not a label")

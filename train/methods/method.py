@@ -30,7 +30,7 @@ class Setup:
     """Inputs for building a method, in addition to its own options."""
 
     encoder: str
-    """Name in `train.encoders.ENCODERS`."""
+    """Name of the encoder, as `train.encoders.build_encoder` takes it."""
     stem: Stem = "imagenet"
     """First layers of the encoder."""
     sync_bn: bool = False
