@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from bench.table import describe_machine, format_table, measure, write
+from bench.table import Row, describe_machine, format_table, list_rates, measure, write
 from schemas.cli import parse, run, run_subcommand
 
 
@@ -51,7 +52,7 @@ def bench_loader(argv: Sequence[str]) -> None:
         format_table("Loader", rows, loader.choose_baselines([row.name for row in rows])),
         end="\n\n",
     )
-    finish(options.out, {"Loader": rows}, asdict(options))
+    finish(options.out, asdict(options), "Loader", rows)
 
 
 def bench_remote(argv: Sequence[str]) -> None:
@@ -61,7 +62,7 @@ def bench_remote(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = remote.measure(options, Path(folder))
     print(remote.report(figures, options))
-    remote.write(options, figures)
+    write(options.out, asdict(options), figures)
 
 
 def bench_precompute(argv: Sequence[str]) -> None:
@@ -86,7 +87,7 @@ def bench_precompute(argv: Sequence[str]) -> None:
         if options.finished_shards:
             seconds = precompute.measure_finished(options, folder)
             print(f"nothing to do in {options.finished_shards} shards: found in {seconds:.1f} s")
-    finish(options.out, {"Precompute": rows}, asdict(options))
+    finish(options.out, asdict(options), "Precompute", rows)
 
 
 def bench_train(argv: Sequence[str]) -> None:
@@ -99,7 +100,7 @@ def bench_train(argv: Sequence[str]) -> None:
     print(format_table("Training", rows, {}), end="\n\n")
     summary = train.summarize(rows, train.compute_wait_shares(trainers, rows, options))
     print(*summary, sep="\n")
-    finish(options.out, {"Training": rows}, {**asdict(options), "summary": summary})
+    finish(options.out, {**asdict(options), "summary": summary}, "Training", rows)
 
 
 def bench_order(argv: Sequence[str]) -> None:
@@ -150,9 +151,10 @@ def bench_map_sides(argv: Sequence[str]) -> None:
         print(row, flush=True)
 
 
-def finish(out: Path, tables: dict, settings: dict) -> None:
-    write(out, tables, {**settings, "out": str(out)})
-    print(f"{describe_machine()['cores']} cores, {describe_machine()['device']}; written to {out}")
+def finish(out: Path, settings: dict[str, Any], title: str, rows: list[Row]) -> None:
+    write(out, settings, list_rates(title, rows))
+    machine = describe_machine()
+    print(f"{machine['cores']} cores, {machine['device']}; written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Measure the training step with compiled encoders, alone and fed, with and without CUDA graphs."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 from torchvision.models import ResNet
 
 from bench.gpu_train import Settings, build, time_steps
+from bench.table import repeat_forever
 from pipeline import MaskedViews
 from pipeline.compiling import find_compile_obstacle
 from train.data import SyntheticViews
@@ -54,10 +54,10 @@ def time_compiled(
         return step(micro_batches, lr)
 
     synthetic = SyntheticViews(10 * size, config.recipe, size, device, 1, 0)
-    batches = itertools.chain.from_iterable(itertools.repeat(synthetic))
+    batches = repeat_forever(synthetic)
     alone = time_steps(start_step, batches, device, settings)
     with closing(MaskedViews(url, config.recipe, size, device=device.type)) as views:
-        fed_batches = itertools.chain.from_iterable(itertools.repeat(views))
+        fed_batches = repeat_forever(views)
         return alone, time_steps(start_step, fed_batches, device, settings)
 
 

@@ -16,7 +16,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-from bench.process import is_installed
+from bench.process import find_missing
 
 NEEDED = ("torch", "torchvision", "nvidia.dali", "numpy", "pyarrow", "fsspec", "PIL")
 
@@ -64,11 +64,6 @@ class Settings:
         return options if self.areas is None else replace(options, areas=self.areas)
 
 
-def find_missing_packages() -> list[str]:
-    """Return the required packages that are not installed here."""
-    return [name for name in NEEDED if not is_installed(name)]
-
-
 def measure(settings: Settings) -> Iterator[str]:
     """Measure the network alone, then workers in parallel; yield each line as soon as it is known.
 
@@ -76,7 +71,7 @@ def measure(settings: Settings) -> Iterator[str]:
         AssertionError: before the first line if a package is missing; after the last one if a
             worker failed, or more workers are slower than fewer.
     """
-    missing = find_missing_packages()
+    missing = find_missing(NEEDED)
     assert not missing, f"not installed here: {', '.join(missing)}"
     network, windows = measure_network(settings), count_windows(settings)
     counted = f"{settings.backbone}, {windows} windows per image"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.process import is_installed
+from bench.process import find_missing, is_installed
 
 LOADER = ("torch", "nvidia.dali", "cv2", "numpy", "PIL", "pyarrow", "fsspec")
 STEP = (*LOADER, "torchvision", "tyro", "safetensors")
@@ -39,7 +39,7 @@ class Report:
 
     def run(self, part: str, function: Callable[[], str | None], needed: tuple[str, ...]) -> None:
         """Run one part; any exception makes it fail."""
-        if missing := [name for name in needed if not is_installed(name)]:
+        if missing := find_missing(needed):
             self.add(part, SKIP, f"not installed here: {', '.join(missing)}")
             return
         start = time.monotonic()
@@ -95,7 +95,7 @@ def describe_environment() -> str:
 
 def check_loader(report: Report, folder: Path, device: str, data: str | None) -> None:
     """Run the checks of `bench.gpu_loader` on pictures of all formats, and on `data`."""
-    if missing := [name for name in LOADER if not is_installed(name)]:
+    if missing := find_missing(LOADER):
         report.add("loader", SKIP, f"not installed here: {', '.join(missing)}")
         return
     from bench import gpu_loader

@@ -4,7 +4,6 @@
 safetensors, which `train` imports.
 """
 
-import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.fed_step import measure_fed_step
+from bench.table import repeat_forever
 from pipeline import MaskedViews, get_recipe, graph
 from train.config import TrainConfig, resolve_config
 from train.data import SyntheticViews, split_batch
@@ -58,11 +58,11 @@ def measure(url: str, device: torch.device, settings: Settings) -> Iterator[str]
     for size in settings.batch_sizes:
         step, config = build(size, device, settings)
         synthetic = SyntheticViews(10 * size, config.recipe, size, device, 1, 0)
-        endless = itertools.chain.from_iterable(itertools.repeat(synthetic))
+        endless = repeat_forever(synthetic)
         reset_memory(device)
         alone = time_steps(step, endless, device, settings)
         with closing(MaskedViews(url, config.recipe, size, device=device.type)) as views:
-            fed_batches = itertools.chain.from_iterable(itertools.repeat(views))
+            fed_batches = repeat_forever(views)
             fed = time_steps(step, fed_batches, device, settings)
             yield (
                 f"batch {size}: {alone:.1f} ms per step alone, {fed:.1f} ms fed, alone/fed "
@@ -119,7 +119,7 @@ def compare_decoders(
             patch.object(graph, "HARDWARE_DECODER_LOAD", 1.0),
             closing(MaskedViews(url, config.recipe, size, device="cuda", **options)) as views,
         ):
-            batches = itertools.chain.from_iterable(itertools.repeat(views))
+            batches = repeat_forever(views)
             took = time_steps(step, batches, device, settings)
         yield (
             f"batch {size}: {took:.1f} ms fed by views decoded by {decoder}, alone/fed "

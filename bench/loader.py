@@ -14,7 +14,7 @@ import tyro
 from nvidia.dali import fn, pipeline_def
 
 from bench import usual
-from bench.table import Way
+from bench.table import Way, repeat_forever
 from pipeline import RECIPES, EvalViews, MaskedViews, devices
 from pipeline.graph import IN_FLIGHT, wrap_for_dali
 from pipeline.order import SampleOrder
@@ -176,10 +176,6 @@ def make_webdataset_ways(options: Options) -> dict[str, Way]:
             batches, make_masking_step(options, recipe), options.batches, count_ready(options)
         )
     return rows
-
-
-def repeat_forever(views: MaskedViews | EvalViews) -> Iterator[Any]:
-    return itertools.chain.from_iterable(itertools.repeat(views))
 
 
 def make_our_ways(options: Options) -> dict[str, Way]:

@@ -19,8 +19,8 @@ import tyro
 from bench.precompute_cpu import measure_cpu
 from bench.table import Row
 from precompute.estimators import EstimatorOptions, ScdaOptions, SpectralOptions
-from precompute.estimators.scda import WINDOWS_AT_ONCE, ScdaEstimator
-from precompute.estimators.windows import cut, list_windows
+from precompute.estimators.scda import WINDOWS_AT_ONCE, Place, ScdaEstimator, list_places
+from precompute.estimators.windows import cut
 from precompute.job import Job, Resources, run_job
 from precompute.plan import make_plan
 from precompute.ray_cluster import connect_to_ray
@@ -121,16 +121,12 @@ class UnusedEstimator:
         return np.zeros((len(images), 1, 1), np.float32)
 
 
-def split_windows(images: Any, options: ScdaOptions) -> Iterator[list]:
+def split_windows(images: Any, options: ScdaOptions) -> Iterator[list[Place]]:
     """Yield the windows of a batch in chunks, as the estimator takes them."""
+    shapes = [tuple(image.shape[:2]) for image in images]
+    chunk = WINDOWS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
     for area in options.areas:
-        shapes = enumerate(image.shape[:2] for image in images)
-        places = [
-            (index, w)
-            for index, (height, width) in shapes
-            for w in list_windows(height, width, area)
-        ]
-        chunk = WINDOWS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
+        places = list_places(shapes, area)
         yield from (places[start : start + chunk] for start in range(0, len(places), chunk))
 
 

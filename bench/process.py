@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ def is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # raised for the missing parent of nvidia.dali
         return False
+
+
+def find_missing(packages: Sequence[str]) -> list[str]:
+    """Return those of the packages and modules that cannot be imported."""
+    return [name for name in packages if not is_installed(name)]
 
 
 def time_call(work: Callable[[], Any]) -> tuple[Any, float, float]:

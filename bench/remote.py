@@ -15,14 +15,14 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from bench.process import read_cpu_seconds, time_call
-from bench.table import describe_machine
+from bench.table import repeat_forever
 from pipeline import Cache, MaskedViews, get_recipe
 from schemas import ShardDataset, UserError
 
@@ -125,7 +125,7 @@ def time_views(url: str, options: Options, cache: Cache | None, server: int) -> 
         cache=cache,
         shuffle_shards=options.shuffle_shards,
     )
-    batches = itertools.chain.from_iterable(itertools.repeat(views))
+    batches = repeat_forever(views)
     next(batches)
     first = time.perf_counter() - start
     count = options.epochs * len(views)
@@ -205,11 +205,3 @@ def report(figures: dict[str, Any], options: Options) -> str:
             f"{options.epochs} epochs: {median['requests']:.0f}.",
         ]
     )
-
-
-def write(options: Options, figures: dict[str, Any]) -> None:
-    """Write the figures with options and machine as JSON."""
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {**asdict(options), "out": str(options.out)}
-    content = {"machine": describe_machine(), "settings": settings, **figures}
-    options.out.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,19 +1,22 @@
 """Measure the rates of several ways to do the same work, alternating between them in one run."""
 
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from schemas.versions import version_of
+
+Batch = TypeVar("Batch")
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "ray", "numpy", "pillow")
 
@@ -123,15 +126,19 @@ def format_table(title: str, rows: list[Row], baselines: Mapping[str, str]) -> s
     return "\n".join(lines)
 
 
-def write(path: Path, tables: Mapping[str, list[Row]], settings: Mapping[str, Any]) -> None:
-    """Write all rates, the settings and the machine as JSON."""
+def list_rates(title: str, rows: list[Row]) -> dict[str, Any]:
+    """Return all rates of a table, as `write` takes them."""
+    rates = {row.name: [round(rate, 2) for rate in row.rates] for row in rows}
+    return {"images_per_second": {title: rates}}
+
+
+def write(path: Path, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Write figures, with the settings and the machine, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine": describe_machine(),
-        "settings": dict(settings),
-        "images_per_second": {
-            title: {row.name: [round(rate, 2) for rate in row.rates] for row in rows}
-            for title, rows in tables.items()
-        },
-    }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    content = {"machine": describe_machine(), "settings": dict(settings), **figures}
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n")  # a path as its name
+
+
+def repeat_forever(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches of a loader, pass after pass."""
+    return itertools.chain.from_iterable(itertools.repeat(loader))

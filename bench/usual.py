@@ -6,7 +6,6 @@ masks by Python loops over images and cells), without its defects. `build_tensor
 `load_webdataset` are what one would write today, with the masks of `make_views_vectorized`.
 """
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision import datasets, io, models, transforms, tv_tensors
 from torchvision.transforms import v2
 
+from bench.table import repeat_forever
 from pipeline import Recipe, fills, masks
 from pipeline.fused import MEAN, STD
 from pipeline.rng import BatchRng
@@ -97,10 +97,6 @@ def build_color_transform(recipe: Recipe) -> v2.Compose:
             v2.Normalize(MEAN, STD),
         ]
     )
-
-
-def repeat_forever(loader: DataLoader) -> Iterator[Any]:
-    return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 def load_folder(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models import ResNet
 
-from bench import compiled_step, gpu_loader, gpu_session, gpu_train
+from bench import compiled_step, gpu_loader, gpu_session, gpu_train, process
 from bench.fed_step import FedStep
 from bench.gpu_session import FAIL, PASS, SKIP, Report
 from train.training_step import TrainingStep
@@ -42,10 +42,10 @@ def test_verdicts_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_loader_needs_no_command_line_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    installed = gpu_session.is_installed
+    installed = process.is_installed
     absent = ("tyro", "safetensors", "pydantic", "ray")
     monkeypatch.setattr(
-        gpu_session, "is_installed", lambda name: name not in absent and installed(name)
+        process, "is_installed", lambda name: name not in absent and installed(name)
     )
     assert gpu_session.main(["--parts", "loader", "step"]) == 0
     printed = capsys.readouterr().out

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import table
-from bench.table import Row, Way, format_table, measure, write
+from bench.table import Row, Way, format_table, list_rates, measure, write
 
 
 def test_ways_are_measured_in_turn_after_one_run_that_does_not_count(
@@ -39,9 +39,9 @@ def test_a_table_shows_median_spread_and_ratio() -> None:
 
 def test_what_is_written_says_where_it_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "new" / "bench.json"
-    write(path, {"T": [Row("way", [1.234, 5.678])]}, {"batch_size": 32})
+    write(path, {"batch_size": 32, "out": path}, list_rates("T", [Row("way", [1.234, 5.678])]))
     content = json.loads(path.read_text())
     assert content["images_per_second"] == {"T": {"way": [1.23, 5.68]}}
-    assert content["settings"] == {"batch_size": 32}
+    assert content["settings"] == {"batch_size": 32, "out": str(path)}
     assert content["machine"]["cores"] >= 1
     assert "torch" in content["machine"]["versions"]
