@@ -112,12 +112,11 @@ class MaskedViews:
             )
         self.report = frozenset(report)
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
+        needs_saliency = self.recipe.uses_saliency or "saliency" in self.report
         self._spec = ViewSpec(
             self.recipe.crop_size,
             views=1 + self.recipe.pair,
-            grid=self.recipe.grid
-            if self.recipe.uses_saliency or "saliency" in self.report
-            else None,
+            grid=self.recipe.grid if needs_saliency else None,
             interpolation=self.recipe.interpolation,
             on_device=self.device.type == "cuda" and decode_on == "gpu",
         )
@@ -132,30 +131,35 @@ class MaskedViews:
         )
         self.order.find_slice(rank, world_size)
         self.samples, self.dropped = self.order.samples, self.order.dropped
+        self._refuse_small_dataset()
+        streams_per_rank = max(1, streams // world_size)
+        self._source = open_source(self.dataset, cache, streams_per_rank * shuffle_shards)
+        self.cache_description = self._source.description
+        if rank == 0:
+            log.info(
+                f"{self.dataset.url}: {format_count(self.samples, 'sample')}, "
+                f"{format_count(len(self), 'step')} per epoch of {world_size} x {batch_size}; "
+                "dropped per epoch (different ones each epoch): "
+                f"{format_count(self.dropped, 'sample')}"
+            )
+        self.epoch = self.step = 0
+        self._batches: Decoder | None = None
+
+    def _refuse_small_dataset(self) -> None:
+        """Raise UserError if an epoch has no step, or a stream no shard."""
+        url, streams = self.dataset.url, self.order.streams
         if streams > len(self.dataset.shards):
             raise UserError(
                 f"{url}: {len(self.dataset.shards)} shards are too few for {streams} streams; "
                 "choose fewer streams"
             )
         if self.order.steps == 0:
-            ranks = f"{world_size} ranks x " if world_size > 1 else ""
+            ranks = f"{self.world_size} ranks x " if self.world_size > 1 else ""
             source = f" from {streams} streams" if streams > 1 else ""
             raise UserError(
-                f"{url}: {self.samples} samples are too few for {ranks}batch {batch_size}{source}; "
-                "choose a smaller batch size"
+                f"{url}: {self.samples} samples are too few for {ranks}batch {self.batch_size}"
+                f"{source}; choose a smaller batch size"
             )
-        streams_per_rank = max(1, streams // world_size)
-        self._source = open_source(self.dataset, cache, streams_per_rank * shuffle_shards)
-        self.cache_description = self._source.description
-        if rank == 0:
-            steps = format_count(len(self), "step")
-            log.info(
-                f"{url}: {format_count(self.samples, 'sample')}, {steps} per epoch of "
-                f"{world_size} x {batch_size}; dropped per epoch (different ones each epoch): "
-                f"{format_count(self.dropped, 'sample')}"
-            )
-        self.epoch = self.step = 0
-        self._batches: Decoder | None = None
 
     def __len__(self) -> int:
         """Return the number of steps per epoch, the same on every rank and in every epoch."""
