@@ -28,18 +28,19 @@ def keys_of(first: int, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("length", [1, 5, 8, 13])
 def test_only_valid_keys_are_queued_in_their_order(length):
-    """A part may have more valid keys than the queue has rows, or none."""
+    """A step may have more valid keys than the queue has rows, or none."""
     method, generator = queue_of(length), torch.Generator().manual_seed(length)
     expected, place = method.queue[:, 0].tolist(), 0
     for step in range(12):
+        new_keys: list[float] = []
         for part in range(2):
             keys = keys_of(1 + 100 * step + 10 * part, 8)
             valid = torch.rand(8, generator=generator) < (0, 0.3, 0.7, 1)[step % 4]
             method.remember(keys, valid)
-            kept = keys[valid][-length:, 0].tolist()
-            for key in kept:
-                expected[place] = key
-                place = (place + 1) % length
+            new_keys += keys[valid][:, 0].tolist()
+        for key in new_keys[-length:]:
+            expected[place] = key
+            place = (place + 1) % length
         method.end_step()
         assert method.queue[:, 0].tolist() == expected
         assert method.queue_next == place
@@ -75,6 +76,20 @@ def test_ranks_with_unequal_numbers_of_valid_keys_queue_the_same(two_ranks):
     for queue, place in two_ranks(queued_by_ranks):
         assert queue == [31, 3, 22, 23]
         assert place == 1
+
+
+def queued_in_parts():
+    """Make a step of eight keys, which this rank gets in two micro-batches."""
+    method = queue_of(9)
+    for first in (1, 3):
+        method.remember(keys_of(first + 4 * rank(), 2))
+    method.end_step()
+    return method.queue[:, 0].tolist()
+
+
+def test_keys_are_queued_in_the_order_of_the_global_batch(two_ranks):
+    """So the next step overwrites the same keys, on any number of ranks and of micro-batches."""
+    assert two_ranks(queued_in_parts) == [[1, 2, 3, 4, 5, 6, 7, 8, -8]] * 2
 
 
 @pytest.mark.parametrize("length", [64, 5])

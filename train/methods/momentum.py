@@ -87,17 +87,19 @@ class MomentumMethod(Method):
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Overwrite the oldest rows of the queue with the keys of all ranks; wraps at the end."""
-        length = len(self.queue)
-        for part, part_valid in self.new_keys:
-            keys = all_gather(part)
-            count: int | Tensor = len(keys)
-            offsets = torch.arange(min(len(keys), length), device=keys.device)
-            rows = (self.queue_next + offsets) % length
-            if part_valid is not None:
-                keys, count = replace_first_rows(self.queue[rows], keys, all_gather(part_valid))
-            self.queue[rows] = keys
-            self.queue_next.add_(count).remainder_(length)
+        """Overwrite the oldest rows of the queue with the keys of all ranks; wraps at the end.
+
+        Keys have the order of the global batch, however ranks and micro-batches divide it.
+        """
+        keys = all_gather(torch.cat([part for part, _ in self.new_keys]))
+        valid, length = [part for _, part in self.new_keys if part is not None], len(self.queue)
+        count: int | Tensor = len(keys)
+        offsets = torch.arange(min(len(keys), length), device=keys.device)
+        rows = (self.queue_next + offsets) % length
+        if valid:
+            keys, count = replace_first_rows(self.queue[rows], keys, all_gather(torch.cat(valid)))
+        self.queue[rows] = keys
+        self.queue_next.add_(count).remainder_(length)
         self.new_keys.clear()
 
     def exported(self) -> nn.Module:
