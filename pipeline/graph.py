@@ -5,6 +5,7 @@ decodes on the CPU, PyTorch crops the images that DALI has decoded, in a fifth o
 own operator. For `EvalViews`, DALI crops on the CPU too.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,8 +125,11 @@ class Decoder:
         self.spec, self.device, self.url, self.stage_for_gpu = spec, device, url, stage_for_gpu
         self._in_flight: deque[PreparedBatch] = deque()
         self._started: deque[StartedBatch | Exception] = deque()
+        # A proxy, so that the pipeline ends with the decoder. In a reference cycle it would keep
+        # its threads and memory until Python collects garbage, and in a forked process that hangs.
+        decoder = weakref.proxy(self)
         self._pipeline = build_view_graph(
-            self._feed,
+            lambda: decoder._feed(),  # noqa: PLW0108  a bound method would refer to the decoder
             spec,
             device,
             batch_size=batch_size,
@@ -145,8 +149,9 @@ class Decoder:
         return inputs
 
     def close(self) -> None:
-        """End the thread that reads ahead, and wait for it."""
+        """End the thread that reads ahead, wait for it, and end DALI's pipeline."""
         self._ahead.close()
+        self._pipeline = None
 
     def __iter__(self) -> Iterator[DecodedBatch]:
         return self
@@ -161,7 +166,10 @@ class Decoder:
                 break
         batch = self._started.popleft()
         if isinstance(batch, Exception):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # the error's traceback keeps this frame, which must not keep the error
         views = [view.wait() if isinstance(view, HostCrops) else view for view in batch.views]
         return DecodedBatch(batch.prepared, views, batch.saliency)
 

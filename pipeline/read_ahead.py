@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -74,13 +75,22 @@ class ReadAhead(Generic[Item]):
         item, error = self._queue.get()
         if error is not None:
             self._queue.put((None, error))  # the next call raises it again
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # the error's traceback keeps this frame, which must not keep the error
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """End the thread and wait for it."""
+        """End the thread, wait for it, and drop its items.
+
+        An error is dropped too, because its traceback keeps the consumer.
+        """
         self._thread.closed.set()
         self._thread.join()
+        with suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
 
 
 def produce(items: Iterator[Item], ready: queue.Queue, closed: threading.Event) -> None:
@@ -96,5 +106,7 @@ def produce(items: Iterator[Item], ready: queue.Queue, closed: threading.Event) 
                 break
             except queue.Full:
                 continue
-        if entry[1] is not None:
+        is_last = entry[1] is not None
+        del entry  # as in `__next__`
+        if is_last:
             return

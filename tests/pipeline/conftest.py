@@ -3,7 +3,9 @@
 Images are PNG, so that pixels can be compared.
 """
 
+import contextlib
 import dataclasses
+import gc
 import io
 import os
 import time
@@ -20,6 +22,7 @@ from bench.object_store import ObjectServer
 from pipeline import RECIPES, Batch, MaskedViews, Recipe
 from pipeline import cache as cache_module
 from pipeline.cache import Cache, ShardCache
+from pipeline.host_threads import get_threads
 from pipeline.rng import Purpose, Rng
 from pipeline.shard_contents import parse_shard_contents
 from schemas import Sample, ShardDataset, write_dataset
@@ -151,6 +154,23 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
         for a, b in zip(one, other, strict=True)
         for field in dataclasses.fields(Batch)
     )
+
+
+@contextlib.contextmanager
+def without_more_threads() -> Iterator[None]:
+    """Check that as many threads run after the block as before, without collecting garbage.
+
+    A forked process that collects the garbage of its parent hangs if it contains DALI's threads.
+    """
+    get_threads().submit(int).result()  # the thread pool for pixels stays
+    gc.collect()
+    gc.disable()
+    before = len(os.listdir("/proc/self/task"))
+    try:
+        yield
+        wait_until(lambda: len(os.listdir("/proc/self/task")) <= before)
+    finally:
+        gc.enable()
 
 
 # --- a remote dataset and its cache ---------------------------------------------------------------

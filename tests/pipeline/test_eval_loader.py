@@ -1,5 +1,7 @@
 """EvalViews yields every sample once, with the pixels of PIL's resize and center crop."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torchvision.transforms.v2.functional import gaussian_blur, normalize
 from pipeline import EvalViews
 from pipeline.fused import MEAN, STD
 from schemas import ShardDataset, UserError
-from tests.pipeline.conftest import CROP, SAMPLES
+from tests.pipeline.conftest import CROP, SAMPLES, without_more_threads
 
 
 def by_pil(pixels: np.ndarray, resize: int) -> torch.Tensor:
@@ -35,6 +37,13 @@ def test_every_sample_comes_once(dataset: ShardDataset, world_size: int, batch_s
     assert labels == dataset.samples["label"].to_pylist()  # in the order on disk
     assert sum(sizes) == SAMPLES
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("steps", [1, None])
+def test_dalis_threads_end_with_an_iteration(dataset: ShardDataset, steps: int | None) -> None:
+    views = EvalViews(dataset.url, 8, "cpu", crop_size=CROP)
+    with without_more_threads():
+        assert len(list(itertools.islice(views, steps))) == (steps or len(views))
 
 
 def test_images_are_the_center_of_the_resized_image(

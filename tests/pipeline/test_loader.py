@@ -16,7 +16,16 @@ from bench.gpu_loader import take
 from pipeline import Batch, MaskedViews, assemble, crop, loader
 from schemas import ShardDataset
 from tests.forked import run_forked
-from tests.pipeline.conftest import BATCH, CROP, SAMPLES, STILL, same, small, views_of
+from tests.pipeline.conftest import (
+    BATCH,
+    CROP,
+    SAMPLES,
+    STILL,
+    same,
+    small,
+    views_of,
+    without_more_threads,
+)
 
 
 def keys(batches: list[Batch]) -> list[str]:
@@ -289,6 +298,17 @@ def test_a_loader_that_is_dropped_ends_its_threads(dataset: ShardDataset) -> Non
     assert threading.active_count() <= before + 1  # the thread pool for pixels stays
 
 
+@pytest.mark.parametrize("closes", [True, False])
+def test_dalis_threads_end_with_the_loader(dataset: ShardDataset, closes: bool) -> None:
+    with without_more_threads():
+        views = views_of(dataset)
+        next(iter(views))
+        if closes:
+            views.close()
+        else:
+            del views
+
+
 @pytest.mark.parametrize("url", ["file://{}", "~/{name}", "{name}"])
 def test_every_way_to_name_a_local_folder(
     dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch, url: str
@@ -308,17 +328,22 @@ def test_importing_does_not_touch_cuda() -> None:
 
 
 THREADS = """
-import torch
+import threading, torch
 torch.set_num_threads(3)
 from pipeline.host_threads import get_threads
 pool = get_threads()
 assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
 assert torch.get_num_threads() == 3, torch.get_num_threads()
+seen = []
+later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+later.start()
+later.join()
+assert seen == [3], seen
 """
 
 
 @pytest.mark.slow
-def test_the_pool_of_the_views_does_not_change_the_callers_threads() -> None:
+def test_the_pool_of_the_views_does_not_change_the_callers_threads_or_later_ones() -> None:
     """In a fresh process: torch applies the number only when a thread first asks for it."""
     subprocess.run([sys.executable, "-c", THREADS], check=True)
 
