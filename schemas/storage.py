@@ -63,12 +63,21 @@ class Store:
         self.url = str(url).rstrip("/") or "/"
         try:
             # A cached listing would hide files that other processes write later.
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            self._fs, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.url}: {error}") from error
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self._process = os.getpid()
+        self.is_local = isinstance(self._fs, LocalFileSystem)
         self.followed: list[str] = []  # links to folders that `walk` has followed
         self.root = os.path.abspath(self.root) if self.is_local else self.root.rstrip("/")
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """The driver of the file system; another one in a forked process, where the first fails."""
+        if self._process != os.getpid():
+            self._fs, _ = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            self._process = os.getpid()
+        return self._fs
 
     def path(self, name: str) -> str:
         """Return the file system's own path of a file in this folder."""

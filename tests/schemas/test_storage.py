@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -245,3 +246,21 @@ def test_what_a_server_refuses_is_asked_once(tmp_path: Path) -> None:
     with ObjectServer(tmp_path, fault=refuse) as server, pytest.raises(UserError):
         Store(server.url).read("file")
     assert len(asked) == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_reads_a_store_that_its_parent_has_opened(tmp_path: Path) -> None:
+    """As the workers of torch's DataLoader do; a driver of fsspec serves one process only."""
+    (tmp_path / "file").write_bytes(b"content")
+    with ObjectServer(tmp_path) as server:
+        store = Store(server.url)
+        assert store.read("file") == b"content"
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends it if it hangs
+            status = 1
+            try:
+                status = int(store.read("file") != b"content")
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
