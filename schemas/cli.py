@@ -196,14 +196,25 @@ def digest_source(kind: str, path: str) -> str:
     """Return the sha256 of the source of the module that `import_object` finds.
 
     Raises:
-        UserError: `import_object` raises it, or there is no source.
+        UserError: `import_object` raises it, there is no source, or it has changed since the first
+            call for this path: this process still has the functions of the source before.
     """
     target = import_object(kind, path)
     try:
         source = inspect.getsource(inspect.getmodule(target) or target)
     except (TypeError, OSError) as error:
         raise UserError(f"{kind} {path!r}: {error}") from error
-    return hashlib.sha256(source.encode()).hexdigest()
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    if FIRST_DIGESTS.setdefault(make_absolute(path), digest) != digest:
+        raise UserError(
+            f"{kind} {path!r}: the file has changed since this process loaded it; restart Python "
+            "to use the new one"
+        )
+    return digest
+
+
+FIRST_DIGESTS: dict[str, str] = {}
+"""Digests that `digest_source` has returned, by path."""
 
 
 FILE_MODULE = "saliency_shards_file_"

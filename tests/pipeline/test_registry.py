@@ -105,6 +105,22 @@ def test_a_function_that_changed_since_the_state_is_refused(
     views.load_state_dict(states[2])
 
 
+def test_a_file_that_changed_since_it_was_loaded_is_refused(
+    dataset: ShardDataset, tmp_path: Path
+) -> None:
+    """Its old function would run, under the digest of the new one."""
+    file = tmp_path / "own.py"
+    recipe = small("mean", fill=f"{file}:own")
+    file.write_text("def own(image, recipe, std, rng):\n    return image * 0\n")
+    views = MaskedViews(dataset.url, recipe, 8, "cpu")
+    state = views.state_dict()
+    file.write_text("def own(image, recipe, std, rng):\n    return image * 0 + 1\n")
+    with pytest.raises(UserError, match=r"own\.py:own': the file has changed .* restart Python"):
+        MaskedViews(dataset.url, recipe, 8, "cpu")
+    next(iter(views))  # what was loaded goes on
+    assert views.state_dict()["fingerprint"] == state["fingerprint"]
+
+
 @pytest.mark.usefixtures("registered")
 def test_a_loader_goes_on_after_an_error_of_a_function(dataset: ShardDataset) -> None:
     calls = []
