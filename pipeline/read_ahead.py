@@ -6,7 +6,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -74,7 +73,7 @@ class ReadAhead(Generic[Item]):
     def __next__(self) -> Item:
         item, error = self._queue.get()
         if error is not None:
-            self._queue.put((None, error))  # the next call raises it again
+            self._queue.put((None, StopIteration()))  # for the next call: nothing follows
             try:
                 raise error
             finally:
@@ -82,15 +81,9 @@ class ReadAhead(Generic[Item]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """End the thread, wait for it, and drop its items.
-
-        An error is dropped too, because its traceback keeps the consumer.
-        """
+        """End the thread and wait for it."""
         self._thread.closed.set()
         self._thread.join()
-        with suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
 
 
 def produce(items: Iterator[Item], ready: queue.Queue, closed: threading.Event) -> None:
