@@ -99,6 +99,8 @@ def decode_photos(root: str) -> Iterator[Any]:
     """Yield the photos as DALI batches."""
     source = Folder(root, "train", False)
     images = [entry for entry in source.images() if isinstance(entry, SourceImage)]
+    if not images:
+        raise UserError(f"{root}: no images in it")
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         encoded = [check(image, source.read(image), {}, Resize()) for image in batch]

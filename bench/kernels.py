@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils._triton import has_triton
 
-from pipeline import Recipe, assemble, blur, photometric, pixels, rng
+from pipeline import Recipe, assemble, blur, get_recipe, photometric, pixels, rng
 from pipeline.compiling import Compiled
 
 H100_BANDWIDTH = 3.35e12
@@ -214,8 +214,6 @@ class Options:
 
 def build_table(options: Options) -> str:
     """Count each recipe with and without a compiler and return the table."""
-    from pipeline import RECIPES
-
     lines = [
         f"Views of a batch of {options.batch_size} at {options.crop_size} pixels; time at "
         f"{H100_BANDWIDTH / 1e12:.2f} TB/s (H100)",
@@ -225,7 +223,7 @@ def build_table(options: Options) -> str:
     ]
     for name in options.recipes:
         for compiled in (False, True):
-            recipe = replace(RECIPES[name], crop_size=options.crop_size)
+            recipe = replace(get_recipe(name), crop_size=options.crop_size)
             cost = count(recipe, options.batch_size, compiled)
             lines.append(
                 f"| `{name}` | {'yes' if compiled else 'no'} | {cost.kernels} | "

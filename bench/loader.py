@@ -171,7 +171,11 @@ def make_webdataset_ways(options: Options) -> dict[str, Way]:
     for name in FILLS:
         recipe = replace(RECIPES[name], crop_size=options.crop_size)
         batches = usual.load_webdataset(urls, recipe, options.batch_size, options.workers)
-        next(batches)
+        if next(batches, None) is None:
+            raise UserError(
+                "webdataset: each worker makes batches of its own shards, and none has "
+                f"{options.batch_size} images; give a smaller --batch-size or fewer --workers"
+            )
         rows[f"webdataset {name}"] = make_way(
             batches, make_masking_step(options, recipe), options.batches, count_ready(options)
         )

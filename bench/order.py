@@ -7,6 +7,7 @@ import numpy as np
 
 from bench.process import call_in_other_process, read_peak_megabytes
 from pipeline.order import SHUFFLE_SHARDS, SampleOrder
+from schemas.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def measure(options: Options, streams: int) -> str:
     start = time.perf_counter()
     sizes = np.full(options.shards, options.shard_samples)
     order = SampleOrder(sizes, options.batch_size, 1, options.shuffle_shards, streams)
+    if order.steps < 3:
+        raise UserError("fewer than three batches; give a smaller --batch-size")
     step = order.steps // 2
     order.batch(57, step)
     planned = time.perf_counter()

@@ -29,7 +29,7 @@ from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage, list_images
 from precompute.sources.trees import Folder
 from precompute.threads import use_threads
-from schemas import Sample
+from schemas import Sample, UserError
 from schemas.shard import write_shard
 from schemas.storage import Store
 
@@ -69,6 +69,8 @@ class EstimatorBench:
         self.options, self.estimator, self.folder = options, estimator, folder
         self.source = Folder(options.root, "train", False)
         listed, _ = list_images(self.source.images())
+        if not listed:
+            raise UserError(f"{options.root}: no images in it")
         self.images = (listed * (options.images // len(listed) + 1))[: options.images]
 
     def measure_job(self, workers: int) -> float:

@@ -23,6 +23,7 @@ from bench.scale_files import measure_equal, measure_extend, measure_preview
 from bench.waiting_store import WaitingFileSystem, put
 from precompute.sources import SourceImage, list_images, list_source, open_source
 from precompute.sources.base import PartedSource
+from schemas.cli import lookup
 from schemas.dataset import ShardDataset
 from schemas.info import describe
 from schemas.sample import Sample
@@ -266,6 +267,8 @@ MEASURES = {
 
 def show(options: Options) -> None:
     """Run each measurement in its own process, so that memory is its own, and print a table."""
+    for name in options.rows:
+        lookup("row", name, MEASURES)
     print("| what | seconds | CPU seconds of the driver | MB of the driver, peak |")
     print("| --- | ---: | ---: | ---: |", flush=True)
     for name in options.rows:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from schemas.errors import UserError
 from schemas.versions import version_of
 
 Batch = TypeVar("Batch")
@@ -58,7 +59,12 @@ def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
 
     They alternate so that a machine whose speed drifts slows all of them equally; the ratios then
     hold.
+
+    Raises:
+        UserError: there are no repeats.
     """
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats}: must be at least 1")
     for way in ways.values():
         way.run()
     rates: dict[str, list[float]] = {name: [] for name in ways}

@@ -18,6 +18,7 @@ from bench.trainers import (
     make_contiguous_views,
     make_synthetic_views,
 )
+from schemas.cli import lookup
 from train.methods import ADIOSConfig, SimCLRConfig
 
 ALONE, JOB, ONLINE = "step alone", "the whole job", "saliency online"
@@ -68,6 +69,8 @@ def build_trainers(options: Options, folder: Path) -> dict[str, Trainer]:
         ),
         COMPILED: lambda: Trainer(options, make_synthetic_views, compile=True),
     }
+    for name in options.rows:
+        lookup("row", name, makers)
     if RELEASED in options.rows:
         (folder / "images").mkdir()
         write_folder(options.data, folder / "images")

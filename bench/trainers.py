@@ -15,7 +15,7 @@ from torch import nn
 from torchvision import models
 
 from bench import usual
-from pipeline import RECIPES, Batch, MaskedViews
+from pipeline import Batch, MaskedViews, get_recipe
 from pipeline.rng import BatchRng
 from schemas.precision import autocast
 from train import trainer
@@ -80,7 +80,7 @@ class Trainer:
     ) -> None:
         device = torch.device(options.device)
         start = PRESETS[preset]
-        recipe = RECIPES[options.recipe if preset == "moco" else "none"]
+        recipe = get_recipe(options.recipe if preset == "moco" else "none")
         method = method or start.config.method
         if isinstance(method, MoCoConfig):
             method = replace(method, queue=options.queue)

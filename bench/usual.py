@@ -24,6 +24,7 @@ from bench.table import repeat_forever
 from pipeline import Recipe, fills, masks
 from pipeline.fused import MEAN, STD
 from pipeline.rng import BatchRng
+from schemas import UserError
 
 Views = dict[str, Tensor]
 
@@ -105,8 +106,11 @@ def load_folder(
     """Yield batches of an image folder by worker processes: (3, S, S) views, stacked on the CPU."""
     views = TwoCrops(recipe, build_tensor_view(recipe) if tensors else build_pil_view(recipe))
     options: dict[str, Any] = {"loader": decode_file} if tensors else {}
+    images = datasets.ImageFolder(str(root), views, **options)
+    if len(images) < batch_size:  # repeating an empty loader would never end
+        raise UserError(f"--batch-size {batch_size}: the dataset has only {len(images)} images")
     loader = DataLoader(
-        datasets.ImageFolder(str(root), views, **options),
+        images,
         batch_size,
         shuffle=True,
         num_workers=workers,

@@ -11,9 +11,9 @@ import torch
 
 from bench import __main__ as command
 from bench import usual
-from bench.loader import FILLS, choose_baselines
+from bench.loader import FILLS, Options, choose_baselines, make_ways
 from pipeline import RECIPES
-from schemas import write_dataset
+from schemas import UserError, write_dataset
 from tests.pipeline.conftest import picture, sample_of
 
 
@@ -48,6 +48,16 @@ def test_ways_are_compared_with_their_own_fill() -> None:
     assert "ours none" not in found
     reading = ["read only, batch 32", "read only, batch 32, DALI's reader"]
     assert choose_baselines(reading) == {reading[0]: reading[1]}
+
+
+def test_a_batch_that_the_images_do_not_fill_is_refused(tmp_path: Path) -> None:
+    """Repeating a DataLoader without batches never ends."""
+    samples = [sample_of(index, picture(index)) for index in range(3)]
+    write_dataset(tmp_path / "d", samples, name="t", classes=["a"] * 11)
+    (tmp_path / "images").mkdir()
+    options = Options(data=str(tmp_path / "d"), batch_size=4, workers=0, rows=("usual",))
+    with pytest.raises(UserError, match="--batch-size 4: the dataset has only 3 images"):
+        make_ways(options, tmp_path / "images")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from bench import __main__ as command
 from bench import train
 from bench.table import Row
-from schemas import write_dataset
+from schemas import UserError, write_dataset
 from tests.pipeline.conftest import picture, sample_of
 
 
@@ -33,6 +33,12 @@ def test_the_command_runs(
     written = json.loads(out.read_text())
     assert set(written["images_per_second"]["Training"]) == set(rows)
     assert written["machine"]["date"]
+
+
+def test_a_row_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    """It was left out without a word; a table of it alone was empty."""
+    with pytest.raises(UserError, match="unknown row 'step': there are the released way"):
+        train.build_trainers(train.Options(data="unused", rows=(train.ALONE, "step")), tmp_path)
 
 
 def test_ratios_are_of_the_rows_that_they_name() -> None:
