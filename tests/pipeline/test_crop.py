@@ -62,10 +62,10 @@ def test_windows_are_distributed_as_torchvisions(
 
 
 def test_a_very_wide_image_is_cut_at_its_center() -> None:
-    ours, _ = drawn((30, 3000), crop_area=(0.5, 1.0))
-    assert (ours == (0, 1480, 30, 40)).all()  # 4 : 3 at the full height
-    tall, _ = drawn((3000, 30), crop_area=(0.5, 1.0))
-    assert (tall == (1480, 0, 40, 30)).all()
+    ours, _ = drawn((32, 3000), crop_area=(0.5, 1.0))
+    assert (ours == (0, 1478, 32, 43)).all()  # 4 : 3 at the full height, rounded up from 42.7
+    tall, _ = drawn((3000, 32), crop_area=(0.5, 1.0))
+    assert (tall == (1478, 0, 43, 32)).all()
 
 
 def test_a_stream_serves_two_views_with_ten_tries_each() -> None:

@@ -206,12 +206,20 @@ def test_masks_for_other_experiments() -> None:
         drawn = draw_masks(saliency, recipe, "query", rng_of(len(saliency)))
         ratios = drawn.ratio.tolist()
         if name == "block":
+            aspects = []
             for pixels, ratio in zip(drawn.to_pixels(112)[:, 0], ratios, strict=True):
                 rows, columns = pixels.any(1), pixels.any(0)
                 assert torch.equal(pixels.bool(), rows.unsqueeze(1) & columns)
                 # of the drawn size unless that is longer than the view
                 fits = max(int(rows.sum()), int(columns.sum())) < 112
                 assert not fits or abs(float(pixels.mean()) - ratio) < 0.02
+                aspects.append(float(rows.sum() / columns.sum()))
+            # as often high as wide (the logarithm is uniform), up to 3.3 times
+            assert_uniform(
+                np.array([sum(a > 1 for a in aspects if a != 1)]), 0.5, sum(a != 1 for a in aspects)
+            )
+            assert 0.28 < min(aspects) < 0.35
+            assert 3.0 < max(aspects) < 3.5
             continue
         for cells, front, ratio in zip(cells_of(drawn, 112)[:, 0], fronts, ratios, strict=True):
             of_front, of_back = int(front.sum()), int((~front).sum())

@@ -158,7 +158,7 @@ def test_a_mask_that_is_not_bool(dataset: ShardDataset, dtype: torch.dtype) -> N
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("shape", [(8, 5, 5), (8, 7), (4, 7, 7), (8, 0, 7)])
+@pytest.mark.parametrize("shape", [(8, 5, 7), (8, 7, 5), (8, 7), (4, 7, 7), (8, 0, 7)])
 def test_a_mask_of_a_wrong_shape_is_named(dataset: ShardDataset, shape: tuple) -> None:
     @masks.mask("own")
     def own(saliency, ratio, recipe, rng):

@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -5,7 +6,9 @@ import pytest
 import torch
 
 from schemas import UserError
-from train.knn import compute_knn_accuracy
+from tests.train.runs import config
+from train.config import KnnConfig
+from train.knn import OnlineKnn, compute_knn_accuracy
 
 
 def reference(train, labels, test, targets, classes, k, temperature, leave_one_out):
@@ -47,8 +50,8 @@ def test_accuracy_equals_a_direct_computation(leave_one_out, monkeypatch):
 
 
 def test_an_image_is_not_its_own_neighbor():
-    """All labels differ, so each image's own vote would always win."""
-    features = torch.nn.functional.normalize(torch.randn(20, 8, dtype=torch.float64), dim=1)
+    """All labels differ, so each image's own vote would win; all similarities are negative."""
+    features = torch.nn.functional.normalize(torch.eye(20) - 1 / 20, dim=1)
     assert compute_knn_accuracy((features, torch.arange(20)), None, classes=20, neighbors=(1,)) == {
         1: 0.0
     }
@@ -59,6 +62,16 @@ def test_more_neighbors_than_images_is_refused():
     with pytest.raises(UserError, match="5: each must be between 1 and 4"):
         compute_knn_accuracy(known, None, classes=5, neighbors=(5,))
     assert compute_knn_accuracy(known, known, classes=5, neighbors=(5,)) == {5: 1.0}
+
+
+def test_scores_come_every_few_epochs_and_after_the_last(shards, tmp_path, monkeypatch):
+    features = torch.eye(25), torch.arange(25) % 2
+    monkeypatch.setattr("train.knn.extract_features", lambda *arguments: features)
+    method = SimpleNamespace(exported=torch.nn.Identity)
+    knn = KnnConfig(data=shards, neighbors=(1,), epochs=2)
+    score = OnlineKnn(config(shards, tmp_path, knn=knn, epochs=5), torch.device("cpu"))
+    has_scores = [list(score(method, epoch)) == ["knn_1"] for epoch in range(1, 6)]
+    assert has_scores == [False, True, False, True, True]
 
 
 def accuracy_of_shares(known, asked):

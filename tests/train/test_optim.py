@@ -52,13 +52,13 @@ def test_sgd_leaves_frozen_parameters_alone():
     assert (group["momentum"], group["weight_decay"]) == (0.8, 0.1)
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_lars_scales_layers_and_leaves_norms_and_biases(clip):
+@pytest.mark.parametrize(("clip", "decay"), [(False, 0.1), (True, 0.1), (True, 0.0)])
+def test_lars_scales_layers_and_leaves_norms_and_biases(clip, decay):
     """Compare two steps with the update of You et al. (arXiv 1708.03888), in float64."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).double()
     config = OptimConfig(
-        optimizer="lars", weight_decay=0.1, trust_coefficient=0.02, trust_clip=clip
+        optimizer="lars", weight_decay=decay, trust_coefficient=0.02, trust_clip=clip
     )
     optimizer = build_optimizer(model, config)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -74,10 +74,10 @@ def test_lars_scales_layers_and_leaves_norms_and_biases(clip):
             gradient = p.grad.clone()
             if p.ndim > 1:
                 length, steep = weights[name].norm(), gradient.norm()
-                factor = 0.02 * length / (steep + 0.1 * length)
+                factor = 0.02 * length / (steep + decay * length)
                 if clip:
                     factor = min(factor / lr, torch.tensor(1.0))
-                gradient = factor * (gradient + 0.1 * weights[name])
+                gradient = factor * (gradient + decay * weights[name])
             speed[name] = 0.9 * speed[name] + gradient
             weights[name] = weights[name] - lr * speed[name]
         optimizer.step()
