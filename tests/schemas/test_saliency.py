@@ -62,7 +62,16 @@ def test_a_constant_map_stays_constant() -> None:
 def test_a_range_beyond_float32_does_not_overflow() -> None:
     values = np.zeros((2, 2), np.float32)
     values[0, 0], values[1, 1] = 3e38, -3e38
-    assert np.isfinite(read_back(values)).all()
+    np.testing.assert_allclose(read_back(values), values, rtol=1e-6, atol=6e38 / 510)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 256])
+def test_the_share_of_the_foreground_is_that_of_the_rule(levels: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        grid = rng.integers(0, levels, (28, 28), np.uint8)
+        share = SaliencyMap(grid, 0.0, 1.0).foreground()
+        assert share == relaxed_foreground(grid).mean()
 
 
 @pytest.mark.parametrize(
