@@ -1,10 +1,12 @@
 import io
+import os
 import pickle
 import random
 import shutil
 import zipfile
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from threading import Timer
 from unittest.mock import Mock
 
@@ -79,6 +81,36 @@ def test_keeps_the_last_checkpoint_and_resumes_from_it(tmp_path):
     assert checkpoints(tmp_path).steps() == [3, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
     assert restore(checkpoints(tmp_path), *state()) == (10, 1, 8)
+
+
+def test_a_checkpoint_of_newer_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "VERSION", checkpoint.VERSION + 1)
+    checkpoints(tmp_path).save(1, *state())
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="checkpoint version 3, this code reads up to 2"):
+        restore(checkpoints(tmp_path), *state())
+
+
+def test_memory_that_runs_out_is_no_misfit(tmp_path):
+    checkpoints(tmp_path).save(1, *state())
+    model = Mock(load_state_dict=Mock(side_effect=RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        restore(checkpoints(tmp_path), model, *state()[1:])
+
+
+def test_files_are_on_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.relative_to(tmp_path).parts, checkpoints(tmp_path).steps()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    checkpoints(tmp_path).save(1, *state())
+    hidden = ".step-00000001.tmp"
+    files = [(hidden, "rank-0000.pt"), (hidden, "state.pt"), (hidden,)]
+    assert synced == [*((parts, []) for parts in files), ((), [1])]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer")])

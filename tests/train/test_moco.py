@@ -89,8 +89,9 @@ def test_step_equals_the_formula_from_images_on(hard_negatives):
     """Each query has its own hard negative; momentum weights are updated before the forward."""
     method = tiny_moco(ema_momentum=0.5)
     with torch.no_grad():  # make the branches differ
-        for parameter in method.momentum_encoder.parameters():
-            parameter.add_(0.3)
+        for module in (method.momentum_encoder, method.momentum_head):
+            for parameter in module.parameters():
+                parameter.add_(0.3)
     student, teacher = branch(method, ""), branch(method, "momentum_")
     moved = {k: 0.5 * teacher[k].double() + 0.5 * student[k].double() for k in teacher}
     batch, queue = random_batch(4, hard_negatives), method.queue.double().numpy()
