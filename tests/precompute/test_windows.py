@@ -72,3 +72,10 @@ def test_images_are_repeated_in_any_order_without_a_copy() -> None:
         assert np.array_equal(pixels, noise(index, *((7, 2) if index else (3, 5))))
         assert pixels.ctypes.data == np.asarray(images.tensors[index]).ctypes.data
     assert repeated.layout == images.layout
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300)])
+def test_windows_have_their_share_of_an_image_that_is_not_square(height: int, width: int) -> None:
+    windows = list_windows(height, width, 0.45)
+    assert {(window.height, window.width) for window in windows} == {(232, 232)}
+    assert len(windows) == 2 * 4  # at most a third of a side apart
