@@ -3,22 +3,20 @@
 MoCo stores `module.encoder_q.conv1.weight`, solo-learn `backbone.conv1.weight` below `state_dict`,
 DINO one dict for `student` and one for `teacher`, lightly a `Sequential` whose parts have numbers
 for names. The user need not specify any of that: the prefix is found by comparing names and shapes.
+This module does not import torch: the caller passes the functions that read a file.
 """
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from schemas.counts import join_first
 from schemas.errors import UserError
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 Stub = tuple[type, str]
 
@@ -77,7 +75,7 @@ class Fit:
             own.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     note: str
 
 
@@ -96,12 +94,19 @@ class MisfitError(UserError):
         self.fitting, self.problem, self.names = fitting, problem, names
 
 
-def read_weights(path: Path) -> Any:
-    """Read the content of a file of weights on the CPU, whatever its suffix.
+def read_weights(
+    path: Path,
+    load_pickle: Callable[[Path, Sequence[Stub]], Any],
+    load_safetensors: Callable[[Path], Any],
+) -> Any:
+    """Read the content of a file of weights, whatever its suffix.
+
+    Args:
+        load_pickle: reads with `weights_only`, treating each (class, "module.name") as safe.
+        load_safetensors: reads a safetensors file.
 
     Raises:
-        UserError: there is no such file, or it is neither a safetensors file nor a pickle that
-            torch reads with `weights_only`.
+        UserError: there is no such file, or neither function can read it.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
@@ -110,13 +115,10 @@ def read_weights(path: Path) -> Any:
         with path.open("rb") as file:
             head = file.read(9)
         if head[8:] == b"{":  # follows the 8 bytes with the length of the safetensors header
-            import safetensors.torch  # imported here, because pickles do not need it
-
-            return safetensors.torch.load_file(path)
+            return load_safetensors(path)
         while True:
             try:
-                with torch.serialization.safe_globals(list(stubs)):
-                    return torch.load(path, map_location="cpu", weights_only=True)
+                return load_pickle(path, stubs)
             except Exception as error:
                 unknown = UNKNOWN_CLASS.search(str(error))
                 added = build_stubs(unknown[1]) if unknown else []
@@ -153,7 +155,7 @@ def fit_weights(
     if not candidates:
         raise MisfitError(f"{where}: not a state_dict: it must map names to tensors")
     nearest: tuple[int, str] = (-1, "")
-    fits: list[tuple[bool, str, dict[str, Tensor]]] = []
+    fits: list[tuple[bool, str, dict[str, Any]]] = []
     for path, tensors in candidates:
         for names in list_namings(wanted, children):
             for prefix in list_prefixes(tensors, names):
@@ -190,13 +192,17 @@ def find_state_dicts(
     """Yield every mapping of names to tensors at any depth, with the keys that lead to it."""
     if not isinstance(content, Mapping):
         return
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and is_tensor(v)}
     if tensors:
         yield path, tensors
     if len(path) < DEPTH:
         for key, value in content.items():
             if isinstance(value, Mapping):
                 yield from find_state_dicts(value, (*path, str(key)))
+
+
+def is_tensor(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "is_floating_point")
 
 
 def list_namings(wanted: Shapes, children: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -250,6 +256,6 @@ def describe_misfit(
     return "", right
 
 
-def get_shapes(state: Tensors) -> dict[str, tuple[int, ...]]:
+def get_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return a state_dict's names and shapes without batch counters, which many files lack."""
     return {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")}

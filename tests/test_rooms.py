@@ -25,7 +25,6 @@ MAY_NOT_NEED = {
 RUNS_NETWORKS: dict[str, set[str]] = {
     "schemas/precision.py": {"torch"},
     "schemas/timm_networks.py": set(),
-    "schemas/weights.py": {"torch"},
 }
 """Files that only rooms which run networks import, and what they may need all the same."""
 MAX_LINES = 400

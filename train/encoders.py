@@ -3,13 +3,14 @@
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -146,7 +147,7 @@ def load_encoder(
         path = path / "encoder.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such encoder; has its training finished?")
-    content = read_weights(path)
+    content = read_weights(path, unpickle, load_file)
     metadata = read_metadata(path)
     if "encoder" in metadata:
         encoder = build_encoder(metadata["encoder"], get_stem(metadata))[0]
@@ -245,6 +246,11 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError:
         return {}
+
+
+def unpickle(path: Path, stubs: Sequence[tuple[type, str]]) -> Any:
+    with torch.serialization.safe_globals(list(stubs)):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def compute_digest(path: Path) -> str:

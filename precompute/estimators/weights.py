@@ -1,9 +1,10 @@
 """Load a backbone's weights by torchvision's name or by path, or leave them random."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -32,7 +33,7 @@ def load_weights(trunk: nn.Module, model: nn.Module, backbone: str, weights: str
     if weights == RANDOM:
         return
     path = find_file(backbone, weights)
-    content = download(backbone, weights) if path is None else read_weights(path)
+    content = download(backbone, weights) if path is None else read_weights(path, unpickle, unpack)
     state = trunk.state_dict()
     children = [name for name, _ in model.named_children()]
     fit = fit_weights(content, get_shapes(state), weights, backbone, children)
@@ -53,6 +54,17 @@ def find_file(backbone: str, weights: str) -> Path | None:
     if path.is_dir():
         path = path / "encoder.safetensors"
     return path if path.exists() or path.suffix or path.parent != Path() else None
+
+
+def unpickle(path: Path, stubs: Sequence[tuple[type, str]]) -> Any:
+    with torch.serialization.safe_globals(list(stubs)):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def unpack(path: Path) -> Any:
+    import safetensors.torch  # imported here, because published weights do not need it
+
+    return safetensors.torch.load_file(path)
 
 
 def list_published(backbone: str) -> dict[str, Callable[[], Mapping[str, torch.Tensor]]]:
