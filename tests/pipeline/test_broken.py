@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline import Cache, EvalViews, MaskedViews
 from schemas import Sample, ShardDataset, UserError, write_dataset
 from schemas.tables import CARD, SHARDS, SHARDS_SCHEMA, build_table, to_parquet
-from tests.pipeline.conftest import picture, sample_of, small, without_more_threads
+from tests.pipeline.conftest import count_threads_left_by, picture, sample_of, small
 
 MANY = 1600
 """Number of samples, in shards of 20, so that most shards are unopened after the first batch."""
@@ -58,8 +58,12 @@ def test_a_limit_of_open_files_does_not_blame_a_shard(
 def test_dalis_threads_end_with_an_error(own_dataset: ShardDataset, kind: type) -> None:
     Path(own_dataset.shard_urls[1]).unlink()
     views = kind(own_dataset.url, recipe=small("mean"), batch_size=2, device="cpu")
-    with without_more_threads(), pytest.raises(UserError, match="is missing"):
-        list(views)
+
+    def read_all() -> None:
+        with pytest.raises(UserError, match="is missing"):
+            list(views)
+
+    assert count_threads_left_by(read_all) == 0
 
 
 def jpeg_cut_short() -> bytes:

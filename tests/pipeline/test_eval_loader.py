@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import gaussian_blur, normalize
 from pipeline import EvalViews
 from pipeline.fused import MEAN, STD
 from schemas import ShardDataset, UserError
-from tests.pipeline.conftest import CROP, SAMPLES, without_more_threads
+from tests.pipeline.conftest import CROP, SAMPLES, count_threads_left_by
 
 
 def by_pil(pixels: np.ndarray, resize: int) -> torch.Tensor:
@@ -42,8 +42,11 @@ def test_every_sample_comes_once(dataset: ShardDataset, world_size: int, batch_s
 @pytest.mark.parametrize("steps", [1, None])
 def test_dalis_threads_end_with_an_iteration(dataset: ShardDataset, steps: int | None) -> None:
     views = EvalViews(dataset.url, 8, "cpu", crop_size=CROP)
-    with without_more_threads():
+
+    def read() -> None:
         assert len(list(itertools.islice(views, steps))) == (steps or len(views))
+
+    assert count_threads_left_by(read) == 0
 
 
 def test_images_are_the_center_of_the_resized_image(

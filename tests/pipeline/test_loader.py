@@ -21,10 +21,10 @@ from tests.pipeline.conftest import (
     CROP,
     SAMPLES,
     STILL,
+    count_threads_left_by,
     same,
     small,
     views_of,
-    without_more_threads,
 )
 
 
@@ -300,13 +300,16 @@ def test_a_loader_that_is_dropped_ends_its_threads(dataset: ShardDataset) -> Non
 
 @pytest.mark.parametrize("closes", [True, False])
 def test_dalis_threads_end_with_the_loader(dataset: ShardDataset, closes: bool) -> None:
-    with without_more_threads():
+    closed = []
+
+    def read() -> None:
         views = views_of(dataset)
         next(iter(views))
         if closes:
             views.close()
-        else:
-            del views
+            closed.append(views)  # so that it is not dropped as well
+
+    assert count_threads_left_by(read) == 0
 
 
 @pytest.mark.parametrize("url", ["file://{}", "~/{name}", "{name}"])
