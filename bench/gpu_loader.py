@@ -5,7 +5,7 @@
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipeline import Batch, MaskedViews, get_recipe
-from pipeline.batch import Extra
+from pipeline.batch import EXTRAS, Extra
 from pipeline.loader import DecodeOn
 from pipeline.photometric import Photometric
 from schemas import Sample, write_dataset
@@ -56,10 +56,14 @@ def write_photos(folder: Path, count: int, formats: tuple[str, ...] = tuple(FORM
 
 
 def views_of(
-    url: str, device: str, batch_size: int, side: int, decode_on: DecodeOn = "gpu"
+    url: str,
+    device: str,
+    batch_size: int,
+    side: int,
+    decode_on: DecodeOn = "gpu",
+    extras: Sequence[Extra] = EXTRAS,
 ) -> MaskedViews:
     recipe = replace(get_recipe("hp"), crop_size=side)
-    extras: tuple[Extra, ...] = ("masks", "saliency", "windows", "crops", "photometric", "keys")
     return MaskedViews(
         url, recipe, batch_size, device=device, seed=3, report=extras, decode_on=decode_on
     )
@@ -131,9 +135,8 @@ def check_nothing_overwritten(url: str, device: str, batch_size: int, side: int)
     """Check that the decoder does not reuse the memory of crops before the device has read them."""
     runs: list[list[Batch]] = []
     for is_late in (False, True):
-        views = views_of(url, device, batch_size, side)
-        views.report = frozenset()  # some extras are copied to the host, which waits
-        with closing(views):
+        # no extras: some are copied to the host, which waits
+        with closing(views_of(url, device, batch_size, side, extras=())) as views:
             batches = take(views, 1)  # starts the decoder, and compiles
             if is_late and device == "cuda":
                 torch.cuda._sleep(SLEEP_CYCLES)  # delays the kernels that read the next crops
@@ -186,8 +189,8 @@ def check_no_waits(url: str, device: str, batch_size: int, side: int) -> str | N
     """Check that the host does not wait for the GPU while it makes batches; None without a GPU."""
     if device != "cuda":
         return None
-    views = views_of(url, device, batch_size, side)
-    views.report = frozenset()  # extras are for inspection, and some are copied to the host
+    # no extras: they are for inspection, and some are copied to the host
+    views = views_of(url, device, batch_size, side, extras=())
     stream = iter(views)
     next(stream)  # compiles
     torch.cuda.set_sync_debug_mode("error")

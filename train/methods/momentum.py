@@ -91,8 +91,9 @@ class MomentumMethod(Method):
 
         Keys have the order of the global batch, however ranks and micro-batches divide it.
         """
+        length = len(self.queue)
         keys = all_gather(torch.cat([part for part, _ in self.new_keys]))
-        valid, length = [part for _, part in self.new_keys if part is not None], len(self.queue)
+        valid = [part for _, part in self.new_keys if part is not None]
         count: int | Tensor = len(keys)
         offsets = torch.arange(min(len(keys), length), device=keys.device)
         rows = (self.queue_next + offsets) % length
