@@ -55,6 +55,7 @@ CURVES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "key_similarity": "key",
             "hard_similarity": "hard negative",
+            "batch_similarity": "keys of other images of the batch",
             "negatives_similarity": "queue or batch",
         },
     ),

@@ -296,6 +296,7 @@ class Trainer:
         self.stream = BatchStream(job.views, memory=job.config.log_steps)
         self.metrics = MetricsBuffer(job.config.batch_size)
         self.nan_guard = NanGuard(step, self.stream, job.out)
+        self.warned: set[str] = set()
 
     def run(self, first: int, last: int) -> None:
         """Make the steps `first` to `last`, counted from 1.
@@ -323,7 +324,7 @@ class Trainer:
             if (number - 1) % epoch_steps == 0:
                 self.log_views(epoch)
             if logs:
-                self.log()
+                self.log(warns=ends_epoch)
             if saves:
                 self.checkpoints.save(number, self.job.method, self.step, self.job.views)
                 self.metrics.restart_clock()
@@ -339,13 +340,23 @@ class Trainer:
             with translate_write_errors(self.job.out):
                 self.logger.log_views(sheet, epoch)
 
-    def log(self) -> None:
-        """Log the steps since the last call, and flush them before a checkpoint is written."""
+    def log(self, warns: bool) -> None:
+        """Log the steps since the last call, and flush them before a checkpoint is written.
+
+        If `warns`, also print the method's warnings about the last one: each once, and once more at
+        the end of the run.
+        """
         rows, seconds = self.metrics.take()
-        if self.logger is not None:
-            with translate_write_errors(self.job.out):
-                self.logger.log_steps(rows, seconds)
-                self.logger.sync()
+        if self.logger is None:
+            return
+        with translate_write_errors(self.job.out):
+            self.logger.log_steps(rows, seconds)
+            self.logger.sync()
+        warnings = set(self.job.method.warnings(rows[-1])) if warns else set()
+        is_last = rows[-1]["step"] == self.job.total_steps
+        for warning in warnings if is_last else warnings - self.warned:
+            self.logger.print(f"warning: {warning}")
+        self.warned |= warnings
 
     def evaluate(self, number: int, epoch: int) -> None:
         """Evaluate the epoch that step `number` ended; its checkpoint is already written."""

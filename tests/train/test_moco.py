@@ -14,7 +14,7 @@ from tests.train.operators import ListOperators
 from tests.train.ranks import random_batch
 from train.methods import MoCo, MoCoConfig, Setup, SimCLRConfig
 from train.methods.method import compute_balanced_rho
-from train.methods.moco import contrastive_logits
+from train.methods.moco import compute_batch_similarity, contrastive_logits
 
 RHO, TAU = 2.0, 0.2
 
@@ -281,6 +281,8 @@ def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
     assert scalars["negatives_accuracy"] == sum(wins) / 4
     assert scalars["key_similarity"] == pytest.approx(np.mean(to_key), abs=1e-6)
     assert scalars["negatives_similarity"] == pytest.approx(np.mean(to_queue), abs=1e-6)
+    to_others = [oracle.dot(q[i], key[j]) for i in range(4) for j in range(4) if i != j]
+    assert scalars["batch_similarity"] == pytest.approx(np.mean(to_others), abs=1e-6)
     if not hard:
         assert "hard_similarity" not in scalars
         assert scalars["contrastive_accuracy"] == scalars["negatives_accuracy"]
@@ -289,6 +291,24 @@ def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
     assert scalars["hard_similarity"] == pytest.approx(np.mean(to_hard), abs=1e-6)
     of_all = [wins[i] and to_key[i] > RHO * max(to_hard[i]) for i in range(4)]
     assert scalars["contrastive_accuracy"] == sum(of_all) / 4
+
+
+def test_a_collapse_shows_although_the_queue_is_told_apart():
+    """All images have one embedding, and the queue still holds others: only keys' age differs."""
+    method, batch = tiny_moco(), random_batch(4, 0)
+    with torch.no_grad():
+        method.head[-1].weight.zero_()
+        method.momentum_head[-1].weight.zero_()
+        method.queue.copy_(-method.head[-1].bias / method.head[-1].bias.norm())
+    collapsed = {name: value.item() for name, value in method(batch).items()}
+    assert collapsed["negatives_accuracy"] == 1
+    (warning,) = method.warnings(collapsed)
+    assert warning.startswith("collapsed so far: ")
+    assert method.warnings(collapsed | {"batch_similarity": 0.9}) == []
+
+
+def test_a_single_image_has_no_others_to_be_similar_to():
+    assert compute_batch_similarity(torch.ones(1, 1), torch.ones(1, 1)) == 0
 
 
 @pytest.mark.parametrize("queue", [4096, 65_536, 512])

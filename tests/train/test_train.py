@@ -35,7 +35,7 @@ from train.config import TrainConfig
 from train.encoders import build_encoder, build_untrained_encoder, load_encoder, save_encoder
 from train.features import build_eval_recipe, extract_features, remove_masks
 from train.knn import compute_knn_accuracy
-from train.methods import MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
+from train.methods import MoCo, MoCoConfig, Setup, SimCLRConfig, SupervisedConfig
 from train.optim import OptimConfig
 from train.presets import SUPERVISED_VIEWS
 
@@ -340,6 +340,21 @@ def test_weights_and_biases_gets_each_step_if_installed(shards, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train.trainer.train(config(shards, tmp_path / "other", wandb="project"))
+
+
+def test_a_methods_warning_is_printed_once_and_at_the_end(shards, tmp_path, monkeypatch, capsys):
+    logged = []
+
+    def warnings(self, scalars):
+        logged.append(scalars["step"])
+        return ["it is cold"]
+
+    monkeypatch.setattr(MoCo, "warnings", warnings)
+    train.trainer.train(config(shards, tmp_path / "run", epochs=3))
+    assert logged == [3, 6, 9]
+    text = capsys.readouterr().out
+    assert text.count("warning: it is cold") == 2
+    assert text.index("warning") < text.index("step 4/9") < text.rindex("warning")
 
 
 @pytest.mark.parametrize("method", [MoCoConfig(queue=20), SimCLRConfig()])

@@ -25,7 +25,7 @@ for both networks, here it starts near 0, as everywhere in this trainer.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -153,6 +153,9 @@ class ADIOS(Method):
     def shown(self, batch: Any) -> dict[str, Tensor]:
         masks = self.occlusion(batch.query)
         return {f"mask {n + 1}": mask[:, None] for n, mask in enumerate(masks.unbind(1))}
+
+    def warnings(self, scalars: Mapping[str, float]) -> list[str]:
+        return self.inner.warnings(scalars)
 
     def notes(self, samples: int) -> list[str]:
         return self.inner.notes(samples)

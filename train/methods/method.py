@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,9 @@ key with the weight of all other negatives at similarity 0."""
 FAR = 4.0
 """Factor above or below PUBLISHED_SHARE at which the user is warned (our choice; NNS's queue of
 16,384 is at 4)."""
+COLLAPSED = 0.01
+"""Difference of the mean similarities to the own and to another image's key below which a run has
+collapsed (our choice; runs that learn are above 0.1, collapsed ones below 0.001)."""
 HEAD_STD = 0.01
 """Standard deviation of a normalized head's initial weights (google-research/simclr)."""
 
@@ -148,6 +151,10 @@ class Method(nn.Module, ABC):
     def end_step(self) -> None:
         """Finish a step; called after all weights were updated. Collectives are allowed."""
 
+    def warnings(self, scalars: Mapping[str, float]) -> list[str]:
+        """Return what is wrong with a run whose last step logged these scalars, one line each."""
+        return []
+
     def shown(self, batch: Any) -> dict[str, Tensor]:
         """Return images to show with the views: name -> (N, 1 or 3, H, W) in 0 .. 1."""
         return {}
@@ -193,6 +200,17 @@ def note_hard_negative_weight(
         f"{format_number(share)} times {where} of {negatives:,}, where the published setting has "
         f"{PUBLISHED_SHARE:.2g}; --rho {compute_balanced_rho(temperature, negatives):.3g} gives "
         "the published ratio (docs/results.md compares both)"
+    ]
+
+
+def warn_of_collapse(own: float, other: float) -> list[str]:
+    """Return a warning if the mean similarities of queries to their own key and to keys of other
+    images, made at the same time, are nearly equal."""
+    if own - other >= COLLAPSED:
+        return []
+    return [
+        "collapsed so far: a query is as similar to the keys of other images as to its own; a "
+        "warm-up (--warmup-epochs 2) or a lower --lr can prevent it (docs/results.md)"
     ]
 
 

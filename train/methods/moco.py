@@ -17,6 +17,7 @@ over a single image. `shared_hard_negative` restores the behavior of that code (
 docs/method.md).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +28,12 @@ from torch.nn.functional import cross_entropy, normalize
 from pipeline import Recipe
 from schemas import UserError
 from train.distributed import shuffle_across_ranks, world_size
-from train.methods.method import Setup, note_hard_negative_weight, require_keys
+from train.methods.method import (
+    Setup,
+    note_hard_negative_weight,
+    require_keys,
+    warn_of_collapse,
+)
 from train.methods.momentum import MomentumConfig, MomentumMethod, share_casts
 
 STRIDE = 32
@@ -101,6 +107,16 @@ def contrast_scalars(logits: Tensor, negatives: int) -> dict[str, Tensor]:
     }
 
 
+def compute_batch_similarity(q: Tensor, key: Tensor) -> Tensor:
+    """Compute the mean similarity of the queries (N, D) to the keys of other images; 0 if N is 1.
+
+    Unlike the queue's keys, these keys are as old as the query's own one: a momentum encoder that
+    gives all images the same embedding still tells new keys from old ones, because it moves.
+    """
+    pairs = len(q) * (len(q) - 1)
+    return (q.sum(dim=0) @ key.sum(dim=0) - (q * key).sum()) / max(1, pairs)
+
+
 class MoCo(MomentumMethod):
     """MoCo v2 with hard negatives; reads `query`, `key` and `hard_negative`, needs no label."""
 
@@ -140,10 +156,14 @@ class MoCo(MomentumMethod):
             scalars = contrast_scalars(logits.detach(), len(self.queue))
             with torch.no_grad():
                 scalars["key_similarity"] = (q * key).sum(dim=1).mean()
+                scalars["batch_similarity"] = compute_batch_similarity(q, key)
                 scalars["negatives_similarity"] = q.mean(dim=0) @ self.queue.mean(dim=0)
                 if hard.shape[1]:
                     scalars["hard_similarity"] = torch.einsum("nd,nhd->nh", q, hard).mean()
         return {"loss": loss, **scalars}, key
+
+    def warnings(self, scalars: Mapping[str, float]) -> list[str]:
+        return warn_of_collapse(scalars["key_similarity"], scalars["batch_similarity"])
 
     def notes(self, samples: int) -> list[str]:
         notes = []

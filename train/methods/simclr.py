@@ -18,6 +18,7 @@ the poster: neither code nor readable text was published for SimCLR. The open ch
 `SimCLRConfig` with our own defaults.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from train.methods.method import (
     build_projector,
     note_hard_negative_weight,
     require_keys,
+    warn_of_collapse,
 )
 
 
@@ -193,6 +195,9 @@ class SimCLR(Method):
 
     def exported(self) -> nn.Module:
         return self.encoder
+
+    def warnings(self, scalars: Mapping[str, float]) -> list[str]:
+        return warn_of_collapse(scalars["key_similarity"], scalars["negatives_similarity"])
 
     def notes(self, samples: int) -> list[str]:
         notes = []
