@@ -1,6 +1,10 @@
 """Tests of saliency maps against independent references and objects at known positions."""
 
+import hashlib
+import io
 import re
+from dataclasses import replace
+from email.message import Message
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from PIL import Image
 
 from precompute import demo_scenes
 from precompute.estimators import ESTIMATORS, FunctionOptions, ScdaOptions, SpectralOptions
+from precompute.estimators.maps import squash, standardize
 from precompute.estimators.scda import find_last_map
 from precompute.estimators.weights import compute_sha256, load_weights
 from schemas import SaliencyMap, UserError
@@ -36,29 +41,52 @@ def test_maps_have_the_promised_form(name: str) -> None:
     assert options.parameters()["name"] == name
 
 
-def test_spectral_is_the_published_listing() -> None:
+@pytest.mark.parametrize(("size", "average", "sigma"), [(64, 3, 2.5), (48, 5, 1.2)])
+def test_spectral_is_the_published_listing(size: int, average: int, sigma: float) -> None:
     """Compare with Hou & Zhang's listing in float64 NumPy, on a picture that needs no resizing."""
-    gray = np.asarray(Image.fromarray(noise(0, 64, 64)).convert("RGB"), np.float64) @ [
-        0.299,
-        0.587,
-        0.114,
-    ]
+    gray = noise(0, size, size).astype(np.float64) @ [0.299, 0.587, 0.114]
     spectrum = np.fft.fft2(gray)
     log_amplitude = np.log(abs(spectrum))
-    padded = np.pad(log_amplitude, 1, mode="edge")
-    average = sum(padded[y : y + 64, x : x + 64] for y in range(3) for x in range(3)) / 9
+    padded = np.pad(log_amplitude, average // 2, mode="edge")
+    shifted = [padded[y : y + size, x : x + size] for y in range(average) for x in range(average)]
     phase = np.angle(spectrum)
-    residual = abs(np.fft.ifft2(np.exp(log_amplitude - average + 1j * phase))) ** 2
-    steps = np.arange(-10, 11)
-    kernel = np.exp(-0.5 * (steps / 2.5) ** 2)
+    residual = log_amplitude - np.mean(shifted, axis=0)
+    maps = abs(np.fft.ifft2(np.exp(residual + 1j * phase))) ** 2
+    radius = round(4 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     kernel /= kernel.sum()
-    wide = np.pad(residual, 10, mode="edge")
-    rows = sum(k * wide[:, i : i + 64] for i, k in enumerate(kernel))
-    expected = sum(k * rows[i : i + 64] for i, k in enumerate(kernel))
+    wide = np.pad(maps, radius, mode="edge")
+    rows = sum(k * wide[:, i : i + size] for i, k in enumerate(kernel))
+    expected = sum(k * rows[i : i + size] for i, k in enumerate(kernel))
 
-    found = SpectralOptions(side=64).build()(batch(noise(0, 64, 64)))[0]
+    options = SpectralOptions(size=size, average=average, sigma=sigma, side=size)
+    found = options.build()(batch(noise(0, size, size)))[0]
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9999
     assert np.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.max())
+    small = replace(options, side=20).build()(batch(noise(0, size, size)))[0]
+    resized = Image.fromarray(found).resize((20, 20), Image.Resampling.BILINEAR)  # antialiased
+    assert np.allclose(small, resized, atol=1e-3 * expected.max())
+
+
+def test_a_picture_is_squashed_as_pillow_does() -> None:
+    """Its content has finer detail than the result can hold, which must not alias."""
+    stripes = np.zeros((240, 300, 3), np.uint8)
+    stripes[:, ::2] = 200
+    for pixels in (noise(0, 240, 300), stripes):
+        expected = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BILINEAR)
+        found = squash(batch(pixels), 64)[0].numpy()
+        differences = abs(found - np.asarray(expected, np.float64))
+        assert differences[1:-1, 1:-1].max() <= 1  # DALI repeats the border; Pillow cuts the filter
+
+
+def test_each_map_is_standardized_on_its_own() -> None:
+    maps = np.random.default_rng(0).normal(3, 2, (2, 3, 7, 7)) * [[[[1.0]]], [[[5.0]]]]
+    maps[1, 2] = 4
+    found = standardize(torch.from_numpy(maps)).numpy()
+    flat = maps.reshape(6, 49)[:5]
+    expected = (flat - flat.mean(axis=1, keepdims=True)) / flat.std(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.reshape(6, 49)[:5], expected)
+    assert not found[1, 2].any()
 
 
 def test_spectral_finds_the_objects_of_generated_scenes() -> None:
@@ -193,6 +221,34 @@ def test_random_weights_are_the_same_in_every_worker() -> None:
     first, second = (ScdaOptions("resnet18", "random", size=64).build() for _ in range(2))
     assert first.weights_sha256 == second.weights_sha256
     assert (first(batch(noise(0))) == second(batch(noise(0)))).all()
+
+
+def test_the_digest_of_weights_is_that_of_names_and_values() -> None:
+    """Datasets store it and are only extended under the same one."""
+    first, second = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([7], np.int64)
+    state = {"b": torch.from_numpy(second), "a": torch.from_numpy(first.T.copy()).T}
+    expected = hashlib.sha256(b"a" + first.tobytes() + b"b" + second.tobytes())
+    assert compute_sha256(state) == expected.hexdigest()
+
+
+def test_a_download_of_other_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a network's names and shapes, and not the digest in torchvision's name of the file."""
+    content = io.BytesIO()
+    model = torchvision.models.resnet18()
+    torch.save(model.state_dict(), content)
+
+    def serve(request: object) -> io.BytesIO:
+        answer = io.BytesIO(content.getvalue())
+        answer.info = Message  # type: ignore[attr-defined]
+        return answer
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", serve)
+    with pytest.raises(UserError, match=r"could not be downloaded .*invalid hash"):
+        load_weights(model, model, "resnet18", "IMAGENET1K_V1")
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 @pytest.mark.slow

@@ -52,17 +52,21 @@ def missing(job: Job) -> list[int]:
 @pytest.mark.parametrize("place", ["memory://two_jobs", "local"])
 def test_shards_of_two_jobs_are_not_merged(place: str, tmp_path: Path, make_sample: Make) -> None:
     job = job_of(place if "://" in place else tmp_path)
-    write(replace(job, seed=1, estimator=ScdaOptions(backbone="resnet18")), 1, make_sample)
-    write(job, 0, make_sample)
+    write(replace(job, seed=1, estimator=ScdaOptions(backbone="resnet18")), 0, make_sample)
+    write(job, 1, make_sample)
     with pytest.raises(
-        UserError, match=r"shard 1 was .*name was scda, is spectral; seed was 1.*shards/000001\.\*"
+        UserError, match=r"shard 0 was .*name was scda, is spectral; seed was 1.*shards/000000\.\*"
     ):
         finish(job)
     assert not Store(job.out).exists("dataset.json")
-    write(job_of(job.out, images=7), 1, make_sample)
-    with pytest.raises(UserError, match="shard 1 was written by another job: images was 7, is 6"):
+    write(job_of(job.out, images=7), 0, make_sample)
+    with pytest.raises(UserError, match="shard 0 was written by another job: images was 7, is 6"):
         finish(job)
-    write(job, 1, make_sample)
+    others = make_plan(IMAGES[1:7], seed=0, shard_samples=3)
+    write(replace(job, plan=others), 0, make_sample)
+    with pytest.raises(UserError, match="shard 0 was written by another job: of other source imag"):
+        finish(job)
+    write(job, 0, make_sample)
     assert len(finish(job)) == 2
 
 
@@ -116,6 +120,15 @@ def test_a_second_job_does_not_share_a_folder(
     ):
         run_job(job_of(tmp_path), Resources())
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_remains_of_a_larger_job_are_refused(tmp_path: Path, make_sample: Make) -> None:
+    """A job that was killed between a tar and its marker leaves settings of no shard."""
+    for shard in (2, 3):
+        write(job_of(tmp_path, images=12), shard, make_sample)
+        (tmp_path / "shards" / f"00000{shard}.parquet").unlink()
+    with pytest.raises(UserError, match=r"a larger dataset \(shards/000003\.tar\); choose another"):
+        missing(job_of(tmp_path))
 
 
 def test_extend_is_offered_only_for_a_whole_dataset(tmp_path: Path, make_sample: Make) -> None:

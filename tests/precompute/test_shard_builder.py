@@ -2,8 +2,10 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from precompute import decode as decode_module
 from precompute import shard_builder
 from precompute.estimators import ScdaOptions, scda
 from precompute.reencode import Resize
-from precompute.shard_builder import ShardBuilder
+from precompute.shard_builder import PACKED_LATER, Handover, ShardBuilder
 from precompute.sources import Source, SourceImage
 from precompute.sources.base import LOCAL_READERS, REMOTE_READERS, count_readers
 from schemas import UserError
@@ -145,13 +147,40 @@ def test_an_estimator_that_fails_on_one_image_rejects_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_gray(monkeypatch, 2)
-    build(tmp_path, estimator=FailsOnGray())
-    marker = read_marker(Store(tmp_path), 0)
+    builder, progress = build(tmp_path, estimator=FailsOnGray(), shards=0), []
+    marker = builder.build(0, IMAGES, lambda *counts: progress.append(counts))
+    assert [sum(counts) for counts in zip(*progress, strict=True)] == [30, 10]
     gray = [image for image in IMAGES if int(image.key[1:]) % len(JPEGS) == 2]
     assert [(reject.source, *reject[1:]) for reject in marker.rejects] == [
         (image.location, "estimator-fails", "ZeroDivisionError: no contrast") for image in gray
     ]
     assert len(marker.samples) == len(IMAGES) - len(gray)
+
+
+def test_an_estimator_that_works_rejects_a_batch_without_any_good_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_gray(monkeypatch, 2)
+    gray = [image for image in IMAGES if int(image.key[1:]) % len(JPEGS) == 2]
+    builder = ShardBuilder(InMemory(), FailsOnGray(), Store(tmp_path), 4, Resize(), {})
+    marker = builder.build(0, [*IMAGES[:2], *IMAGES[3:5], *gray[:8]])
+    assert (len(marker.samples), len(marker.rejects)) == (4, 8)
+
+
+def test_one_value_that_is_not_finite_rejects_its_image_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_gray(monkeypatch, 2)
+
+    class Unstable(Flat):
+        def __call__(self, images: Any) -> np.ndarray:
+            maps = super().__call__(images)
+            maps[[image.shape[0] == 8 for image in images], 0, 1] = np.nan  # the gray images
+            return maps
+
+    build(tmp_path, estimator=Unstable())
+    marker = read_marker(Store(tmp_path), 0)
+    assert (len(marker.samples), len(marker.rejects)) == (30, 10)
 
 
 def test_an_estimator_that_takes_no_image_ends_the_job_with_its_own_error(
@@ -215,6 +244,16 @@ def test_a_packer_that_fails_ends_the_shard_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="twice in shard 0"):
         builder.build(0, [IMAGES[0]] * 4 + IMAGES * 10)
     assert estimator.calls < 50
+
+
+def test_few_groups_wait_for_the_packer() -> None:
+    """Otherwise a slow disk would fill the memory with samples."""
+    packer, handover = Mock(spec=Future), Handover[int]()
+    packer.done.return_value = False
+    for number in range(PACKED_LATER):
+        assert handover.put([number], packer)
+    packer.done.side_effect = [False, True]
+    assert not handover.put([PACKED_LATER], packer)
 
 
 def test_a_group_of_images_goes_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
