@@ -12,6 +12,8 @@ from tests.train.operators import ListOperators
 from tests.train.ranks import random_batch
 from train.config import TrainConfig
 from train.methods import MoCoConfig, Setup
+from train.methods.method import Method, OptimizationGroup
+from train.optim import OptimConfig
 from train.training_step import TrainingStep, prepare_model_
 
 
@@ -49,6 +51,67 @@ def test_nothing_is_averaged_with_one_micro_batch():
     one, two = (run_backward([torch.tensor(1.0)] * count)[2] for count in (1, 2))
     assert {"aten::div", "aten::add"}.isdisjoint(one)
     assert "aten::div" in two
+
+
+class Duel(Method):
+    """Two weights that take turns: the loss of `a` is a b x, and that of `b` is -a b x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Turn(self, 3.0, 1), Turn(self, 2.0, -1)
+        self.calls: list[str] = []
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def exported(self) -> nn.Module:
+        return self.a
+
+    def optimization_groups(self) -> list[OptimizationGroup]:
+        return [OptimizationGroup(self.a), OptimizationGroup(self.b, lr_scale=0.5, prefix="b_")]
+
+    def begin_step(self) -> None:
+        self.calls.append("begin")
+
+    def end_step(self) -> None:
+        self.calls.append("end")
+
+
+class Turn(nn.Module):
+    def __init__(self, duel: Duel, weight: float, sign: int) -> None:
+        super().__init__()
+        self.weight, self.sign = nn.Parameter(torch.tensor(weight)), sign
+        self.__dict__["duel"] = duel  # not as a part of this module
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.duel.calls.append("forward")
+        return {"loss": self.sign * self.duel.a.weight * self.duel.b.weight * x}
+
+
+def test_groups_take_turns_with_their_own_rates_and_clipped_gradients():
+    """Two steps of SGD by hand, whose gradients are clipped to 5 and whose second rate differs."""
+    optim = OptimConfig(momentum=0.0, weight_decay=0.0, clip_gradient=5.0)
+    config = TrainConfig(data="", out="", precision="fp32", optim=optim)
+    duel, checked = Duel(), []
+    step = TrainingStep(duel, config, torch.device("cpu"))
+
+    def check(scalars):
+        values = duel.a.weight, duel.b.weight, scalars["loss"], scalars["gradient_norm"]
+        checked.append([value.item() for value in values])
+
+    reported = step([torch.tensor(1.0), torch.tensor(2.0)], 0.1, check)
+    # a: loss 3 x 2 x 1.5 = 9, gradient 3, a = 3 - 0.1 x 3 = 2.7
+    # b: loss -2.7 x 2 x 1.5 = -8.1, gradient -4.05, b = 2 + 0.05 x 4.05 = 2.2025
+    assert checked == [pytest.approx([3, 2, 9, 3]), pytest.approx([2.7, 2, -8.1, 4.05])]
+    assert {name: value.item() for name, value in reported.items()} == pytest.approx(
+        {"loss": 9, "gradient_norm": 3, "b_loss": -8.1, "b_gradient_norm": 4.05}
+    )
+    assert duel.b.weight.item() == pytest.approx(2.2025)
+    assert duel.calls == ["begin", *["forward"] * 4, "end"]
+    step([torch.tensor(4.0)] * 2, 0.01)
+    # a: gradient 8.81, clipped to 5, a = 2.7 - 0.01 x 5; b: -10.6, clipped, b = 2.2025 + 0.025
+    assert duel.a.weight.item() == pytest.approx(2.65)
+    assert duel.b.weight.item() == pytest.approx(2.2275)
 
 
 @pytest.mark.parametrize("compile_", [False, True])
