@@ -10,9 +10,11 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from schemas.errors import UserError
 
@@ -26,6 +28,32 @@ WRONG_VALUE = re.compile(
 
 WIDE = "10000"
 """Columns of a terminal in whose width tyro does not break such a line, or a long value in it."""
+
+
+PATHS = ConstructorRegistry()
+"""How tyro reads options that are paths."""
+
+LOCAL_PATH = "a path of this machine; only datasets may be URLs"
+
+
+@PATHS.primitive_rule
+def read_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Read a `Path`, and refuse a URL, of which pathlib would make a folder `s3:`."""
+
+    def convert(words: list[str]) -> Path:
+        if "://" in words[0]:
+            raise ValueError(f"{words[0]} must be {LOCAL_PATH}")
+        return Path(words[0])
+
+    if info.type not in (Path, Path | None):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=convert,
+        is_instance=lambda value: value is None or isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def parse_options(
@@ -92,6 +120,7 @@ def call_tyro(
         default=parts(options=defaults),
         description=inspect.cleandoc(config.__doc__ or ""),
         config=(tyro.conf.AvoidSubcommands,),
+        registry=PATHS,
         return_unknown_args=True,
     )
     return parsed.options, unknown

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from schemas import UserError
+from schemas.parser import LOCAL_PATH
 
 AT_LEAST_1 = (
     "batch_size", "grad_accum_steps", "epochs", "keep_checkpoints", "log_steps",
@@ -35,7 +36,7 @@ REQUIREMENTS = (
     ("at least 0 and below 2^64", lambda value: 0 <= value < 2**64, SEEDS),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, BELOW_1),
     ("between 0 and 1", lambda value: 0 <= value <= 1, UP_TO_1),
-    ("a path of this machine; only datasets may be URLs", lambda value: "://" not in value, LOCAL),
+    (LOCAL_PATH, lambda value: "://" not in value, LOCAL),
 )
 
 

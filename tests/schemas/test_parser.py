@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -193,3 +194,35 @@ def test_another_complaint_of_the_parser_is_passed_on(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         parse(Unsupported, ["--thing", "3"])
     assert "Fixed argument" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Files:
+    """Options that are files of this machine."""
+
+    out: Path = Path("preview.png")
+    """File to write."""
+    record: Path | None = None
+    """File to append to."""
+
+
+def test_paths_are_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(Files, []) == Files()
+    assert parse(Files, ["--out", "a b", "--record=c:d"]) == Files(Path("a b"), Path("c:d"))
+    with pytest.raises(SystemExit):
+        parse(Files, ["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--out PATH File to write. (default: preview.png)" in text
+    assert "--record PATH File to append to. (default: None)" in text
+
+
+@pytest.mark.parametrize("option", ["--out", "--record"])
+@pytest.mark.parametrize("url", ["s3://bucket/a.png", "memory://a", "file:///tmp/a"])
+def test_a_url_is_no_path(option: str, url: str) -> None:
+    """pathlib would make `s3:/bucket/a.png` of it, in the current folder."""
+    with pytest.raises(UserError) as raised:
+        parse(Files, [option, url])
+    assert str(raised.value) == (
+        f"a-command: {option}: {url} must be a path of this machine; only datasets may be URLs; "
+        "see a-command --help"
+    )
