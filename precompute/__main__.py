@@ -343,7 +343,9 @@ def report(summary: "Summary") -> str:
     """Return a summary of a run as text for the terminal."""
     dataset = summary.dataset
     if not summary.shards:
-        return f"nothing to do: {dataset.url} is complete, {format_count(len(dataset), 'sample')}"
+        done = "only tables were missing and are written now"
+        state = done if summary.has_written else "nothing to do"
+        return f"{state}: {dataset.url} is complete, {format_count(len(dataset), 'sample')}"
     stats = summary.stats()
     share = stats["dataset"]["foreground"]
     return "\n".join(

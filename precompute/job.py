@@ -279,13 +279,15 @@ def build_dataset(job: Job, resources: Resources, estimator: Estimator, start: f
     if missing:
         at_work = build_shards(job, settings, missing, resources)
 
-    def summarize(dataset: ShardDataset) -> Summary:
+    def summarize(dataset: ShardDataset, has_written: bool = True) -> Summary:
         images = sum(job.plan.size(shard - job.first_shard) for shard in missing)
-        return Summary(dataset, len(missing), images, time.monotonic() - start, at_work)
+        seconds = time.monotonic() - start
+        return Summary(dataset, len(missing), images, seconds, at_work, has_written)
 
     if not missing and card and card.plan == job.plan_digest and has_tables(store, card):
-        summary = summarize(ShardDataset.open(job.out))
-        if not store.exists(STATS):
+        has_stats = store.exists(STATS)
+        summary = summarize(ShardDataset.open(job.out), has_written=not has_stats)
+        if not has_stats:
             write_stats(store, summary)
         return summary
     dataset = job.finish(

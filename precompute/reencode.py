@@ -42,6 +42,8 @@ class Resize:
     quality: int = 90
 
     def __post_init__(self) -> None:
+        if self.short_side is None and self.quality != Resize.quality:
+            raise UserError("--resize-quality: give --resize too; without it no image is changed")
         if self.short_side is not None and self.short_side < 1:
             raise UserError(f"--resize is {self.short_side}; it must be at least 1 pixel")
         if not 1 <= self.quality <= 95:

@@ -23,6 +23,7 @@ class Summary:
         seconds: duration of the run.
         at_work: seconds from the start of the first shard to the end of the last one, which
             excludes the start of Ray and of its workers.
+        has_written: whether this run wrote anything; False if the dataset was complete before.
     """
 
     dataset: ShardDataset
@@ -30,6 +31,7 @@ class Summary:
     images: int
     seconds: float
     at_work: float
+    has_written: bool = True
 
     def stats(self) -> dict[str, Any]:
         """Return the content of `stats.json`: statistics of the run and of the dataset."""

@@ -47,6 +47,11 @@ def test_resize_shrinks_the_shorter_side_and_keeps_smaller_images() -> None:
     assert len(worse.content) < len(shrunk.content)
 
 
+def test_a_quality_without_a_size_is_refused() -> None:
+    with pytest.raises(UserError, match="--resize-quality: give --resize too"):
+        Resize(quality=80)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_resize_applies_the_orientation(orientation: int) -> None:
     """The JPEG is decoded at a fraction of its size, so height and width must not be swapped."""
@@ -194,7 +199,7 @@ def test_resized_datasets_and_what_a_run_says(
     with pytest.raises(UserError, match="resize was 20, is None"):
         run_here(*arguments(root, out))
     with pytest.raises(UserError, match=r"--resize-quality is 99; it must be in 1 \.\. 95"):
-        run_here(*arguments(root, out), "--resize-quality", 99)
+        run_here(*arguments(root, out), "--resize", 20, "--resize-quality", 99)
 
 
 class HangingActor(ProgressActor):

@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 
 from precompute import output_lock
+from precompute.__main__ import report
 from precompute.estimators import ScdaOptions, SpectralOptions
 from precompute.extend import select_new
 from precompute.job import Job, Resources, run_job
@@ -19,7 +20,7 @@ from precompute.sources.demo import DemoScenes
 from schemas import Sample, ShardDataset, UserError
 from schemas.shard import write_shard
 from schemas.storage import Store
-from schemas.tables import CARD
+from schemas.tables import CARD, SAMPLES
 
 Make = Callable[..., Sample]
 SOURCE = DemoScenes("", "train", False)
@@ -104,10 +105,14 @@ def test_a_complete_dataset_has_its_statistics(
     run_job(job, Resources())
     content, written = json.loads(stats.read_text()), card.stat().st_mtime_ns
     assert content["dataset"]["samples"] == json.loads(card.read_text())["samples"] == 2
+    assert report(run_job(job, Resources())).startswith(f"nothing to do: {tmp_path} is complete")
     stats.unlink()  # as a job of an earlier version left it that was killed behind the card
-    run_job(job, Resources())
+    assert report(run_job(job, Resources())).startswith("only tables were missing and are written")
     assert json.loads(stats.read_text())["dataset"] == content["dataset"]
     assert card.stat().st_mtime_ns == written
+    (tmp_path / SAMPLES).unlink()
+    assert report(run_job(job, Resources())).startswith("only tables were missing and are written")
+    assert (tmp_path / SAMPLES).exists()
 
 
 def test_a_second_job_does_not_share_a_folder(
