@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.transforms import RandomResizedCrop, v2
 
+from bench.photos import list_photos
+from bench.table import check_counts
 from pipeline.crop import crop_on_host
 from pipeline.masks import find_foreground
 from pipeline.recipes import RECIPES
@@ -29,8 +31,6 @@ from precompute.estimators.maps import standardize
 from precompute.estimators.scda import ScdaEstimator
 from precompute.estimators.windows import list_windows
 from precompute.reencode import Resize, check
-from precompute.sources import SourceImage
-from precompute.sources.trees import Folder
 from schemas.errors import UserError
 from schemas.saliency import SaliencyMap
 
@@ -56,6 +56,9 @@ class Options:
     """Number of random crops per photo."""
     seed: int = 0
     """Random seed for crops and jitter."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "crops")
 
 
 class Crop(NamedTuple):
@@ -97,10 +100,7 @@ def list_candidates(options: Options) -> dict[str, tuple[list[EstimatorOptions],
 
 def decode_photos(root: str) -> Iterator[Any]:
     """Yield the photos as DALI batches."""
-    source = Folder(root, "train", False)
-    images = [entry for entry in source.images() if isinstance(entry, SourceImage)]
-    if not images:
-        raise UserError(f"{root}: no images in it")
+    source, images = list_photos(root)
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         encoded = [check(image, source.read(image), {}, Resize()) for image in batch]

@@ -26,6 +26,7 @@ from torch.utils._triton import has_triton
 
 from pipeline import Recipe, assemble, blur, get_recipe, photometric, pixels, rng
 from pipeline.compiling import Compiled
+from schemas.errors import UserError
 
 H100_BANDWIDTH = 3.35e12
 """Memory bandwidth in bytes per second (NVIDIA's data sheet of the H100 SXM)."""
@@ -213,7 +214,20 @@ class Options:
 
 
 def build_table(options: Options) -> str:
-    """Count each recipe with and without a compiler and return the table."""
+    """Count each recipe with and without a compiler and return the table.
+
+    Raises:
+        UserError: an unknown recipe, or one that cannot be counted.
+    """
+    recipes = {
+        name: replace(get_recipe(name), crop_size=options.crop_size) for name in options.recipes
+    }
+    for name, recipe in recipes.items():
+        if recipe.regions:
+            raise UserError(
+                f"--recipes {name}: it draws boxes on a real device and cannot be counted; leave "
+                "it out"
+            )
     lines = [
         f"Views of a batch of {options.batch_size} at {options.crop_size} pixels; time at "
         f"{H100_BANDWIDTH / 1e12:.2f} TB/s (H100)",
@@ -221,9 +235,8 @@ def build_table(options: Options) -> str:
         "| recipe | compiled | kernels | GB | ms, lower bound |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    for name in options.recipes:
+    for name, recipe in recipes.items():
         for compiled in (False, True):
-            recipe = replace(get_recipe(name), crop_size=options.crop_size)
             cost = count(recipe, options.batch_size, compiled)
             lines.append(
                 f"| `{name}` | {'yes' if compiled else 'no'} | {cost.kernels} | "

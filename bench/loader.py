@@ -14,7 +14,7 @@ import tyro
 from nvidia.dali import fn, pipeline_def
 
 from bench import usual
-from bench.table import Way, repeat_forever
+from bench.table import Way, check_counts, repeat_forever
 from pipeline import RECIPES, EvalViews, MaskedViews, devices
 from pipeline.graph import IN_FLIGHT, wrap_for_dali
 from pipeline.order import SampleOrder
@@ -54,6 +54,9 @@ class Options:
     """Side of a view in pixels."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of the loader: cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "batches", "repeats", "crop_size")
 
 
 def make_way(batches: Iterator[Any], use: Callable[[Any], int], count: int, ahead: int) -> Way:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import tyro
 
+from bench.photos import list_photos
 from bench.precompute_cpu import measure_cpu
-from bench.table import Row
+from bench.table import Row, check_counts
 from precompute.estimators import EstimatorOptions, ScdaOptions, SpectralOptions
 from precompute.estimators.scda import WINDOWS_AT_ONCE, Place, ScdaEstimator, list_places
 from precompute.estimators.windows import cut
@@ -27,9 +28,8 @@ from precompute.ray_cluster import connect_to_ray
 from precompute.reencode import Resize
 from precompute.shard_builder import ShardBuilder
 from precompute.sources import Source, SourceImage, list_images
-from precompute.sources.trees import Folder
 from precompute.threads import use_threads
-from schemas import Sample, UserError
+from schemas import Sample
 from schemas.shard import write_shard
 from schemas.storage import Store
 
@@ -61,16 +61,16 @@ class Options:
     0 skips this.
     """
 
+    def __post_init__(self) -> None:
+        check_counts(self, "images", "shard_samples", "repeats")
+
 
 class EstimatorBench:
     """The measurements of one estimator; each does its work once and returns images per second."""
 
     def __init__(self, options: Options, estimator: EstimatorOptions, folder: Path):
         self.options, self.estimator, self.folder = options, estimator, folder
-        self.source = Folder(options.root, "train", False)
-        listed, _ = list_images(self.source.images())
-        if not listed:
-            raise UserError(f"{options.root}: no images in it")
+        self.source, listed = list_photos(options.root)
         self.images = (listed * (options.images // len(listed) + 1))[: options.images]
 
     def measure_job(self, workers: int) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from bench.process import read_cpu_seconds, time_call
-from bench.table import repeat_forever
+from bench.table import check_counts, repeat_forever
 from pipeline import Cache, MaskedViews, get_recipe
 from schemas import ShardDataset, UserError
 
@@ -57,6 +57,9 @@ class Options:
     """Side of a view in pixels."""
     device: str = "cpu"
     """Device of the loader: cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "shuffle_shards", "epochs", "repeats", "crop_size")
 
 
 @contextmanager

@@ -54,17 +54,20 @@ class Way:
     settle: Callable[[], None] = lambda: None
 
 
+def check_counts(options: Any, *names: str) -> None:
+    """Check that options of these names are at least 1. Raises UserError."""
+    for name in names:
+        value = getattr(options, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
 def measure(ways: Mapping[str, Way], repeats: int) -> list[Row]:
     """Time each way `repeats` times after one run that is not counted, in turn: A B C A B C ...
 
     They alternate so that a machine whose speed drifts slows all of them equally; the ratios then
     hold.
-
-    Raises:
-        UserError: there are no repeats.
     """
-    if repeats < 1:
-        raise UserError(f"--repeats {repeats}: must be at least 1")
     for way in ways.values():
         way.run()
     rates: dict[str, list[float]] = {name: [] for name in ways}

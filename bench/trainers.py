@@ -15,6 +15,7 @@ from torch import nn
 from torchvision import models
 
 from bench import usual
+from bench.table import check_counts
 from pipeline import Batch, MaskedViews, get_recipe
 from pipeline.rng import BatchRng
 from schemas.precision import autocast
@@ -55,6 +56,9 @@ class Settings:
     """Number of worker processes of the released way."""
     device: Literal["cpu", "cuda"] = "cuda" if ON_GPU else "cpu"
     """Device of the training: cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "queue", "steps", "repeats", "crop_size")
 
 
 class Trainer:

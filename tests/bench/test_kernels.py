@@ -8,6 +8,7 @@ import pytest
 
 from bench import kernels
 from pipeline import RECIPES
+from schemas import UserError
 
 pytest.importorskip("triton")
 
@@ -24,3 +25,8 @@ def test_without_a_compiler_it_takes_no_more_than_before() -> None:
     cost = kernels.count(RECIPES["hp"], 256, compiled=False)
     assert 500 < cost.kernels < 730
     assert 20e9 < cost.bytes < 34e9
+
+
+def test_a_recipe_that_cannot_be_counted_is_refused_first() -> None:
+    with pytest.raises(UserError, match="--recipes maskco: it draws boxes on a real device"):
+        kernels.build_table(kernels.Options(recipes=("hp", "maskco")))

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import table
+from bench import loader, map_sides, precompute, remote, table, train
 from bench.table import Row, Way, format_table, list_rates, measure, write
+from schemas import UserError
 
 
 def test_ways_are_measured_in_turn_after_one_run_that_does_not_count(
@@ -45,3 +47,23 @@ def test_what_is_written_says_where_it_was_measured(tmp_path: Path) -> None:
     assert content["settings"] == {"batch_size": 32, "out": str(path)}
     assert content["machine"]["cores"] >= 1
     assert "torch" in content["machine"]["versions"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (loader.Options, "repeats"),
+        (loader.Options, "batch_size"),
+        (precompute.Options, "repeats"),
+        (precompute.Options, "images"),
+        (remote.Options, "repeats"),
+        (remote.Options, "epochs"),
+        (train.Options, "repeats"),
+        (map_sides.SideOptions, "crops"),
+    ],
+)
+def test_counts_of_nothing_are_refused(options: type[Any], name: str) -> None:
+    """They would end in a division by zero, or in a median of nothing, after the work."""
+    flag = name.replace("_", "-")
+    with pytest.raises(UserError, match=f"--{flag} 0: must be at least 1"):
+        options(**{name: 0})
