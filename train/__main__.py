@@ -49,8 +49,6 @@ def parse_options(arguments: list[str], path: str | None) -> TrainConfig:
     """Parse options; those that are not given come from the file at `path` or from a preset."""
     named: dict[str, Mapping[str, Any]] = {"preset": PRESETS, "method": METHODS, "recipe": RECIPES}
     file = None if path is None else load_config(path)
-    if any(word.partition("=")[0] == "--synthetic" for word in arguments):
-        arguments = ["--data", "", *arguments]  # otherwise required; not read
     return parse(
         TrainConfig,
         arguments,

@@ -115,7 +115,7 @@ class TrainConfig:
     """Run the encoders through torch.compile. The first steps then take minutes."""
     synthetic: int | None = None
     """Measure the step alone: pretend that the dataset has this many images and repeat one random
-    batch that is already on the device. Reads no data, so --data may be left out."""
+    batch that is already on the device. Reads no data."""
 
     resume: Literal["auto", "never"] = "auto"
     """auto: resume from the last checkpoint in the run's folder. never: refuse if there is one."""

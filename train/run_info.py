@@ -133,8 +133,6 @@ def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
         f"{flag} is not at its default, but has no effect with {choice}"
         for flag, choice in find_unused_options(config.optim).items()
     ]
-    if config.synthetic and config.data:
-        notes.append("--data has no effect with --synthetic, which reads no data")
     if device.type == "cuda" and world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
         notes.append(f"one of {gpus} GPUs is used; torchrun --nproc-per-node {gpus} uses all")
     kind = find_network_mount(config.data)

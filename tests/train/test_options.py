@@ -315,7 +315,6 @@ def test_a_store_needs_no_option_of_the_cache(tmp_path):
             ["--optimizer", "lars", "--no-decay-norms"],
             "--decay-norms is not at its default, but has no effect with",
         ),
-        (["--synthetic", "8"], "--data has no effect with --synthetic"),
         (["--schedule", "steps", "--milestones", "1", "--epochs", "2"], None),
         (["--optimizer", "lars", "--trust-coefficient", "0.1"], None),
     ],
@@ -325,16 +324,3 @@ def test_an_option_without_effect_is_noted(tmp_path, arguments, note):
     notes = collect_notes(settings, torch.device("cpu"))
     assert len(notes) == (note is not None)
     assert note is None or note in notes[0]
-
-
-@pytest.mark.parametrize("option", [["--synthetic", "8"], ["--synthetic=8"]])
-def test_synthetic_batches_need_no_data(tmp_path, option):
-    out = ["--out", str(tmp_path)]
-    with pytest.raises(UserError, match="missing --data"):
-        parse_command_line(out)
-    settings = parse_command_line([*out, *option])
-    assert (settings.data, settings.synthetic) == ("", 8)
-    assert collect_notes(settings, torch.device("cpu")) == []
-    file = tmp_path / "config.yaml"
-    file.write_text("data: photos\nepochs: 3\n")  # a run whose step is to be timed
-    assert parse_command_line(["--config", str(file), *out, *option]).epochs == 3
