@@ -20,13 +20,10 @@ from pathlib import Path
 
 from pipeline.cache_download import ATTEMPTS, BACKOFF, DISK_FULL, Downloader
 from pipeline.cache_folder import TOO_MANY_FILES, CacheFolder, Refusal, ShardFiles
+from pipeline.mounts import find_network_mount
 from schemas import ShardDataset, ShardRow, UserError
 
 log = logging.getLogger(__name__)
-
-MOUNTS = Path("/proc/mounts")
-NETWORK_TYPES = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
-"""Types of file systems that fetch data over a network and keep nothing on the local disk."""
 
 DISK_SHARE = 0.5
 """Default limit, as a share of the disk's free space plus what is in the folder already (our
@@ -54,17 +51,6 @@ class Cache:
 
     folder: Path | None = None
     limit: int | None = None
-
-
-def find_network_mount(url: str) -> str | None:
-    """Return the type of the network file system that a path lies on; None if it is local."""
-    if "://" in url or not MOUNTS.exists():
-        return None
-    path = Path(url).resolve()
-    mounts = (line.split() for line in MOUNTS.read_text().splitlines())
-    kinds = {Path(point.replace("\\040", " ")): kind for _, point, kind, *_ in mounts}
-    kind = next((kinds[point] for point in (path, *path.parents) if point in kinds), None)
-    return kind if kind in NETWORK_TYPES else None
 
 
 def find_default_folder() -> Path:
@@ -156,6 +142,12 @@ class ShardCache:
         self.counts: Counter[str] = Counter()
         self._rows = {row.shard: row for row in dataset.shards}
         self._side_bytes: dict[int, int] = {}  # only for shards that take more than was reserved
+        self._is_warned = False
+        self._start()
+
+    def _start(self) -> None:
+        """Start without threads: a forked process does not have those of its parent either."""
+        self._process = os.getpid()
         self._state = threading.Condition()  # guards the attributes below
         self._queue: list[int] = []  # shards to fetch, in order
         self._needed: dict[str, int] = {}  # sha256 -> position in the list of `prefetch`
@@ -164,7 +156,6 @@ class ShardCache:
         self._errors: dict[int, BaseException] = {}
         self._threads = 0
         self._elsewhere = 0  # consecutive shards that other processes were fetching
-        self._is_warned = False
         self._turn = threading.Lock()  # held by the one thread that is waiting to check again
 
     @property
@@ -200,6 +191,8 @@ class ShardCache:
 
         Fetches that have begun go on.
         """
+        if self._process != os.getpid():
+            self._start()
         with self._state:
             self._queue = [shard for shard in dict.fromkeys(shards) if shard in self._rows]
             self._needed = {

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import random
 import threading
 from hashlib import file_digest
@@ -58,8 +59,15 @@ class Downloader:
     ) -> None:
         self.dataset, self.store, self.closed = dataset, dataset.store, closed
         self.attempts, self.backoff = attempts, backoff
-        self.fs = configure_file_system(dataset.store)
         self.retries = 0
+        self._process: int | None = None
+
+    @property
+    def fs(self) -> Any:
+        """The configured file system; another one in a forked process, where the first fails."""
+        if self._process != os.getpid():
+            self._fs, self._process = configure_file_system(self.store), os.getpid()
+        return self._fs
 
     def download(self, row: ShardRow, target: Path) -> tuple[bytes, bytes]:
         """Download the tar of a shard into `target`; return its index and table.

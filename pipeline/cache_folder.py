@@ -99,7 +99,10 @@ class CacheFolder:
         """Lock the folder, waiting until it is free."""
         with (self.folder / "lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:  # closing is not enough: a process that was forked meanwhile has the file too
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def path(self, sha256: str, suffix: str) -> Path:
         return self.folder / f"{sha256}.{suffix}"
@@ -197,6 +200,7 @@ class CacheFolder:
         """Remove a part unless it was committed, and wake those who wait for it."""
         with self.lock():
             part.path.unlink(missing_ok=True)
+            fcntl.flock(part.lock, fcntl.LOCK_UN)
             os.close(part.lock)
 
     def wait_for_fetch(self, row: ShardRow) -> None:
@@ -290,7 +294,10 @@ def try_lock(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # as in `CacheFolder.lock`
 
 
 def is_intact(tar: int, row: ShardRow) -> bool:

@@ -5,6 +5,8 @@ decodes on the CPU, PyTorch crops the images that DALI has decoded, in a fifth o
 own operator. For `EvalViews`, DALI crops on the CPU too.
 """
 
+import ctypes
+import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from pipeline.read_ahead import BATCHES_AHEAD, ReadAhead
 from pipeline.recipes import Interpolation
 from pipeline.rng import BatchRng
 from pipeline.shards import EncodedBatch
+from schemas import UserError
 
 IN_FLIGHT = 2
 """Batches that DALI prefetches (its own default)."""
@@ -110,7 +113,7 @@ class Decoder:
 
     Raises:
         UserError: `next` passes on errors of `batches`, and fails if an image cannot be decoded
-            (the message names the sample) or memory runs out.
+            (the message names the sample), memory runs out, or this process was forked meanwhile.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Decoder:
         )
         with translate_dali_errors(url):
             self._pipeline.build()
+        DECODERS.add(self)
         # last, because nobody could end its thread if building failed
         self._ahead = ReadAhead(add_inputs(batches, spec), BATCHES_AHEAD)
 
@@ -175,6 +179,11 @@ class Decoder:
 
     def _start(self) -> StartedBatch:
         """Take the next batch from DALI, and start to crop its images if DALI does not."""
+        if self._pipeline is None:
+            raise UserError(
+                f"{self.url}: this process was forked while a loader was iterating; iterate it "
+                "again here"
+            )
         streams = () if self.device.type == "cpu" else (torch.cuda.current_stream(self.device),)
         with translate_dali_errors(self.url, lambda: [batch.encoded for batch in self._in_flight]):
             outputs = list(self._pipeline.run(*streams))
@@ -191,6 +200,23 @@ class Decoder:
                 size, interpolation = self.spec.crop_size, self.spec.interpolation
                 views.append(HostCrops(images, window, size, interpolation, self.stage_for_gpu))
         return StartedBatch(prepared, views, saliency)
+
+
+DECODERS: "weakref.WeakSet[Decoder]" = weakref.WeakSet()
+
+
+def abandon_pipelines() -> None:
+    """Give up the pipelines in a forked process, which has none of their threads.
+
+    DALI waits for them even when it deletes a pipeline, so these are never deleted.
+    """
+    for decoder in DECODERS:
+        if decoder._pipeline is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(decoder._pipeline._pipe))
+            decoder._pipeline._pipe = decoder._pipeline = None
+
+
+os.register_at_fork(after_in_child=abandon_pipelines)
 
 
 def add_inputs(

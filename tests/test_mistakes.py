@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 
-from pipeline import cache
+from pipeline import mounts
 from precompute import ray_cluster
 from schemas import UserError, write_dataset
 from train.methods import MoCo
@@ -204,16 +204,16 @@ def test_a_file_system_without_locks(place, monkeypatch):
 
 @pytest.mark.slow
 def test_shards_on_a_network_are_noted(place, tmp_path, monkeypatch, capsys):
-    mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/a {place.resolve()} nfs4 rw 0 0\n")
-    monkeypatch.setattr(cache, "MOUNTS", mounts)
+    table = tmp_path / "mounts"
+    table.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/a {place.resolve()} nfs4 rw 0 0\n")
+    monkeypatch.setattr(mounts, "MOUNTS", table)
     monkeypatch.setattr(
         sys, "argv", f"{ANY} --device cpu --epochs 1".replace("{p}", str(place)).split()
     )
     importlib.import_module(MAINS["train"]).main()
     assert f"note: {place}/d lies on nfs4: if steps wait" in capsys.readouterr().out
-    assert cache.find_network_mount("/somewhere/else") is None
-    assert cache.find_network_mount("s3://bucket/data") is None
+    assert mounts.find_network_mount("/somewhere/else") is None
+    assert mounts.find_network_mount("s3://bucket/data") is None
 
 
 @pytest.mark.parametrize(

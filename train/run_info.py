@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache import find_network_mount
+from pipeline.mounts import find_network_mount
 from schemas.counts import format_count
 from schemas.json_lines import append_json_line
 from schemas.settings import fields_of

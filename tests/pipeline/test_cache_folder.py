@@ -1,5 +1,6 @@
 """The folder of the cache is bounded, evicts in order, and is shared by processes."""
 
+import fcntl
 import logging
 import os
 import random
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -15,6 +17,7 @@ from bench.object_store import ObjectServer
 from pipeline import cache as cache_module
 from pipeline import cache_folder
 from pipeline.cache import ShardCache
+from pipeline.cache_folder import Part, try_lock
 from pipeline.order import SampleOrder
 from pipeline.shards import ShardReader
 from tests.pipeline.conftest import (
@@ -203,6 +206,61 @@ def test_processes_of_a_host_fetch_a_shard_once(
     assert [exit_status(child) for child in children] == [0, 0, 0]
     for suffix in (".tar", "0.idx", "0.parquet"):
         assert {n for (_, path), n in server.requests.items() if path.endswith(suffix)} == {1}
+
+
+def test_a_forked_process_does_not_keep_the_locks_of_its_parent(open_cache: Open) -> None:
+    """It has the files, so their locks outlive the parent's closing of them."""
+    cache = open_cache()
+    folder, row = cache.folder, cache.dataset.shards[0]
+    content(cache, 1)
+    tar = folder.path(cache.dataset.shards[1].sha256, "tar")
+    waits, wakes = os.pipe()
+
+    def wait() -> None:
+        os.read(waits, 1)
+
+    def assert_unlocked(file: IO[bytes]) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    with folder.lock():
+        children = [in_child(wait)]
+    with (folder.folder / "lock").open("rb") as file:
+        assert_unlocked(file)
+    part = folder.reserve(row, cache.estimate_bytes(row), {}, is_urgent=True)
+    assert isinstance(part, Part)
+    children.append(in_child(wait))
+    with part.path.open("rb") as file:
+        folder.abandon(part)
+        assert_unlocked(file)
+    with try_lock(tar):
+        children.append(in_child(wait))
+    with tar.open("rb") as file:
+        assert_unlocked(file)
+    os.write(wakes, b"123")
+    assert [exit_status(child) for child in children] == [0, 0, 0]
+    os.close(waits)
+    os.close(wakes)
+
+
+def test_a_forked_process_fetches_with_threads_of_its_own(
+    server: ObjectServer, open_cache: Open
+) -> None:
+    gate = threading.Event()
+    server.fault = of_shard(0, block_first(gate))
+    cache = open_cache()
+    cache.prefetch(range(SHARDS))
+    wait_until(lambda: server.count_gets("000000.tar") == 1)
+
+    def read_all() -> None:
+        signal.alarm(60)  # ends it if it hangs
+        cache.prefetch(range(SHARDS))
+        for shard, row in enumerate(cache.dataset.shards):
+            files = cache.open(shard)
+            assert len(os.pread(files.tar, ROOM, 0)) == row.bytes
+
+    child = in_child(read_all)
+    gate.set()
+    assert exit_status(child) == 0
 
 
 def block_first(gate: threading.Event) -> Callable[[int], None]:
