@@ -104,13 +104,16 @@ class EvalViews:
             self.batch_size,
             self.dataset.url,
         )
-        with closing(decoder):
+        try:
             for decoded in decoder:
                 labels = torch.from_numpy(decoded.prepared.encoded.labels)
                 yield EvalBatch(
                     make_plain_views(decoded.views[0], self.recipe),
                     devices.to_device(labels, self.device),
                 )
+        finally:
+            decoder.close()
+            self._source.prefetch(())
 
     def _prepare(self, reader: ShardReader) -> Iterator[PreparedBatch]:
         """Read this rank's batches and find the centers of their images."""

@@ -176,6 +176,7 @@ class MaskedViews:
         """End the threads and close the shards; iterating again reopens them."""
         if self._batches is not None:
             self._batches.close()
+            self._source.prefetch(())
         self._batches = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -346,8 +346,7 @@ class ShardReader:
         return self._open[number]
 
     def close(self) -> None:
-        """Close all shards, end the threads, and announce that no more shards are needed."""
-        self.source.prefetch(())
+        """Close all shards and end the threads; what was announced to the source stays."""
         self._pool.shutdown()
         while self._open:
             self._open.popitem()[1].close()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.object_store import ObjectServer
-from pipeline import EvalViews, MaskedViews
+from pipeline import EvalViews, MaskedViews, loader
 from pipeline import cache as cache_module
 from pipeline.cache import Cache, ShardCache, find_default_folder, open_folder
 from schemas import ShardDataset, UserError
@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_used_is_refused(
 def test_a_folder_on_nfs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/a {tmp_path}/nfs nfs4 rw 0 0\n")
-    monkeypatch.setattr(cache_module, "MOUNTS", mounts)
+    monkeypatch.setattr("pipeline.mounts.MOUNTS", mounts)
     with pytest.raises(UserError, match="is on nfs4, a network file system"):
         open_folder(Cache(tmp_path / "nfs" / "cache", ROOM))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nfs"))
@@ -219,6 +219,31 @@ def test_the_default_is_stated(
 
 
 # --- through the loader ---------------------------------------------------------------------------
+
+
+def test_an_interrupted_iteration_does_not_clear_the_list_of_the_next_one(
+    server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict = {"shuffle_shards": 1, "cache": Cache(tmp_path, ROOM)}
+    views = MaskedViews(f"{server.url}/b", small("mean"), 1, "cpu", **options)
+    announced = []
+    monkeypatch.setattr(views._source, "prefetch", announced.append)
+    next(iter(views))
+    assert views._batches is not None
+    thread = views._batches._ahead._thread
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "assemble", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(views))
+    next(iter(views))
+    thread.join()
+    assert all(announced)
+    views.close()
+    assert announced[-1] == ()
 
 
 def test_a_remote_dataset_gives_the_batches_of_the_same_shards_on_disk(
