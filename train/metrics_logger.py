@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -104,6 +104,7 @@ class MetricsLogger:
         self.file = self.path.open("a")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=self.steps_made + 1)
         self.started, self.first = time.monotonic(), start
+        self.warned: set[str] = set()
         self.bar = (
             tqdm(total=total, initial=start, unit="step", smoothing=0.05)
             if sys.stderr.isatty()
@@ -170,6 +171,13 @@ class MetricsLogger:
         else:
             self.bar.write(text)
 
+    def print_warnings(self, warnings: list[str], step: int) -> None:
+        """Print each warning the first time that it is given, and again after the last step."""
+        for warning in warnings:
+            if warning not in self.warned or step == self.total:
+                self.print(f"warning: {warning}")
+            self.warned.add(warning)
+
     def sync(self) -> None:
         """Flush all lines to the disk: a checkpoint must not outlive the steps before it."""
         self.file.flush()
@@ -181,6 +189,16 @@ class MetricsLogger:
         self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.bar is not None:
+            self.bar.close()
+
+    def abandon(self) -> None:
+        """End threads and close files after an error, which stays the one that is reported."""
+        for file in (self.file, self.board):
+            with suppress(OSError):  # the disk may be full
+                file.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=1)
         if self.bar is not None:
             self.bar.close()
 

@@ -17,10 +17,10 @@ from train.training_step import TrainingStep
 
 
 class NanGuard:
-    """Collects the losses of steps and checks them together, so the host rarely waits.
+    """Collects losses and gradient norms of steps and checks them together.
 
-    The gradient is checked with the newest loss: a finite loss may have one that is not finite, and
-    a checkpoint or an encoder with the weights of such a step is of no use.
+    So the host rarely waits. A finite loss may have a gradient that is not finite, and a checkpoint
+    or an encoder with the weights of such a step is of no use.
 
     On a bad loss or gradient, RUN/failed/step-N/ gets state.pt (weights, queue and optimizers as
     they are now: before the update of step N if N is the newest step, else after later ones) and,
@@ -30,30 +30,29 @@ class NanGuard:
 
     def __init__(self, step: TrainingStep, stream: BatchStream, out: Path) -> None:
         self.step, self.stream, self.out = step, stream, out
-        self.pending: list[Tensor] = []
+        self.pending: list[tuple[int, Tensor]] = []
+        """Number of a step; its loss and gradient norm, (2,), of one optimization group."""
 
-    def add(self, scalars: dict[str, Tensor]) -> None:
-        """Remember the loss of a finished step for the next check."""
-        losses = [value for name, value in scalars.items() if name.endswith("loss")]
-        self.pending.append(torch.stack(losses).sum())  # over all groups: one bad loss shows
-
-    def check(self, number: int, scalars: dict[str, Tensor]) -> None:
-        """Stop all ranks if the running step `number` or a pending one is bad.
+    def check(self, number: int, is_due: bool, scalars: dict[str, Tensor]) -> None:
+        """Remember loss and gradients of the running step; if due, check all that are remembered.
 
         Raises:
             UserError: on rank 0; the other ranks exit with status 2.
         """
         gradients = [p.grad for p in self.step.method.parameters() if p.grad is not None]
-        values = [*self.pending, scalars["loss"].detach(), get_total_norm(gradients)]
-        *losses, norm = all_mean_(torch.stack(values)).tolist()
-        first = number - len(losses) + 1
+        values = torch.stack([scalars["loss"].detach(), get_total_norm(gradients)])
+        self.pending.append((number, values))
+        if not is_due:
+            return
+        steps, values_of_steps = zip(*self.pending, strict=True)
         self.pending.clear()
-        for step, loss in enumerate(losses, first):
+        for step, (loss, norm) in zip(
+            steps, all_mean_(torch.stack(values_of_steps)).tolist(), strict=True
+        ):
             if not math.isfinite(loss):
                 self.stop(step, loss, f"the loss of step {step} is {loss}", newest=number)
-        if not math.isfinite(norm):
-            finding = f"the gradient of step {number} is {norm}"
-            self.stop(number, losses[-1], finding, newest=number)
+            if not math.isfinite(norm):
+                self.stop(step, loss, f"the gradient of step {step} is {norm}", newest=number)
 
     def stop(self, number: int, loss: float, finding: str, newest: int) -> None:
         """Save the state of the bad step `number`, and stop all ranks with `finding`."""

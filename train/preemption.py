@@ -4,6 +4,7 @@ The run saves a checkpoint and ends. SIGINT (Ctrl-C) does the same once; a secon
 """
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +20,11 @@ STATUS = 75
 """Exit status of a run that was preempted and has saved (EX_TEMPFAIL of sysexits.h)."""
 
 
+def can_handle_signals() -> bool:
+    """Return whether this is the main thread: Python lets no other one handle signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class PreemptionListener:
     """Notices the signals that ask this process to stop, and tells all ranks."""
 
@@ -28,7 +34,10 @@ class PreemptionListener:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Note the signals within this block instead of dying from them."""
+        """Note the signals within this block instead of dying from them, if that is possible."""
+        if not can_handle_signals():
+            yield
+            return
 
         def note(number: int, frame: FrameType | None) -> None:
             self.is_requested = True

@@ -22,6 +22,7 @@ from train.distributed import world_size
 from train.methods import Method
 from train.optim import OptimConfig
 from train.option_ranges import format_flag
+from train.preemption import can_handle_signals
 
 PACKAGES = ("saliency-shards", "torch", "torchvision", "nvidia-dali-cuda130", "timm", "numpy")
 
@@ -135,6 +136,8 @@ def collect_notes(config: TrainConfig, device: torch.device) -> list[str]:
     ]
     if device.type == "cuda" and world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
         notes.append(f"one of {gpus} GPUs is used; torchrun --nproc-per-node {gpus} uses all")
+    if not can_handle_signals():
+        notes.append("not in the main thread: signals and Ctrl-C do not save a checkpoint")
     kind = find_network_mount(config.data)
     if kind and config.cache is None and not config.synthetic:
         notes.append(

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from train.data import SYNTHETIC_CLASSES, BatchStream, SyntheticViews, Views
 from train.distributed import gather_objects, is_main, raise_on_all_ranks, rank, world_size
 from train.encoders import save_encoder, zero_residual_gammas_
 from train.knn import OnlineKnn
-from train.methods import Method, Setup
+from train.methods import Method, Setup, digest_method
 from train.metrics_logger import MetricsBuffer, MetricsLogger, translate_write_errors
 from train.nan_guard import NanGuard
 from train.optim import compute_learning_rate
@@ -61,6 +61,8 @@ class TrainingJob:
     """Digest of the training data."""
     method: Method
     views: Views
+    code: dict[str, str] = field(default_factory=dict)
+    """Digest of the method's file as it was loaded, see `digest_method`."""
     batch_may_change: bool = False
     """True if the run may resume with another global batch where an epoch ended."""
 
@@ -111,6 +113,7 @@ def prepare_job(user_config: TrainConfig) -> TrainingJob:
         data_digest="synthetic" if dataset is None else dataset.digest,
         method=method,
         views=open_views(config, device),
+        code=digest_method(config.method),
     )
 
 
@@ -206,12 +209,15 @@ def lock_run(out: Path) -> FileLock:
 def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> Path:
     """Restore, run and export, as the only run in the folder."""
     config, out = job.config, job.out
-    settings = collect_settings(config, job.data_digest) | {"steps_per_epoch": job.epoch_steps}
+    settings = collect_settings(config, job.data_digest) | job.code
+    settings["steps_per_epoch"] = job.epoch_steps
+    # an older checkpoint does not have the digest of a file
+    defaults = collect_default_settings(type(config.method), job.user_config, config) | job.code
     checkpoints = Checkpoints(
         folder=out / "checkpoints",
         keep=config.keep_checkpoints,
         settings=settings,
-        defaults=collect_default_settings(type(config.method), job.user_config, config),
+        defaults=defaults,
         batch_may_change=job.batch_may_change,
         changeable=frozenset()
         if config.method.depends_on_micro_batches
@@ -243,21 +249,32 @@ def train_in_locked_folder(job: TrainingJob, evaluation: Evaluation | None) -> P
                 wandb_project=config.wandb,
                 config=settings,
             )
-            for line in describe_run(config, job.method, job.views, job.device):
+    try:
+        return run_and_export(Trainer(job, step, checkpoints, logger, evaluation), restored)
+    except BaseException:
+        if logger is not None:
+            logger.abandon()
+        raise
+
+
+def run_and_export(trainer: "Trainer", restored: Restored) -> Path:
+    """Run the steps that are left, and write the encoder."""
+    job, logger, done = trainer.job, trainer.logger, restored.step
+    with raise_on_all_ranks():
+        if logger is not None:
+            for line in describe_run(job.config, job.method, job.views, job.device):
                 logger.print(line)
             if done:
                 logger.print(describe_resumption(job, restored))
-
-    trainer = Trainer(job, step, checkpoints, logger, evaluation)
     with trainer.preemption.listen():
         if done and done % job.epoch_steps == 0:
             trainer.catch_up(done)
         trainer.run(done + 1, job.total_steps)
 
-    path = out / job.method.file
+    path = job.out / job.method.file
     with raise_on_all_ranks():
         if logger is not None:
-            metadata = build_metadata(config, job.data_name, job.data_digest)
+            metadata = build_metadata(job.config, job.data_name, job.data_digest)
             save_encoder(path, job.method.exported(), metadata)
             logger.print(f"written: {path}")
             logger.close()
@@ -296,7 +313,6 @@ class Trainer:
         self.stream = BatchStream(job.views, memory=job.config.log_steps)
         self.metrics = MetricsBuffer(job.config.batch_size)
         self.nan_guard = NanGuard(step, self.stream, job.out)
-        self.warned: set[str] = set()
 
     def run(self, first: int, last: int) -> None:
         """Make the steps `first` to `last`, counted from 1.
@@ -316,10 +332,8 @@ class Trainer:
             saves = stops or ends_epoch or number % (config.checkpoint_steps or epoch_steps) == 0
             logs = saves or number % config.log_steps == 0
             seed_global_generators(config.seed, number, rank())
-            check = partial(self.nan_guard.check, number) if logs else None
+            check = partial(self.nan_guard.check, number, logs)
             scalars = self.step(self.stream.next_micro_batches(config.grad_accum_steps), lr, check)
-            if check is None:
-                self.nan_guard.add(scalars)
             self.metrics.add(scalars, self.stream.waited, step=number, epoch=epoch, lr=lr)
             if (number - 1) % epoch_steps == 0:
                 self.log_views(epoch)
@@ -343,20 +357,15 @@ class Trainer:
     def log(self, warns: bool) -> None:
         """Log the steps since the last call, and flush them before a checkpoint is written.
 
-        If `warns`, also print the method's warnings about the last one: each once, and once more at
-        the end of the run.
+        If `warns`, also print the method's warnings about the last one.
         """
         rows, seconds = self.metrics.take()
-        if self.logger is None:
-            return
-        with translate_write_errors(self.job.out):
-            self.logger.log_steps(rows, seconds)
-            self.logger.sync()
-        warnings = set(self.job.method.warnings(rows[-1])) if warns else set()
-        is_last = rows[-1]["step"] == self.job.total_steps
-        for warning in warnings if is_last else warnings - self.warned:
-            self.logger.print(f"warning: {warning}")
-        self.warned |= warnings
+        if self.logger is not None:
+            with translate_write_errors(self.job.out):
+                self.logger.log_steps(rows, seconds)
+                self.logger.sync()
+            if warns:
+                self.logger.print_warnings(self.job.method.warnings(rows[-1]), rows[-1]["step"])
 
     def evaluate(self, number: int, epoch: int) -> None:
         """Evaluate the epoch that step `number` ended; its checkpoint is already written."""

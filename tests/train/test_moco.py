@@ -12,9 +12,11 @@ from schemas import UserError
 from tests.train import oracle
 from tests.train.operators import ListOperators
 from tests.train.ranks import random_batch
+from train.distributed import rank
 from train.methods import MoCo, MoCoConfig, Setup, SimCLRConfig
 from train.methods.method import compute_balanced_rho
 from train.methods.moco import compute_batch_similarity, contrastive_logits
+from train.sync_bn import convert_sync_bn_
 
 RHO, TAU = 2.0, 0.2
 
@@ -262,6 +264,27 @@ def test_shared_hard_negatives_need_more_than_one_cell_and_enough_images():
     method = config.build(Setup(encoder="tiny", batch_size=2))
     with pytest.raises(UserError, match="3 hard negatives need as many images"):
         method(random_batch(2, 3))
+
+
+def project_shared(sync_bn):
+    torch.manual_seed(0)
+    config = MoCoConfig(queue=11, projection=5, shared_hard_negative=True)
+    method = config.build(Setup(encoder="tiny_norm", batch_size=4, sync_bn=sync_bn)).train()
+    if sync_bn:
+        convert_sync_bn_(method)
+    # this rank's image is the first of its part
+    batch = random_batch(2, 1, seed=rank())
+    alone = embed(batch.hard_negative[:1], branch(method, "momentum_"))
+    hard = method.project_hard_negatives(batch.hard_negative, torch.zeros(2, 5))
+    is_alone = np.allclose(hard[0, 0].detach().numpy(), alone[0], atol=1e-5)
+    return is_alone, [note for note in method.notes(100) if "--sync-bn" in note]
+
+
+def test_shared_hard_negatives_that_sync_bn_normalizes_together_are_noted(two_ranks):
+    assert two_ranks(project_shared, False) == [(True, [])] * 2
+    for is_alone, (note,) in two_ranks(project_shared, True):
+        assert not is_alone
+        assert "normalizes the shared hard negatives of all processes together" in note
 
 
 @pytest.mark.parametrize("hard_negatives", [0, 2])

@@ -7,7 +7,7 @@ this project is named `--method FILE.py:Options` or `module:Options`.
 """
 
 from schemas import UserError
-from schemas.cli import import_object, lookup, name_by_import
+from schemas.cli import digest_source, import_object, lookup, name_by_import
 from train.methods.adios import ADIOS, ADIOSConfig
 from train.methods.maskco import MaskCo, MaskCoConfig
 from train.methods.method import Method, MethodConfig, OptimizationGroup, Setup
@@ -43,6 +43,17 @@ def get_method_name(method: type[MethodConfig]) -> str:
     return name_by_import(method)
 
 
+def digest_method(method: MethodConfig) -> dict[str, str]:
+    """Return the sha256 of the file of a method outside this project, as `code.method`.
+
+    A script's or notebook's own class has none: its file holds more than the method.
+    """
+    module, _, name = get_method_name(type(method)).rpartition(":")
+    if module in ("", "__main__"):
+        return {}
+    return {"code.method": digest_source("method", f"{module}:{name.partition('.')[0]}")}
+
+
 __all__ = [
     "ADIOS",
     "METHODS",
@@ -61,6 +72,7 @@ __all__ = [
     "SimCLRConfig",
     "Supervised",
     "SupervisedConfig",
+    "digest_method",
     "find_method",
     "get_method_name",
 ]

@@ -169,6 +169,11 @@ class MoCo(MomentumMethod):
         notes = []
         if world_size() == 1 and self.shuffles:
             notes.append("one process: shuffling batch normalization has nothing to shuffle")
+        if world_size() > 1 and not self.shuffles and self.config.shared_hard_negative:
+            notes.append(
+                "--sync-bn normalizes the shared hard negatives of all processes together, where "
+                "the released code, which has no --sync-bn, normalizes each alone"
+            )
         if self.config.queue > samples:
             notes.append(
                 f"the queue of {self.config.queue} keys is longer than the {samples} images: the "
