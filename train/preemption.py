@@ -12,7 +12,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from train.distributed import world_size
+from schemas.cli import TerminatedError
+from train.distributed import is_main, world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -67,3 +68,13 @@ class PreemptionListener:
         flag = torch.tensor(int(self.is_requested))
         self.pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
         return answer
+
+
+def exit_preempted(step: int) -> None:
+    """End every rank after a preemption; rank 0 reports it."""
+    if is_main():
+        raise TerminatedError(
+            f"stopped and saved after step {step}; run the same command again to resume",
+            STATUS,
+        )
+    raise SystemExit(STATUS)

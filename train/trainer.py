@@ -12,7 +12,6 @@ from filelock import FileLock
 
 from pipeline import MaskedViews
 from schemas import ShardDataset, UserError
-from schemas.cli import TerminatedError
 from schemas.counts import format_count
 from schemas.folder_lock import LOCK, lock_folder
 from schemas.storage import Store, write_atomically
@@ -34,7 +33,7 @@ from train.methods import Method, Setup, digest_method
 from train.metrics_logger import MetricsBuffer, MetricsLogger, translate_write_errors
 from train.nan_guard import NanGuard
 from train.optim import compute_learning_rate
-from train.preemption import STATUS, PreemptionListener
+from train.preemption import PreemptionListener, exit_preempted
 from train.process_group import pick_device
 from train.run_info import append_start, build_metadata, describe_run
 from train.training_step import TrainingStep, prepare_model_
@@ -393,13 +392,3 @@ def seed_global_generators(seed: int, step: int, number: int) -> None:
     draw in a step, such as the size of an image in detection, must differ between ranks.
     """
     torch.manual_seed(random.Random(f"{seed} {step} {number}").getrandbits(63))
-
-
-def exit_preempted(step: int) -> None:
-    """End every rank after a preemption; rank 0 reports it."""
-    if is_main():
-        raise TerminatedError(
-            f"stopped and saved after step {step}; run the same command again to resume",
-            STATUS,
-        )
-    raise SystemExit(STATUS)
