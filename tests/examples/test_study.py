@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples.study import report, runs
-from examples.study.arms import FILLS, FIRST_TIER, SCALES, SECOND_TIER, build_arms, describe_arm
+from examples.study.arms import FILLS, SCALES, SECOND_TIER, build_arms, describe_arm
 from schemas import UserError
 from tests.train.ranks import add_tiny_encoders
 from tests.train.runs import write_images
@@ -26,7 +26,7 @@ def options(folder: Path, **changes) -> runs.Options:
 def test_arms_differ_in_method_and_recipe_alone(name, tmp_path: Path) -> None:
     scale = SCALES[name]
     arms = build_arms(scale)
-    assert set(FIRST_TIER) | set(SECOND_TIER) <= set(arms)
+    assert {arm for tier in scale.tiers.values() for arm in tier.arms} <= set(arms)
     given = options(tmp_path, scale=name, arms=tuple(arms), seeds=(1,))
     plain = arms["plain"]
     shared: set[str] = set()
@@ -36,7 +36,17 @@ def test_arms_differ_in_method_and_recipe_alone(name, tmp_path: Path) -> None:
         )
         shared.add(repr(own))
     assert len(shared) == 1
-    assert len({repr((arm.recipe, arm.method)) for arm in arms.values()}) == len(arms)
+    assert len({repr(arm) for arm in arms.values()}) == len(arms)
+
+
+def test_a_warmup_is_the_only_change_of_its_arm() -> None:
+    arms, optim = build_arms(SCALES["cpu"]), SCALES["cpu"].config.optim
+    assert len(SECOND_TIER) == 8
+    for name in SECOND_TIER:
+        warm = arms[f"{name}-warmup"]
+        assert warm.optim == dataclasses.replace(optim, warmup_epochs=2)
+        assert dataclasses.replace(warm, optim=None) == arms[name]
+        assert describe_arm(f"{name}-warmup") == f"{describe_arm(name)}, warm-up"
 
 
 @pytest.mark.parametrize("fill", FILLS)
