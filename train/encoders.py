@@ -117,14 +117,27 @@ def compile_encoder_(encoder: nn.Module) -> None:
 def save_encoder(path: Path, encoder: nn.Module, metadata: dict[str, str]) -> None:
     """Write `encoder` to one safetensors file, atomically; `metadata` must name its `encoder`.
 
+    Equal weights and metadata give equal bytes: a probe resumes only on the same file.
+
     Raises:
         UserError: the file cannot be written.
     """
     tensors = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
     try:
-        write_atomically(path, save(tensors, metadata))
+        write_atomically(path, to_safetensors(tensors, metadata))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return the content of a safetensors file; its metadata are sorted, not in random order."""
+    file = save(tensors, metadata)
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[start:]
 
 
 def load_encoder(

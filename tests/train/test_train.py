@@ -199,9 +199,10 @@ def test_a_signal_saves_at_once_and_resume_is_exact(shards, run, tmp_path, monke
 
 
 def test_a_finished_run_is_not_changed(shards, run, capsys):
-    before = told(run)
+    before, encoder = told(run), (run / "encoder.safetensors").read_bytes()
     train.trainer.train(config(shards, run))
     assert told(run) == before
+    assert (run / "encoder.safetensors").read_bytes() == encoder  # a probe of it can resume
     assert "resumes after step 6 of 6" in capsys.readouterr().out
 
 

@@ -8,14 +8,13 @@ from typing import Literal
 
 import torch
 import tyro
-from safetensors.torch import save
 from torch import Tensor
 
 from schemas import UserError
 from schemas.settings import flatten
 from schemas.storage import translate_os_errors, write_atomically
 from schemas.timm_networks import is_timm
-from train.encoders import get_stem, load_encoder
+from train.encoders import get_stem, load_encoder, to_safetensors
 from train.option_ranges import check_ranges
 
 Format = Literal["torchvision", "timm", "safetensors", "detectron2"]
@@ -70,7 +69,7 @@ def export(options: ExportOptions) -> Path:
 def encode_state(state: dict[str, Tensor], metadata: dict[str, str], form: Format) -> bytes:
     """Return the content of a file in the format."""
     if form == "safetensors":
-        return save(state, metadata)
+        return to_safetensors(state, metadata)
     if form == "detectron2":
         content = {
             "model": {to_detectron2_name(name): to_numpy(x) for name, x in state.items()},
