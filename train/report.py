@@ -55,7 +55,7 @@ CURVES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "key_similarity": "key",
             "hard_similarity": "hard negative",
-            "batch_similarity": "keys of other images of the batch",
+            "batch_similarity": "queries of other images",
             "negatives_similarity": "queue or batch",
         },
     ),

@@ -304,7 +304,7 @@ def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
     assert scalars["negatives_accuracy"] == sum(wins) / 4
     assert scalars["key_similarity"] == pytest.approx(np.mean(to_key), abs=1e-6)
     assert scalars["negatives_similarity"] == pytest.approx(np.mean(to_queue), abs=1e-6)
-    to_others = [oracle.dot(q[i], key[j]) for i in range(4) for j in range(4) if i != j]
+    to_others = [oracle.dot(q[i], q[j]) for i in range(4) for j in range(4) if i != j]
     assert scalars["batch_similarity"] == pytest.approx(np.mean(to_others), abs=1e-6)
     if not hard:
         assert "hard_similarity" not in scalars
@@ -325,13 +325,14 @@ def test_a_collapse_shows_although_the_queue_is_told_apart():
         method.queue.copy_(-method.head[-1].bias / method.head[-1].bias.norm())
     collapsed = {name: value.item() for name, value in method(batch).items()}
     assert collapsed["negatives_accuracy"] == 1
+    assert collapsed["batch_similarity"] == pytest.approx(1)
     (warning,) = method.warnings(collapsed)
     assert warning.startswith("collapsed so far: ")
-    assert method.warnings(collapsed | {"batch_similarity": 0.9}) == []
+    assert method.warnings(collapsed | {"batch_similarity": 0.98}) == []
 
 
 def test_a_single_image_has_no_others_to_be_similar_to():
-    assert compute_batch_similarity(torch.ones(1, 1), torch.ones(1, 1)) == 0
+    assert compute_batch_similarity(torch.ones(1, 1)) == 0
 
 
 @pytest.mark.parametrize("queue", [4096, 65_536, 512])

@@ -208,10 +208,8 @@ def test_reported_similarities_are_means_over_all_pairs(hard_negatives):
     own = [oracle.dot(q[i], k[i]) for i in range(4)]
     assert scalars["key_similarity"] == pytest.approx(np.mean(own), abs=1e-6)
     assert scalars["negatives_similarity"] == pytest.approx(np.mean(others), abs=1e-6)
-    collapses = np.mean(own) - np.mean(others) < 0.01
-    assert bool(method.warnings(scalars)) == collapses
-    same = scalars | {"negatives_similarity": scalars["key_similarity"]}
-    assert len(method.warnings(same)) == 1
+    assert method.warnings(scalars | {"negatives_similarity": 0.98}) == []
+    assert len(method.warnings(scalars | {"negatives_similarity": 0.995})) == 1
     if hard_negatives:
         to_hard = [oracle.dot(q[i], hard[j * 4 + i]) for i in range(4) for j in range(2)]
         assert scalars["hard_similarity"] == pytest.approx(np.mean(to_hard), abs=1e-6)

@@ -21,9 +21,9 @@ key with the weight of all other negatives at similarity 0."""
 FAR = 4.0
 """Factor above or below PUBLISHED_SHARE at which the user is warned (our choice; NNS's queue of
 16,384 is at 4)."""
-COLLAPSED = 0.01
-"""Difference of the mean similarities to the own and to another image's key below which a run has
-collapsed (our choice; runs that learn are above 0.1, collapsed ones below 0.001)."""
+COLLAPSED = 0.99
+"""Mean similarity of different images above which a run has collapsed (our choice: collapsed runs
+are above 0.999, runs that learn begin below 0.96 and end below 0.3)."""
 HEAD_STD = 0.01
 """Standard deviation of a normalized head's initial weights (google-research/simclr)."""
 
@@ -203,14 +203,13 @@ def note_hard_negative_weight(
     ]
 
 
-def warn_of_collapse(own: float, other: float) -> list[str]:
-    """Return a warning if the mean similarities of queries to their own key and to keys of other
-    images, made at the same time, are nearly equal."""
-    if own - other >= COLLAPSED:
+def warn_of_collapse(similarity: float) -> list[str]:
+    """Return a warning if the embeddings of different images have this mean similarity."""
+    if similarity <= COLLAPSED:
         return []
     return [
-        "collapsed so far: a query is as similar to the keys of other images as to its own; a "
-        "warm-up (--warmup-epochs 2) or a lower --lr can prevent it (docs/results.md)"
+        "collapsed so far: all images have nearly the same embedding; a warm-up "
+        "(--warmup-epochs 2) or a lower --lr can prevent it (docs/results.md)"
     ]
 
 

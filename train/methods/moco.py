@@ -107,14 +107,14 @@ def contrast_scalars(logits: Tensor, negatives: int) -> dict[str, Tensor]:
     }
 
 
-def compute_batch_similarity(q: Tensor, key: Tensor) -> Tensor:
-    """Compute the mean similarity of the queries (N, D) to the keys of other images; 0 if N is 1.
+def compute_batch_similarity(q: Tensor) -> Tensor:
+    """Compute the mean similarity of the unit queries (N, D) of different images; 0 if N is 1.
 
-    Unlike the queue's keys, these keys are as old as the query's own one: a momentum encoder that
-    gives all images the same embedding still tells new keys from old ones, because it moves.
+    It shows a collapse that similarities to the queue do not show: if all images have the same
+    embedding, which moves with the weights, new keys still differ from the older ones in the queue.
     """
     pairs = len(q) * (len(q) - 1)
-    return (q.sum(dim=0) @ key.sum(dim=0) - (q * key).sum()) / max(1, pairs)
+    return (q.sum(dim=0).square().sum() - q.square().sum()) / max(1, pairs)
 
 
 class MoCo(MomentumMethod):
@@ -156,14 +156,14 @@ class MoCo(MomentumMethod):
             scalars = contrast_scalars(logits.detach(), len(self.queue))
             with torch.no_grad():
                 scalars["key_similarity"] = (q * key).sum(dim=1).mean()
-                scalars["batch_similarity"] = compute_batch_similarity(q, key)
+                scalars["batch_similarity"] = compute_batch_similarity(q)
                 scalars["negatives_similarity"] = q.mean(dim=0) @ self.queue.mean(dim=0)
                 if hard.shape[1]:
                     scalars["hard_similarity"] = torch.einsum("nd,nhd->nh", q, hard).mean()
         return {"loss": loss, **scalars}, key
 
     def warnings(self, scalars: Mapping[str, float]) -> list[str]:
-        return warn_of_collapse(scalars["key_similarity"], scalars["batch_similarity"])
+        return warn_of_collapse(scalars["batch_similarity"])
 
     def notes(self, samples: int) -> list[str]:
         notes = []

@@ -197,7 +197,7 @@ class SimCLR(Method):
         return self.encoder
 
     def warnings(self, scalars: Mapping[str, float]) -> list[str]:
-        return warn_of_collapse(scalars["key_similarity"], scalars["negatives_similarity"])
+        return warn_of_collapse(scalars["negatives_similarity"])
 
     def notes(self, samples: int) -> list[str]:
         notes = []
