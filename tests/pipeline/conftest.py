@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from bench.object_store import ObjectServer
-from pipeline import RECIPES, Batch, MaskedViews, Recipe
+from pipeline import RECIPES, Batch, MaskedViews, Recipe, loader
 from pipeline import cache as cache_module
 from pipeline.cache import Cache, ShardCache
 from pipeline.host_threads import get_threads
@@ -204,6 +204,18 @@ def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
 def server(store: Path) -> Iterator[ObjectServer]:
     with ObjectServer(store) as server:
         yield server
+
+
+def interrupt_next(views: MaskedViews, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for a batch, and press Ctrl-C while it is made."""
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "assemble", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(views))
 
 
 Open = Callable[..., ShardCache]

@@ -14,11 +14,21 @@ import pytest
 import torch
 
 from bench.object_store import ObjectServer
-from pipeline import EvalViews, MaskedViews, loader
+from pipeline import EvalViews, MaskedViews
 from pipeline import cache as cache_module
 from pipeline.cache import Cache, ShardCache, find_default_folder, open_folder
 from schemas import ShardDataset, UserError
-from tests.pipeline.conftest import ROOM, SHARDS, Open, content, present, sizes, small, wait_until
+from tests.pipeline.conftest import (
+    ROOM,
+    SHARDS,
+    Open,
+    content,
+    interrupt_next,
+    present,
+    sizes,
+    small,
+    wait_until,
+)
 
 pytestmark = pytest.mark.usefixtures("small_reserve")
 
@@ -231,14 +241,7 @@ def test_an_interrupted_iteration_does_not_clear_the_list_of_the_next_one(
     next(iter(views))
     assert views._batches is not None
     thread = views._batches._ahead._thread
-
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loader, "assemble", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            next(iter(views))
+    interrupt_next(views, monkeypatch)
     next(iter(views))
     thread.join()
     assert all(announced)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.gpu_loader import take
-from pipeline import Batch, MaskedViews, assemble, crop, loader
+from pipeline import Batch, MaskedViews, assemble, crop
 from schemas import ShardDataset
 from tests.forked import run_forked
 from tests.pipeline.conftest import (
@@ -22,6 +22,7 @@ from tests.pipeline.conftest import (
     SAMPLES,
     STILL,
     count_threads_left_by,
+    interrupt_next,
     same,
     small,
     views_of,
@@ -149,14 +150,7 @@ def test_an_interrupt_loses_no_batch(
     expected = take(views_of(dataset), 4)
     views = views_of(dataset)
     before = take(views, 1)
-
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loader, "assemble", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            next(iter(views))
+    interrupt_next(views, monkeypatch)
     assert (views.epoch, views.step) == (0, 1)
     assert same(expected, before + take(views, 3))
 
